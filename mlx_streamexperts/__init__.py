@@ -1,0 +1,33 @@
+"""Run Mixture-of-Experts models larger than memory: mlx-lm with experts streamed from disk."""
+
+from .config import StreamConfig
+from .demo import demo_model
+from .errors import (
+    BudgetError,
+    CheckpointError,
+    ExpertReadError,
+    StreamError,
+    UnsupportedModelError,
+)
+from .patching import load, patch, plan
+from .planner import Plan
+from .stream import ExpertStream, StreamStats, stream
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BudgetError",
+    "CheckpointError",
+    "ExpertReadError",
+    "ExpertStream",
+    "Plan",
+    "StreamConfig",
+    "StreamError",
+    "StreamStats",
+    "UnsupportedModelError",
+    "demo_model",
+    "load",
+    "patch",
+    "plan",
+    "stream",
+]

@@ -1,0 +1,196 @@
+"""Slot memory: MLX arrays `[slots, ...]`, and byte views over the same memory.
+
+The bank owns the memory that expert bytes are read into. An evaluated MLX array exposes its memory
+through Python's buffer protocol, so a read can go straight into it, with no copy and no MLX
+operation. `in_place_works` checks at run time that the default device's kernels see such writes;
+where they do not, a bank stages the bytes and copies them with an MLX update.
+
+Writing in place has one hazard: MLX is lazy, and a matmul that was built but has not run reads
+whatever the slot holds when it runs. The bank therefore remembers the outputs that read it, and
+`settle` must be called before any slot is overwritten.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .errors import StreamError
+
+# An output above this size is evaluated at once rather than kept alive until the next write: in
+# prefill one layer's output is hundreds of megabytes.
+_KEEP_OUTPUT_BYTES = 1 << 20
+_KEEP_OUTPUTS = 4
+
+_UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
+
+
+@dataclass(frozen=True, slots=True)
+class SlotTensor:
+    """One of the tensors that make up an expert.
+
+    Attributes:
+        module: the projection that holds it, or the switch itself.
+        attribute: its name there, for example `weight`.
+        shape: shape of one expert's part (without the expert dimension).
+        dtype: MLX element type.
+    """
+
+    module: nn.Module
+    attribute: str
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+
+
+class Bank:
+    """The slots of one expert layer.
+
+    Args:
+        tensors: the tensors of one expert, by a name unique in the layer.
+        slots: how many experts fit.
+        in_place: read straight into the arrays (see `in_place_works`).
+
+    Creating a bank allocates its memory and hangs the arrays into their modules.
+    """
+
+    def __init__(self, tensors: dict[str, SlotTensor], slots: int, in_place: bool) -> None:
+        self.slots, self.in_place = slots, in_place
+        self._tensors = tensors
+        self._bytes: dict[str, memoryview] = {}
+        self._staged: dict[tuple[str, int], np.ndarray] = {}
+        self._readers: list[mx.array] = []
+        for name, t in tensors.items():
+            array = mx.zeros((slots, *t.shape), t.dtype)  # [slots, ...]
+            mx.eval(array)
+            setattr(t.module, t.attribute, array)
+            if in_place:
+                self._bytes[name] = byte_view(array)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(getattr(t.module, t.attribute).nbytes for t in self._tensors.values())
+
+    def destination(self, name: str, slot: int) -> memoryview:
+        """Writable bytes of one tensor of one slot."""
+        if self.in_place:
+            view = self._bytes[name]
+            row = len(view) // self.slots
+            return view[slot * row : (slot + 1) * row]
+        t = self._tensors[name]
+        count = int(np.prod(t.shape, dtype=np.int64)) * t.dtype.size
+        staged = self._staged[name, slot] = np.empty(count, np.uint8)
+        return staged.data
+
+    def commit(self) -> None:
+        """Make staged bytes visible; nothing to do where reads go straight into the arrays."""
+        for (name, slot), staged in self._staged.items():
+            t = self._tensors[name]
+            array = getattr(t.module, t.attribute)
+            array[slot] = mx.array(staged).view(t.dtype).reshape(t.shape)
+            mx.eval(array)
+        self._staged.clear()
+
+    def settle(self) -> None:
+        """Run every unevaluated reader, so that slots can be overwritten."""
+        if not self._readers:
+            return
+        try:
+            mx.eval(self._readers)
+        except RuntimeError as e:
+            raise StreamError(
+                "another thread has built a forward pass through this model and not evaluated it; "
+                "evaluate it there first, or give each thread its own model"
+            ) from e
+        self._readers.clear()
+
+    def reading(self, output: mx.array, eager: bool = False) -> mx.array:
+        """Note that `output`, not yet evaluated, reads this bank; returns it.
+
+        Args:
+            eager: evaluate it now; asked for when several threads share the layer, because one
+                thread cannot evaluate another's graph.
+        """
+        if eager or output.nbytes > _KEEP_OUTPUT_BYTES:
+            mx.eval(output)
+            return output
+        if len(self._readers) >= _KEEP_OUTPUTS:
+            # Steps ago; evaluated long since (0.4 us to find out) unless the caller hoards graphs.
+            self.settle()
+        self._readers.append(output)
+        return output
+
+    def free(self) -> None:
+        """Give the memory back; the modules keep empty arrays."""
+        self._bytes.clear()
+        self._staged.clear()
+        self._readers.clear()
+        for t in self._tensors.values():
+            setattr(t.module, t.attribute, mx.zeros((0, *t.shape), t.dtype))
+
+
+def byte_view(array: mx.array) -> memoryview:
+    """Writable bytes of an evaluated, contiguous array, over the same memory."""
+    # bfloat16 has no buffer format that NumPy knows; a view as unsigned integers shares the memory.
+    bits = array.view(_UNSIGNED[array.dtype.size])
+    mx.eval(bits)
+    return memoryview(cast(Any, bits)).cast("B")
+
+
+_verdicts: dict[str, bool] = {}
+_verdict_lock = threading.Lock()
+
+
+def in_place_works() -> bool:
+    """Do kernels on the default device see bytes written through an array's buffer?
+
+    Writes patterns from another thread, as the reader does, into arrays of the element types in
+    use and from one page to megabytes, and reads them back with kernels, twice, so that a stale
+    device copy is noticed. The verdict is kept per device.
+    """
+    device = str(mx.default_device())
+    with _verdict_lock:
+        if device not in _verdicts:
+            _verdicts[device] = all(
+                _check_in_place(dtype, rows)
+                for dtype in (mx.uint32, mx.bfloat16, mx.float32, mx.uint8)
+                for rows in (4, 4096)
+            )
+        return _verdicts[device]
+
+
+def _check_in_place(dtype: mx.Dtype, rows: int) -> bool:
+    try:
+        array = mx.zeros((rows, 512), dtype)
+        mx.eval(array)
+        view = byte_view(array)
+        if view.readonly or view.nbytes != array.nbytes:
+            return False
+        for seed in (3, 5):
+            # Bytes below 64 keep every floating-point pattern finite.
+            pattern = np.random.default_rng(seed).integers(0, 64, view.nbytes, dtype=np.uint8)
+            writer = threading.Thread(target=_write, args=(view, pattern))
+            writer.start()
+            writer.join()
+            expected = mx.array(pattern).view(dtype).reshape(array.shape)
+            order = mx.arange(rows - 1, -1, -1)
+            if not mx.array_equal(array[order], expected[order]).item():
+                return False
+    except (BufferError, TypeError, ValueError, RuntimeError):
+        return False
+    return True
+
+
+def _write(view: memoryview, pattern: np.ndarray) -> None:
+    view[:] = pattern.data
+
+
+def total_bytes(tensors: Sequence[SlotTensor]) -> int:
+    """Bytes of one expert made of these tensors."""
+    return sum(int(np.prod(t.shape, dtype=np.int64)) * t.dtype.size for t in tensors)

@@ -1,0 +1,263 @@
+"""Which expert sits in which slot: replacement policies, slot sharing, statistics.
+
+Pure Python and NumPy: no MLX, no I/O. An `ExpertCache` belongs to one layer and is the only place
+that changes its expert -> slot map. A policy only orders the resident experts.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from .errors import BudgetError
+
+
+class Policy(Protocol):
+    """Orders the resident experts of one layer; chooses which to evict."""
+
+    def touch(self, expert: int) -> None:
+        """A resident expert was used."""
+
+    def insert(self, expert: int) -> None:
+        """An expert became resident."""
+
+    def evict(self, keep: Collection[int]) -> int:
+        """Remove and return a resident expert that is not in `keep`; there is always one."""
+
+    def remove(self, expert: int) -> None:
+        """A resident expert was dropped for another reason (its read failed)."""
+
+
+class LRU:
+    """Evicts the expert whose last use lies furthest back."""
+
+    def __init__(self, slots: int) -> None:
+        self._order: OrderedDict[int, None] = OrderedDict()  # oldest first
+
+    def touch(self, expert: int) -> None:
+        self._order.move_to_end(expert)
+
+    def insert(self, expert: int) -> None:
+        self._order[expert] = None
+
+    def evict(self, keep: Collection[int]) -> int:
+        victim = next(e for e in self._order if e not in keep)
+        del self._order[victim]
+        return victim
+
+    def remove(self, expert: int) -> None:
+        del self._order[expert]
+
+
+class S3FIFO:
+    """Three FIFO queues: one-hit wonders leave early through a small probation queue.
+
+    Source: Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023. A tenth of
+    the slots is the probation queue; ghosts remember as many evicted experts as the main queue
+    holds; an expert's use count saturates at 3.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self._small: OrderedDict[int, None] = OrderedDict()
+        self._main: OrderedDict[int, None] = OrderedDict()
+        self._ghosts: deque[int] = deque(maxlen=max(1, slots - slots // 10))
+        self._uses: dict[int, int] = {}
+        self._small_slots = max(1, slots // 10)
+
+    def touch(self, expert: int) -> None:
+        self._uses[expert] = min(3, self._uses[expert] + 1)
+
+    def insert(self, expert: int) -> None:
+        (self._main if expert in self._ghosts else self._small)[expert] = None
+        self._uses[expert] = 0
+
+    def evict(self, keep: Collection[int]) -> int:
+        while True:
+            from_small = len(self._small) >= self._small_slots or not self._main
+            victim = self._pass(self._small if from_small else self._main, keep)
+            if victim is None:  # everything there was promoted, re-queued or is needed now
+                victim = self._pass(self._main if from_small else self._small, keep)
+            if victim is not None:
+                return victim
+
+    def remove(self, expert: int) -> None:
+        del self._uses[expert]
+        (self._small if expert in self._small else self._main).pop(expert)
+
+    def _pass(self, queue: OrderedDict[int, None], keep: Collection[int]) -> int | None:
+        """One turn of a queue: promote or re-queue used experts, return the first unused one."""
+        for expert in list(queue):
+            if expert in keep:
+                continue
+            if self._uses[expert] > (1 if queue is self._small else 0):
+                del queue[expert]
+                self._uses[expert] = 0 if queue is self._small else self._uses[expert] - 1
+                self._main[expert] = None
+                continue
+            del queue[expert]
+            del self._uses[expert]
+            if queue is self._small:
+                self._ghosts.append(expert)
+            return expert
+        return None
+
+
+POLICIES: dict[str, type[LRU] | type[S3FIFO]] = {"lru": LRU, "s3fifo": S3FIFO}
+"""Replacement policies by the name that `StreamConfig.policy` takes."""
+
+
+@dataclass(slots=True)
+class CacheStats:
+    """What a cache has seen; each expert counts once per call of its layer.
+
+    Attributes:
+        hits: needed experts that were resident.
+        compulsory: misses of experts never resident before: no cache could have saved them.
+        capacity: misses of experts that had been evicted.
+        evictions: experts that made room.
+    """
+
+    hits: int = 0
+    compulsory: int = 0
+    capacity: int = 0
+    evictions: int = 0
+
+    @property
+    def misses(self) -> int:
+        return self.compulsory + self.capacity
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of needed experts that were resident; 1.0 before any use."""
+        seen = self.hits + self.misses
+        return self.hits / seen if seen else 1.0
+
+    def add(self, other: CacheStats) -> None:
+        self.hits += other.hits
+        self.compulsory += other.compulsory
+        self.capacity += other.capacity
+        self.evictions += other.evictions
+
+
+class ExpertCache:
+    """The expert -> slot map of one layer.
+
+    Attributes:
+        slot_of: int32 [experts], the expert's slot or -1.
+        stats: what happened so far.
+    """
+
+    def __init__(self, experts: int, slots: int, policy: str = "lru") -> None:
+        self.experts, self.slots = experts, min(slots, experts)
+        self.slot_of = np.full(experts, -1, np.int32)
+        self.stats = CacheStats()
+        self._policy = POLICIES[policy](self.slots)
+        self._free = list(range(self.slots - 1, -1, -1))  # popped from the end: slot 0 first
+        self._seen = np.zeros(experts, bool)
+
+    @property
+    def resident(self) -> list[int]:
+        """Experts that have a slot, in index order."""
+        return np.flatnonzero(self.slot_of >= 0).tolist()
+
+    def place(self, needed: Sequence[int], keep: Iterable[int] = ()) -> list[int]:
+        """Give every needed expert a slot; returns those whose bytes must now be read into it.
+
+        Hits are touched before any miss is installed, and neither a needed expert nor one in
+        `keep` is evicted. The caller reads the returned experts or calls `drop` on them.
+
+        Args:
+            needed: distinct experts; with `keep` no more of them than there are slots.
+            keep: resident experts that must stay although this call does not need them.
+        """
+        missing = []
+        for expert in needed:
+            if self.slot_of[expert] >= 0:
+                self._policy.touch(expert)
+            else:
+                missing.append(expert)
+        self.stats.hits += len(needed) - len(missing)
+        if not missing:
+            return missing
+        pinned = {*needed, *keep}
+        if len(pinned) > self.slots:
+            raise ValueError(f"{len(pinned)} experts needed at once, {self.slots} slots")
+        for expert in missing:
+            if not self._free:
+                victim = self._policy.evict(pinned)
+                self._free.append(int(self.slot_of[victim]))
+                self.slot_of[victim] = -1
+                self.stats.evictions += 1
+            self.slot_of[expert] = self._free.pop()
+            self._policy.insert(expert)
+            if self._seen[expert]:
+                self.stats.capacity += 1
+            else:
+                self.stats.compulsory += 1
+                self._seen[expert] = True
+        return missing
+
+    def drop(self, expert: int) -> None:
+        """Empty the expert's slot: its bytes never arrived."""
+        self._free.append(int(self.slot_of[expert]))
+        self.slot_of[expert] = -1
+        self._policy.remove(expert)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNeed:
+    """What sharing out a budget must know of one layer.
+
+    Attributes:
+        experts: routed experts in the layer.
+        expert_bytes: bytes of one of them.
+        minimum: slots the layer cannot work without (one token's experts).
+    """
+
+    experts: int
+    expert_bytes: int
+    minimum: int
+
+
+def share_slots(budget_bytes: int, layers: Sequence[LayerNeed]) -> list[int]:
+    """Share one byte budget out: every layer gets the same fraction of its experts.
+
+    What rounding leaves goes out one slot at a time to the layers furthest below that fraction.
+
+    Returns:
+        Slots per layer, at most the layer's experts, together within the budget.
+
+    Raises:
+        BudgetError: the budget is below every layer's minimum together.
+    """
+    least = sum(layer.minimum * layer.expert_bytes for layer in layers)
+    if least > budget_bytes:
+        raise BudgetError(
+            f"a cache of {budget_bytes:,} bytes cannot hold the experts of one token in each of "
+            f"{len(layers)} layers; the smallest that works is {least:,} bytes",
+            needed_bytes=least,
+        )
+
+    def at(fraction: float) -> list[int]:
+        return [min(x.experts, max(x.minimum, int(fraction * x.experts))) for x in layers]
+
+    def cost(slots: list[int]) -> int:
+        return sum(n * x.expert_bytes for n, x in zip(slots, layers, strict=True))
+
+    low, high = 0.0, 1.0
+    if cost(at(high)) <= budget_bytes:
+        return at(high)
+    for _ in range(40):  # minima may push the sum up, so bisect for the fraction that fits
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(at(middle)) <= budget_bytes else (low, middle)
+    slots = at(low)
+    left = budget_bytes - cost(slots)
+    for i in sorted(range(len(layers)), key=lambda i: slots[i] / layers[i].experts):
+        if slots[i] < layers[i].experts and layers[i].expert_bytes <= left:
+            slots[i] += 1
+            left -= layers[i].expert_bytes
+    return slots

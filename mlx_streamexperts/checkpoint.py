@@ -1,0 +1,203 @@
+"""Where every tensor's bytes lie in a safetensors checkpoint, from the headers alone.
+
+No weight is read here. Everything that can be wrong with the files is found here, before anything
+loads, and raised as `CheckpointError` naming the file and the tensor. The format is
+https://github.com/huggingface/safetensors (8 bytes of header length, a JSON header, the data).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+
+# Bytes of one element. Sub-byte types have no byte range of their own and are not streamed.
+_ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4,
+    "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+_MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a checkpoint and the bytes that hold it.
+
+    Attributes:
+        name: the tensor's name in the file.
+        file: the shard that holds it.
+        dtype: safetensors name of the element type, for example `U32` or `BF16`.
+        shape: dimensions; an expert table's first one counts experts.
+        offset: absolute position of its first byte in the file.
+        nbytes: its length in bytes.
+    """
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one expert: the table is stored expert after expert."""
+        return self.nbytes // self.shape[0]
+
+    def row_offset(self, expert: int) -> int:
+        """Absolute position of one expert's first byte."""
+        return self.offset + expert * self.row_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """All tensors of a model folder, by name.
+
+    Attributes:
+        folder: the model folder.
+        tensors: every tensor of every `model*.safetensors` file in it.
+    """
+
+    folder: Path
+    tensors: dict[str, TensorEntry]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Index the `model*.safetensors` files of `folder`, which is what mlx-lm loads.
+
+    Raises:
+        CheckpointError: a shard is missing, truncated or malformed, tensors overlap or appear
+            twice, or the index file disagrees with the files.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is not a folder: a model folder with config.json is needed"
+        )
+    files = sorted(folder.glob("model*.safetensors"))
+    promised = _read_index(folder)
+    missing = sorted(set(promised.values()) - {f.name for f in files})
+    if missing:
+        raise CheckpointError(
+            f"{folder / missing[0]} is missing ({len(missing)} of {len(set(promised.values()))} "
+            f"shards named in {_INDEX} are): download the checkpoint again or complete it"
+        )
+    if not files:
+        raise CheckpointError(f"no model*.safetensors file in {folder}")
+    tensors: dict[str, TensorEntry] = {}
+    for file in files:
+        for entry in read_header(file):
+            if entry.name in tensors:
+                raise CheckpointError(
+                    f"tensor {entry.name} is in both {tensors[entry.name].file} and {file}: "
+                    "remove the shard that does not belong to this checkpoint"
+                )
+            tensors[entry.name] = entry
+    absent = sorted(set(promised) - set(tensors))
+    if absent:
+        raise CheckpointError(
+            f"tensor {absent[0]} should be in {folder / promised[absent[0]]} according to "
+            f"{_INDEX}, but no shard has it"
+        )
+    return Checkpoint(folder, tensors)
+
+
+def read_header(file: Path) -> list[TensorEntry]:
+    """Parse and validate one shard's header; no tensor data is read.
+
+    Raises:
+        CheckpointError: see `read_checkpoint`.
+    """
+    try:
+        file_bytes = file.stat().st_size
+        with file.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if file_bytes < 8 or length > file_bytes - 8:
+                raise CheckpointError(
+                    f"{file}: the header claims {length} bytes but the file has {file_bytes}: "
+                    "it is truncated or not a safetensors file"
+                )
+            if length > _MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"{file}: header of {length} bytes, more than the format's limit of "
+                    f"{_MAX_HEADER_BYTES}"
+                )
+            raw = f.read(length)
+    except OSError as e:
+        raise CheckpointError(f"{file}: cannot read the header: {e.strerror}") from e
+    try:
+        header = json.loads(raw)
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{file}: the header is not valid JSON: {e}") from e
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: the header is not a JSON object")
+    header.pop("__metadata__", None)
+    data_start = 8 + length
+    entries = [_entry(file, name, spec, data_start) for name, spec in header.items()]
+    end, previous = data_start, ""
+    for entry in sorted(entries, key=lambda t: (t.offset, t.nbytes)):
+        if entry.offset < end:
+            raise CheckpointError(f"{file}: tensors {previous} and {entry.name} overlap")
+        end, previous = entry.offset + entry.nbytes, entry.name
+    if end > file_bytes:
+        raise CheckpointError(
+            f"{file}: tensor {previous} ends at byte {end} but the file has {file_bytes}: "
+            "the shard is truncated, download it again"
+        )
+    return entries
+
+
+def _entry(file: Path, name: str, spec: Any, data_start: int) -> TensorEntry:
+    """Validate one header entry on its own."""
+    where = f"{file}: tensor {name}"
+    if not isinstance(spec, dict):
+        raise CheckpointError(f"{where}: its description is not a JSON object")
+    dtype, shape, span = spec.get("dtype"), spec.get("shape"), spec.get("data_offsets")
+    if dtype not in _ITEM_BYTES:
+        raise CheckpointError(f"{where}: unknown dtype {dtype!r}")
+    if not (isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)):
+        raise CheckpointError(f"{where}: shape {shape!r} is not a list of sizes")
+    if not (isinstance(span, list) and len(span) == 2 and all(type(n) is int for n in span)):
+        raise CheckpointError(f"{where}: data_offsets {span!r} is not [begin, end]")
+    begin, end = span
+    if not 0 <= begin <= end:
+        raise CheckpointError(f"{where}: data_offsets {span} run backwards or below zero")
+    expected = math.prod(shape) * _ITEM_BYTES[dtype]
+    if end - begin != expected:
+        raise CheckpointError(
+            f"{where}: {end - begin} bytes stored, but {dtype} of shape {shape} takes {expected}"
+        )
+    return TensorEntry(name, file, dtype, tuple(shape), data_start + begin, end - begin)
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Tensor name -> shard name from the index file; empty where there is none."""
+    file = folder / _INDEX
+    if not file.exists():
+        return {}
+    try:
+        index = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as e:
+        raise CheckpointError(f"{file}: not readable as JSON: {e}") from e
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{file}: has no weight_map object")
+    for tensor, shard in weight_map.items():
+        # Only plain names: a hostile index must not make us open files elsewhere. (A shard may
+        # still be a symbolic link: the Hub's own cache is made of them.)
+        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
+            raise CheckpointError(
+                f"{file}: tensor {tensor} points to {shard!r}, outside the model folder"
+            )
+    return weight_map

@@ -1,0 +1,125 @@
+"""The options of expert streaming, documented once for scripts and command lines."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .cache import POLICIES
+from .errors import StreamError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes from an int, or a string such as "96GB", "24GiB", "500 MB" or "1.5g".
+
+    Raises:
+        StreamError: the size is not understood, or not positive.
+    """
+    if isinstance(size, int):
+        value = size
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", size.lower())
+        units = _UNITS | _BINARY_UNITS
+        if match is None or match[2] not in units:
+            raise StreamError(f"{size!r} is not a size: write for example 24GB, 24GiB or 512MB")
+        value = int(float(match[1]) * units[match[2]])
+    if value <= 0:
+        raise StreamError(f"a size must be positive, got {size!r}")
+    return value
+
+
+def format_size(nbytes: float) -> str:
+    """Bytes in decimal units with three significant digits, for example `23.4 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}" if nbytes < 999.5 else f"{nbytes:.0f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:,.4g} TB"
+
+
+def _option(default: Any, help: str, **extra: Any) -> Any:
+    return field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """How experts are streamed. Sizes are bytes, or strings such as "24GB" or "24GiB"."""
+
+    memory: int | str | None = _option(
+        None,
+        "bound for all of MLX's memory: trunk, expert cache, KV cache and work space, for example "
+        "96GB. Default: what the device recommends.",
+    )
+    cache: int | str | None = _option(
+        None,
+        "bound for the expert cache alone, for example 24GB; overrides what --memory would leave.",
+    )
+    policy: str = _option(
+        "lru", "which expert makes room: least recently used, or S3-FIFO", choices=tuple(POLICIES)
+    )
+    threads: int = _option(8, "reads in flight at once")
+    read_size: int | str = _option("4MiB", "longest single read; longer ones are shared out")
+    bypass_page_cache: str = _option(
+        "auto",
+        "read past the system's page cache. auto: when the page cache could not hold the experts "
+        "anyway; on is an error where the file system cannot",
+        choices=("auto", "on", "off"),
+    )
+    overlap: str = _option(
+        "auto",
+        "run resident experts while missing ones are read. auto: when a read is measured to take "
+        "longer than the extra kernel calls",
+        choices=("auto", "on", "off"),
+    )
+    context_tokens: int = _option(
+        4096, "tokens of KV cache that --memory leaves room for (prompt and reply together)"
+    )
+    prefill_tokens: int = _option(
+        2048, "prompt tokens per forward pass that --memory leaves work space for"
+    )
+    in_place: str = _option(
+        "auto",
+        "read straight into MLX's memory. auto: when the start-up check on this device passes; "
+        "off: copy (slow, for diagnosis)",
+        choices=("auto", "off"),
+    )
+    progress: bool = _option(True, "show progress bars while loading")
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            choices, value = f.metadata.get("choices"), getattr(self, f.name)
+            if choices and value not in choices:
+                raise StreamError(f"{f.name}={value!r}: choose one of {', '.join(choices)}")
+        for name in ("threads", "context_tokens", "prefill_tokens"):
+            if getattr(self, name) < 1:
+                raise StreamError(f"{name} must be at least 1")
+        for name in ("memory", "cache", "read_size"):
+            if (value := getattr(self, name)) is not None:
+                parse_size(value)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add every `StreamConfig` option to a command line."""
+    group = parser.add_argument_group("expert streaming")
+    for f in fields(StreamConfig):
+        flag = "--" + f.name.replace("_", "-")
+        text = f.metadata["help"]
+        if f.default not in (None, True):
+            text += f" (default: {f.default})"
+        kind: dict[str, Any] = {"type": type(f.default) if isinstance(f.default, int) else str}
+        if f.name == "progress":
+            flag, kind = "--no-progress", {"action": "store_false", "dest": "progress"}
+            text = "show no progress bars"
+        if "choices" in f.metadata:
+            kind["choices"] = f.metadata["choices"]
+        group.add_argument(flag, default=f.default, help=text, **kind)
+
+
+def from_arguments(args: argparse.Namespace) -> StreamConfig:
+    """The `StreamConfig` that a parsed command line asks for."""
+    return StreamConfig(**{f.name: getattr(args, f.name) for f in fields(StreamConfig)})

@@ -1,0 +1,59 @@
+"""Every exception that this package raises on purpose.
+
+All derive from `StreamError`, so that a host program can catch one type. A message says what was
+found, where (file, tensor, layer, expert) and what to do about it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+class StreamError(Exception):
+    """Base of all errors raised by mlx-streamexperts."""
+
+
+class CheckpointError(StreamError, ValueError):
+    """The files on disk are not what a safetensors checkpoint must be."""
+
+
+class UnsupportedModelError(StreamError, ValueError):
+    """The model has no routed experts, or holds them in a layout that cannot be streamed."""
+
+
+class BudgetError(StreamError):
+    """The stated memory cannot hold the model.
+
+    Attributes:
+        needed_bytes: the smallest budget of the same kind that works, in bytes.
+    """
+
+    def __init__(self, message: str, needed_bytes: int) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+
+
+class ExpertReadError(StreamError):
+    """An expert's bytes could not be read; its slot is empty and the model stays usable.
+
+    Attributes:
+        layer: module path of the expert layer, for example `model.layers.3.mlp.switch_mlp`.
+        expert: index of the expert in that layer.
+        tensor: name of the tensor in the checkpoint.
+        file: the shard.
+        offset: first byte that could not be read.
+        errno: the operating system's error number, or None at an unexpected end of file.
+    """
+
+    def __init__(
+        self, layer: str, expert: int, tensor: str, file: Path, offset: int, errno: int | None
+    ) -> None:
+        reason = "unexpected end of file" if errno is None else os.strerror(errno)
+        super().__init__(
+            f"cannot read expert {expert} of {layer}: {reason} at byte {offset} of {file} "
+            f"(tensor {tensor}). The expert's slot was left empty; the model can be used again "
+            "once the file is readable."
+        )
+        self.layer, self.expert, self.tensor = layer, expert, tensor
+        self.file, self.offset, self.errno = file, offset, errno

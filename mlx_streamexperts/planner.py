@@ -1,0 +1,183 @@
+"""How a memory budget is divided, from sizes alone, before anything is allocated.
+
+    memory = trunk + expert cache + KV cache + work space
+
+The trunk and the experts are exact sums over the checkpoint; KV cache and work space are upper
+estimates from the model's configuration, for `context_tokens` and `prefill_tokens`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .cache import LayerNeed, share_slots
+from .config import StreamConfig, format_size, parse_size
+from .errors import BudgetError
+from .platform import device_memory_bytes
+
+_WORK_FLOOR_BYTES = 16 << 20  # sampling, masks, small arrays
+_DEFAULT_SHARE = 0.85  # of what the device recommends; the rest is the host program's
+
+_TOP_K_KEYS = (
+    "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k",
+    "moe_k", "num_selected_experts", "experts_per_token", "top_k",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What loading a model within a budget comes to. All sizes in bytes.
+
+    Attributes:
+        memory: the bound for everything, or None where only the cache is bounded.
+        trunk: weights that stay resident: everything but routed experts.
+        experts: all routed experts on disk.
+        cache: what the slots take.
+        kv: room for the KV cache of `context_tokens` tokens.
+        work: room for activations of `prefill_tokens` tokens.
+        slots: slots of each expert layer, in model order.
+        resident_share: part of all expert bytes that fits into the cache.
+    """
+
+    memory: int | None
+    trunk: int
+    experts: int
+    cache: int
+    kv: int
+    work: int
+    slots: tuple[int, ...]
+
+    @property
+    def resident_share(self) -> float:
+        return self.cache / self.experts
+
+    def __str__(self) -> str:
+        bound = "" if self.memory is None else f"{format_size(self.memory)} = "
+        return (
+            f"{bound}trunk {format_size(self.trunk)} + expert cache {format_size(self.cache)} + "
+            f"KV {format_size(self.kv)} + work space {format_size(self.work)}; "
+            f"{self.resident_share:.0%} of {format_size(self.experts)} of experts resident, "
+            f"{min(self.slots)} to {max(self.slots)} slots a layer"
+        )
+
+
+def divide(
+    trunk_bytes: int,
+    layers: Sequence[LayerNeed],
+    item_bytes: int,
+    model_config: dict[str, Any],
+    config: StreamConfig,
+) -> Plan:
+    """Divide the budget that `config` states over a model.
+
+    Args:
+        trunk_bytes: weights that stay resident.
+        layers: what each expert layer needs.
+        item_bytes: bytes of one activation (2 for bfloat16 and float16, 4 for float32).
+        model_config: the checkpoint's config.json.
+        config: states `memory` or `cache`, or neither.
+
+    Raises:
+        BudgetError: it is too small; says the smallest that works.
+    """
+    experts = sum(n.experts * n.expert_bytes for n in layers)
+    kv = item_bytes * config.context_tokens * kv_items_per_token(model_config)
+    work = item_bytes * work_items(model_config, config.prefill_tokens) + _WORK_FLOOR_BYTES
+    fixed = trunk_bytes + kv + work
+    if config.cache is not None:
+        cache, memory = parse_size(config.cache), config.memory and parse_size(config.memory)
+        if memory and fixed + cache > memory:
+            raise BudgetError(
+                f"memory={format_size(memory)} cannot hold cache={format_size(cache)} beside "
+                f"{_parts(trunk_bytes, kv, work)}; the smallest memory that works with this cache "
+                f"is {fixed + cache:,} bytes ({format_size(fixed + cache)})",
+                needed_bytes=fixed + cache,
+            )
+    else:
+        memory = (
+            int(_DEFAULT_SHARE * device_memory_bytes())
+            if config.memory is None
+            else parse_size(config.memory)
+        )
+        least = fixed + sum(n.minimum * n.expert_bytes for n in layers)
+        if memory < least:
+            raise BudgetError(
+                f"memory={format_size(memory)} is too small: {_parts(trunk_bytes, kv, work)} and "
+                f"one token's experts in each of {len(layers)} layers need {least:,} bytes "
+                f"({format_size(least)}). Smaller --context-tokens or --prefill-tokens need less.",
+                needed_bytes=least,
+            )
+        cache = memory - fixed
+    slots = share_slots(cache, layers)
+    used = sum(s * n.expert_bytes for s, n in zip(slots, layers, strict=True))
+    return Plan(memory or None, trunk_bytes, experts, used, kv, work, tuple(slots))
+
+
+def text_config(model_config: dict[str, Any]) -> dict[str, Any]:
+    """The language model's part of a configuration (multimodal ones nest it)."""
+    inner = model_config.get("text_config")
+    return {**model_config, **inner} if isinstance(inner, dict) else model_config
+
+
+def experts_per_token(model_config: dict[str, Any], experts: int) -> int:
+    """Experts that a router picks for one token, at most `experts`; 8 where no key tells."""
+    known = text_config(model_config)
+    for key in _TOP_K_KEYS:
+        value = known.get(key)
+        if isinstance(value, list) and value:
+            value = max(value)
+        if isinstance(value, int) and value > 0:
+            return min(value, experts)
+    return min(8, experts)
+
+
+def kv_items_per_token(model_config: dict[str, Any]) -> int:
+    """Upper estimate of the numbers that the KV cache keeps per token.
+
+    Full attention in all layers but those that `full_attention_interval` makes linear.
+    """
+    c = text_config(model_config)
+    layers = _number(c, "num_hidden_layers", "n_layers", default=1)
+    interval = _number(c, "full_attention_interval", default=1)
+    if c.get("kv_lora_rank"):  # multi-head latent attention
+        width = c["kv_lora_rank"] + _number(c, "qk_rope_head_dim", default=64)
+    else:
+        heads = _number(c, "num_attention_heads", "n_heads", default=1)
+        hidden = _number(c, "hidden_size", "d_model", default=1)
+        head_dim = _number(c, "head_dim", default=max(1, hidden // heads))
+        width = 2 * _number(c, "num_key_value_heads", default=heads) * head_dim
+    return width * -(-layers // interval)
+
+
+def work_items(model_config: dict[str, Any], tokens: int) -> int:
+    """Upper estimate of the numbers that a forward pass over `tokens` tokens holds at once.
+
+    The routed rows dominate: tokens x top-k rows, each with input, gate, up, activation and output
+    (a wave computes while the one before is collected); then the residual stream, attention inputs,
+    and the logits of the last token with the sampler's copies.
+    """
+    c = text_config(model_config)
+    hidden = _number(c, "hidden_size", "d_model", default=1)
+    inner = _number(c, "moe_intermediate_size", "intermediate_size", "ffn_dim", default=hidden)
+    dense = _number(c, "intermediate_size", default=inner)
+    heads = _number(c, "num_attention_heads", default=1) * _number(c, "head_dim", default=0)
+    rows = tokens * experts_per_token(model_config, 1 << 30) * (4 * hidden + 4 * inner)
+    stream = tokens * (12 * hidden + 3 * dense + 6 * heads)
+    return rows + stream + 8 * _number(c, "vocab_size", default=1)
+
+
+def _number(config: dict[str, Any], *keys: str, default: int) -> int:
+    for key in keys:
+        value = config.get(key)
+        if isinstance(value, int) and value > 0:
+            return value
+    return default
+
+
+def _parts(trunk: int, kv: int, work: int) -> str:
+    return (
+        f"the trunk ({format_size(trunk)}), KV cache ({format_size(kv)}), "
+        f"work space ({format_size(work)})"
+    )

@@ -1,0 +1,139 @@
+"""Every difference between operating systems, behind plain functions.
+
+Nothing else in the package asks which system it runs on. macOS branches follow the documented
+behaviour of `fcntl(F_NOCACHE)` and `sysctl`; they are exercised by the test-suite where it runs.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+
+PAGE_BYTES = mmap.PAGESIZE
+"""Size of a virtual-memory page: 4 KiB on most Linux machines, 16 KiB on Apple silicon."""
+
+_MAX_BUFFERS_PER_READ = 512  # IOV_MAX is 1024 on Linux and macOS
+_F_NOCACHE = 48  # <sys/fcntl.h> on macOS
+
+
+def open_direct(path: Path) -> tuple[int, int]:
+    """Open `path` so that reads bypass the page cache.
+
+    Returns:
+        The file descriptor, and the alignment in bytes that offset, length and memory address
+        must have: 1 where the system asks for none (macOS).
+
+    Raises:
+        OSError: the system or the file system has no way to bypass the page cache.
+    """
+    if sys.platform == "darwin":
+        import fcntl
+
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.fcntl(fd, _F_NOCACHE, 1)
+        except OSError:
+            os.close(fd)
+            raise
+        return fd, 1
+    flag = getattr(os, "O_DIRECT", None)
+    if flag is None:
+        raise OSError(errno.ENOTSUP, "this system has no O_DIRECT", str(path))
+    # 4096 satisfies every block device in use; 512 would fail on 4K-native drives.
+    return os.open(path, os.O_RDONLY | flag), 4096
+
+
+def read_into(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+    """One scatter read at `offset`; returns the bytes read, which may be fewer than asked for."""
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, buffers[:_MAX_BUFFERS_PER_READ], offset)
+    data = os.pread(fd, len(buffers[0]), offset)  # macOS before 11
+    buffers[0][: len(data)] = data
+    return len(data)
+
+
+def drop_page_cache(path: Path) -> bool:
+    """Ask the system to forget `path`'s cached pages (for cold measurements). False if it can't."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fdatasync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+    return True
+
+
+def total_memory_bytes() -> int:
+    """Memory of this machine, or of the container that limits us, in bytes."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(Path(limit).read_text()))
+        except (OSError, ValueError):  # no cgroup, or "max"
+            continue
+    return total
+
+
+def available_memory_bytes() -> int:
+    """Memory that can be taken without swapping, in bytes (an estimate of the system's)."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return min(int(line.split()[1]) * 1024, total_memory_bytes())
+    except OSError:
+        pass
+    if sys.platform == "darwin":
+        pages = _vm_stat()
+        free = sum(pages.get(k, 0) for k in ("free", "inactive", "speculative", "purgeable"))
+        if free:
+            return free * PAGE_BYTES
+    return total_memory_bytes() // 2
+
+
+def device_memory_bytes() -> int:
+    """Memory that MLX's default device can use, in bytes.
+
+    On Metal the recommended working set (`iogpu.wired_limit_mb` raises it), on other GPUs the
+    device's own memory, on the CPU what the system has available.
+    """
+    if mx.default_device() == mx.gpu:
+        info = mx.device_info()
+        for key in ("max_recommended_working_set_size", "total_memory", "memory_size"):
+            value = info.get(key)
+            if isinstance(value, int) and value > 0:
+                return value
+    return available_memory_bytes()
+
+
+def resident_bytes() -> int:
+    """This process's resident memory (RSS), in bytes."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
+    except OSError:
+        out = subprocess.run(
+            ["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True, text=True, check=True
+        )
+        return int(out.stdout) * 1024
+
+
+def _vm_stat() -> dict[str, int]:
+    """Page counts by kind from macOS's `vm_stat`."""
+    try:
+        out = subprocess.run(["vm_stat"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    pages = {}
+    for line in out.splitlines():
+        name, _, count = line.partition(":")
+        if name.startswith("Pages ") and count.strip().rstrip(".").isdigit():
+            pages[name.removeprefix("Pages ")] = int(count.strip().rstrip("."))
+    return pages

@@ -1,0 +1,241 @@
+"""The expert stream behind a model: its layers, its reader, its budget and its statistics."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from tqdm import tqdm
+
+from .bank import in_place_works
+from .cache import CacheStats, LayerNeed, share_slots
+from .config import StreamConfig, parse_size
+from .errors import StreamError, UnsupportedModelError
+from .layer import ExpertLayer
+from .planner import Plan, experts_per_token
+from .platform import available_memory_bytes
+from .reader import ExpertReader, ReadStats, direct_works
+
+_STREAM = "_expert_stream"
+
+
+@dataclass(frozen=True)
+class StreamStats:
+    """Counters since the last `reset`.
+
+    Attributes:
+        cache: hits and misses over all layers.
+        read: bytes, reads and seconds of the reader.
+        layer_hit_rates: hit rate by layer name.
+        sync_seconds: time spent waiting for routers' indices (the device's own work included).
+        calls, waves, overlapped: see `LayerStats`.
+        resident_layers: layers whose experts are all in memory; they count no hits.
+    """
+
+    cache: CacheStats
+    read: ReadStats
+    layer_hit_rates: dict[str, float]
+    sync_seconds: float
+    calls: int
+    waves: int
+    overlapped: int
+    resident_layers: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain numbers, for JSON."""
+        return {
+            **asdict(self),
+            "misses": self.cache.misses,
+            "hit_rate": self.cache.hit_rate,
+        }
+
+
+class ExpertStream:
+    """What `stream(model)` returns. A context manager: leaving it closes the stream.
+
+    Attributes:
+        plan: how the budget was divided.
+        config: the options in force.
+        bypasses_page_cache: whether reads go past the system's page cache.
+        in_place: whether reads go straight into MLX's memory.
+    """
+
+    def __init__(
+        self,
+        layers: list[ExpertLayer],
+        plan: Plan,
+        config: StreamConfig,
+        model_config: dict[str, Any],
+    ) -> None:
+        self.layers, self.plan, self.config = layers, plan, config
+        self._model_config = model_config
+        self.in_place = config.in_place == "auto" and in_place_works()
+        self.bypasses_page_cache = self._decide_bypass()
+        self._reader = ExpertReader(
+            config.threads, parse_size(config.read_size), self.bypasses_page_cache
+        )
+        self._closed = False
+        # Freed buffers that MLX keeps for reuse are memory too: bound them by the work space.
+        self._old_cache_limit = mx.set_cache_limit(plan.work)
+        try:
+            self._open(plan.slots)
+        except BaseException:
+            self.close()
+            raise
+
+    def stats(self) -> StreamStats:
+        """Counters since the last `reset`, summed over layers."""
+        total = CacheStats()
+        for layer in self.layers:
+            total.add(layer.cache.stats)
+        return StreamStats(
+            cache=total,
+            read=ReadStats(**asdict(self._reader.stats)),
+            layer_hit_rates={x.name: x.cache.stats.hit_rate for x in self.layers},
+            sync_seconds=sum(x.stats.sync_seconds for x in self.layers),
+            calls=sum(x.stats.calls for x in self.layers),
+            waves=sum(x.stats.waves for x in self.layers),
+            overlapped=sum(x.stats.overlapped for x in self.layers),
+            resident_layers=sum(x.resident for x in self.layers),
+        )
+
+    def reset(self) -> None:
+        """Set every counter to zero; cached experts stay."""
+        for layer in self.layers:
+            layer.stats = type(layer.stats)()
+            layer.cache.stats = CacheStats()
+        self._reader.stats = ReadStats()
+
+    def resize(self, cache: int | str) -> None:
+        """Change the expert cache's size while the model lives. It starts empty again.
+
+        Args:
+            cache: bytes, or a string such as "24GB".
+
+        Raises:
+            BudgetError: too small; nothing has changed.
+        """
+        self._check_open()
+        slots = share_slots(parse_size(cache), self.needs())
+        for layer, count in zip(self.layers, slots, strict=True):
+            if count < layer.cache.slots:
+                self._open_layer(layer, count)
+        mx.clear_cache()  # shrink first, and give it back, so that growing stays in the budget
+        for layer, count in zip(self.layers, slots, strict=True):
+            if count > layer.cache.slots:
+                self._open_layer(layer, count)
+        self._load_resident()
+
+    def close(self) -> None:
+        """Stop reading, free slots, files and threads. Later calls of the model raise."""
+        if self._closed:
+            return
+        self._closed = True
+        for layer in self.layers:
+            layer.close()
+        self._reader.close()
+        mx.set_cache_limit(self._old_cache_limit)
+        mx.clear_cache()
+
+    def needs(self) -> list[LayerNeed]:
+        """What each layer asks of a budget."""
+        return layer_needs(self.layers, self._model_config)
+
+    def __enter__(self) -> ExpertStream:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else str(self.plan)
+        return f"<ExpertStream of {len(self.layers)} layers: {state}>"
+
+    def _open(self, slots: tuple[int, ...]) -> None:
+        for layer, count in zip(self.layers, slots, strict=True):
+            self._open_layer(layer, count)
+        self._load_resident()
+
+    def _open_layer(self, layer: ExpertLayer, slots: int) -> None:
+        layer.open(slots, self._reader, self.config.policy, self.config.overlap, self.in_place)
+
+    def _load_resident(self) -> None:
+        """Read all experts of the layers that have a slot for each, once and for all."""
+        whole = [x for x in self.layers if x.cache.slots == x.experts and not x.resident]
+        total = sum(x.experts * x.expert_bytes for x in whole)
+        with tqdm(
+            total=total,
+            desc="Loading experts",
+            unit="B",
+            unit_scale=True,
+            disable=not (self.config.progress and total),
+        ) as bar:
+            for layer in whole:
+                for nbytes in layer.load_all():
+                    bar.update(nbytes)
+        self._reader.stats = ReadStats()
+
+    def _decide_bypass(self) -> bool:
+        if self.config.bypass_page_cache == "off":
+            return False
+        files = sorted({t.stored.file for x in self.layers for t in x.tensors.values()})
+        possible = all(direct_works(f) for f in files[:1])
+        if self.config.bypass_page_cache == "on":
+            if not possible:
+                raise StreamError(
+                    f"bypass_page_cache='on', but the file system of {files[0]} cannot read past "
+                    "the page cache; use 'auto' or 'off'"
+                )
+            return True
+        # Others measured a page cache that competes with the expert cache for memory. Where the
+        # page cache has room for what the slots leave out, it makes misses cheap instead.
+        room = available_memory_bytes() - self.plan.trunk - self.plan.cache
+        return possible and self.plan.experts - self.plan.cache > room // 2
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StreamError("this expert stream is closed")
+
+
+def layer_needs(layers: list[ExpertLayer], model_config: dict[str, Any]) -> list[LayerNeed]:
+    """Sizes and minimum slots of some layers."""
+    return [
+        LayerNeed(x.experts, x.expert_bytes, experts_per_token(model_config, x.experts))
+        for x in layers
+    ]
+
+
+def flatten(module: nn.Module) -> list[tuple[str, mx.array]]:
+    """A module's parameters by path."""
+    return cast(list[tuple[str, mx.array]], tree_flatten(module.parameters()))
+
+
+def attach(model: nn.Module, expert_stream: ExpertStream) -> None:
+    """Remember the stream on its model; it closes when the model is collected."""
+    object.__setattr__(model, _STREAM, expert_stream)
+    weakref.finalize(model, expert_stream.close)
+
+
+def stream(model: nn.Module) -> ExpertStream:
+    """The `ExpertStream` behind a model that `load` or `patch` made.
+
+    Raises:
+        UnsupportedModelError: the model is not streamed.
+    """
+    found = model.__dict__.get(_STREAM)
+    if found is None:
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} is not streamed: load it with mlx_streamexperts.load, or "
+            "with mlx_lm.load inside mlx_streamexperts.patch"
+        )
+    return found
