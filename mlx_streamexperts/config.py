@@ -82,6 +82,9 @@ class StreamConfig:
     prefill_tokens: int = _option(
         2048, "prompt tokens per forward pass that --memory leaves work space for"
     )
+    reserve: int | str | None = _option(
+        None, "part of --memory kept free for other models in this process, for example 4GB"
+    )
     in_place: str = _option(
         "auto",
         "read straight into MLX's memory. auto: when the start-up check on this device passes; "
@@ -98,7 +101,7 @@ class StreamConfig:
         for name in ("threads", "context_tokens", "prefill_tokens"):
             if getattr(self, name) < 1:
                 raise StreamError(f"{name} must be at least 1")
-        for name in ("memory", "cache", "read_size"):
+        for name in ("memory", "cache", "read_size", "reserve"):
             if (value := getattr(self, name)) is not None:
                 parse_size(value)
 

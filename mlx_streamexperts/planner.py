@@ -85,13 +85,15 @@ def divide(
     experts = sum(n.experts * n.expert_bytes for n in layers)
     kv = item_bytes * config.context_tokens * kv_items_per_token(model_config)
     work = item_bytes * work_items(model_config, config.prefill_tokens) + _WORK_FLOOR_BYTES
-    fixed = trunk_bytes + kv + work
+    reserve = 0 if config.reserve is None else parse_size(config.reserve)
+    fixed = trunk_bytes + kv + work + reserve
+    parts = _parts(trunk_bytes, kv, work, reserve)
     if config.cache is not None:
         cache, memory = parse_size(config.cache), config.memory and parse_size(config.memory)
         if memory and fixed + cache > memory:
             raise BudgetError(
                 f"memory={format_size(memory)} cannot hold cache={format_size(cache)} beside "
-                f"{_parts(trunk_bytes, kv, work)}; the smallest memory that works with this cache "
+                f"{parts}; the smallest memory that works with this cache "
                 f"is {fixed + cache:,} bytes ({format_size(fixed + cache)})",
                 needed_bytes=fixed + cache,
             )
@@ -104,7 +106,7 @@ def divide(
         least = fixed + sum(n.minimum * n.expert_bytes for n in layers)
         if memory < least:
             raise BudgetError(
-                f"memory={format_size(memory)} is too small: {_parts(trunk_bytes, kv, work)} and "
+                f"memory={format_size(memory)} is too small: {parts} and "
                 f"one token's experts in each of {len(layers)} layers need {least:,} bytes "
                 f"({format_size(least)}). Smaller --context-tokens or --prefill-tokens need less.",
                 needed_bytes=least,
@@ -176,8 +178,9 @@ def _number(config: dict[str, Any], *keys: str, default: int) -> int:
     return default
 
 
-def _parts(trunk: int, kv: int, work: int) -> str:
+def _parts(trunk: int, kv: int, work: int, reserve: int) -> str:
     return (
         f"the trunk ({format_size(trunk)}), KV cache ({format_size(kv)}), "
         f"work space ({format_size(work)})"
+        + (f", the reserve ({format_size(reserve)})" if reserve else "")
     )

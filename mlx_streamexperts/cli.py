@@ -1,0 +1,61 @@
+"""What every command line shares: our options beside mlx-lm's, and the embedded model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+
+from mlx_lm.utils import _download
+
+from .checkpoint import read_checkpoint
+from .config import StreamConfig, add_arguments, format_size, from_arguments
+from .demo import demo_model
+
+_DEMO_CACHE = "10MB"  # about a quarter of its experts, so that there is something to see
+
+
+def make_parser(
+    parser: argparse.ArgumentParser, prog: str, description: str | None
+) -> argparse.ArgumentParser:
+    """Extend one of mlx-lm's parsers with the options of expert streaming."""
+    parser.prog, parser.description = prog, description
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    for action in parser._actions:
+        if action.dest == "model":
+            action.help = (
+                "model folder or Hugging Face repository with routed experts. Default: the small "
+                "demonstration model that comes with the package."
+            )
+    add_arguments(parser)
+    return parser
+
+
+def stream_settings(args: argparse.Namespace) -> tuple[StreamConfig, str | None]:
+    """The streaming options of a parsed command line, and the model to load.
+
+    The embedded model stands in where none is named; it fits any machine, so it then gets a small
+    expert cache unless the command line states a budget. The model is None where a prompt cache
+    file names it.
+    """
+    config, model = from_arguments(args), args.model
+    if model is None and getattr(args, "prompt_cache_file", None) is None:
+        model = str(demo_model())
+        notice = f"No --model given: using the embedded demonstration model, {model}"
+        if config.memory is None and config.cache is None:
+            config = replace(config, cache=_DEMO_CACHE)
+            notice += (
+                f", with an expert cache of {_DEMO_CACHE} so that it streams (--cache changes it)"
+            )
+        print(notice, file=sys.stderr)
+    return _with_room_for_draft(config, args), model
+
+
+def _with_room_for_draft(config: StreamConfig, args: argparse.Namespace) -> StreamConfig:
+    """Take a draft model's weights out of the memory that the streamed model may use."""
+    draft = getattr(args, "draft_model", None)
+    if draft is None:
+        return config
+    reserve = read_checkpoint(_download(draft)).nbytes
+    print(f"Keeping {format_size(reserve)} for the draft model {draft}", file=sys.stderr)
+    return replace(config, reserve=reserve)
