@@ -1,0 +1,67 @@
+"""Shared helpers: build a family once, run stock and streamed models on the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import families
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.utils
+import numpy as np
+import pytest
+
+from mlx_streamexperts import ExpertStream, StreamConfig, patch, stream
+
+QUIET = StreamConfig(progress=False)
+
+
+def load_streamed(folder: Path, cache: int, config: StreamConfig = QUIET) -> nn.Module:
+    """A model without tokenizer, its experts in a cache of `cache` bytes."""
+    with patch(cache=cache, config=config):
+        return mlx_lm.utils.load_model(folder)[0]
+
+
+def smallest_cache(expert_stream: ExpertStream) -> int:
+    """Bytes of one token's experts in every layer."""
+    return sum(n.minimum * n.expert_bytes for n in expert_stream.needs())
+
+
+def all_experts(expert_stream: ExpertStream) -> int:
+    """Bytes of all experts."""
+    return sum(n.experts * n.expert_bytes for n in expert_stream.needs())
+
+
+def assert_same(expected: list[np.ndarray], got: list[np.ndarray], what: str) -> None:
+    """Logits of every call are the same bits."""
+    assert len(expected) == len(got)
+    for step, (a, b) in enumerate(zip(expected, got, strict=True)):
+        assert np.array_equal(a, b), f"{what}: call {step}, off by {np.abs(a - b).max()}"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Builds a family's checkpoint, once per set of arguments."""
+    built: dict[str, Path] = {}
+
+    def build(family: str, **options: object) -> Path:
+        key = f"{family} {options}"
+        if key not in built:
+            folder = tmp_path_factory.mktemp(family)
+            built[key] = families.build(family, folder, **options)  # type: ignore[arg-type]
+        return built[key]
+
+    return build
+
+
+@pytest.fixture
+def streamed(checkpoint: Callable[..., Path]) -> Iterator[tuple[nn.Module, ExpertStream]]:
+    """A small streamed qwen3_moe with a quarter of its experts in cache; closed afterwards."""
+    folder = checkpoint("qwen3_moe")
+    model = load_streamed(folder, 1 << 40)
+    expert_stream = stream(model)
+    expert_stream.resize(all_experts(expert_stream) // 4)
+    yield model, expert_stream
+    expert_stream.close()
+    mx.clear_cache()

@@ -1,0 +1,153 @@
+"""The streamed model gives the same bits as mlx-lm holding the same weights.
+
+On the CPU backend every (token, expert) row is a matmul of its own, so prefill is bit-identical
+too, however the rows are divided into waves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import families
+import mlx.core as mx
+import mlx_lm.utils
+import numpy as np
+import pytest
+from conftest import QUIET, all_experts, assert_same, load_streamed, smallest_cache
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlx_streamexperts import StreamConfig, stream
+
+HEADLINE = (
+    "qwen3_moe", "qwen3_5_moe", "kimi_k25", "deepseek_v3", "gpt_oss", "mixtral", "nemotron_h",
+    "gemma4", "llama4", "glm4_moe", "granitemoe",
+)  # fmt: skip
+OTHERS = tuple(f for f in families.FAMILIES if f not in HEADLINE)
+PREFILL = 24
+
+
+def compare(
+    folder: Path, steps: int, shares: tuple[float, ...], config: StreamConfig = QUIET
+) -> None:
+    """Prefill and `steps` teacher-forced decode steps, streamed at several cache sizes."""
+    tokens = families.token_stream(families.VOCAB, PREFILL + steps, seed=3)
+    stock, _ = mlx_lm.utils.load_model(folder)
+    expected = families.run(stock, tokens, PREFILL)
+    model = load_streamed(folder, 1 << 40, config)
+    with stream(model) as expert_stream:
+        whole, least = all_experts(expert_stream), smallest_cache(expert_stream)
+        for share in shares:
+            expert_stream.resize(max(least, int(share * whole)))
+            expert_stream.reset()
+            got = families.run(model, tokens, PREFILL)
+            stats = expert_stream.stats()
+            assert_same(expected, got, f"{folder.name} at {share:.0%}")
+            assert (stats.cache.misses > 0) == (share < 1)
+            assert (stats.resident_layers == len(expert_stream.layers)) == (share == 1)
+
+
+@pytest.mark.parametrize("family", HEADLINE)
+def test_decode_and_prefill_are_bit_identical_at_every_cache_size(
+    family: str, checkpoint: Callable[..., Path]
+) -> None:
+    compare(checkpoint(family), steps=110, shares=(0.0, 0.5, 0.9, 1.0))
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_every_other_family_is_bit_identical(family: str, checkpoint: Callable[..., Path]) -> None:
+    compare(checkpoint(family), steps=20, shares=(0.0, 0.7, 1.0))
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32], ids=str)
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
+def test_every_dtype_and_bit_width(
+    dtype: mx.Dtype, bits: int, checkpoint: Callable[..., Path]
+) -> None:
+    folder = checkpoint("qwen3_moe", dtype=dtype, quantize=families.Quantize(bits=bits))
+    compare(folder, steps=12, shares=(0.3,))
+
+
+@pytest.mark.parametrize(
+    "quantize",
+    [
+        families.Quantize(mode="mxfp4"),
+        families.Quantize(mode="mxfp8"),
+        families.Quantize(mode="nvfp4"),
+        families.Quantize(bits=2),
+        families.Quantize(bits=5, group_size=32),
+        families.Quantize(
+            group_size=32,
+            per_projection={
+                "gate_proj": {"bits": 3, "group_size": 64},
+                "up_proj": {"bits": 8, "group_size": 32},
+                "down_proj": {"bits": 6, "group_size": 32},
+            },
+        ),
+        families.Quantize(per_projection={"down_proj": None}),
+        None,
+    ],
+    ids=["mxfp4", "mxfp8", "nvfp4", "2bit", "5bit", "mixed", "part-unquantized", "unquantized"],
+)
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_every_mode_and_mixture_of_projections(
+    family: str, quantize: families.Quantize | None, checkpoint: Callable[..., Path]
+) -> None:
+    if reason := families.unsupported(family, mx.float32, quantize):
+        pytest.skip(f"stock mlx-lm cannot run it on this device: {reason}")
+    compare(checkpoint(family, quantize=quantize), steps=12, shares=(0.4,))
+
+
+@pytest.mark.parametrize("option", ["overlap", "policy", "in_place", "bypass_page_cache"])
+def test_no_option_changes_a_bit(option: str, checkpoint: Callable[..., Path]) -> None:
+    choices = {
+        "overlap": ("on", "off"),
+        "policy": ("lru", "s3fifo"),
+        "in_place": ("off",),
+        "bypass_page_cache": ("on", "off"),
+    }
+    for value in choices[option]:
+        config = StreamConfig(progress=False, **{option: value})
+        compare(checkpoint("qwen3_moe"), 30, (0.0, 0.5), config)
+
+
+@pytest.mark.parametrize("length", [1, 7, 40, 300])
+def test_prefill_in_waves_is_bit_identical_at_any_length(
+    length: int, checkpoint: Callable[..., Path]
+) -> None:
+    # From 64 indices on, mlx-lm sorts rows by expert: both sides of that are covered.
+    folder = checkpoint("gpt_oss", dtype=mx.bfloat16)
+    tokens = mx.array(families.token_stream(families.VOCAB, length, seed=5))[None]
+    stock, _ = mlx_lm.utils.load_model(folder)
+    expected = np.array(stock(tokens).astype(mx.float32))
+    model = load_streamed(folder, 1 << 40)
+    with stream(model) as expert_stream:
+        for slots in (1, 2, 3, 5):
+            expert_stream._open((slots,) * len(expert_stream.layers))
+            expert_stream.reset()
+            got = np.array(model(tokens).astype(mx.float32))
+            assert np.array_equal(expected, got), f"{slots} slots"
+            stats = expert_stream.stats()
+            # Each expert is read at most once per call, however many waves it takes.
+            assert stats.cache.misses <= sum(x.experts for x in expert_stream.layers)
+            assert stats.waves > 0 or length == 1
+
+
+def test_batches_share_reads(checkpoint: Callable[..., Path]) -> None:
+    """Sequences of one batch that want the same expert cost one read."""
+    folder = checkpoint("qwen3_moe")
+    batch = mx.array(np.stack([families.token_stream(families.VOCAB, 6, s) for s in range(4)]))
+    stock, _ = mlx_lm.utils.load_model(folder)
+    model = load_streamed(folder, 1 << 40)
+    with stream(model) as expert_stream:
+        expert_stream.resize(all_experts(expert_stream) // 2)
+        caches = [make_prompt_cache(m) for m in (stock, model)]
+        for step in range(batch.shape[1]):
+            a, b = (
+                m(batch[:, step : step + 1], cache=c)
+                for m, c in zip((stock, model), caches, strict=True)
+            )
+            assert mx.array_equal(a, b), f"step {step}"
+        per_call = max(x.experts for x in expert_stream.layers)
+        stats = expert_stream.stats()
+        assert stats.cache.hits + stats.cache.misses <= stats.calls * per_call
