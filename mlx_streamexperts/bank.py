@@ -151,8 +151,8 @@ def in_place_works() -> bool:
     """Do kernels on the default device see bytes written through an array's buffer?
 
     Writes patterns from another thread, as the reader does, into arrays of the element types in
-    use and from one page to megabytes, and reads them back with kernels, twice, so that a stale
-    device copy is noticed. The verdict is kept per device.
+    use, from one page to a quarter of a megabyte, and reads them back with kernels, twice, so that
+    a stale device copy is noticed. The verdict is kept per device.
     """
     device = str(mx.default_device())
     with _verdict_lock:
@@ -160,7 +160,7 @@ def in_place_works() -> bool:
             _verdicts[device] = all(
                 _check_in_place(dtype, rows)
                 for dtype in (mx.uint32, mx.bfloat16, mx.float32, mx.uint8)
-                for rows in (4, 4096)
+                for rows in (2, 128)
             )
         return _verdicts[device]
 

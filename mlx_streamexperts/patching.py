@@ -328,8 +328,8 @@ def _check_table(where: str, table: mx.array, stored: TensorEntry) -> None:
 
 def _rewritten(where: str, as_stored: dict[str, mx.array], checkpoint: Checkpoint) -> str:
     """Why a table that is not stored as such cannot be streamed, and what to do."""
-    parts = set(where.split("."))
-    alike = [n for n in as_stored if "expert" in n and len(parts & set(n.split("."))) >= 3]
+    layer = where[: where.find(".", where.find("layers.") + len("layers.")) + 1]
+    alike = sorted(n for n in as_stored if "expert" in n and layer in n)
     seen = f" (it holds {alike[0]}, for example)" if alike else ""
     return (
         f"{checkpoint.folder} does not store {where} as one table of experts{seen}; mlx-lm "

@@ -1,0 +1,281 @@
+"""`load`, `stream` and `patch`: what is streamed, what is refused, what is left behind."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import families
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import mlx_lm.utils
+import numpy as np
+import pytest
+from conftest import QUIET, load_streamed, smallest_cache
+from mlx_lm.models.switch_layers import SwitchGLU
+
+from mlx_streamexperts import (
+    BudgetError,
+    CheckpointError,
+    ExpertStream,
+    StreamConfig,
+    StreamError,
+    UnsupportedModelError,
+    patch,
+    plan,
+    stream,
+)
+
+ORIGINAL = mlx_lm.utils.load_model
+TOKENS = mx.array([[3, 1, 4, 1, 5]])
+
+
+@pytest.fixture
+def copy(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
+    """A private copy of a checkpoint, to be damaged."""
+    return Path(shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "model"))
+
+
+def test_patch_leaves_mlx_lm_exactly_as_found(checkpoint: Callable[..., Path]) -> None:
+    before = {k: id(v) for k, v in vars(mlx_lm.utils).items()}
+    patched = patch(cache="1GB", config=QUIET).install()
+    assert mlx_lm.utils.load_model is not ORIGINAL
+    patched.remove()
+    patched.remove()  # once more does no harm
+    assert {k: id(v) for k, v in vars(mlx_lm.utils).items()} == before
+    model, _ = mlx_lm.utils.load_model(checkpoint("qwen3_moe"))
+    with pytest.raises(UnsupportedModelError, match="not streamed"):
+        stream(model)
+
+
+def test_patches_nest_and_the_innermost_counts(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint("qwen3_moe")
+    with patch(cache="1GB", config=QUIET) as outer:
+        with patch(cache="400kB", config=QUIET) as inner:
+            mlx_lm.utils.load_model(folder)
+        mlx_lm.utils.load_model(folder)
+    assert [len(p.streams) for p in (outer, inner)] == [1, 1]
+    assert inner.streams[0].plan.cache < outer.streams[0].plan.cache
+    assert mlx_lm.utils.load_model is ORIGINAL
+
+
+def test_patch_covers_modules_that_imported_load_model(checkpoint: Callable[..., Path]) -> None:
+    globals()["load_model"] = ORIGINAL  # as `from mlx_lm.utils import load_model` does
+    try:
+        with patch(cache="1GB", config=QUIET):
+            model, _ = globals()["load_model"](checkpoint("qwen3_moe"))
+        assert stream(model).layers
+        assert globals()["load_model"] is ORIGINAL
+    finally:
+        del globals()["load_model"]
+
+
+def test_another_threads_load_is_left_alone_by_ours(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint("qwen3_moe")
+    found: list[bool] = []
+
+    def plain_load() -> None:
+        model, _ = mlx_lm.utils.load_model(folder)
+        found.append(any(isinstance(m, SwitchGLU) for _, m in model.named_modules()))
+
+    with patch(cache="1GB", config=QUIET)._for_this_thread():
+        other = threading.Thread(target=plain_load)
+        other.start()
+        other.join()
+    assert found == [True]
+
+
+def test_stream_reports_and_resets(streamed: tuple[nn.Module, ExpertStream]) -> None:
+    model, expert_stream = streamed
+    assert stream(model) is expert_stream
+    mx.eval(model(TOKENS))
+    stats = expert_stream.stats()
+    assert stats.cache.misses > 0
+    assert stats.read.bytes == stats.cache.misses * expert_stream.layers[0].expert_bytes
+    assert json.loads(json.dumps(stats.as_dict()))["hit_rate"] == stats.cache.hit_rate
+    expert_stream.reset()
+    assert expert_stream.stats().cache.misses == 0
+    assert expert_stream.stats().read.bytes == 0
+
+
+def test_experts_are_no_parameters(streamed: tuple[nn.Module, ExpertStream]) -> None:
+    """Adapters, quantizers and savers that walk the model must not see slots."""
+    model, expert_stream = streamed
+    slots = expert_stream.plan.cache
+    visible = sum(a.nbytes for _, a in mlx_lm.utils.tree_flatten(model.parameters()))
+    assert visible == expert_stream.plan.trunk
+    assert slots > 0
+    assert not any("switch_mlp.gate_proj" in path for path, _ in model.named_modules())
+
+
+def test_what_hangs_on_a_switch_stays_a_parameter(checkpoint: Callable[..., Path]) -> None:
+    """muse_spark keeps a norm inside its expert module; it belongs to the trunk."""
+    model = load_streamed(checkpoint("muse_spark"), 1 << 40)
+    norms = [
+        path
+        for path, _ in mlx_lm.utils.tree_flatten(model.parameters())
+        if path.endswith("experts.post_expert_norm.weight")
+    ]
+    assert len(norms) == len(stream(model).layers)
+
+
+def test_close_frees_memory_files_and_threads(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint("qwen3_moe")
+    gc.collect()
+    mx.clear_cache()
+    files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    active = mx.get_active_memory()
+    for _ in range(3):
+        model = load_streamed(folder, 1 << 40)
+        expert_stream = stream(model)
+        expert_stream.resize(smallest_cache(expert_stream))
+        mx.eval(model(TOKENS))
+        expert_stream.close()
+        expert_stream.close()
+        with pytest.raises(StreamError, match="closed"):
+            model(TOKENS)
+        del model, expert_stream
+    gc.collect()
+    mx.clear_cache()
+    assert len(os.listdir("/proc/self/fd")) <= files
+    assert threading.active_count() <= threads
+    assert mx.get_active_memory() <= active + 4096
+
+
+def test_a_collected_model_closes_its_stream(checkpoint: Callable[..., Path]) -> None:
+    threads = threading.active_count()
+    model = load_streamed(checkpoint("qwen3_moe"), 1 << 40)
+    assert threading.active_count() > threads
+    del model
+    gc.collect()
+    assert threading.active_count() <= threads
+
+
+def test_resize_to_too_little_changes_nothing(streamed: tuple[nn.Module, ExpertStream]) -> None:
+    model, expert_stream = streamed
+    slots = [x.cache.slots for x in expert_stream.layers]
+    before = np.array(model(TOKENS))
+    with pytest.raises(BudgetError) as e:
+        expert_stream.resize(smallest_cache(expert_stream) - 1)
+    assert e.value.needed_bytes == smallest_cache(expert_stream)
+    assert [x.cache.slots for x in expert_stream.layers] == slots
+    assert np.array_equal(before, np.array(model(TOKENS)))
+
+
+def test_memory_budget_error_names_a_budget_that_works(checkpoint: Callable[..., Path]) -> None:
+    config = StreamConfig(progress=False, context_tokens=64, prefill_tokens=16)
+    with pytest.raises(BudgetError, match="bytes") as e:
+        plan(str(checkpoint("qwen3_moe")), memory=1000, config=config)
+    made = plan(str(checkpoint("qwen3_moe")), memory=e.value.needed_bytes, config=config)
+    assert made.memory == e.value.needed_bytes
+    with pytest.raises(BudgetError):
+        plan(str(checkpoint("qwen3_moe")), memory=e.value.needed_bytes - 1, config=config)
+
+
+def test_plan_reads_and_allocates_nothing(checkpoint: Callable[..., Path]) -> None:
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    made = plan(str(checkpoint("qwen3_moe")), cache="400kB")
+    assert mx.get_active_memory() - before < 100_000
+    assert made.cache <= 400_000 < made.experts
+    assert made.trunk > 0
+    assert "resident" in str(made)
+
+
+def test_a_dense_model_is_refused_by_name(tmp_path: Path) -> None:
+    folder = dense_model(tmp_path / "dense")
+    with patch(cache="1GB", config=QUIET), pytest.raises(UnsupportedModelError, match="llama"):
+        mlx_lm.utils.load_model(folder)
+
+
+def test_a_dense_companion_loads_beside_a_streamed_model(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    draft = dense_model(tmp_path / "dense")
+    with patch(cache="1GB", config=QUIET) as patched:
+        mlx_lm.utils.load_model(checkpoint("qwen3_moe"))
+        model, _ = mlx_lm.utils.load_model(draft)
+    assert len(patched.streams) == 1
+    mx.eval(model(TOKENS))
+
+
+def test_experts_stored_one_by_one_are_refused_with_advice(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """mlx-lm would stack them in memory while loading."""
+    source = checkpoint("qwen3_moe", quantize=None)
+    copy = Path(shutil.copytree(source, tmp_path / "model"))
+    tensors: dict[str, mx.array] = {}
+    for file in copy.glob("*.safetensors"):
+        tensors.update(mx.load(str(file)))
+        file.unlink()
+    for name in [n for n in tensors if ".switch_mlp." in n]:
+        for e, part in enumerate(tensors.pop(name)):
+            tensors[name.replace("switch_mlp", f"experts.{e}")] = part
+    mx.save_safetensors(str(copy / "model.safetensors"), tensors)
+    (copy / "model.safetensors.index.json").unlink()
+    mlx_lm.utils.load_model(copy)  # stock can
+    with pytest.raises(UnsupportedModelError, match=r"mlx_lm\.convert") as e:
+        load_streamed(copy, 1 << 30)
+    assert "experts.0" in str(e.value)
+
+
+def test_damage_is_found_before_anything_loads(copy: Path) -> None:
+    shard = copy / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    before = mx.get_active_memory()
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002.*truncated"):
+        load_streamed(copy, 1 << 30)
+    assert mx.get_active_memory() <= before
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002.*missing"):
+        load_streamed(copy, 1 << 30)
+
+
+def test_expert_counts_that_disagree_are_an_error(copy: Path) -> None:
+    for file in sorted(copy.glob("*.safetensors")):
+        tensors = mx.load(str(file))
+        assert isinstance(tensors, dict)
+        for name, table in tensors.items():
+            if "layers.1.mlp.switch_mlp.up_proj" in name:
+                tensors[name] = table[:-1]
+        mx.save_safetensors(str(file), tensors)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.switch_mlp\.up_proj"):
+        load_streamed(copy, 1 << 30)
+
+
+def test_a_folder_without_config_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load_streamed(tmp_path, 1 << 30)
+
+
+def test_a_checkpoints_own_model_file_needs_trust(copy: Path) -> None:
+    (copy / "custom.py").write_text("from mlx_lm.models.qwen3_moe import Model, ModelArgs\n")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "model_file": "custom.py"}))
+    with patch(cache="400kB", config=QUIET):
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            mlx_lm.utils.load_model(copy)
+        model, _ = mlx_lm.utils.load_model(copy, trust_remote_code=True)
+    stock, _ = mlx_lm.utils.load_model(copy, trust_remote_code=True)
+    assert mx.array_equal(model(TOKENS), stock(TOKENS))
+
+
+def dense_model(folder: Path) -> Path:
+    """A tiny llama."""
+    from mlx_lm.models.llama import Model, ModelArgs
+
+    config = {
+        "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64,
+        "num_attention_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": families.VOCAB,
+    }  # fmt: skip
+    folder.mkdir()
+    mlx_lm.utils.save_model(folder, Model(ModelArgs.from_dict(config)))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
