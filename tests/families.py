@@ -774,7 +774,8 @@ def _quantize(model: nn.Module, config: dict[str, Any], quantize: Quantize) -> d
             default["group_size"],
             default["bits"],
             mode=default["mode"],
-            global_scale=quantize.global_scale,
             quant_predicate=predicate,
+            # Named only where used: older mlx-lm has no such option.
+            **({"global_scale": True} if quantize.global_scale else {}),
         )
     return config

@@ -1,0 +1,153 @@
+"""Decode speed of streamed experts against stock mlx-lm with everything resident.
+
+    python benchmarks/decode.py                       # the embedded model
+    python benchmarks/decode.py --random /tmp/f32    # 4.8 GB of float32: bound by reads
+
+Stock and streamed models take turns in one process, round by round, on the same tokens, so that
+the ratio survives a noisy machine. "warm" reads through the page cache after a pass filled it;
+"cold" bypasses it (O_DIRECT or F_NOCACHE), so that every miss goes to the drive. Each setting is
+warmed up with untimed tokens until its cache is full. The share waiting is the time that the model
+stood still for reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform as host
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import mlx_lm.utils
+import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
+from random_model import write_random_model
+
+from mlx_streamexperts import ExpertStream, StreamConfig, demo_model, patch, stream
+from mlx_streamexperts.reader import ByteRange, ExpertReader
+
+
+def prompt_tokens(folder: Path, count: int) -> list[int]:
+    """Real text for the embedded model, random tokens where nothing was learned."""
+    if folder == demo_model():
+        tokenizer = mlx_lm.utils.load_tokenizer(folder)
+        prompts = json.loads((folder / "prompts.json").read_text())
+        tokens = [t for p in prompts for t in tokenizer.encode(p["prompt"])]
+        return (tokens * (count // len(tokens) + 1))[:count]
+    vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
+    return np.random.default_rng(0).integers(0, vocab, count).tolist()
+
+
+def decode(model: nn.Module, tokens: list[int], warm_up: int) -> float:
+    """Seconds for one-token steps over `tokens` after `warm_up` of them."""
+    cache = make_prompt_cache(model)
+    for i, t in enumerate(tokens):
+        if i == warm_up:
+            if (found := model.__dict__.get("_expert_stream")) is not None:
+                found.reset()
+            start = time.perf_counter()
+        mx.eval(model(mx.array([[t]]), cache=cache))
+    return time.perf_counter() - start
+
+
+def drive_bandwidth(expert_stream: ExpertStream, bypass: bool, seconds: float = 2.0) -> float:
+    """Bytes/s of reading random experts, a layer's misses at a time, as decode does."""
+    layer = expert_stream.layers[0]
+    reader = ExpertReader(direct=bypass)
+    memory = memoryview(bytearray(layer.expert_bytes * 8))
+    order, start, done = np.random.default_rng(1), time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        layer = expert_stream.layers[order.integers(len(expert_stream.layers))]
+        ranges, at = [], 0
+        for expert in order.choice(layer.experts, 4, replace=False):
+            for t in layer.tensors.values():
+                into = memory[at : at + t.stored.row_bytes]
+                offset = t.stored.row_offset(int(expert))
+                ranges.append(ByteRange(str(t.stored.file), offset, into, "", 0, ""))
+                at += len(into)
+        reader.submit(ranges).wait()
+        done += at
+    reader.close()
+    return done / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=demo_model())
+    parser.add_argument("--random", type=Path, help="write (once) and use a 4.8 GB float32 model")
+    parser.add_argument("--shares", default="1,0.5,0.25,0.125", help="resident shares to try")
+    parser.add_argument("--tokens", type=int, default=100, help="timed decode steps a round")
+    parser.add_argument("--warm-up", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--policy", default="lru")
+    parser.add_argument("--overlap", default="auto")
+    parser.add_argument("--json", type=Path, help="write the results here too")
+    args = parser.parse_args()
+    folder = write_random_model(args.random) if args.random else args.model
+    tokens = prompt_tokens(folder, args.warm_up + args.tokens)
+
+    stock, _ = mlx_lm.utils.load_model(folder)
+    rows: dict[str, dict[str, Any]] = {}
+    for bypass in ("off", "on"):
+        config = StreamConfig(
+            cache=1 << 60, progress=False, bypass_page_cache=bypass, policy=args.policy,
+            overlap=args.overlap,
+        )  # fmt: skip
+        for share in map(float, args.shares.split(",")):
+            if share == 1 and bypass == "on":
+                continue  # reads nothing
+            with patch(config=config):
+                model, _ = mlx_lm.utils.load_model(folder)
+            with stream(model) as expert_stream:
+                if share < 1:
+                    expert_stream.resize(int(share * expert_stream.plan.experts))
+                name = f"{share:.1%} resident" + (
+                    "" if share == 1 else ", cold" if bypass == "on" else ", warm"
+                )
+                decode(model, tokens, args.warm_up)
+                ratios, speeds, base = [], [], []
+                for _ in range(args.rounds):
+                    a = decode(stock, tokens, args.warm_up)
+                    b = decode(model, tokens, args.warm_up)
+                    base.append(args.tokens / a)
+                    speeds.append(args.tokens / b)
+                    ratios.append(a / b)
+                stats = expert_stream.stats()
+                bandwidth = drive_bandwidth(expert_stream, bypass == "on")
+                rows[name] = {
+                    "tokens_per_s": statistics.median(speeds),
+                    "spread": [min(speeds), max(speeds)],
+                    "stock_tokens_per_s": statistics.median(base),
+                    "ratio_to_stock": statistics.median(ratios),
+                    "hit_rate": stats.cache.hit_rate,
+                    "read_bytes_per_token": stats.read.bytes / args.tokens,
+                    "waiting_share": stats.read.wait_seconds * speeds[-1] / args.tokens,
+                    "drive_bytes_per_s": bandwidth,
+                }
+                r = rows[name]
+                print(
+                    f"{name:22s} {r['tokens_per_s']:8.2f} tok/s  {r['ratio_to_stock']:.3f} of stock"
+                    f"  hits {r['hit_rate']:.1%}  {r['read_bytes_per_token'] / 1e6:8.2f} MB/token"
+                    f"  waiting {r['waiting_share']:.0%}  drive {bandwidth / 1e9:.2f} GB/s",
+                    flush=True,
+                )
+    report = {
+        "machine": f"{host.machine()}, {os.cpu_count()} cores, {mx.default_device()}",
+        "mlx": mx.__version__, "mlx_lm": mlx_lm.__version__, "model": folder.name,
+        "prompt_tokens": 0, "warm_up_tokens": args.warm_up, "timed_tokens": args.tokens,
+        "rounds": args.rounds, "policy": args.policy, "results": rows,
+    }  # fmt: skip
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
