@@ -31,6 +31,7 @@ from random_model import write_random_model
 
 from mlx_streamexperts import ExpertStream, StreamConfig, demo_model, patch, stream
 from mlx_streamexperts.reader import ByteRange, ExpertReader
+from mlx_streamexperts.stream import is_streamed
 
 
 def prompt_tokens(folder: Path, count: int) -> list[int]:
@@ -49,8 +50,8 @@ def decode(model: nn.Module, tokens: list[int], warm_up: int) -> float:
     cache = make_prompt_cache(model)
     for i, t in enumerate(tokens):
         if i == warm_up:
-            if (found := model.__dict__.get("_expert_stream")) is not None:
-                found.reset()
+            if is_streamed(model):
+                stream(model).reset()
             start = time.perf_counter()
         mx.eval(model(mx.array([[t]]), cache=cache))
     return time.perf_counter() - start

@@ -6,11 +6,10 @@ import argparse
 import sys
 from dataclasses import replace
 
-from mlx_lm.utils import _download
-
 from .checkpoint import read_checkpoint
 from .config import StreamConfig, add_arguments, format_size, from_arguments
 from .demo import demo_model
+from .patching import resolve
 
 _DEMO_CACHE = "10MB"  # about a quarter of its experts, so that there is something to see
 
@@ -48,14 +47,22 @@ def stream_settings(args: argparse.Namespace) -> tuple[StreamConfig, str | None]
                 f", with an expert cache of {_DEMO_CACHE} so that it streams (--cache changes it)"
             )
         print(notice, file=sys.stderr)
-    return _with_room_for_draft(config, args), model
+    if model is not None:
+        model = str(resolve(model))
+    return _following_stock_options(config, args), model
 
 
-def _with_room_for_draft(config: StreamConfig, args: argparse.Namespace) -> StreamConfig:
-    """Take a draft model's weights out of the memory that the streamed model may use."""
+def _following_stock_options(config: StreamConfig, args: argparse.Namespace) -> StreamConfig:
+    """Let mlx-lm's own options say what ours would otherwise assume about memory."""
+    defaults = StreamConfig()
+    step, kv_size = getattr(args, "prefill_step_size", None), getattr(args, "max_kv_size", None)
+    if step and config.prefill_tokens == defaults.prefill_tokens:
+        config = replace(config, prefill_tokens=step)
+    if kv_size and config.context_tokens == defaults.context_tokens:
+        config = replace(config, context_tokens=kv_size)
     draft = getattr(args, "draft_model", None)
-    if draft is None:
-        return config
-    reserve = read_checkpoint(_download(draft)).nbytes
-    print(f"Keeping {format_size(reserve)} for the draft model {draft}", file=sys.stderr)
-    return replace(config, reserve=reserve)
+    if draft is not None and config.reserve is None:
+        reserve = read_checkpoint(resolve(draft)).nbytes
+        print(f"Keeping {format_size(reserve)} for the draft model {draft}", file=sys.stderr)
+        config = replace(config, reserve=reserve)
+    return config

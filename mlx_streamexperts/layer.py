@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -88,6 +88,7 @@ class ExpertLayer:
         cache: the expert -> slot map and its statistics.
         stats: further counters.
         resident: all experts are in the slot of their own index, nothing is asked or mapped.
+        record: called with each call's experts [..., K] while a trace is taken.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class ExpertLayer:
         self.expert_bytes = total_bytes([t.slot for t in tensors.values()])
         self.stats = LayerStats()
         self.resident = False
+        self.record: Callable[[np.ndarray], None] | None = None
         self.cache = ExpertCache(experts, 0)
         self.closed = True
         self._bank = Bank({}, 0, in_place=True)
@@ -159,12 +161,16 @@ class ExpertLayer:
             ExpertReadError: an expert's bytes could not be read.
         """
         if self.resident:
+            if self.record is not None:
+                self.record(np.array(indices))
             return self.switch(x, indices)
         if self.closed:
             raise StreamError(f"{self.name}: this model's expert stream is closed")
         start = time.perf_counter()
         experts = np.array(indices)  # [..., K], the call's only host sync
         self.stats.sync_seconds += time.perf_counter() - start
+        if self.record is not None:
+            self.record(experts)
         with self._lock:
             self.stats.calls += 1
             self._note_thread()

@@ -23,6 +23,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from mlx_lm.models.switch_layers import (
     QuantizedSwitchLinear,
     SwitchGLU,
@@ -32,14 +33,15 @@ from mlx_lm.models.switch_layers import (
 from tqdm import tqdm
 
 from .bank import SlotTensor
-from .checkpoint import Checkpoint, TensorEntry, read_checkpoint
+from .checkpoint import Checkpoint, TensorEntry, read_checkpoint, read_header
 from .config import StreamConfig
 from .errors import CheckpointError, UnsupportedModelError
 from .layer import ExpertLayer, ExpertTensor, StreamedSwitch
 from .planner import Plan, divide
-from .stream import ExpertStream, attach, flatten, layer_needs
+from .stream import ExpertStream, attach, flatten, is_streamed, layer_needs, stream
 
 _original_load_model = mlx_lm.utils.load_model
+_original_load_adapters = mlx_lm.utils.load_adapters
 _SIGNATURE = inspect.signature(_original_load_model)
 _SWITCHES = (SwitchGLU, SwitchMLP)
 _PROJECTIONS = (SwitchLinear, QuantizedSwitchLinear)
@@ -71,8 +73,9 @@ def load(
         CheckpointError: the files are damaged or incomplete.
         UnsupportedModelError: no routed experts, or a layout that cannot be streamed.
     """
+    folder = resolve(path_or_hf_repo, kwargs.get("revision"))
     with patch(memory, cache, config)._for_this_thread():
-        return mlx_lm.utils.load(path_or_hf_repo, *args, **kwargs)
+        return mlx_lm.utils.load(str(folder), *args, **kwargs)
 
 
 def plan(
@@ -87,11 +90,27 @@ def plan(
     Raises: as `load`.
     """
     prepared = _prepare(
-        mlx_lm.utils._download(path_or_hf_repo),
+        resolve(path_or_hf_repo),
         _merged(memory, cache, config),
         {"trust_remote_code": trust_remote_code},
     )
     return prepared.plan
+
+
+def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a model, downloaded from the Hub where it is not one already.
+
+    Raises:
+        CheckpointError: it is neither a folder nor a repository that can be had.
+    """
+    try:
+        return mlx_lm.utils._download(str(path_or_hf_repo), revision=revision)
+    except (HfHubHTTPError, HFValidationError, OSError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{path_or_hf_repo} is neither a model folder nor a repository that can be "
+            f"downloaded: {reason}"
+        ) from e
 
 
 class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
@@ -187,23 +206,47 @@ _installed: list[patch] = []
 _scoped = 0  # `load` calls under way
 
 
+def _active() -> patch | None:
+    return getattr(_local, "patch", None) or (_installed[-1] if _installed else None)
+
+
 @functools.wraps(_original_load_model)
 def _patched_load_model(*args: Any, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
-    active = getattr(_local, "patch", None) or (_installed[-1] if _installed else None)
+    active = _active()
     if active is None:
         return _original_load_model(*args, **kwargs)
     return active._load_model(dict(_SIGNATURE.bind(*args, **kwargs).arguments))
 
 
+@functools.wraps(_original_load_adapters)
+def _patched_load_adapters(model: nn.Module, adapter_path: str) -> nn.Module:
+    """Refuse adapters on streamed experts: mlx-lm would drop their weights without a word."""
+    if is_streamed(model):
+        for entry in read_header(Path(adapter_path) / "adapters.safetensors"):
+            for layer in stream(model).layers:
+                if entry.name.startswith(layer.name + "."):
+                    raise UnsupportedModelError(
+                        f"{entry.file}: adapter {entry.name} belongs to the streamed experts "
+                        f"{layer.name}; only adapters outside the experts work. Fuse this one into "
+                        "the checkpoint first (mlx_lm.fuse)."
+                    )
+    return _original_load_adapters(model, adapter_path)
+
+
 def _bind() -> None:
-    """Put the right `load_model` into every module that has imported it."""
-    # `mlx_lm.load` looks the function up in its module at each call, so that this one name covers
-    # every way to load a model, however the caller imported `load`.
-    wanted = _patched_load_model if _installed or _scoped else _original_load_model
-    for module in list(sys.modules.values()):
-        bound = getattr(module, "__dict__", {}).get("load_model")
-        if bound is _original_load_model or bound is _patched_load_model:
-            module.__dict__["load_model"] = wanted
+    """Put the right functions into every module that has imported them."""
+    # `mlx_lm.load` looks these up in its module at each call, so that they cover every way to load
+    # a model, however the caller imported `load`.
+    patched = bool(_installed or _scoped)
+    for original, ours in (
+        (_original_load_model, _patched_load_model),
+        (_original_load_adapters, _patched_load_adapters),
+    ):
+        name = original.__name__
+        for module in list(sys.modules.values()):
+            names = getattr(module, "__dict__", {})
+            if names.get(name) is original or names.get(name) is ours:
+                names[name] = ours if patched else original
 
 
 @dataclass(frozen=True)

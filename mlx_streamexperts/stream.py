@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from dataclasses import asdict, dataclass
 from types import TracebackType
@@ -20,6 +21,7 @@ from .layer import ExpertLayer
 from .planner import Plan, experts_per_token
 from .platform import available_memory_bytes
 from .reader import ExpertReader, ReadStats, direct_works
+from .trace import Trace
 
 _STREAM = "_expert_stream"
 
@@ -110,6 +112,16 @@ class ExpertStream:
             layer.stats = type(layer.stats)()
             layer.cache.stats = CacheStats()
         self._reader.stats = ReadStats()
+
+    def trace(self, path: str | os.PathLike[str]) -> Trace:
+        """Record every routing decision into a file of JSON lines, until the trace is closed.
+
+        Returns:
+            A context manager; see `trace.py` for the format. Layers that are wholly resident are
+            asked for their indices too while it runs, which costs them their freedom from syncs.
+        """
+        self._check_open()
+        return Trace(path, self.layers)
 
     def resize(self, cache: int | str) -> None:
         """Change the expert cache's size while the model lives. It starts empty again.
@@ -232,10 +244,14 @@ def stream(model: nn.Module) -> ExpertStream:
     Raises:
         UnsupportedModelError: the model is not streamed.
     """
-    found = model.__dict__.get(_STREAM)
-    if found is None:
+    if not is_streamed(model):
         raise UnsupportedModelError(
             f"this {type(model).__name__} is not streamed: load it with mlx_streamexperts.load, or "
             "with mlx_lm.load inside mlx_streamexperts.patch"
         )
-    return found
+    return cast(ExpertStream, model.__dict__[_STREAM])
+
+
+def is_streamed(model: nn.Module) -> bool:
+    """Does `stream(model)` have an answer?"""
+    return _STREAM in model.__dict__

@@ -279,3 +279,57 @@ def dense_model(folder: Path) -> Path:
     mlx_lm.utils.save_model(folder, Model(ModelArgs.from_dict(config)))
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def test_adapters_on_the_trunk_work_and_on_experts_are_refused(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    folder = checkpoint("qwen3_moe")
+    settings = {"rank": 2, "scale": 20.0, "dropout": 0.0}
+    adapted: dict[str, Path] = {}
+    for part in ("self_attn.q_proj", "mlp.switch_mlp.up_proj"):
+        model, _ = mlx_lm.utils.load_model(folder)
+        linear_to_lora_layers(model, 2, {**settings, "keys": [part]})
+        trained = dict(mlx_lm.utils.tree_flatten(model.trainable_parameters()))
+        weights = {k: mx.random.normal(v.shape) * 0.1 for k, v in trained.items() if "lora" in k}
+        assert weights
+        adapted[part] = tmp_path / part
+        adapted[part].mkdir()
+        mx.save_safetensors(str(adapted[part] / "adapters.safetensors"), weights)
+        config = {"fine_tune_type": "lora", "num_layers": 2}
+        config["lora_parameters"] = {**settings, "keys": [part]}
+        (adapted[part] / "adapter_config.json").write_text(json.dumps(config))
+    trunk, experts = (str(p) for p in adapted.values())
+    stock = mlx_lm.utils.load_adapters(mlx_lm.utils.load_model(folder)[0], trunk)
+    with patch(cache="400kB", config=QUIET):
+        model = mlx_lm.utils.load_adapters(mlx_lm.utils.load_model(folder)[0], trunk)
+        assert mx.array_equal(model(TOKENS), stock(TOKENS))
+        with pytest.raises(UnsupportedModelError, match="up_proj"):
+            mlx_lm.utils.load_adapters(mlx_lm.utils.load_model(folder)[0], experts)
+
+
+def test_trace_records_every_routing_decision(
+    streamed: tuple[nn.Module, ExpertStream], tmp_path: Path
+) -> None:
+    model, expert_stream = streamed
+    file = tmp_path / "routing.jsonl"
+    with expert_stream.trace(file):
+        mx.eval(model(TOKENS))
+        mx.eval(model(TOKENS[:, :1]))
+        assert not file.exists()  # nothing half-written under its name
+    mx.eval(model(TOKENS))
+    head, *calls = map(json.loads, file.read_text().splitlines())
+    assert head["layers"] == [x.name for x in expert_stream.layers]
+    assert [c["layer"] for c in calls] == [0, 1, 0, 1]
+    assert [len(c["experts"]) for c in calls] == [5, 5, 1, 1]
+    assert all(0 <= e < head["experts"][0] for c in calls for row in c["experts"] for e in row)
+
+
+def test_no_host_sync_where_all_experts_are_resident(checkpoint: Callable[..., Path]) -> None:
+    model = load_streamed(checkpoint("qwen3_moe"), 1 << 40)
+    mx.eval(model(TOKENS))
+    stats = stream(model).stats()
+    assert stats.resident_layers == len(stream(model).layers)
+    assert (stats.calls, stats.sync_seconds) == (0, 0.0)

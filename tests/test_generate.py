@@ -1,0 +1,114 @@
+"""The command line: every option of mlx-lm's, ours beside them, sensible with no flags at all."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from conftest import QUIET
+
+from mlx_streamexperts import StreamConfig, demo_model, generate, load, stream
+
+stock = importlib.import_module("mlx_lm.generate")
+
+
+def options(parser: object) -> set[str]:
+    return {s for a in parser._actions for s in a.option_strings}  # type: ignore[attr-defined]
+
+
+def test_every_option_of_mlx_lm_and_every_streaming_option_is_there() -> None:
+    ours = options(generate.setup_arg_parser())
+    assert options(stock.setup_arg_parser()) <= ours
+    fields = {"--" + f.replace("_", "-") for f in StreamConfig.__dataclass_fields__}
+    assert fields - {"--progress"} <= ours
+    assert "--no-progress" in ours
+
+
+def test_no_flags_stream_the_embedded_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate.main(["--prompt", "In the beginning", "--max-tokens", "12"]) == 0
+    out, err = capsys.readouterr()
+    assert "embedded demonstration model" in err
+    model, tokenizer = mlx_lm.load(str(demo_model()))
+    expected = mlx_lm.generate(model, tokenizer, "In the beginning", max_tokens=12)
+    assert expected in out
+    for word in ("Prompt:", "Generation:", "Time to first token", "hit rate", "Read:", "peak"):
+        assert word in out, word
+
+
+def test_quiet_output_is_the_text_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["-p", "def main(", "-m", "8", "--verbose", "F", "--no-progress", "--temp", "0.7"]
+    assert generate.main([*arguments, "--seed", "1", "--cache", "1GB"]) == 0
+    out = capsys.readouterr().out
+    model, tokenizer = mlx_lm.load(str(demo_model()))
+    mx.random.seed(1)
+    sampler = importlib.import_module("mlx_lm.sample_utils").make_sampler(temp=0.7)
+    assert out.strip() == mlx_lm.generate(
+        model, tokenizer, "def main(", max_tokens=8, sampler=sampler
+    ).strip()  # fmt: skip
+
+
+def test_a_draft_model_changes_no_token(capsys: pytest.CaptureFixture[str]) -> None:
+    text = []
+    for draft in ([], ["--draft-model", str(demo_model())]):
+        arguments = ["-p", "The system call", "-m", "10", "--verbose", "F", "--no-progress"]
+        assert generate.main([*arguments, "--cache", "12MB", *draft]) == 0
+        text.append(capsys.readouterr().out)
+    assert text[0] == text[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--memory", "1MB"], "too small"),
+        (["--memory", "many"], "not a size"),
+        (["--cache", "1kB"], "smallest that works"),
+        (["--model", "/no/such/folder"], "neither a model folder"),
+        (["--threads", "0"], "at least 1"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate.main(["-p", "x", "-m", "1", *arguments]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_the_embedded_model_is_an_ordinary_checkpoint_that_learned_its_topics() -> None:
+    folder = demo_model()
+    assert sum(f.stat().st_size for f in folder.iterdir()) <= 45_000_000
+    scores = json.loads((folder / "eval.json").read_text())
+    assert scores
+    model, tokenizer = load(str(folder), cache="12MB", config=QUIET)
+    with stream(model) as expert_stream:
+        text = "And God said, Let there be light: and there was light."
+        tokens = mx.array(tokenizer.encode(text))[None]
+        logits = model(tokens[:, :-1])
+        picked = mx.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+        loss = (mx.logsumexp(logits, axis=-1) - picked).mean().item()
+        assert loss < 5.0  # a uniform guess costs 9
+        assert expert_stream.stats().cache.misses > 0
+
+
+def test_resident_share_of_the_default_leaves_something_to_stream() -> None:
+    model, _ = load(str(demo_model()), cache="10MB", config=QUIET)
+    with stream(model) as expert_stream:
+        assert 0.15 < expert_stream.plan.resident_share < 0.6
+
+
+def test_memory_option_holds_for_generation(tmp_path: Path) -> None:
+    model, tokenizer = load(
+        str(demo_model()), memory="70MB",
+        config=StreamConfig(progress=False, context_tokens=256, prefill_tokens=64),
+    )  # fmt: skip
+    with stream(model) as expert_stream:
+        mx.reset_peak_memory()
+        prompt = "The system call " * 40
+        mlx_lm.generate(model, tokenizer, prompt, max_tokens=20, prefill_step_size=64)
+        assert mx.get_peak_memory() <= 70_000_000
+        assert expert_stream.stats().cache.misses > 0
