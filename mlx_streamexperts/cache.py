@@ -76,33 +76,46 @@ class S3FIFO:
         self._uses[expert] = 0
 
     def evict(self, keep: Collection[int]) -> int:
-        while True:
-            from_small = len(self._small) >= self._small_slots or not self._main
-            victim = self._pass(self._small if from_small else self._main, keep)
-            if victim is None:  # everything there was promoted, re-queued or is needed now
-                victim = self._pass(self._main if from_small else self._small, keep)
-            if victim is not None:
-                return victim
+        from_small = len(self._small) >= self._small_slots or not self._main
+        if from_small and (victim := self._evict_small(keep)) is not None:
+            return victim
+        if (victim := self._evict_main(keep)) is not None:
+            return victim
+        # Everything in the main queue must stay.
+        victim = self._evict_small(keep)
+        if victim is None:  # it has just promoted all that it could
+            victim = self._evict_main(keep)
+        assert victim is not None
+        return victim
 
     def remove(self, expert: int) -> None:
         del self._uses[expert]
         (self._small if expert in self._small else self._main).pop(expert)
 
-    def _pass(self, queue: OrderedDict[int, None], keep: Collection[int]) -> int | None:
-        """One turn of a queue: promote or re-queue used experts, return the first unused one."""
-        for expert in list(queue):
-            if expert in keep:
-                continue
-            if self._uses[expert] > (1 if queue is self._small else 0):
-                del queue[expert]
-                self._uses[expert] = 0 if queue is self._small else self._uses[expert] - 1
-                self._main[expert] = None
-                continue
-            del queue[expert]
-            del self._uses[expert]
-            if queue is self._small:
+    def _evict_small(self, keep: Collection[int]) -> int | None:
+        """Promote experts that were used more than once; evict the first other one."""
+        for expert in [e for e in self._small if e not in keep]:
+            del self._small[expert]
+            if self._uses[expert] <= 1:
+                del self._uses[expert]
                 self._ghosts.append(expert)
-            return expert
+                return expert
+            self._uses[expert] = 0
+            self._main[expert] = None
+        return None
+
+    def _evict_main(self, keep: Collection[int]) -> int | None:
+        """Put used experts back with one use less until one without uses is found."""
+        movable = deque(e for e in self._main if e not in keep)
+        while movable:
+            expert = movable.popleft()
+            del self._main[expert]
+            if self._uses[expert] == 0:
+                del self._uses[expert]
+                return expert
+            self._uses[expert] -= 1
+            self._main[expert] = None
+            movable.append(expert)
         return None
 
 
@@ -174,18 +187,14 @@ class ExpertCache:
             needed: distinct experts; with `keep` no more of them than there are slots.
             keep: resident experts that must stay although this call does not need them.
         """
-        missing = []
+        missing = [e for e in needed if self.slot_of[e] < 0]
+        pinned = {*needed, *keep} if missing else ()
+        if len(pinned) > self.slots:
+            raise ValueError(f"{len(pinned)} experts needed at once, {self.slots} slots")
         for expert in needed:
             if self.slot_of[expert] >= 0:
                 self._policy.touch(expert)
-            else:
-                missing.append(expert)
         self.stats.hits += len(needed) - len(missing)
-        if not missing:
-            return missing
-        pinned = {*needed, *keep}
-        if len(pinned) > self.slots:
-            raise ValueError(f"{len(pinned)} experts needed at once, {self.slots} slots")
         for expert in missing:
             if not self._free:
                 victim = self._policy.evict(pinned)

@@ -11,7 +11,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from .errors import CheckpointError
 
@@ -23,6 +23,7 @@ _ITEM_BYTES = {
     "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
 _MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
+_MAX_SIZE = 2**63 - 1  # no file is longer; larger numbers are refused unprinted
 _INDEX = "model.safetensors.index.json"
 
 
@@ -164,21 +165,28 @@ def _entry(file: Path, name: str, spec: Any, data_start: int) -> TensorEntry:
     if not isinstance(spec, dict):
         raise CheckpointError(f"{where}: its description is not a JSON object")
     dtype, shape, span = spec.get("dtype"), spec.get("shape"), spec.get("data_offsets")
-    if dtype not in _ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
         raise CheckpointError(f"{where}: unknown dtype {dtype!r}")
-    if not (isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)):
-        raise CheckpointError(f"{where}: shape {shape!r} is not a list of sizes")
-    if not (isinstance(span, list) and len(span) == 2 and all(type(n) is int for n in span)):
-        raise CheckpointError(f"{where}: data_offsets {span!r} is not [begin, end]")
+    if not _are_sizes(shape):
+        raise CheckpointError(f"{where}: its shape is not a list of sizes below 2^63")
+    if not _are_sizes(span) or len(span) != 2:
+        raise CheckpointError(f"{where}: data_offsets is not [begin, end], two positions in a file")
     begin, end = span
-    if not 0 <= begin <= end:
-        raise CheckpointError(f"{where}: data_offsets {span} run backwards or below zero")
+    if begin > end:
+        raise CheckpointError(f"{where}: data_offsets {span} run backwards")
     expected = math.prod(shape) * _ITEM_BYTES[dtype]
+    if expected > _MAX_SIZE:
+        raise CheckpointError(f"{where}: its shape has more elements than any file")
     if end - begin != expected:
         raise CheckpointError(
             f"{where}: {end - begin} bytes stored, but {dtype} of shape {shape} takes {expected}"
         )
     return TensorEntry(name, file, dtype, tuple(shape), data_start + begin, end - begin)
+
+
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
+    """Is this a list of numbers that sizes and positions in a file can have?"""
+    return isinstance(value, list) and all(type(n) is int and 0 <= n <= _MAX_SIZE for n in value)
 
 
 def _read_index(folder: Path) -> dict[str, str]:

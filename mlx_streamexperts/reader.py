@@ -127,8 +127,10 @@ class ExpertReader:
         self._files: dict[str, tuple[int, int]] = {}  # path -> (descriptor, alignment)
         self._queue: list[tuple[int, int, _Job]] = []  # heap of (priority, order, job)
         self._order = 0
+        self._helping = 0  # reads that callers do themselves
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
+        self._idle = threading.Condition(self._lock)
         self._closed = False
         self._local = threading.local()
         self._threads = [
@@ -176,7 +178,15 @@ class ExpertReader:
             if not self._queue or self._queue[0][0] > priority:
                 return False
             job = heapq.heappop(self._queue)[2]
-        self._execute(job)
+            self._helping += 1
+        try:
+            interrupt = self._execute(job)
+        finally:
+            with self._lock:
+                self._helping -= 1
+                self._idle.notify_all()
+        if interrupt is not None:
+            raise interrupt  # Ctrl-C, in the caller's thread: his, as anywhere else
         return True
 
     def close(self) -> None:
@@ -191,6 +201,8 @@ class ExpertReader:
             self._finish(job, ExpertReadError(*_label(job.ranges[0]), job.ranges[0].offset, 9))
         for thread in self._threads:
             thread.join()
+        with self._idle:  # a descriptor closed under a read may be another file by then
+            self._idle.wait_for(lambda: self._helping == 0)
         for fd, _ in self._files.values():
             os.close(fd)
         self._files.clear()
@@ -205,7 +217,9 @@ class ExpertReader:
                 job = heapq.heappop(self._queue)[2]
             self._execute(job)
 
-    def _execute(self, job: _Job) -> None:
+    def _execute(self, job: _Job) -> BaseException | None:
+        """Do a read; returns what is not an `Exception` and interrupted it."""
+        interrupt = None
         start = time.perf_counter()
         try:
             reads = self._read(job)
@@ -216,11 +230,13 @@ class ExpertReader:
             first = job.ranges[0]
             reads, error = 0, ExpertReadError(*_label(first), first.offset, 5)
             error.__cause__ = e
+            interrupt = None if isinstance(e, Exception) else e
         with self._lock:
             self.stats.read_seconds += time.perf_counter() - start
             self.stats.reads += reads
             self.stats.bytes += 0 if error else job.nbytes
         self._finish(job, error)
+        return interrupt
 
     def _finish(self, job: _Job, error: ExpertReadError | None) -> None:
         ticket = job.ticket
@@ -370,6 +386,7 @@ def _label(r: ByteRange) -> tuple[str, int, str, Path]:
 def _failure(job: _Job, offset: int, errno: int | None) -> ExpertReadError:
     """The error of the range in which `offset` lies."""
     at = job.ranges[0]
+    offset = max(offset, at.offset)  # a widened read may fail before the first wanted byte
     for r in job.ranges:
         if r.offset <= offset:
             at = r

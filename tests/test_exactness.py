@@ -1,7 +1,8 @@
 """The streamed model gives the same bits as mlx-lm holding the same weights.
 
 On the CPU backend every (token, expert) row is a matmul of its own, so prefill is bit-identical
-too, however the rows are divided into waves.
+too, however the rows are divided into waves. A GPU may choose another kernel for 64 and more sorted
+rows, by the ratio of rows to experts: there prefill is held to `PREFILL_BOUND` instead.
 """
 
 from __future__ import annotations
@@ -24,7 +25,20 @@ HEADLINE = (
     "gemma4", "llama4", "glm4_moe", "granitemoe",
 )  # fmt: skip
 OTHERS = tuple(f for f in families.FAMILIES if f not in HEADLINE)
-PREFILL = 24
+ON_CPU = mx.default_device() == mx.cpu
+# From 64 (token, expert) rows on mlx-lm sorts them: short prompts stay below on a GPU.
+PREFILL = 24 if ON_CPU else 8
+PREFILL_BOUND = {mx.float32: 1e-4, mx.float16: 1e-2, mx.bfloat16: 5e-2}
+"""Largest difference of prefill logits, relative to the largest logit, on devices but the CPU."""
+
+
+def assert_prefill(expected: mx.array, got: mx.array, what: str) -> None:
+    """Equal bits on the CPU, else within the stated bound."""
+    a, b = (np.array(v.astype(mx.float32)) for v in (expected, got))
+    if ON_CPU:
+        assert np.array_equal(a, b), what
+    else:
+        assert np.abs(a - b).max() <= PREFILL_BOUND[expected.dtype] * np.abs(a).max(), what
 
 
 def compare(
@@ -112,21 +126,18 @@ def test_no_option_changes_a_bit(option: str, checkpoint: Callable[..., Path]) -
 
 
 @pytest.mark.parametrize("length", [1, 7, 40, 300])
-def test_prefill_in_waves_is_bit_identical_at_any_length(
-    length: int, checkpoint: Callable[..., Path]
-) -> None:
+def test_prefill_in_waves_at_any_length(length: int, checkpoint: Callable[..., Path]) -> None:
     # From 64 indices on, mlx-lm sorts rows by expert: both sides of that are covered.
     folder = checkpoint("gpt_oss", dtype=mx.bfloat16)
     tokens = mx.array(families.token_stream(families.VOCAB, length, seed=5))[None]
     stock, _ = mlx_lm.utils.load_model(folder)
-    expected = np.array(stock(tokens).astype(mx.float32))
+    expected = stock(tokens)
     model = load_streamed(folder, 1 << 40)
     with stream(model) as expert_stream:
         for slots in (1, 2, 3, 5):
             expert_stream._open((slots,) * len(expert_stream.layers))
             expert_stream.reset()
-            got = np.array(model(tokens).astype(mx.float32))
-            assert np.array_equal(expected, got), f"{slots} slots"
+            assert_prefill(expected, model(tokens), f"{slots} slots")
             stats = expert_stream.stats()
             # Each expert is read at most once per call, however many waves it takes.
             assert stats.cache.misses <= sum(x.experts for x in expert_stream.layers)

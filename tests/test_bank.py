@@ -1,0 +1,389 @@
+"""Bytes written into a bank's memory are what kernels see, and never too early.
+
+The second half of that is the hazard of writing in place: MLX is lazy, so each test of `settle` has
+a twin that leaves it out and gets the wrong answer, to show that the danger is real here.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mlx_streamexperts import bank as bank_module
+from mlx_streamexperts.bank import Bank, SlotTensor, byte_view, in_place_works, total_bytes
+from mlx_streamexperts.errors import StreamError
+
+SLOTS = 5
+DTYPES = [mx.uint32, mx.bfloat16, mx.float16, mx.float32, mx.uint8, mx.int8, mx.int64, mx.bool_]
+SHAPES = [(8, 4), (3,), (), (1, 1, 7), (64, 32)]
+both_ways = pytest.mark.parametrize("in_place", [True, False], ids=["in place", "copying"])
+
+
+def pattern(nbytes: int, seed: int) -> np.ndarray:
+    """Bytes 0 and 1, the first one 1: every element type reads them as an ordinary number."""
+    content = np.random.default_rng(seed).integers(0, 2, nbytes, dtype=np.uint8)
+    content[0] = 1
+    return content
+
+
+def row_bytes(shape: tuple[int, ...], dtype: mx.Dtype) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * dtype.size
+
+
+def new_bank(
+    in_place: bool, shape: tuple[int, ...] = (8, 4), dtype: mx.Dtype = mx.float32
+) -> tuple[Bank, nn.Module]:
+    """A bank of one tensor, and the module that uses it as `weight`."""
+    module = nn.Module()
+    return Bank({"weight": SlotTensor(module, "weight", shape, dtype)}, SLOTS, in_place), module
+
+
+def write(bank: Bank, slot: int, content: np.ndarray, name: str = "weight") -> None:
+    """As the reader and the layer do it."""
+    bank.destination(name, slot)[:] = content.data
+    bank.commit()
+
+
+def fill(bank: Bank, slot: int, value: float, shape: tuple[int, ...] = (8, 4)) -> None:
+    write(bank, slot, np.frombuffer(np.full(shape, value, np.float32).tobytes(), np.uint8))
+
+
+def seen_by_kernel(array: mx.array, slot: int) -> np.ndarray:
+    """The slot's bytes as a kernel that gathers rows finds them."""
+    other = (slot + 1) % array.shape[0]
+    rows = mx.take(array, mx.array([other, slot], mx.uint32), axis=0)
+    one = mx.contiguous(rows[1]).reshape(-1)
+    return np.array(one.view(mx.uint8))
+
+
+# What is written is what is seen.
+
+
+@both_ways
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernels_see_written_bytes(dtype: mx.Dtype, shape: tuple[int, ...], in_place: bool) -> None:
+    """In any slot, more than once, and the other slots stay as they were."""
+    bank, module = new_bank(in_place, shape, dtype)
+    assert (module.weight.shape, module.weight.dtype) == ((SLOTS, *shape), dtype)
+    n = row_bytes(shape, dtype)
+    held = [np.zeros(n, np.uint8) for _ in range(SLOTS)]
+    for seed, slot in enumerate([2, 0, 4, 2, 3, 2]):
+        view = bank.destination("weight", slot)
+        assert (view.nbytes, view.readonly, view.format) == (n, False, "B")
+        held[slot] = pattern(n, seed)
+        write(bank, slot, held[slot])
+        for s in range(SLOTS):
+            assert np.array_equal(seen_by_kernel(module.weight, s), held[s]), f"slot {s}"
+
+
+@both_ways
+def test_arithmetic_sees_written_values(in_place: bool) -> None:
+    """Not only copies: a matmul over rows chosen by index, as the experts run it."""
+    bank, module = new_bank(in_place, (8, 4))
+    values = np.random.default_rng(0).normal(size=(SLOTS, 8, 4)).astype(np.float32)
+    x = mx.array(np.ones((SLOTS, 1, 4), np.float32))
+    for slot in range(SLOTS):
+        write(bank, slot, np.frombuffer(values[slot].tobytes(), np.uint8))
+        order = mx.array([slot, 0], mx.uint32)
+        y = mx.gather_mm(x[:2], module.weight.swapaxes(-1, -2), rhs_indices=order)
+        assert np.allclose(np.array(y[0, 0]), values[slot].sum(-1), atol=1e-5)
+
+
+def test_both_ways_give_the_same_arrays() -> None:
+    modules = []
+    for in_place in (True, False):
+        module = nn.Module()
+        tensors = {
+            f"{dtype} {shape}": SlotTensor(module, f"t{i}", shape, dtype)
+            for i, (dtype, shape) in enumerate((d, s) for d in DTYPES for s in SHAPES)
+        }
+        bank = Bank(tensors, SLOTS, in_place)
+        for slot in (1, 3, 1):
+            for seed, (name, t) in enumerate(tensors.items()):
+                content = pattern(row_bytes(t.shape, t.dtype), seed + slot)
+                bank.destination(name, slot)[:] = content.data
+        bank.commit()  # once for all of them
+        modules.append(module)
+    for name, a in modules[0].items():
+        assert a.dtype == modules[1][name].dtype
+        assert mx.array_equal(a, modules[1][name]), name
+        assert a.any().item(), name
+
+
+def test_several_tensors_do_not_share_memory() -> None:
+    gate, up = nn.Module(), nn.Module()
+    tensors = {
+        "gate.weight": SlotTensor(gate, "weight", (8, 4), mx.uint32),
+        "gate.scales": SlotTensor(gate, "scales", (8,), mx.bfloat16),
+        "up.weight": SlotTensor(up, "weight", (8, 4), mx.uint32),
+    }
+    bank = Bank(tensors, SLOTS, in_place=True)
+    assert total_bytes(list(tensors.values())) == 128 + 16 + 128
+    assert bank.nbytes == SLOTS * (128 + 16 + 128)
+    write(bank, 3, pattern(16, 1), "gate.scales")
+    assert np.array_equal(seen_by_kernel(gate.scales, 3), pattern(16, 1))
+    assert not gate.weight.any().item() and not up.weight.any().item()
+
+
+def test_a_new_bank_is_zero() -> None:
+    """Slots that nothing was read into hold no other bank's leftovers."""
+    for _ in range(3):
+        bank, module = new_bank(True, (64, 64))
+        assert not module.weight.any().item()
+        fill(bank, 2, 7.0, (64, 64))
+        assert module.weight.any().item()
+        bank.free()
+
+
+def test_copies_are_seen_after_commit_only() -> None:
+    """And what was built before them keeps the old bytes whenever it runs."""
+    bank, module = new_bank(in_place=False)
+    lazy = module.weight[1] + 0
+    bank.destination("weight", 1)[:] = np.ones((8, 4), np.float32).tobytes()
+    assert not module.weight.any().item()
+    bank.commit()
+    assert module.weight[1].sum().item() == 32
+    assert lazy.sum().item() == 0
+    before = module.weight
+    bank.commit()  # nothing is staged any more
+    assert module.weight is before and module.weight[1].sum().item() == 32
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_byte_view_is_the_array(dtype: mx.Dtype) -> None:
+    array = mx.zeros((4, 6), dtype)
+    mx.eval(array)
+    view = byte_view(array)
+    assert (view.nbytes, view.readonly, view.contiguous) == (array.nbytes, False, True)
+    view[:] = pattern(array.nbytes, 5).data
+    assert np.array_equal(np.array((array.reshape(-1)).view(mx.uint8)), pattern(array.nbytes, 5))
+
+
+# The hazard of writing in place.
+
+
+def expected_rows(value: float) -> np.ndarray:
+    return np.full((8, 4), value * 2, np.float32)
+
+
+def test_without_settle_a_lazy_reader_gets_the_wrong_bytes() -> None:
+    """The hazard is real on this device; if this fails, `settle` is tested in vain."""
+    bank, module = new_bank(in_place=True)
+    fill(bank, 1, 3.0)
+    lazy = module.weight[mx.array([1])][0] * 2
+    fill(bank, 1, 5.0)
+    assert np.array_equal(np.array(lazy), expected_rows(5.0))
+
+
+@both_ways
+def test_settle_runs_readers_before_their_slot_is_overwritten(in_place: bool) -> None:
+    bank, module = new_bank(in_place)
+    fill(bank, 1, 3.0)
+    lazy = bank.reading(module.weight[mx.array([1])][0] * 2)
+    bank.settle()
+    fill(bank, 1, 5.0)
+    assert np.array_equal(np.array(lazy), expected_rows(3.0))
+    assert np.array_equal(np.array(module.weight[1] * 2), expected_rows(5.0))
+
+
+def test_settle_protects_what_is_built_on_a_reader() -> None:
+    bank, module = new_bank(in_place=True)
+    fill(bank, 1, 3.0)
+    noted = bank.reading(module.weight[mx.array([1])][0] * 2)
+    lazy = mx.concatenate([noted, noted]).sum()
+    bank.settle()
+    fill(bank, 1, 5.0)
+    assert lazy.item() == 2 * 32 * 6.0
+
+
+def test_settle_protects_every_reader_of_a_caller_who_hoards_them() -> None:
+    """More than the bank remembers at once; none may be forgotten unevaluated."""
+    bank, module = new_bank(in_place=True)
+    lazy = []
+    for i in range(23):
+        slot = i % SLOTS
+        bank.settle() if i % 7 == 0 else None
+        lazy.append(bank.reading(module.weight[mx.array([slot])][0] + 0))
+    bank.settle()
+    for slot in range(SLOTS):
+        fill(bank, slot, 9.0)
+    assert not any(y.any().item() for y in lazy)
+
+
+def test_settled_readers_are_let_go() -> None:
+    """The bank keeps no outputs alive, and remembers few at a time."""
+    bank, module = new_bank(in_place=True, shape=(128, 128))
+    bank.settle()
+    gc.collect()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    for i in range(40):
+        mx.eval(bank.reading(module.weight[mx.array([i % SLOTS])] * 2))  # 64 KiB each
+        assert mx.get_active_memory() - before < 16 * 65536
+    bank.settle()
+    assert mx.get_active_memory() - before < 65536
+
+
+def test_reading_returns_the_output_itself() -> None:
+    bank, module = new_bank(in_place=True)
+    small, large = module.weight[1] * 2, mx.zeros((1 << 19,)) + module.weight[0, 0, 0]
+    assert bank.reading(small) is small
+    assert bank.reading(large) is large
+
+
+def evaluated_by_reading(build: Callable[[mx.array], mx.array], eager: bool) -> bool:
+    """Was the output run by `reading` alone? Found out by overwriting its slot."""
+    bank, module = new_bank(in_place=True)
+    fill(bank, 0, 3.0)
+    y = bank.reading(build(module.weight[mx.array([0])][0, 0, 0] * 1), eager)
+    fill(bank, 0, 5.0)
+    return {3.0: True, 5.0: False}[y.max().item()]
+
+
+def test_large_and_eager_outputs_are_evaluated_at_once() -> None:
+    """Large ones are not kept alive; eager ones must not wait for another thread."""
+    assert not evaluated_by_reading(lambda v: v + mx.zeros((8, 4)), eager=False)
+    assert evaluated_by_reading(lambda v: v + mx.zeros((8, 4)), eager=True)
+    assert evaluated_by_reading(lambda v: v + mx.zeros((1024, 512)), eager=False)  # 2 MiB
+
+
+def test_another_threads_graph_is_an_error_that_says_so() -> None:
+    """One thread cannot evaluate what another has built: refuse to overwrite, never guess."""
+    bank, module = new_bank(in_place=True)
+    fill(bank, 1, 3.0)
+    built: list[mx.array] = []
+
+    def build() -> None:
+        with mx.stream(mx.new_stream(mx.default_device())):
+            built.append(bank.reading(module.weight[mx.array([1])][0] * 2))
+
+    thread = threading.Thread(target=build)
+    thread.start()
+    thread.join()
+    try:
+        bank.settle()
+    except StreamError as e:
+        assert "thread" in str(e)
+        with pytest.raises(StreamError):  # and again: it was not forgotten
+            bank.settle()
+    else:  # this MLX can: then it has run
+        fill(bank, 1, 5.0)
+        assert np.array_equal(np.array(built[0]), expected_rows(3.0))
+
+
+# Memory.
+
+
+@both_ways
+def test_free_gives_the_memory_back(in_place: bool) -> None:
+    gc.collect()
+    before = mx.get_active_memory()
+    module = nn.Module()
+    tensors = {
+        "a": SlotTensor(module, "a", (256, 256), mx.bfloat16),
+        "b": SlotTensor(module, "b", (1024,), mx.uint32),
+    }
+    bank = Bank(tensors, 8, in_place)
+    n = bank.nbytes
+    assert n == 8 * (256 * 256 * 2 + 4096)
+    assert mx.get_active_memory() - before >= n
+    bank.destination("a", 3)[:] = bytes(256 * 256 * 2)
+    bank.reading(module.a[mx.array([3])] * 2)
+    bank.commit()
+    bank.free()
+    mx.eval(module.parameters())
+    assert mx.get_active_memory() - before < n // 100
+    assert (module.a.shape, module.a.dtype) == ((0, 256, 256), mx.bfloat16)
+    assert (module.b.shape, bank.nbytes) == ((0, 1024), 0)
+
+
+# The start-up check.
+
+
+@pytest.fixture
+def no_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check runs afresh, and its result is forgotten afterwards."""
+    monkeypatch.setattr(bank_module, "_verdicts", {})
+
+
+def test_in_place_works_here(no_verdicts: None) -> None:
+    """On the CPU always; on a GPU this is what the package counts on."""
+    assert in_place_works()
+
+
+def test_the_verdict_is_found_once(no_verdicts: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert in_place_works()
+    monkeypatch.setattr(bank_module, "byte_view", fails_with(AssertionError("checked again")))
+    assert in_place_works()
+
+
+def a_copy(array: mx.array) -> memoryview:
+    """What a device with memory of its own would expose."""
+    return memoryview(bytearray(byte_view(array)))
+
+
+def half_the_bytes(array: mx.array) -> memoryview:
+    return byte_view(array)[: array.nbytes // 2]
+
+
+def read_only(array: mx.array) -> memoryview:
+    return byte_view(array).toreadonly()
+
+
+def fails_with(error: Exception) -> Callable[[mx.array], memoryview]:
+    def view(array: mx.array) -> memoryview:
+        raise error
+
+    return view
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        a_copy,
+        half_the_bytes,
+        read_only,
+        *(fails_with(kind("no")) for kind in (BufferError, TypeError, ValueError, RuntimeError)),
+    ],
+)
+def test_a_device_on_which_it_does_not_work_is_found_out(
+    broken: Callable[[mx.array], memoryview],
+    no_verdicts: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bank_module, "byte_view", broken)
+    assert not in_place_works()
+    assert not in_place_works()  # remembered
+
+
+@pytest.mark.parametrize("writes_seen", [0, 1, 2])
+def test_a_device_that_sees_only_the_first_write_is_found_out(
+    writes_seen: int, no_verdicts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stale copy on the device shows only at the second write to the same memory."""
+    real, written = bank_module._write, [0]
+
+    def lossy(view: memoryview, content: np.ndarray) -> None:
+        written[0] += 1
+        if written[0] <= writes_seen:
+            real(view, content)
+
+    monkeypatch.setattr(bank_module, "_write", lossy)
+    assert not in_place_works()
+
+
+@pytest.mark.parametrize("bad", [mx.uint32, mx.bfloat16, mx.float32, mx.uint8], ids=str)
+def test_one_element_type_that_does_not_work_is_enough(
+    bad: mx.Dtype, no_verdicts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        bank_module, "byte_view", lambda a: a_copy(a) if a.dtype == bad else byte_view(a)
+    )
+    assert not in_place_works()
