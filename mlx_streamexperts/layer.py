@@ -28,6 +28,9 @@ from .reader import ByteRange, ExpertReader, Ticket
 # read time it loses (measured on small experts by every engine that tried).
 _OVERLAP_SECONDS = 200e-6
 
+# mlx-lm sorts a call's rows by expert from this many on.
+_SORTED_ROWS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertTensor:
@@ -104,6 +107,9 @@ class ExpertLayer:
         self._bank = Bank({}, 0, in_place=True)
         self._reader: ExpertReader  # set by open
         self._overlap = "auto"
+        # A GPU backend may choose its kernel by the number of rows (MLX's CUDA backend does at 8),
+        # and another kernel sums in another order. The CPU backend computes row by row.
+        self._keep_row_count = mx.default_device() != mx.cpu
         self._read_seconds = 0.0  # moving average of the time one missing expert takes
         self._lock = threading.RLock()
         self._thread: int | None = None
@@ -192,18 +198,16 @@ class ExpertLayer:
             self._finish(missing, ticket)
             return self.switch(x, self._slots(experts))
         self.stats.overlapped += 1
-        flat = experts.ravel()
-        late = np.isin(flat, missing)  # [T*K]
-        early_rows, late_rows = np.flatnonzero(~late), np.flatnonzero(late)
+        late = np.isin(experts.ravel(), missing)  # [T*K]
+        rows = [np.flatnonzero(~late), np.flatnonzero(late)]
         try:
-            early = self._rows(x, experts, early_rows)
+            early = self._rows(x, experts, rows[0])
             mx.async_eval(early)
         except BaseException:
             self._abandon(missing, ticket)
             raise
         self._finish(missing, ticket)
-        outputs = [early, self._rows(x, experts, late_rows)]
-        return self._unsort(outputs, np.concatenate([early_rows, late_rows]), experts.shape)
+        return self._join([early, self._rows(x, experts, rows[1])], rows, experts.shape)
 
     def _in_waves(self, x: mx.array, experts: np.ndarray, needed: np.ndarray) -> mx.array:
         """More experts than slots: they pass through, each read once.
@@ -227,7 +231,7 @@ class ExpertLayer:
         missing, ticket = self._begin(waves[0].tolist())
         for i, wave in enumerate(waves):
             self._finish(missing, ticket)
-            y = self._rows(x, experts, rows[i])  # [R, D]
+            y = self._rows(x, experts, rows[i])
             mx.async_eval(y)
             if i + 1 < len(waves):
                 # The next wave overwrites slots of waves before this one: they must have run.
@@ -235,7 +239,7 @@ class ExpertLayer:
                 keep = wave.tolist() if slots > 1 else ()
                 missing, ticket = self._begin(waves[i + 1].tolist(), keep)
             outputs.append(y)
-        return self._unsort(outputs, order_rows, experts.shape)
+        return self._join(outputs, rows, experts.shape)
 
     def _begin(
         self, needed: Sequence[int], keep: Sequence[int] = ()
@@ -283,7 +287,15 @@ class ExpertLayer:
                 yield ByteRange(file, offset, into, self.name, expert, t.stored.name)
 
     def _rows(self, x: mx.array, experts: np.ndarray, rows: np.ndarray) -> mx.array:
-        """Some of the call's (token, expert) rows, as [R, D]; their experts must be resident."""
+        """Some of the call's (token, expert) rows; their experts must be resident.
+
+        Returns:
+            [R, D]; or, where the number of rows is kept, [..., K, D] of which only these count.
+        """
+        if self._keeps(experts.size):
+            flat = np.full(experts.size, experts.ravel()[rows[0]])  # the others stand in
+            flat[rows] = experts.ravel()[rows]
+            return self.switch(x, self._slots(flat.reshape(experts.shape)))
         top_k = experts.shape[-1]
         tokens = experts.size // top_k
         slots = self._slots(experts.ravel()[rows])  # [R]
@@ -294,14 +306,26 @@ class ExpertLayer:
         x = x.reshape(tokens, -1)[mx.array((rows // top_k).astype(np.uint32))]  # [R, D]
         return self.switch(x, slots[:, None])[:, 0]  # [R, D]
 
-    def _unsort(
-        self, outputs: list[mx.array], rows: np.ndarray, shape: tuple[int, ...]
+    def _join(
+        self, outputs: list[mx.array], rows: list[np.ndarray], shape: tuple[int, ...]
     ) -> mx.array:
-        """Put the rows of several outputs back in the call's order: [..., K, D]."""
-        inverse = np.empty(len(rows), np.uint32)
-        inverse[rows] = np.arange(len(rows), dtype=np.uint32)
+        """Put the results of `_rows` for all of a call's rows in the call's order: [..., K, D]."""
+        size = int(np.prod(shape))
+        if self._keeps(size):
+            y = outputs[0]
+            for more, mine in zip(outputs[1:], rows[1:], strict=True):
+                chosen = np.zeros(size, bool)
+                chosen[mine] = True
+                y = mx.where(mx.array(chosen.reshape(*shape, 1)), more, y)
+            return y
+        inverse = np.empty(size, np.uint32)
+        inverse[np.concatenate(rows)] = np.arange(size, dtype=np.uint32)
         y = mx.concatenate(outputs)[mx.array(inverse)]  # [T*K, D]
         return y.reshape(*shape, -1)
+
+    def _keeps(self, rows: int) -> bool:
+        """Must each kernel call of a call with this many rows have as many?"""
+        return self._keep_row_count and rows < _SORTED_ROWS
 
     def _slots(self, experts: np.ndarray) -> mx.array:
         return mx.array(self.cache.slot_of[experts].astype(np.uint32))

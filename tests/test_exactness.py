@@ -125,6 +125,38 @@ def test_no_option_changes_a_bit(option: str, checkpoint: Callable[..., Path]) -
         compare(checkpoint("qwen3_moe"), 30, (0.0, 0.5), config)
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_the_row_count_is_kept_for_backends_that_choose_kernels_by_it(
+    family: str, checkpoint: Callable[..., Path]
+) -> None:
+    """As on a GPU: every kernel sees as many rows as stock's, and the results are the same bits."""
+    folder = checkpoint(family)
+    tokens = families.token_stream(families.VOCAB, 60, seed=11)
+    stock, _ = mlx_lm.utils.load_model(folder)
+    expected = families.run(stock, tokens, prefill=4)
+    model = load_streamed(folder, 1 << 40, StreamConfig(progress=False, overlap="on"))
+    with stream(model) as expert_stream:
+        # Enough for a token, not for the prompt: that goes in waves.
+        expert_stream._open((families.TOP_K + 1,) * len(expert_stream.layers))
+        sizes: set[int] = set()
+        for layer in expert_stream.layers:
+            layer._keep_row_count = True
+
+            def counted(
+                x: mx.array, slots: mx.array, run: Callable[..., mx.array] = layer.switch
+            ) -> mx.array:
+                sizes.add(slots.size)
+                return run(x, slots)
+
+            layer.switch = counted
+        got = families.run(model, tokens, prefill=4)
+        assert_same(expected, got, family)
+        assert expert_stream.stats().overlapped > 10
+        assert expert_stream.stats().waves > 0
+        top_k = min(sizes)
+        assert sizes == {top_k, 4 * top_k}
+
+
 @pytest.mark.parametrize("length", [1, 7, 40, 300])
 def test_prefill_in_waves_at_any_length(length: int, checkpoint: Callable[..., Path]) -> None:
     # From 64 indices on, mlx-lm sorts rows by expert: both sides of that are covered.
