@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+DEMO_PROMPT = "In the beginning God created the heaven and the earth. And"
+"""A prompt in one of the topics that the model was trained on."""
+
 _FOLDER = Path(__file__).parent / "data" / "demo"
 
 

@@ -1,6 +1,6 @@
 """Generate text with streamed experts: `mlx_lm.generate` with every one of its options, and ours.
 
-python -m mlx_streamexperts.generate --prompt "In the beginning"
+python -m mlx_streamexperts.generate --prompt "In the beginning God created the heaven and the earth. And"
 python -m mlx_streamexperts.generate --model mlx-community/Kimi-K2.5 --memory 96GB -p "hello"
 """
 
@@ -19,6 +19,7 @@ import mlx.core as mx
 
 from .cli import make_parser, stream_settings
 from .config import format_size
+from .demo import DEMO_PROMPT, demo_model
 from .errors import StreamError
 from .patching import patch
 from .stream import ExpertStream
@@ -39,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config, model = stream_settings(args)
         parser.set_defaults(model=model)
+        if model == str(demo_model()):
+            parser.set_defaults(prompt=DEMO_PROMPT)  # it knows no answer to mlx-lm's "hello"
         with patch(config=config) as patched, _timed() as timing, _arguments(parser, argv):
             stock.main()
         if args.verbose:

@@ -205,7 +205,9 @@ def main() -> None:
     args = setup_arg_parser().parse_args()
     topics = sorted(p.name.split(".")[0] for p in args.tokens.glob("*.test.npy"))
     windows = {t: read_windows(args.tokens, t, args.windows) for t in topics}
-    result: dict[str, Any] = {"window_tokens": LENGTH, "topics": {}}
+    result: dict[str, Any] = {
+        "window_tokens": LENGTH, "sample_tokens": args.sample_tokens, "topics": {}
+    }  # fmt: skip
     loads: dict[str, np.ndarray] = {}
     largest_difference = 0.0
 
