@@ -1,6 +1,6 @@
 """Generate text with streamed experts: `mlx_lm.generate` with every one of its options, and ours.
 
-python -m mlx_streamexperts.generate --prompt "In the beginning God created the heaven and the earth. And"
+python -m mlx_streamexperts.generate --prompt "Then said Jesus unto his disciples,"
 python -m mlx_streamexperts.generate --model mlx-community/Kimi-K2.5 --memory 96GB -p "hello"
 """
 

@@ -36,8 +36,9 @@ completes text; it follows no instructions and knows no facts worth trusting.
 ## Held-out perplexity
 
 Per token, on documents that were held out by a hash of their name ({windows} windows of up to
-{window} tokens in all). *Bigram* counts pairs of the same training tokens (absolute discounting onto
-the unigram), over all topics and over the topic's own; *unquantised* is the model before rounding.
+{window} tokens in all). *Bigram* counts pairs of the same training tokens (absolute discounting
+onto the unigram), over all topics and over the topic's own; *unquantised* is the model before
+rounding.
 
 | topic | tokens | unigram | bigram | own bigram | unquantised | **shipped 4-bit** | bits per byte |
 |---|---|---|---|---|---|---|---|
@@ -73,8 +74,8 @@ Packages: {packages}.
 
 `examples/train_demo/` in the repository, step by step. Muon for matrices and AdamW for the rest,
 {steps:,} steps of 128 windows of 1,024 tokens ({trained:.0f} M tokens; topics were seen {least} to
-{most} times), {minutes:.1f} minutes on one NVIDIA H100. The last 30 % trained with 4-bit rounding in
-the forward pass.
+{most} times), {minutes:.1f} minutes on one NVIDIA H100. The last 30 % trained with 4-bit rounding
+in the forward pass.
 
 ## Licence
 
