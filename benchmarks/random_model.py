@@ -87,7 +87,10 @@ def write_random_model(
             else:
                 tensors[where + "weight"] = table
         save(i + 1, tensors)
-    top = {"model.embed_tokens.weight": matrix(vocab, hidden), "model.norm.weight": mx.ones(hidden)}
+    # Large, so that the token and not the context decides the routing: with elements near 1/32 the
+    # layers' outputs drowned it, and half of the experts served 97 % of the choices.
+    embedding = (2 * mx.random.normal((vocab, hidden))).astype(dtype)
+    top = {"model.embed_tokens.weight": embedding, "model.norm.weight": mx.ones(hidden, dtype)}
     save(layers + 1, top)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     for file in demo_model().glob("*token*"):

@@ -210,6 +210,15 @@ class ExpertCache:
                 self._seen[expert] = True
         return missing
 
+    def waves(self, needed: Sequence[int]) -> list[list[int]]:
+        """Divide more experts than there are slots: resident ones first, then in the given order.
+
+        A wave takes half of the slots, so that the next can be read while it computes.
+        """
+        order = sorted(needed, key=lambda e: self.slot_of[e] < 0)
+        size = max(1, self.slots // 2)
+        return [order[i : i + size] for i in range(0, len(order), size)]
+
     def drop(self, expert: int) -> None:
         """Empty the expert's slot: its bytes never arrived."""
         self._free.append(int(self.slot_of[expert]))

@@ -22,7 +22,7 @@ _ITEM_BYTES = {
     "U32": 4, "I32": 4, "F32": 4,
     "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
-_MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
+MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
 _MAX_SIZE = 2**63 - 1  # no file is longer; larger numbers are refused unprinted
 _INDEX = "model.safetensors.index.json"
 
@@ -129,10 +129,10 @@ def read_header(file: Path) -> list[TensorEntry]:
                     f"{file}: the header claims {length} bytes but the file has {file_bytes}: "
                     "it is truncated or not a safetensors file"
                 )
-            if length > _MAX_HEADER_BYTES:
+            if length > MAX_HEADER_BYTES:
                 raise CheckpointError(
                     f"{file}: header of {length} bytes, more than the format's limit of "
-                    f"{_MAX_HEADER_BYTES}"
+                    f"{MAX_HEADER_BYTES}"
                 )
             raw = f.read(length)
     except OSError as e:

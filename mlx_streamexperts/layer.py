@@ -182,7 +182,7 @@ class ExpertLayer:
             self._note_thread()
             needed = list(dict.fromkeys(experts.ravel().tolist()))
             if len(needed) > self.cache.slots:
-                y = self._in_waves(x, experts, np.array(sorted(needed)))
+                y = self._in_waves(x, experts, sorted(needed))
             else:
                 y = self._at_once(x, experts, needed)
             return self._bank.reading(y, eager=self._shared)
@@ -209,17 +209,14 @@ class ExpertLayer:
         self._finish(missing, ticket)
         return self._join([early, self._rows(x, experts, rows[1])], rows, experts.shape)
 
-    def _in_waves(self, x: mx.array, experts: np.ndarray, needed: np.ndarray) -> mx.array:
+    def _in_waves(self, x: mx.array, experts: np.ndarray, needed: list[int]) -> mx.array:
         """More experts than slots: they pass through, each read once.
 
         Resident ones go first, then the others in file order. While a wave computes, the next one
-        is read into the slots of the wave before, so a wave takes half of the slots.
+        is read into the slots of the wave before.
         """
         slots = self.cache.slots
-        resident = self.cache.slot_of[needed] >= 0
-        order = np.concatenate([needed[resident], needed[~resident]])
-        size = max(1, slots // 2)
-        waves = [order[i : i + size] for i in range(0, len(order), size)]
+        waves = self.cache.waves(needed)
         self.stats.waves += len(waves) - 1
         wave_of = np.empty(self.experts, np.int32)
         for i, wave in enumerate(waves):
@@ -228,7 +225,7 @@ class ExpertLayer:
         order_rows = np.argsort(row_wave, kind="stable")
         rows = np.split(order_rows, np.searchsorted(row_wave[order_rows], range(1, len(waves))))
         outputs: list[mx.array] = []
-        missing, ticket = self._begin(waves[0].tolist())
+        missing, ticket = self._begin(waves[0])
         for i, wave in enumerate(waves):
             self._finish(missing, ticket)
             y = self._rows(x, experts, rows[i])
@@ -236,8 +233,7 @@ class ExpertLayer:
             if i + 1 < len(waves):
                 # The next wave overwrites slots of waves before this one: they must have run.
                 mx.eval(outputs[-1:] if slots > 1 else y)
-                keep = wave.tolist() if slots > 1 else ()
-                missing, ticket = self._begin(waves[i + 1].tolist(), keep)
+                missing, ticket = self._begin(waves[i + 1], wave if slots > 1 else ())
             outputs.append(y)
         return self._join(outputs, rows, experts.shape)
 

@@ -36,8 +36,9 @@ from .bank import SlotTensor
 from .checkpoint import Checkpoint, TensorEntry, read_checkpoint, read_header
 from .config import StreamConfig
 from .errors import CheckpointError, UnsupportedModelError
+from .hub import headers_only
 from .layer import ExpertLayer, ExpertTensor, StreamedSwitch
-from .planner import Plan, divide
+from .planner import Plan, Sizes, divide, text_config
 from .stream import ExpertStream, attach, flatten, is_streamed, layer_needs, stream
 
 _original_load_model = mlx_lm.utils.load_model
@@ -87,14 +88,13 @@ def plan(
 ) -> Plan:
     """What `load` would come to, from headers alone: no weight is read, nothing allocated.
 
+    Of a Hub repository only the headers are fetched.
+
     Raises: as `load`.
     """
-    prepared = _prepare(
-        resolve(path_or_hf_repo),
-        _merged(memory, cache, config),
-        {"trust_remote_code": trust_remote_code},
-    )
-    return prepared.plan
+    with headers_only(str(path_or_hf_repo)) as (folder, _):
+        merged = _merged(memory, cache, config)
+        return prepare(folder, merged, {"trust_remote_code": trust_remote_code}).plan
 
 
 def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
@@ -183,7 +183,7 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         folder = Path(arguments.pop("model_path"))
         lazy = arguments.pop("lazy", False)
         try:
-            prepared = _prepare(folder, self.config, arguments)
+            prepared = prepare(folder, self.config, arguments)
         except UnsupportedModelError:
             if self.streams and not _mentions_experts(folder):
                 return _original_load_model(folder, lazy, **arguments)
@@ -250,7 +250,7 @@ def _bind() -> None:
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """A lazily loaded model, nothing evaluated, and what streaming it needs."""
 
     model: nn.Module
@@ -259,7 +259,7 @@ class _Prepared:
     plan: Plan
 
 
-def _prepare(folder: Path, config: StreamConfig, arguments: dict[str, Any]) -> _Prepared:
+def prepare(folder: Path, config: StreamConfig, arguments: dict[str, Any]) -> Prepared:
     """Check the checkpoint, build the model without evaluating it, and divide the budget."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder / 'config.json'} is missing: not a model folder")
@@ -281,11 +281,15 @@ def _prepare(folder: Path, config: StreamConfig, arguments: dict[str, Any]) -> _
         raise UnsupportedModelError(_nothing_found(folder, model, model_config))
     expert_bytes = sum(x.experts * x.expert_bytes for x in layers)
     parameters = [array for _, array in flatten(model)]
-    trunk_bytes = sum(a.nbytes for a in parameters) - expert_bytes
+    sizes = Sizes(
+        trunk=sum(a.nbytes for a in parameters) - expert_bytes,
+        looked_up=_embedding_bytes(model, model_config),
+        disk=checkpoint.nbytes,
+    )
     item_bytes = max(a.dtype.size for a in parameters if mx.issubdtype(a.dtype, mx.floating))
     needs = layer_needs(layers, model_config)
-    return _Prepared(
-        model, model_config, layers, divide(trunk_bytes, needs, item_bytes, model_config, config)
+    return Prepared(
+        model, model_config, layers, divide(sizes, needs, item_bytes, model_config, config)
     )
 
 
@@ -394,6 +398,18 @@ def _nothing_found(folder: Path, model: nn.Module, model_config: dict[str, Any])
     return (
         f"{folder} ({kind}) cannot be streamed: no SwitchGLU or SwitchMLP module in the model; "
         + found
+    )
+
+
+def _embedding_bytes(model: nn.Module, model_config: dict[str, Any]) -> int:
+    """Bytes of embeddings that only look up; a tied one is the output matrix too."""
+    if text_config(model_config).get("tie_word_embeddings"):
+        return 0
+    return sum(
+        array.nbytes
+        for module in model.modules()
+        if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding))
+        for _, array in flatten(module)
     )
 
 

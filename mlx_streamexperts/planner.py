@@ -38,6 +38,15 @@ class Plan:
         kv: room for the KV cache of `context_tokens` tokens.
         work: room for activations of `prefill_tokens` tokens.
         slots: slots of each expert layer, in model order.
+        layer_experts: routed experts of each layer.
+        top_k: experts that a router picks for a token.
+        prefill_tokens: tokens of a prompt chunk that `work` is for.
+        context_tokens: tokens that `kv` is for.
+        disk: the checkpoint's tensors.
+        active_bytes_per_token: weights that computing one token reads.
+        cold_bytes_per_token: what one token reads from the drive if no expert is resident.
+        minimum: the smallest `memory` that works with these options.
+        model_type: the checkpoint's.
         resident_share: part of all expert bytes that fits into the cache.
     """
 
@@ -48,6 +57,15 @@ class Plan:
     kv: int
     work: int
     slots: tuple[int, ...]
+    layer_experts: tuple[int, ...]
+    top_k: int
+    prefill_tokens: int
+    context_tokens: int
+    disk: int
+    active_bytes_per_token: int
+    cold_bytes_per_token: int
+    minimum: int
+    model_type: str
 
     @property
     def resident_share(self) -> float:
@@ -63,8 +81,23 @@ class Plan:
         )
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a model's parts.
+
+    Attributes:
+        trunk: weights that stay resident.
+        looked_up: the part of the trunk of which a token uses one row (an input embedding).
+        disk: the checkpoint's tensors, used or not.
+    """
+
+    trunk: int
+    looked_up: int
+    disk: int
+
+
 def divide(
-    trunk_bytes: int,
+    sizes: Sizes,
     layers: Sequence[LayerNeed],
     item_bytes: int,
     model_config: dict[str, Any],
@@ -73,7 +106,7 @@ def divide(
     """Divide the budget that `config` states over a model.
 
     Args:
-        trunk_bytes: weights that stay resident.
+        sizes: bytes of the model's parts.
         layers: what each expert layer needs.
         item_bytes: bytes of one activation (2 for bfloat16 and float16, 4 for float32).
         model_config: the checkpoint's config.json.
@@ -86,8 +119,9 @@ def divide(
     kv = item_bytes * config.context_tokens * kv_items_per_token(model_config)
     work = item_bytes * work_items(model_config, config.prefill_tokens) + _WORK_FLOOR_BYTES
     reserve = 0 if config.reserve is None else parse_size(config.reserve)
-    fixed = trunk_bytes + kv + work + reserve
-    parts = _parts(trunk_bytes, kv, work, reserve)
+    fixed = sizes.trunk + kv + work + reserve
+    parts = _parts(sizes.trunk, kv, work, reserve)
+    least = fixed + sum(n.minimum * n.expert_bytes for n in layers)
     if config.cache is not None:
         cache, memory = parse_size(config.cache), config.memory and parse_size(config.memory)
         if memory and fixed + cache > memory:
@@ -103,7 +137,6 @@ def divide(
             if config.memory is None
             else parse_size(config.memory)
         )
-        least = fixed + sum(n.minimum * n.expert_bytes for n in layers)
         if memory < least:
             raise BudgetError(
                 f"memory={format_size(memory)} is too small: {parts} and "
@@ -114,7 +147,25 @@ def divide(
         cache = memory - fixed
     slots = share_slots(cache, layers)
     used = sum(s * n.expert_bytes for s, n in zip(slots, layers, strict=True))
-    return Plan(memory or None, trunk_bytes, experts, used, kv, work, tuple(slots))
+    cold = sum(n.minimum * n.expert_bytes for n in layers)
+    return Plan(
+        memory=memory or None,
+        trunk=sizes.trunk,
+        experts=experts,
+        cache=used,
+        kv=kv,
+        work=work,
+        slots=tuple(slots),
+        layer_experts=tuple(n.experts for n in layers),
+        top_k=max(n.minimum for n in layers),
+        prefill_tokens=config.prefill_tokens,
+        context_tokens=config.context_tokens,
+        disk=sizes.disk,
+        active_bytes_per_token=sizes.trunk - sizes.looked_up + cold,
+        cold_bytes_per_token=cold,
+        minimum=least,
+        model_type=str(model_config.get("model_type", "")),
+    )
 
 
 def text_config(model_config: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -112,6 +113,11 @@ def device_memory_bytes() -> int:
             if isinstance(value, int) and value > 0:
                 return value
     return available_memory_bytes()
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """Bytes that can still be written to the file system of `folder`."""
+    return shutil.disk_usage(folder).free
 
 
 def resident_bytes() -> int:

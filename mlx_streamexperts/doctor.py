@@ -1,0 +1,221 @@
+"""Will a model run on this machine, how fast, and what limits it? From headers, before loading.
+
+python -m mlx_streamexperts.doctor --model mlx-community/Kimi-K2.5 --memory 96GB
+python -m mlx_streamexperts.doctor --model ./my-model --machine "M4 Max 128 GB"
+
+Of a Hub repository only headers are fetched (a few megabytes), never weights. Speeds are
+predictions, with a range (the formula is in predict.py); what is measured here is marked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from .bank import in_place_works
+from .cli import make_parser
+from .config import StreamConfig, format_size, from_arguments
+from .demo import demo_model
+from .errors import BudgetError, StreamError
+from .hub import headers_only
+from .measure import DriveRate, drive_rates, layer_seconds, memory_rate, sync_seconds
+from .patching import Prepared, prepare
+from .planner import Plan
+from .platform import device_memory_bytes, free_disk_bytes
+from .predict import NAMED_MACHINES, REPORTED, Machine, predict, replayed_hit_rate
+from .reader import direct_works
+
+_DEPTHS = (1, 4, 8, 16)
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    """The options of `doctor`, and those of streaming."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model")
+    parser.add_argument(
+        "--machine",
+        action="append",
+        metavar="NAME",
+        help="predict for this machine instead of measuring here (repeatable; 'all'): "
+        + ", ".join(NAMED_MACHINES),
+    )
+    parser.add_argument("--prompt-tokens", type=int, default=1000, help="for time to first token")
+    parser.add_argument("--trace", type=Path, help="a recorded trace: its hit rate is used")
+    parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    return make_parser(parser, "python -m mlx_streamexperts.doctor", __doc__)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 1 on an error, 2 if the model does not fit."""
+    args = setup_arg_parser().parse_args(argv)
+    try:
+        report = examine(args)
+    except BudgetError as e:
+        print(f"does not fit: {e}", file=sys.stderr)
+        return 2
+    except StreamError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    print(json.dumps(report, indent=1) if args.json else "\n".join(_lines(report)))
+    return 0
+
+
+def examine(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that `doctor` prints, as plain values.
+
+    Raises:
+        BudgetError: the model does not fit into the stated memory.
+        StreamError: the model cannot be read or streamed.
+    """
+    config = from_arguments(args)
+    name = args.model or str(demo_model())
+    with headers_only(name) as (folder, downloaded):
+        trust = {"trust_remote_code": args.trust_remote_code}
+        if args.machine:
+            wanted = NAMED_MACHINES if "all" in args.machine else args.machine
+            unknown = [m for m in wanted if m not in NAMED_MACHINES]
+            if unknown:
+                raise StreamError(
+                    f"unknown machine {unknown[0]!r}: choose of {', '.join(NAMED_MACHINES)}"
+                )
+            results = [_named(folder, config, NAMED_MACHINES[m], args, trust) for m in wanted]
+            return {"model": name, "machines": results}
+        prepared = prepare(folder, config, trust)
+        here, measured = _this_machine(prepared, downloaded)
+        return {
+            "model": name,
+            "downloaded": downloaded,
+            "free_disk": free_disk_bytes(folder),
+            "measured": measured,
+            "machines": [_result(prepared.plan, here, args)],
+        }
+
+
+def _named(
+    folder: Path,
+    config: StreamConfig,
+    machine: Machine,
+    args: argparse.Namespace,
+    trust: dict[str, Any],
+) -> dict[str, Any]:
+    """Prediction for a machine that is not here; its own memory unless a budget is stated."""
+    if config.memory is None and config.cache is None:
+        config = replace(config, memory=int(0.75 * machine.memory))
+    try:
+        return _result(prepare(folder, config, trust).plan, machine, args)
+    except BudgetError as e:
+        return {"machine": asdict(machine), "does_not_fit": str(e), "needed": e.needed_bytes}
+
+
+def _result(plan: Plan, machine: Machine, args: argparse.Namespace) -> dict[str, Any]:
+    hits = None if args.trace is None else replayed_hit_rate(args.trace, plan.slots, args.policy)
+    prediction = predict(plan, machine, args.prompt_tokens, hits)
+    reported = [
+        asdict(r)
+        for r in REPORTED
+        if (r.model_type, r.layers, r.machine) == (plan.model_type, len(plan.slots), machine.name)
+    ]
+    return {
+        "machine": asdict(machine),
+        "plan": {**asdict(plan), "resident_share": plan.resident_share, "text": str(plan)},
+        "prediction": asdict(prediction),
+        "hit_rate_from": "trace" if args.trace else "published curves",
+        "reported": reported,
+    }
+
+
+def _this_machine(prepared: Prepared, downloaded: bool) -> tuple[Machine, dict[str, Any]]:
+    """Measure what decides the speed here; the drive only where the weights are on it."""
+    expert_bytes = max(x.expert_bytes for x in prepared.layers)
+    parts = [t.stored for x in prepared.layers for t in x.tensors.values()]
+    files = sorted({(str(t.file), t.file.stat().st_size) for t in parts})
+    # A miss reads every part by itself, unless they lie side by side.
+    read_bytes = max(4096, expert_bytes // len(prepared.layers[0].tensors))
+    direct = downloaded and direct_works(Path(files[0][0]))
+    rates: list[DriveRate] = []
+    if downloaded:
+        rates = drive_rates(files, read_bytes, _DEPTHS, direct)
+    best = max(rates, key=lambda r: r.rate, default=None)
+    machine = Machine(
+        name="this machine",
+        memory=device_memory_bytes(),
+        memory_rate=memory_rate(),
+        drive_rate=best.rate if best else 5e9,
+        drive_latency=rates[0].latency if rates else 100e-6,
+        sync_seconds=sync_seconds(layers=len(prepared.layers)),
+        layer_seconds=layer_seconds(),
+    )
+    return machine, {
+        "device": str(mx.default_device()),
+        "in_place": in_place_works(),
+        "drive": [asdict(r) for r in rates],
+        "page_cache_bypassed": direct,
+    }
+
+
+def _lines(report: dict[str, Any]) -> list[str]:
+    """The report for people."""
+    lines = [f"Model: {report['model']}"]
+    if measured := report.get("measured"):
+        check = "passed" if measured["in_place"] else "FAILED: reads are copied, which is slow"
+        lines.append(f"Device: {measured['device']}, check of in-place reads {check}")
+        for r in measured["drive"]:
+            how = "past the page cache" if measured["page_cache_bypassed"] else "page cache warm"
+            lines.append(
+                f"Drive (measured, {how}): {format_size(r['rate'])}/s at {r['depth']} reads of "
+                f"{format_size(r['read_bytes'])} in flight, {1e3 * r['latency']:.2f} ms each"
+            )
+        if not measured["drive"]:
+            lines.append("Drive: not measured, the weights are not here; 5 GB/s assumed")
+        m = report["machines"][0]["machine"]
+        lines.append(
+            f"Memory (measured): {format_size(m['memory_rate'])}/s; asking the device for a "
+            f"layer's experts: {1e6 * m['sync_seconds']:.0f} us (measured)"
+        )
+        lines.append(f"Free disk: {format_size(report['free_disk'])}")
+    for result in report["machines"]:
+        lines += ["", *_result_lines(result)]
+    return lines
+
+
+def _result_lines(result: dict[str, Any]) -> list[str]:
+    machine = result["machine"]
+    lines = [f"{machine['name']} ({format_size(machine['memory'])})"]
+    if "does_not_fit" in result:
+        return [*lines, f"  does not fit: {result['does_not_fit']}"]
+    plan, p = result["plan"], result["prediction"]
+    lines += [
+        f"  plan: {plan['text']}",
+        f"  smallest memory that works: {format_size(plan['minimum'])}; disk needed: "
+        f"{format_size(plan['disk'])}; cold bytes per token: "
+        f"{format_size(plan['cold_bytes_per_token'])}",
+        f"  expected hit rate: {_range(p['hit_rate'], '.0%')} ({result['hit_rate_from']})",
+        f"  predicted decode: {_range(p['tokens_per_s'], '.3g')} tokens/s; first token of "
+        f"{p['prompt_tokens']} after {_range(p['first_token'], '.3g')} s",
+        f"  a token, likely: compute {1e3 * p['compute_seconds']:.1f} ms + sync and "
+        f"launches {1e3 * p['sync_seconds']:.1f} ms + reads {1e3 * p['read_seconds']:.1f} ms; "
+        f"limited by: {p['limit']}",
+    ]
+    for r in result["reported"]:
+        off = p["tokens_per_s"]["likely"] / r["tokens_per_s"]
+        lines.append(
+            f"  reported: {r['tokens_per_s']} tokens/s with {format_size(r['memory'])} "
+            f"({r['note']}); the prediction above is {off:.2f} times that"
+        )
+    return lines
+
+
+def _range(value: dict[str, float], form: str) -> str:
+    ends = sorted((value["low"], value["high"]))
+    return f"{value['likely']:{form}} ({ends[0]:{form}} to {ends[1]:{form}})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

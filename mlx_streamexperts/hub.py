@@ -1,0 +1,77 @@
+"""The headers of a model, without its weights.
+
+A Hub repository's safetensors headers are fetched by ranged requests and written into sparse files
+of the true size, so that everything that works on a local folder's headers works on them.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from huggingface_hub import HfFileSystem
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from .checkpoint import MAX_HEADER_BYTES
+from .errors import CheckpointError
+
+_SMALL_FILES = (".json", ".py", ".jinja", ".txt", ".model", ".tiktoken")
+
+
+@contextmanager
+def headers_only(path_or_hf_repo: str) -> Iterator[tuple[Path, bool]]:
+    """A folder with the model's headers and small files.
+
+    Args:
+        path_or_hf_repo: a model folder, or a Hugging Face repository.
+
+    Yields:
+        The folder, and whether it holds the weights too: a local folder is used as it is; of a
+        repository a temporary folder is made, and removed at the end.
+
+    Raises:
+        CheckpointError: it is neither, or a header cannot be what it claims.
+    """
+    if Path(path_or_hf_repo).exists():
+        yield Path(path_or_hf_repo), True
+        return
+    folder = Path(tempfile.mkdtemp(prefix="mlx-streamexperts-headers-"))
+    try:
+        try:
+            _fetch(path_or_hf_repo, folder)
+        except (HfHubHTTPError, HFValidationError, OSError) as e:
+            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+            raise CheckpointError(
+                f"{path_or_hf_repo} is neither a model folder nor a repository whose headers can "
+                f"be had: {reason}"
+            ) from e
+        yield folder, False
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fetch(repo: str, folder: Path) -> None:
+    hub = HfFileSystem()
+    for entry in cast(list[dict[str, Any]], hub.ls(repo, detail=True)):
+        name, size = Path(entry["name"]).name, int(entry["size"] or 0)
+        if entry["type"] != "file":
+            continue
+        if name.startswith("model") and name.endswith(".safetensors"):
+            # Blocks of 1 MiB: a header of a few hundred kilobytes is one request.
+            with hub.open(entry["name"], "rb", block_size=1 << 20) as remote:
+                start = remote.read(8)
+                length = int.from_bytes(start, "little")
+                if length > min(MAX_HEADER_BYTES, max(0, size - 8)):
+                    raise CheckpointError(
+                        f"{repo}/{name}: the header claims {length} bytes; not a safetensors file"
+                    )
+                header = remote.read(length)
+            with (folder / name).open("wb") as local:
+                local.write(start + header)
+                local.truncate(size)
+        elif name.endswith(_SMALL_FILES) and size < MAX_HEADER_BYTES:
+            (folder / name).write_bytes(hub.cat_file(entry["name"]))

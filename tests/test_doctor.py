@@ -1,0 +1,144 @@
+"""`doctor` tells from headers what a model needs; of a repository it fetches headers alone."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import QUIET
+
+from mlx_streamexperts import CheckpointError, doctor, hub, plan
+from mlx_streamexperts.measure import drive_rates, layer_seconds, memory_rate, sync_seconds
+
+
+class FakeHub:
+    """As much of `HfFileSystem` as is used, over a local folder; counts the bytes handed out."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.read_bytes = folder, 0
+
+    def ls(self, repo: str, detail: bool) -> list[dict[str, Any]]:
+        if repo != "some/repo":
+            raise FileNotFoundError(f"no repository {repo}")
+        files = [
+            {"name": f"{repo}/{f.name}", "size": f.stat().st_size, "type": "file"}
+            for f in sorted(self.folder.iterdir())
+        ]
+        return [*files, {"name": f"{repo}/original", "size": 0, "type": "directory"}]
+
+    def cat_file(self, name: str) -> bytes:
+        return (self.folder / Path(name).name).read_bytes()
+
+    def open(self, name: str, mode: str, block_size: int) -> io.BufferedReader:
+        fake = self
+
+        class Counting(io.FileIO):
+            def readinto(self, buffer: Any) -> int | None:
+                fake.read_bytes += len(buffer)
+                return super().readinto(buffer)
+
+            def read(self, size: int = -1) -> bytes:
+                data = super().read(size)
+                fake.read_bytes += len(data)
+                return data
+
+        return Counting(str(self.folder / Path(name).name))  # type: ignore[return-value]
+
+
+@pytest.fixture
+def fake_hub(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> FakeHub:
+    folder = Path(shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "remote"))
+    fake = FakeHub(folder)
+    monkeypatch.setattr(hub, "HfFileSystem", lambda: fake)
+    return fake
+
+
+def test_a_repository_is_planned_from_its_headers(fake_hub: FakeHub) -> None:
+    weights = sum(f.stat().st_size for f in fake_hub.folder.glob("*.safetensors"))
+    assert plan("some/repo", cache="1GB", config=QUIET) == plan(
+        fake_hub.folder, cache="1GB", config=QUIET
+    )
+    assert 0 < fake_hub.read_bytes < weights / 2
+
+
+def test_the_headers_of_a_repository_are_removed_afterwards(fake_hub: FakeHub) -> None:
+    with hub.headers_only("some/repo") as (folder, downloaded):
+        assert not downloaded
+        for file in fake_hub.folder.glob("*.safetensors"):
+            assert (folder / file.name).stat().st_size == file.stat().st_size
+    assert not folder.exists()
+
+
+def test_a_repository_that_is_not_there_is_an_error(fake_hub: FakeHub) -> None:
+    with pytest.raises(CheckpointError, match="other/repo is neither a model folder"):
+        plan("other/repo", config=QUIET)
+
+
+def test_a_remote_header_that_lies_is_an_error(fake_hub: FakeHub) -> None:
+    file = next(fake_hub.folder.glob("*.safetensors"))
+    with file.open("r+b") as f:
+        f.write((1 << 40).to_bytes(8, "little"))
+    with pytest.raises(CheckpointError, match="header claims"):
+        plan("some/repo", config=QUIET)
+
+
+def test_this_machine_is_measured_and_the_model_judged(
+    checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(checkpoint("qwen3_moe"))
+    assert doctor.main(["--model", folder, "--memory", "400MB", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    (here,) = report["machines"]
+    assert here["plan"]["memory"] == 400_000_000
+    assert here["plan"]["minimum"] < 400_000_000
+    assert here["prediction"]["tokens_per_s"]["likely"] > 0
+    assert {r["depth"] for r in report["measured"]["drive"]} == {1, 4, 8, 16}
+    assert report["measured"]["in_place"] is True
+    assert doctor.main(["--model", folder, "--memory", "400MB"]) == 0
+    text = capsys.readouterr().out
+    for word in ("predicted decode", "measured", "hit rate", "limited by", "smallest memory"):
+        assert word in text, word
+
+
+def test_named_machines_need_no_measurement(
+    checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(checkpoint("qwen3_moe"))
+    assert doctor.main(["--model", folder, "--machine", "all"]) == 0
+    out = capsys.readouterr().out
+    assert "M5 Max 128 GB" in out
+    assert "measured" not in out
+    assert doctor.main(["--model", folder, "--machine", "Cray"]) == 1
+    assert "unknown machine 'Cray'" in capsys.readouterr().err
+
+
+def test_the_smallest_memory_is_told_and_works(
+    checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = checkpoint("qwen3_moe")
+    assert doctor.main(["--model", str(folder), "--memory", "1MB"]) == 2
+    assert "does not fit" in capsys.readouterr().err
+    least = plan(folder, memory="400MB", config=QUIET).minimum
+    assert plan(folder, memory=least, config=QUIET).memory == least
+    assert doctor.main(["--model", str(folder), "--memory", str(least - 1)]) == 2
+    assert f"{least:,}" in capsys.readouterr().err
+
+
+def test_measurements_are_of_the_right_order(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(1 << 20))
+    (one, two) = drive_rates([(str(file), 1 << 20)], 4096, (1, 2), direct=False, seconds=0.05)
+    for r in (one, two):
+        assert 1e5 < r.rate < 1e12
+        assert 0 < r.latency < 1
+    assert drive_rates([(str(file), 100)], 4096, (1,), direct=False) == []
+    assert 1e7 < memory_rate(1 << 22, 3) < 1e14
+    assert 0 <= sync_seconds(4, 64) < 1
+    assert 0 < layer_seconds(2) < 1

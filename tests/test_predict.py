@@ -1,0 +1,148 @@
+"""Predictions follow from sizes by the stated formula; replayed traces count as the live cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import families
+import mlx.core as mx
+import pytest
+from conftest import QUIET, all_experts, load_streamed
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlx_streamexperts import StreamError, plan, stream
+from mlx_streamexperts.planner import Plan
+from mlx_streamexperts.predict import (
+    NAMED_MACHINES,
+    PUBLISHED_HIT_RATES,
+    Machine,
+    Range,
+    predict,
+    published_hit_rate,
+    replay,
+    replayed_hit_rate,
+)
+
+MACHINE = Machine(
+    "test", 10**10, 100e9, 1e9, drive_latency=0.0, sync_seconds=0.0, layer_seconds=0.0
+)
+
+
+@pytest.fixture(scope="module")
+def half(checkpoint: Callable[..., Path]) -> Plan:
+    """A plan with half of the experts resident."""
+    folder = checkpoint("qwen3_moe")
+    whole = plan(folder, cache="1GB", config=QUIET)
+    return plan(folder, cache=whole.experts // 2, config=QUIET)
+
+
+def test_the_formula_by_hand(half: Plan) -> None:
+    p = predict(half, MACHINE, hit_rate=Range(0.5, 0.5, 0.5))
+    compute = half.active_bytes_per_token / (100e9 * 0.75)
+    read = 0.5 * half.cold_bytes_per_token / 1e9
+    assert p.compute_seconds == pytest.approx(compute)
+    assert p.read_seconds == pytest.approx(read)
+    assert p.tokens_per_s.likely == pytest.approx(1 / (compute + read))
+    assert p.tokens_per_s.high == pytest.approx(1 / max(half.active_bytes_per_token / 90e9, read))
+    assert p.limit == "drive"
+
+
+def test_what_is_resident_costs_neither_reads_nor_syncs(half: Plan) -> None:
+    whole = replace(half, cache=half.experts, slots=half.layer_experts)
+    p = predict(whole, replace(MACHINE, sync_seconds=1.0, drive_latency=1.0))
+    assert (p.read_seconds, p.sync_seconds) == (0, 0)
+    assert p.hit_rate.likely == 1
+
+
+@pytest.mark.parametrize("better", ["memory_rate", "drive_rate"])
+def test_better_machines_are_predicted_faster(better: str, half: Plan) -> None:
+    slow = predict(half, MACHINE)
+    fast = predict(half, replace(MACHINE, **{better: 10 * getattr(MACHINE, better)}))
+    for end in ("low", "likely", "high"):
+        assert getattr(fast.tokens_per_s, end) >= getattr(slow.tokens_per_s, end)
+    assert fast.tokens_per_s.likely > slow.tokens_per_s.likely
+
+
+@pytest.mark.parametrize("machine", NAMED_MACHINES.values(), ids=NAMED_MACHINES)
+def test_ranges_are_in_order(machine: Machine, half: Plan) -> None:
+    p = predict(half, machine)
+    for r in (p.hit_rate, p.tokens_per_s):
+        assert r.low <= r.likely <= r.high
+    assert p.first_token.low >= p.first_token.likely >= p.first_token.high > 0
+
+
+def test_longer_prompts_read_more_until_every_expert_is_read(half: Plan) -> None:
+    seconds = [predict(half, MACHINE, n).first_token.likely for n in (1, 10, 2000)]
+    assert seconds == sorted(seconds)
+    assert seconds[0] < seconds[2]
+
+
+def test_published_curves_are_met_and_interpolated() -> None:
+    assert published_hit_rate("qwen3_5_moe", 0.25).likely == 0.76
+    between = published_hit_rate("qwen3_5_moe", 0.30).likely
+    assert 0.76 < between < 0.83
+    unknown = published_hit_rate("something_new", 0.25)
+    assert (unknown.low, unknown.high) == (0.67, 0.80)
+    assert all(list(c) == sorted(c) for c in PUBLISHED_HIT_RATES.values())
+
+
+@pytest.mark.parametrize("policy", ["lru", "s3fifo"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.8])
+def test_replay_counts_exactly_what_the_live_cache_counted(
+    policy: str, share: float, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Prompts that go through in waves included."""
+    model = load_streamed(checkpoint("qwen3_moe"), 1 << 40, replace(QUIET, policy=policy))
+    with stream(model) as expert_stream:
+        least = sum(n.minimum * n.expert_bytes for n in expert_stream.needs())
+        expert_stream.resize(max(least, int(share * all_experts(expert_stream))))
+        expert_stream.reset()
+        with expert_stream.trace(tmp_path / "trace.jsonl"):
+            for seed in (1, 2):
+                cache = make_prompt_cache(model)
+                tokens = families.token_stream(families.VOCAB, 40, seed)
+                mx.eval(model(mx.array(tokens[:20])[None], cache=cache))
+                for t in tokens[20:]:
+                    mx.eval(model(mx.array([[int(t)]]), cache=cache))
+        slots = [x.cache.slots for x in expert_stream.layers]
+        total, layers = replay(tmp_path / "trace.jsonl", slots, policy)
+        assert total == expert_stream.stats().cache
+        assert layers == [x.cache.stats for x in expert_stream.layers]
+        r = replayed_hit_rate(tmp_path / "trace.jsonl", slots, policy)
+        assert r.low <= r.likely <= r.high
+        assert r.likely == total.hit_rate
+
+
+HEAD = {"layers": ["a", "b"], "experts": [4, 4], "expert_bytes": [1, 1]}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "not a trace"),
+        (["nonsense"], "line 1: not JSON"),
+        (["[1]"], "line 1: not a JSON object"),
+        ([json.dumps({"experts": "four"})], "not a trace"),
+        ([json.dumps({"experts": [4]})], "1 expert layers, the model has 2"),
+        ([json.dumps(HEAD), '{"layer": 2, "experts": [[1]]}'], "line 2"),
+        ([json.dumps(HEAD), '{"layer": 0, "experts": [[4]]}'], "no such expert"),
+        ([json.dumps(HEAD), '{"layer": 0, "experts": [[-1]]}'], "no such expert"),
+        ([json.dumps(HEAD), '{"layer": 0}'], "line 2"),
+        ([json.dumps(HEAD), '{"layer": 0, "experts": 3}'], "line 2"),
+    ],
+)
+def test_what_is_no_trace_is_refused_by_line(
+    lines: list[str], message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "trace.jsonl"
+    file.write_text("\n".join(lines))
+    with pytest.raises(StreamError, match=message):
+        replay(file, [2, 2])
+
+
+def test_a_missing_trace_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StreamError, match="no-such"):
+        replay(tmp_path / "no-such", [2])
