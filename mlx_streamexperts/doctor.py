@@ -24,8 +24,8 @@ from .config import StreamConfig, format_size, from_arguments
 from .demo import demo_model
 from .errors import BudgetError, StreamError
 from .hub import headers_only
+from .locate import Prepared, prepare
 from .measure import DriveRate, drive_rates, layer_seconds, memory_rate, sync_seconds
-from .patching import Prepared, prepare
 from .planner import Plan
 from .platform import device_memory_bytes, free_disk_bytes
 from .predict import NAMED_MACHINES, REPORTED, Machine, predict, replayed_hit_rate
