@@ -233,12 +233,14 @@ class LayerNeed:
     Attributes:
         experts: routed experts in the layer.
         expert_bytes: bytes of one of them.
-        minimum: slots the layer cannot work without (one token's experts).
+        minimum: slots the layer cannot work without.
+        top_k: experts of one token; with fewer slots they pass through in waves.
     """
 
     experts: int
     expert_bytes: int
     minimum: int
+    top_k: int = 1
 
 
 def share_slots(budget_bytes: int, layers: Sequence[LayerNeed]) -> list[int]:
@@ -255,8 +257,8 @@ def share_slots(budget_bytes: int, layers: Sequence[LayerNeed]) -> list[int]:
     least = sum(layer.minimum * layer.expert_bytes for layer in layers)
     if least > budget_bytes:
         raise BudgetError(
-            f"a cache of {budget_bytes:,} bytes cannot hold the experts of one token in each of "
-            f"{len(layers)} layers; the smallest that works is {least:,} bytes",
+            f"a cache of {budget_bytes:,} bytes cannot hold the fewest experts that each of "
+            f"{len(layers)} layers needs at once; the smallest that works is {least:,} bytes",
             needed_bytes=least,
         )
 

@@ -140,14 +140,14 @@ def divide(
         if memory < least:
             raise BudgetError(
                 f"memory={format_size(memory)} is too small: {parts} and "
-                f"one token's experts in each of {len(layers)} layers need {least:,} bytes "
+                f"the fewest experts that {len(layers)} layers work with need {least:,} bytes "
                 f"({format_size(least)}). Smaller --context-tokens or --prefill-tokens need less.",
                 needed_bytes=least,
             )
         cache = memory - fixed
     slots = share_slots(cache, layers)
     used = sum(s * n.expert_bytes for s, n in zip(slots, layers, strict=True))
-    cold = sum(n.minimum * n.expert_bytes for n in layers)
+    cold = sum(n.top_k * n.expert_bytes for n in layers)
     return Plan(
         memory=memory or None,
         trunk=sizes.trunk,
@@ -157,7 +157,7 @@ def divide(
         work=work,
         slots=tuple(slots),
         layer_experts=tuple(n.experts for n in layers),
-        top_k=max(n.minimum for n in layers),
+        top_k=max(n.top_k for n in layers),
         prefill_tokens=config.prefill_tokens,
         context_tokens=config.context_tokens,
         disk=sizes.disk,

@@ -194,11 +194,15 @@ def predict(
     if rest := prompt_tokens % plan.prefill_tokens:
         chunks.append(rest)
     sweep = sum(_touched(plan, tokens) for tokens in chunks) * (1 - plan.resident_share)
-    swept = sweep / machine.drive_rate + likely
+    swept = sweep / machine.drive_rate
     return Prediction(
         hit_rate=hits,
         tokens_per_s=Range(1 / slow, 1 / likely, 1 / fast),
-        first_token=Range(plan.experts * len(chunks) / machine.drive_rate + slow, swept, fast),
+        first_token=Range(
+            plan.experts * len(chunks) / machine.drive_rate + slow,
+            swept + likely,
+            swept / 2 + fast,  # uneven routing wants fewer: half is a guess
+        ),
         prompt_tokens=prompt_tokens,
         compute_seconds=parts["memory bandwidth"],
         sync_seconds=sync,

@@ -221,10 +221,12 @@ class ExpertStream:
 
 def layer_needs(layers: list[ExpertLayer], model_config: dict[str, Any]) -> list[LayerNeed]:
     """Sizes and minimum slots of some layers."""
-    return [
-        LayerNeed(x.experts, x.expert_bytes, experts_per_token(model_config, x.experts))
-        for x in layers
-    ]
+    needs = []
+    for x in layers:
+        top_k = experts_per_token(model_config, x.experts)
+        # Two: one is read while the other computes. Below top-k nothing outlives its token.
+        needs.append(LayerNeed(x.experts, x.expert_bytes, min(2, top_k), top_k))
+    return needs
 
 
 def flatten(module: nn.Module) -> list[tuple[str, mx.array]]:

@@ -26,7 +26,7 @@ def load_streamed(folder: Path, cache: int, config: StreamConfig = QUIET) -> nn.
 
 def smallest_cache(expert_stream: ExpertStream) -> int:
     """Bytes of one token's experts in every layer."""
-    return sum(n.minimum * n.expert_bytes for n in expert_stream.needs())
+    return sum(n.top_k * n.expert_bytes for n in expert_stream.needs())
 
 
 def all_experts(expert_stream: ExpertStream) -> int:

@@ -176,6 +176,25 @@ def test_prefill_in_waves_at_any_length(length: int, checkpoint: Callable[..., P
             assert stats.waves > 0 or length == 1
 
 
+@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_decode_with_fewer_slots_than_one_token_has_experts(
+    family: str, slots: int, checkpoint: Callable[..., Path]
+) -> None:
+    """A budget too small for one token's experts is slow, not wrong."""
+    folder = checkpoint(family)
+    tokens = families.token_stream(families.VOCAB, 30, seed=17)
+    stock, _ = mlx_lm.utils.load_model(folder)
+    expected = families.run(stock, tokens, prefill=5)
+    model = load_streamed(folder, 1 << 40)
+    with stream(model) as expert_stream:
+        least = sum(n.minimum * n.expert_bytes for n in expert_stream.needs())
+        expert_stream.resize(least)
+        assert {x.cache.slots for x in expert_stream.layers} == {2}
+        expert_stream._open((slots,) * len(expert_stream.layers))
+        assert_same(expected, families.run(model, tokens, prefill=5), family)
+
+
 def test_batches_share_reads(checkpoint: Callable[..., Path]) -> None:
     """Sequences of one batch that want the same expert cost one read."""
     folder = checkpoint("qwen3_moe")

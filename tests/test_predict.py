@@ -97,7 +97,7 @@ def test_replay_counts_exactly_what_the_live_cache_counted(
     """Prompts that go through in waves included."""
     model = load_streamed(checkpoint("qwen3_moe"), 1 << 40, replace(QUIET, policy=policy))
     with stream(model) as expert_stream:
-        least = sum(n.minimum * n.expert_bytes for n in expert_stream.needs())
+        least = sum(n.top_k * n.expert_bytes for n in expert_stream.needs())
         expert_stream.resize(max(least, int(share * all_experts(expert_stream))))
         expert_stream.reset()
         with expert_stream.trace(tmp_path / "trace.jsonl"):

@@ -1,0 +1,167 @@
+"""Load a stand-in within a budget, compare its filled experts with known bytes, generate, report.
+
+    python examples/fullsize/check.py FOLDER --memory 20GB --tokens 2
+
+The filled experts go the whole way: checkpoint headers, the stream's reader, a slot, the matmul.
+They are compared byte by byte with the digests that write.py left, and their outputs bit by bit
+with mlx-lm's own layer holding the same bytes. Peaks are MLX's and the process's resident memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+from mlx_lm.models.switch_layers import SwitchGLU
+
+from mlx_streamexperts import ExpertStream, StreamConfig, StreamError, load, stream
+from mlx_streamexperts.bank import byte_view
+from mlx_streamexperts.checkpoint import read_checkpoint
+from mlx_streamexperts.config import format_size, parse_size
+from mlx_streamexperts.layer import ExpertLayer
+from mlx_streamexperts.platform import resident_bytes
+
+
+def check_experts(expert_stream: ExpertStream, folder: Path) -> int:
+    """Compare every filled expert with its known bytes and with mlx-lm's layer; returns how many.
+
+    Raises:
+        AssertionError: a byte or an output differs.
+    """
+    digests: dict[tuple[str, int], dict[str, str]] = {}
+    for entry in json.loads((folder / "filled.json").read_text()):
+        layer = entry["tensor"].rsplit(".", 2)[0]
+        part = entry["tensor"][len(layer) + 1 :]
+        digests.setdefault((layer, entry["expert"]), {})[part] = entry["sha256"]
+    for (name, expert), parts in digests.items():
+        layer = next(x for x in expert_stream.layers if x.name == name)
+        _check_expert(layer, expert, parts)
+    return len(digests)
+
+
+def _check_expert(layer: ExpertLayer, expert: int, digests: dict[str, str]) -> None:
+    first = next(iter(layer.tensors.values())).slot
+    columns = first.shape[-1] * 32 // first.module.bits
+    x = mx.random.normal((1, columns)).astype(mx.bfloat16)
+    y = layer(x, mx.array([[expert]]))  # [1, 1, D]
+    mx.eval(y)
+    slot = int(layer.cache.slot_of[expert])
+    reference = SwitchGLU(64, 64, 1, activation=layer.switch.activation)
+    nn.quantize(reference, group_size=32, bits=4)  # its shapes and numbers are replaced below
+    for part, digest in digests.items():
+        tensor = layer.tensors[part]
+        projection, attribute = part.split(".")
+        where = f"{layer.name}, expert {expert}, {part}"
+        with tensor.stored.file.open("rb") as f:  # by plain arithmetic, past our reader
+            f.seek(tensor.stored.offset + expert * (tensor.stored.nbytes // tensor.stored.shape[0]))
+            data = f.read(tensor.stored.nbytes // tensor.stored.shape[0])
+        assert hashlib.sha256(data).hexdigest() == digest, f"{where}: file"
+        table = getattr(tensor.slot.module, attribute)
+        assert bytes(byte_view(table[slot])) == data, f"{where}: slot"
+        mine = getattr(reference, projection)
+        mine.group_size, mine.bits = tensor.slot.module.group_size, tensor.slot.module.bits
+        raw = mx.array(np.frombuffer(data, np.uint8))
+        setattr(mine, attribute, raw.view(table.dtype).reshape(1, *tensor.slot.shape))
+    assert mx.array_equal(y, reference(x, mx.array([[0]]))).item(), f"{layer.name}: output"
+    assert mx.abs(y).max().item() > 0
+
+
+def examine(folder: Path, config: StreamConfig, tokens: int, prompt: str) -> dict[str, Any]:
+    """Everything that the report says."""
+    before = resident_bytes()
+    start = time.perf_counter()
+    checkpoint = read_checkpoint(folder)
+    indexed = time.perf_counter() - start
+    index_bytes = resident_bytes() - before
+    files = {t.file for t in checkpoint.tensors.values()}
+    start = time.perf_counter()
+    model, tokenizer = load(str(folder), config=config)
+    loaded = time.perf_counter() - start
+    with stream(model) as expert_stream:
+        plan = expert_stream.plan
+        experts = check_experts(expert_stream, folder)
+        expert_stream.reset()
+        start = time.perf_counter()
+        count = sum(
+            1
+            for _ in mlx_lm.stream_generate(
+                model, tokenizer, prompt, max_tokens=tokens, prefill_step_size=config.prefill_tokens
+            )
+        )
+        seconds = time.perf_counter() - start
+        stats = expert_stream.stats()
+        return {
+            "model": folder.name,
+            "apparent_bytes": sum(f.stat().st_size for f in files),
+            "disk_bytes": sum(f.stat().st_blocks * 512 for f in files),
+            "shards": len(files),
+            "index_seconds": indexed,
+            "index_bytes": index_bytes,
+            "load_seconds": loaded,
+            "memory": parse_size(config.memory or 0),
+            "trunk": plan.trunk,
+            "cache": plan.cache,
+            "slots": [min(plan.slots), max(plan.slots)],
+            "experts_checked": experts,
+            "descriptors": len(os.listdir("/dev/fd")),
+            "tokens": count,
+            "seconds": seconds,
+            "read_bytes": stats.read.bytes,
+            "hit_rate": stats.cache.hit_rate,
+            "peak_mlx": mx.get_peak_memory(),
+            "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            * (1 if sys.platform == "darwin" else 1024),
+        }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="what write.py wrote")
+    parser.add_argument("--memory", default="20GB")
+    parser.add_argument(
+        "--tokens", type=int, default=2, help="bfloat16 takes minutes each on a CPU"
+    )
+    parser.add_argument("--prompt", default="a")
+    parser.add_argument("--context-tokens", type=int, default=256)
+    parser.add_argument("--prefill-tokens", type=int, default=64)
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    args = parser.parse_args(argv)
+    config = StreamConfig(
+        memory=args.memory,
+        context_tokens=args.context_tokens,
+        prefill_tokens=args.prefill_tokens,
+    )
+    try:
+        r = examine(args.folder, config, args.tokens, args.prompt)
+    except StreamError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    if args.json:
+        args.json.write_text(json.dumps(r, indent=1) + "\n")
+    print(
+        f"| {r['model']} | {format_size(r['apparent_bytes'])} in {r['shards']} shards | "
+        f"{format_size(r['disk_bytes'])} | {r['index_seconds']:.1f} s, "
+        f"{format_size(r['index_bytes'])} | {format_size(r['trunk'])} | {format_size(r['cache'])}, "
+        f"{r['slots'][0]}-{r['slots'][1]} slots | {format_size(r['peak_mlx'])} | "
+        f"{format_size(r['peak_rss'])} of {format_size(r['memory'])} | {r['tokens']} in "
+        f"{r['seconds']:.0f} s | {r['experts_checked']} exact | {r['descriptors']} |"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,396 @@
+"""Write stand-ins of Kimi K2.5 and Qwen3.5-397B-A17B at full size, as sparse files.
+
+A stand-in has the true configuration, tensor names, shapes and element types, and for
+Qwen3.5-397B the published place of every expert tensor; mlx-lm loads it unmodified. The trunk is
+random numbers, so that routing varies; the experts are holes that read as zeros, but for a few that
+are filled, so that their values can be checked. It takes as much disk as the trunk does.
+
+    python examples/fullsize/write.py kimi-k2.5 FOLDER
+    python examples/fullsize/write.py qwen3.5-397b FOLDER --trunk holes
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.utils
+import numpy as np
+from mlx.utils import tree_flatten, tree_map_with_path
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear
+from tqdm import tqdm
+
+from mlx_streamexperts import StreamError, demo_model
+
+HERE = Path(__file__).parent
+MODELS = ("kimi-k2.5", "qwen3.5-397b")
+KIMI_PARAMETERS = 1_026_408_232_448
+
+_DTYPES = {mx.uint32: "U32", mx.bfloat16: "BF16", mx.float32: "F32", mx.uint8: "U8"}
+_UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
+_CHUNK_ITEMS = 32 << 20  # random numbers made at a time: 128 MB
+_FREE_HEADER = 65_536  # header length of shards whose first expert tensor leaves more room
+_LARGEST_SHARD = 6 << 30
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor's bytes are."""
+
+    file: str
+    offset: int
+
+
+def build(name: str, layers: int | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """The quantized model as mlx-lm makes it, nothing evaluated, and its configuration.
+
+    Args:
+        name: one of `MODELS`.
+        layers: cut down to so many layers; default: all.
+    """
+    config = json.loads((HERE / f"{name}.config.json").read_text())
+    quantization = config.pop("quantization")
+    if layers is not None:
+        config["text_config"]["num_hidden_layers"] = layers
+    model_class, arguments = mlx_lm.utils._get_classes(config)
+    model = model_class(arguments.from_dict(config))
+    keep = getattr(model, "cast_predicate", lambda _: True)
+
+    def cast(path: str, array: mx.array) -> mx.array:
+        floating = mx.issubdtype(array.dtype, mx.floating)
+        return array.astype(mx.bfloat16) if floating and keep(path) else array
+
+    model.update(tree_map_with_path(cast, model.parameters()))
+    model, config = mlx_lm.utils.quantize_model(model, config, **quantization)
+    if name == "kimi-k2.5" and layers is None:
+        count = mlx_lm.utils.get_total_parameters(model)
+        assert count == KIMI_PARAMETERS, f"{count:,} parameters, not {KIMI_PARAMETERS:,}"
+    return model, config
+
+
+def shard_layout(
+    name: str, tensors: dict[str, mx.array]
+) -> tuple[dict[str, Place], dict[str, int]]:
+    """The place of every tensor, and the length of every file's header (with its first 8 bytes)."""
+    return _published(tensors) if name == "qwen3.5-397b" else _sequential(tensors)
+
+
+def write(
+    name: str, folder: Path, *, trunk: bool = True, layers: int | None = None, seed: int = 0
+) -> None:
+    """Write a stand-in.
+
+    Args:
+        name: one of `MODELS`.
+        folder: where to; created.
+        trunk: fill the trunk with random numbers (else it is holes, and computes zeros).
+        layers: cut down to so many layers.
+        seed: of the random numbers.
+
+    Raises:
+        StreamError: the disk has no room for the trunk.
+    """
+    model, config = build(name, layers)
+    tensors = dict(tree_flatten(model.parameters()))
+    places, headers = shard_layout(name, tensors)
+    experts = {p for p, m in model.named_modules() if isinstance(m, QuantizedSwitchLinear)}
+    needed = sum(a.nbytes for n, a in tensors.items() if n.rsplit(".", 1)[0] not in experts)
+    folder.mkdir(parents=True, exist_ok=True)
+    if trunk and shutil.disk_usage(folder).free < needed + (1 << 30):
+        raise StreamError(f"{folder}: the trunk takes {needed:,} bytes, which are not free there")
+
+    files = _open_files(folder, tensors, places, headers)
+    mx.random.seed(seed)
+    try:
+        if trunk:
+            with tqdm(total=needed, unit="B", unit_scale=True, desc="Writing the trunk") as bar:
+                for tensor, first, data in _trunk(model, experts):
+                    _put(files, places[tensor], first, data)
+                    bar.update(data.nbytes)
+        filled = _fill_experts(model, experts, files, places)
+        for fd in files.values():
+            os.fsync(fd)
+    finally:
+        for fd in files.values():
+            os.close(fd)
+    for file in files:
+        (folder / f"{file}.partial").replace(folder / file)
+    for file in demo_model().glob("token*"):
+        shutil.copy(file, folder)
+    (folder / "filled.json").write_text(json.dumps(filled, indent=1) + "\n")
+    index = {"metadata": {}, "weight_map": {n: p.file for n, p in sorted(places.items())}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")  # last: complete
+
+
+# --- layout ----------------------------------------------------------------
+
+
+def _describe(name: str, array: mx.array, begin: int) -> str:
+    """A tensor's entry in a header, as MLX writes it."""
+    span = [begin, begin + array.nbytes]
+    entry = {"dtype": _DTYPES[array.dtype], "shape": list(array.shape), "data_offsets": span}
+    return f"{json.dumps(name)}:{json.dumps(entry, separators=(',', ':'))}"
+
+
+def _header(entries: list[str]) -> str:
+    return '{"__metadata__":{"format":"mlx"},' + ",".join(entries) + "}"
+
+
+def _sequential(tensors: dict[str, mx.array]) -> tuple[dict[str, Place], dict[str, int]]:
+    """Tensor after tensor, in the shards that mlx-lm's own converter would make."""
+    shards = mlx_lm.utils.make_shards(tensors)
+    places, headers = {}, {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        # Offsets do not depend on the header, so its length can be found first.
+        begin, entries = 0, []
+        for name, array in shard.items():
+            entries.append(_describe(name, array, begin))
+            begin += array.nbytes
+        start = headers[file] = 8 + -(-len(_header(entries)) // 8) * 8
+        for name, array in shard.items():
+            places[name] = Place(file, start)
+            start += array.nbytes
+    return places, headers
+
+
+def _published(tensors: dict[str, mx.array]) -> tuple[dict[str, Place], dict[str, int]]:
+    """Expert tensors where the published checkpoint has them, the trunk in the gaps between.
+
+    The published headers leave room for a shard's own tensors and no more; what of the trunk does
+    not fit into a layer's own shards goes to others.
+    """
+    published = json.loads((HERE / "qwen3.5-397b.experts.json").read_text())
+    places: dict[str, Place] = {}
+    for layer, parts in published["layers"].items():
+        for part, (file, offset, shape) in parts.items():
+            name = published["tensor_name"].format(layer=layer, part=part)
+            if name not in tensors:
+                continue  # cut down
+            assert list(tensors[name].shape) == shape, name
+            places[name] = Place(file, offset)
+    shards = {f: _Shard(f) for f in sorted({p.file for p in places.values()})}
+    for name, place in sorted(places.items(), key=lambda item: item[1].offset):
+        shards[place.file].take(name, tensors[name], place.offset)
+    for shard in shards.values():
+        shard.close_header()
+    for name, array in tensors.items():
+        if name in places:
+            continue
+        own = [s for s in shards.values() if _layer(name) in s.layers]
+        for shard in (*own, *shards.values()):
+            if (offset := shard.room_for(name, array)) is not None:
+                places[name] = Place(shard.file, offset)
+                break
+        else:
+            raise AssertionError(f"no room for {name}")
+    return places, {s.file: s.start for s in shards.values()}
+
+
+def _layer(name: str) -> str | None:
+    """The layer's number in a tensor's name."""
+    parts = name.split(".")
+    return parts[parts.index("layers") + 1] if "layers" in parts else None
+
+
+class _Shard:
+    """Gaps of one shard, and the room left in its header."""
+
+    def __init__(self, file: str) -> None:
+        self.file, self.start = file, 0
+        self.layers: set[str | None] = set()
+        self._end = 0
+        self._gaps: list[tuple[int, int]] = []
+        self._entries_bytes = len(_header([]))
+
+    def take(self, name: str, array: mx.array, offset: int) -> None:
+        """A tensor whose place is given; called in order of offset."""
+        assert offset >= self._end, f"{name} overlaps in {self.file}"
+        self._gaps.append((self._end, offset))
+        self._end = offset + array.nbytes
+        self.layers.add(_layer(name))
+        self._entries_bytes += len(_describe(name, array, offset)) + 1
+
+    def close_header(self) -> None:
+        """Decide where data starts: at the first tensor, if a header would just fit before it."""
+        first = self._gaps[0][1]
+        self.start = first if first < 2 * _FREE_HEADER else _FREE_HEADER
+        self._gaps[0] = (self.start, first)
+        self._gaps.append((self._end, max(self._end, _LARGEST_SHARD)))
+
+    def room_for(self, name: str, array: mx.array) -> int | None:
+        """Take the first gap that holds the tensor, if the header can name it too."""
+        entry = len(_describe(name, array, _LARGEST_SHARD)) + 1
+        if 8 + self._entries_bytes + entry > self.start:
+            return None
+        for i, (begin, end) in enumerate(self._gaps):
+            if end - begin >= array.nbytes:
+                self._gaps[i] = (begin + array.nbytes, end)
+                self._entries_bytes += entry
+                return begin
+        return None
+
+
+def _open_files(
+    folder: Path, tensors: dict[str, mx.array], places: dict[str, Place], headers: dict[str, int]
+) -> dict[str, int]:
+    """Create every file at its full size with its header; returns descriptors by name."""
+    files = {}
+    for file, start in headers.items():
+        inside = [n for n, p in places.items() if p.file == file]
+        inside.sort(key=lambda n: places[n].offset)
+        entries = [_describe(n, tensors[n], places[n].offset - start) for n in inside]
+        text = _header(entries).encode()
+        assert len(text) <= start - 8, file
+        fd = os.open(folder / f"{file}.partial", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        files[file] = fd
+        # The format allows blanks at a header's end.
+        os.pwrite(fd, (start - 8).to_bytes(8, "little") + text.ljust(start - 8), 0)
+        os.truncate(fd, max(places[n].offset + tensors[n].nbytes for n in inside))
+    return files
+
+
+# --- contents --------------------------------------------------------------
+
+
+def _put(files: dict[str, int], place: Place, first: int, data: np.ndarray) -> None:
+    """Write bytes at `first` within a tensor."""
+    view, offset = memoryview(data).cast("B"), place.offset + first
+    while view:
+        count = os.pwrite(files[place.file], view, offset)
+        view, offset = view[count:], offset + count
+
+
+def _bytes(array: mx.array) -> np.ndarray:
+    return np.ascontiguousarray(np.array(array.view(_UNSIGNED[array.dtype.size]))).reshape(-1)
+
+
+def _matrix(rows: int, columns: int) -> mx.array:
+    return mx.random.normal((rows, columns)) * columns**-0.5
+
+
+def _trunk(model: nn.Module, experts: set[str]) -> Iterator[tuple[str, int, np.ndarray]]:
+    """Random contents of the trunk, a piece at a time: tensor name, first byte, bytes."""
+    for path, module in model.named_modules():
+        if path in experts:
+            continue
+        own = {k: v for k, v in module.items() if isinstance(v, mx.array) and k[0] != "_"}
+        quantized = "scales" in own
+        for key, array in own.items():
+            name = f"{path}.{key}" if path else key
+            if quantized and key in ("weight", "scales", "biases"):
+                continue
+            if array.ndim < 2 or key.startswith(("A_log", "dt_bias")):
+                if "correction_bias" in key:
+                    array = (0.01 * mx.random.normal(array.shape)).astype(array.dtype)
+                yield name, 0, _bytes(array)  # norms and the like: as mlx-lm initialises them
+                continue
+            rows, columns = array.shape[0], math.prod(array.shape[1:])
+            step = max(1, _CHUNK_ITEMS // columns)
+            for first in range(0, rows, step):
+                part = _matrix(min(step, rows - first), columns).astype(array.dtype)
+                yield name, first * columns * array.dtype.size, _bytes(part)
+        if quantized:
+            yield from _quantized(path, module)
+
+
+def _quantized(path: str, module: nn.Module) -> Iterator[tuple[str, int, np.ndarray]]:
+    """A quantized layer of random numbers, a few rows at a time."""
+    shape, columns = module.weight.shape, module.weight.shape[-1] * 32 // module.bits
+    rows = math.prod(shape[:-1])  # attention's absorbed projections have a head dimension
+    step = max(1, _CHUNK_ITEMS // columns)
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        for key, data in _random_quantized(module, count, columns).items():
+            yield f"{path}.{key}", first * (data.nbytes // count), data
+
+
+def _random_quantized(module: nn.Module, rows: int, columns: int) -> dict[str, np.ndarray]:
+    """The three tensors of rows whose values are evenly spread, with variance 1/columns.
+
+    Random codes at once: making normal numbers and quantizing them took minutes.
+    """
+    seed = int(mx.random.randint(0, 1 << 30).item())
+    top = 2**module.bits - 1
+    codes = np.random.default_rng(seed).bytes(rows * columns * module.bits // 8)
+    step = 12**0.5 / (top + 1) * columns**-0.5
+    spread = mx.random.uniform(0.7, 1.3, (rows, columns // module.group_size))
+    scales = (step * spread).astype(mx.bfloat16)
+    biases = (scales * (-top / 2)).astype(mx.bfloat16)
+    return {
+        "weight": np.frombuffer(codes, np.uint8),
+        "scales": _bytes(scales),
+        "biases": _bytes(biases),
+    }
+
+
+def _fill_experts(
+    model: nn.Module, experts: set[str], files: dict[str, int], places: dict[str, Place]
+) -> list[dict[str, Any]]:
+    """Fill the first and last expert of the first and last expert layer; returns what is where."""
+    modules = {p: m for p, m in model.named_modules() if p in experts}
+    switches = sorted({p.rsplit(".", 1)[0] for p in modules}, key=lambda p: int(_layer(p) or 0))
+    filled = []
+    for switch in (switches[0], switches[-1]):
+        for path, module in sorted(modules.items()):
+            if path.rsplit(".", 1)[0] != switch:
+                continue
+            count, rows, packed = module.weight.shape
+            for expert in (0, count - 1):
+                columns = packed * 32 // module.bits
+                for key, data in _random_quantized(module, rows, columns).items():
+                    name = f"{path}.{key}"
+                    _put(files, places[name], expert * data.nbytes, data)
+                    digest = hashlib.sha256(data.tobytes()).hexdigest()
+                    filled.append({"tensor": name, "expert": expert, "sha256": digest})
+    return filled
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("folder", type=Path, help="where to write the checkpoint")
+    parser.add_argument(
+        "--trunk",
+        choices=("random", "holes"),
+        default="random",
+        help="holes take no disk and compute zeros: for checks of headers and plans",
+    )
+    parser.add_argument("--layers", type=int, help="cut down to the first so many layers")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    args = setup_arg_parser().parse_args(argv)
+    random = args.trunk == "random"
+    try:
+        write(args.model, args.folder, trunk=random, layers=args.layers, seed=args.seed)
+    except (StreamError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    files = list(args.folder.glob("*.safetensors"))
+    apparent = sum(f.stat().st_size for f in files)
+    on_disk = sum(f.stat().st_blocks * 512 for f in files)
+    print(f"{len(files)} shards, {apparent / 1e9:.1f} GB apparent, {on_disk / 1e9:.2f} GB on disk")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

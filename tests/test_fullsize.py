@@ -1,0 +1,82 @@
+"""The full-size stand-ins: true layout, true sizes, and bytes beyond 4 GiB in the right slot."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import QUIET
+
+from mlx_streamexperts import load, plan, stream
+from mlx_streamexperts.checkpoint import read_checkpoint
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "fullsize"))
+import check
+import write
+
+
+@pytest.fixture(scope="module", params=write.MODELS)
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stand-in of all layers without a trunk: hundreds of gigabytes that take no disk."""
+    folder = tmp_path_factory.mktemp("whole") / request.param
+    write.write(request.param, folder, trunk=False)
+    return folder
+
+
+def test_size_on_disk_and_in_name(whole: Path) -> None:
+    files = [f.stat() for f in whole.glob("*.safetensors")]
+    apparent = {"kimi-k2.5": 641e9, "qwen3.5-397b": 223e9}[whole.name]
+    assert sum(f.st_size for f in files) == pytest.approx(apparent, rel=0.02)
+    assert sum(f.st_blocks * 512 for f in files) < 500e6
+
+
+def test_qwen_experts_lie_where_the_published_checkpoint_has_them(whole: Path) -> None:
+    if whole.name != "qwen3.5-397b":
+        pytest.skip("no layout of it is published")
+    published = json.loads((write.HERE / "qwen3.5-397b.experts.json").read_text())
+    tensors = read_checkpoint(whole).tensors
+    for layer, parts in published["layers"].items():
+        for part, (file, offset, shape) in parts.items():
+            entry = tensors[published["tensor_name"].format(layer=layer, part=part)]
+            assert (entry.file.name, entry.offset, list(entry.shape)) == (file, offset, shape)
+
+
+def test_the_plan_fits_a_96_gb_machine(whole: Path) -> None:
+    p = plan(whole, memory="96GB", config=QUIET)
+    trunk = {"kimi-k2.5": 7.55e9, "qwen3.5-397b": 5.58e9}[whole.name]
+    assert p.trunk == pytest.approx(trunk, rel=0.01)
+    assert len(p.slots) == 60
+    assert min(p.slots) >= p.top_k
+    assert p.trunk + p.cache + p.kv + p.work <= 96e9
+
+
+@pytest.mark.parametrize("name", write.MODELS)
+def test_filled_experts_arrive_and_compute(name: str, tmp_path: Path) -> None:
+    """First and last expert of the first and last layer, of tables of up to 5.6e9 elements."""
+    write.write(name, tmp_path / name, trunk=False, layers=4 if name == "qwen3.5-397b" else 3)
+    before = len(os.listdir("/dev/fd"))
+    model, _ = load(str(tmp_path / name), cache="700MB", config=QUIET)
+    with stream(model) as expert_stream:
+        last = expert_stream.layers[-1]
+        codes = next(iter(last.tensors.values())).stored
+        assert codes.nbytes * 2 >= 2**31  # four-bit numbers in one table
+        if name == "qwen3.5-397b":  # the first layer's last gate is 4.7 GB into its shard
+            places = [t.stored for t in expert_stream.layers[0].tensors.values()]
+            assert max(p.row_offset(p.shape[0] - 1) for p in places) > 2**32
+        assert check.check_experts(expert_stream, tmp_path / name) == 4
+        shards = {t.stored.file for x in expert_stream.layers for t in x.tensors.values()}
+        assert len(os.listdir("/dev/fd")) - before <= len(shards) + 5
+
+
+def test_no_room_for_the_trunk_is_said_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        write.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1 << 30})()
+    )
+    assert write.main(["kimi-k2.5", str(tmp_path / "kimi"), "--layers", "2"]) == 1
+    assert "not free" in capsys.readouterr().err
+    assert not list((tmp_path / "kimi").glob("*"))
