@@ -1,6 +1,6 @@
 """How a memory budget is divided, from sizes alone, before anything is allocated.
 
-    memory = trunk + expert cache + KV cache + work space
+    memory = trunk + expert cache + KV cache + work space + the process itself
 
 The trunk and the experts are exact sums over the checkpoint; KV cache and work space are upper
 estimates from the model's configuration, for `context_tokens` and `prefill_tokens`.
@@ -18,6 +18,10 @@ from .errors import BudgetError
 from .platform import device_memory_bytes
 
 _WORK_FLOOR_BYTES = 16 << 20  # sampling, masks, small arrays
+# What a process holds besides MLX's memory: interpreter, MLX, mlx-lm, transformers and a tokenizer
+# were 0.3 GB. A small budget (of a test, say) cannot mean that too: there it is a 50th.
+_PROCESS_BYTES = 512 << 20
+_PROCESS_SHARE = 50
 _DEFAULT_SHARE = 0.85  # of what the device recommends; the rest is the host program's
 
 _TOP_K_KEYS = (
@@ -121,15 +125,16 @@ def divide(
     reserve = 0 if config.reserve is None else parse_size(config.reserve)
     fixed = sizes.trunk + kv + work + reserve
     parts = _parts(sizes.trunk, kv, work, reserve)
-    least = fixed + sum(n.minimum * n.expert_bytes for n in layers)
+    least = _with_process(fixed + sum(n.minimum * n.expert_bytes for n in layers))
     if config.cache is not None:
         cache, memory = parse_size(config.cache), config.memory and parse_size(config.memory)
-        if memory and fixed + cache > memory:
+        needed = _with_process(fixed + cache)
+        if memory and needed > memory:
             raise BudgetError(
                 f"memory={format_size(memory)} cannot hold cache={format_size(cache)} beside "
                 f"{parts}; the smallest memory that works with this cache "
-                f"is {fixed + cache:,} bytes ({format_size(fixed + cache)})",
-                needed_bytes=fixed + cache,
+                f"is {needed:,} bytes ({format_size(needed)})",
+                needed_bytes=needed,
             )
     else:
         memory = (
@@ -144,7 +149,7 @@ def divide(
                 f"({format_size(least)}). Smaller --context-tokens or --prefill-tokens need less.",
                 needed_bytes=least,
             )
-        cache = memory - fixed
+        cache = memory - fixed - min(memory // _PROCESS_SHARE, _PROCESS_BYTES)
     slots = share_slots(cache, layers)
     used = sum(s * n.expert_bytes for s, n in zip(slots, layers, strict=True))
     cold = sum(n.top_k * n.expert_bytes for n in layers)
@@ -227,6 +232,11 @@ def _number(config: dict[str, Any], *keys: str, default: int) -> int:
         if isinstance(value, int) and value > 0:
             return value
     return default
+
+
+def _with_process(nbytes: int) -> int:
+    """The smallest memory of which `nbytes` are left beside the process itself."""
+    return min(nbytes + _PROCESS_BYTES, -(-nbytes * _PROCESS_SHARE // (_PROCESS_SHARE - 1)))
 
 
 def _parts(trunk: int, kv: int, work: int, reserve: int) -> str:
