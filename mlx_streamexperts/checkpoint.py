@@ -38,6 +38,7 @@ class TensorEntry:
         shape: dimensions; an expert table's first one counts experts.
         offset: absolute position of its first byte in the file.
         nbytes: its length in bytes.
+        stride: bytes from one expert's part to the next one's; 0 where they lie side by side.
     """
 
     name: str
@@ -46,6 +47,7 @@ class TensorEntry:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    stride: int = 0
 
     @property
     def row_bytes(self) -> int:
@@ -54,7 +56,7 @@ class TensorEntry:
 
     def row_offset(self, expert: int) -> int:
         """Absolute position of one expert's first byte."""
-        return self.offset + expert * self.row_bytes
+        return self.offset + expert * (self.stride or self.row_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +186,21 @@ def _entry(file: Path, name: str, spec: Any, data_start: int) -> TensorEntry:
     return TensorEntry(name, file, dtype, tuple(shape), data_start + begin, end - begin)
 
 
+def read_json_object(file: Path, holding: str) -> dict[str, Any]:
+    """The JSON object in a file, which is expected to hold `holding`.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as e:
+        raise CheckpointError(f"{file}: not readable as JSON: {e}") from e
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: not a JSON object with {holding}")
+    return content
+
+
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     """Is this a list of numbers that sizes and positions in a file can have?"""
     return isinstance(value, list) and all(type(n) is int and 0 <= n <= _MAX_SIZE for n in value)
@@ -194,11 +211,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     file = folder / _INDEX
     if not file.exists():
         return {}
-    try:
-        index = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as e:
-        raise CheckpointError(f"{file}: not readable as JSON: {e}") from e
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    weight_map = read_json_object(file, "weight_map").get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{file}: has no weight_map object")
     for tensor, shard in weight_map.items():

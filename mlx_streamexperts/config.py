@@ -85,6 +85,9 @@ class StreamConfig:
     reserve: int | str | None = _option(
         None, "part of --memory kept free for other models in this process, for example 4GB"
     )
+    store: str | None = _option(
+        None, "folder made by mlx_streamexperts.pack: experts are read from it, each in one read"
+    )
     in_place: str = _option(
         "auto",
         "read straight into MLX's memory. auto: when the start-up check on this device passes; "

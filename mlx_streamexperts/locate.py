@@ -30,6 +30,7 @@ from .config import StreamConfig
 from .errors import CheckpointError, UnsupportedModelError
 from .layer import ExpertLayer, ExpertTensor
 from .planner import Plan, Sizes, divide, text_config
+from .store import use_store
 from .stream import flatten, layer_needs
 
 # Looked up before anything can be patched.
@@ -69,6 +70,8 @@ def prepare(folder: Path, config: StreamConfig, arguments: dict[str, Any]) -> Pr
     layers = _find_layers(model, checkpoint, as_stored)
     if not layers:
         raise UnsupportedModelError(_nothing_found(folder, model, model_config))
+    if config.store is not None:
+        use_store(layers, Path(config.store))
     expert_bytes = sum(x.experts * x.expert_bytes for x in layers)
     parameters = [array for _, array in flatten(model)]
     sizes = Sizes(

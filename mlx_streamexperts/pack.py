@@ -1,0 +1,97 @@
+"""Pack a checkpoint's experts so that each is one read: a store beside the checkpoint.
+
+python -m mlx_streamexperts.pack --model ./my-model --out ./my-model-packed
+python -m mlx_streamexperts.pack --out ./my-model-packed --verify
+python -m mlx_streamexperts.generate --model ./my-model --store ./my-model-packed -p "hello"
+
+The store takes as much disk as the experts. The checkpoint stays as it is and is still needed: for
+the trunk, and to know that the store belongs to it. An interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .config import StreamConfig, format_size
+from .demo import demo_model
+from .errors import StreamError
+from .locate import prepare
+from .patching import resolve
+from .store import verify_store, write_store
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mlx_streamexperts.pack",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model",
+        help="model folder or Hugging Face repository. Default: the embedded demonstration model.",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the store's folder")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="re-read a store and compare its checksums; exit status 1 if any differs",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="discard what another checkpoint left in --out"
+    )
+    parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument("--no-progress", action="store_false", dest="progress")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    args = setup_arg_parser().parse_args(argv)
+    try:
+        return _verify(args) if args.verify else _pack(args)
+    except StreamError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+
+
+def _pack(args: argparse.Namespace) -> int:
+    if args.model is None:
+        print(f"No --model given: packing the demonstration model {demo_model()}", file=sys.stderr)
+    folder = resolve(args.model or demo_model())
+    everything = StreamConfig(cache=1 << 60)
+    layers = prepare(folder, everything, {"trust_remote_code": args.trust_remote_code}).layers
+    total = sum(x.experts * x.expert_bytes for x in layers)
+    with _bar("Packing", args.progress, total) as bar:
+        for nbytes in write_store(layers, args.out, args.overwrite):
+            bar.update(nbytes)
+    print(f"Packed {format_size(total)} of experts in {len(layers)} layers into {args.out}")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    experts, damaged = 0, []
+    with _bar("Verifying", args.progress) as bar:
+        for nbytes, damage in verify_store(args.out):
+            bar.update(nbytes)
+            experts += 1
+            if damage is not None:
+                damaged.append(damage)
+    for d in damaged:
+        print(f"damaged: expert {d.expert} of {d.layer} in {d.file}", file=sys.stderr)
+    print(f"{experts - len(damaged)} of {experts} experts are as they were packed")
+    if damaged:
+        print("Delete the damaged files and pack again: the others are kept.", file=sys.stderr)
+    return 1 if damaged else 0
+
+
+def _bar(what: str, progress: bool, total: int | None = None) -> tqdm:
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not progress)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""The packed store: each expert's parts side by side, so that a miss is one read.
+
+A folder with one file a layer and a manifest, made from a checkpoint and tied to it. Each expert's
+block starts at a page of 16 KiB (Apple's page size, a multiple of every drive's block), holds the
+expert's parts in a fixed order, and has a checksum. The manifest is written last: a folder without
+one is unfinished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import TensorEntry, read_json_object
+from .errors import CheckpointError, StreamError
+from .layer import ExpertLayer, ExpertTensor
+
+PAGE_BYTES = 16_384
+_FORMAT = 1
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Damage:
+    """An expert whose bytes are not those that were packed."""
+
+    layer: str
+    expert: int
+    file: Path
+
+
+def write_store(
+    layers: Sequence[ExpertLayer], folder: Path, overwrite: bool = False
+) -> Iterator[int]:
+    """Pack the experts of `layers`; yields bytes done as it goes, resumed layers included.
+
+    Interrupted at any moment and run again, it goes on after the last whole layer.
+
+    Args:
+        layers: as located in their checkpoint.
+        folder: where to; created.
+        overwrite: discard another checkpoint's store there.
+
+    Raises:
+        StreamError: the disk has no room, or `folder` holds the store of another checkpoint.
+        CheckpointError: the source ends early.
+    """
+    source = _source(layers)
+    plans = [_describe(number, layer) for number, layer in enumerate(layers)]
+    folder.mkdir(parents=True, exist_ok=True)
+    if overwrite:
+        for file in folder.glob("layer-*"):
+            file.unlink()
+        (folder / _MANIFEST).unlink(missing_ok=True)
+    _refuse_foreign(folder, source)
+    finished = [_finished(folder, plan, source) for plan in plans]
+    needed = sum(_file_bytes(p) for p, done in zip(plans, finished, strict=True) if done is None)
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise StreamError(
+            f"{folder}: packing needs {needed:,} bytes and {free:,} are free; nothing was written"
+        )
+    for i, (layer, plan) in enumerate(zip(layers, plans, strict=True)):
+        if finished[i] is None:
+            yield from _write_layer(layer, plan, folder)
+            _write_json(_sidecar(folder, plan), {"source": source, "layer": plan})
+        else:
+            plan["checksums"] = finished[i]
+            yield layer.experts * layer.expert_bytes
+    _write_json(
+        folder / _MANIFEST,
+        {"format": _FORMAT, "page_bytes": PAGE_BYTES, "source": source, "layers": plans},
+    )
+    for plan in plans:
+        _sidecar(folder, plan).unlink(missing_ok=True)
+
+
+def use_store(layers: Sequence[ExpertLayer], folder: Path) -> None:
+    """Read the experts of `layers` from a store from now on.
+
+    Raises:
+        CheckpointError: it is not a finished store, is damaged, or was made of another checkpoint.
+    """
+    file = folder / _MANIFEST
+    manifest = read_json_object(file, "layers")
+    if manifest.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{file}: format {manifest.get('format')!r}, this version reads {_FORMAT}: pack again"
+        )
+    _compare_sources(file, manifest.get("source"), _source(layers))
+    expected = [_describe(number, layer) for number, layer in enumerate(layers)]
+    stored = manifest.get("layers")
+    if not isinstance(stored, list) or len(stored) != len(layers):
+        raise CheckpointError(f"{file}: does not describe {len(layers)} layers: pack again")
+    for layer, mine, theirs in zip(layers, expected, stored, strict=True):
+        # Everything that places bytes follows from the checkpoint; nothing is taken on trust.
+        if not isinstance(theirs, dict) or mine != {k: theirs.get(k) for k in mine}:
+            raise CheckpointError(
+                f"{file}: {layer.name} is not laid out as this checkpoint's would be: pack again"
+            )
+        path = folder / mine["file"]
+        size = path.stat().st_size if path.is_file() else -1
+        if size != _file_bytes(mine):
+            state = "is missing" if size < 0 else f"has {size:,} bytes of {_file_bytes(mine):,}"
+            raise CheckpointError(f"{path} {state}: pack again")
+    for layer, mine in zip(layers, expected, strict=True):
+        for part in mine["parts"]:
+            tensor = layer.tensors[part["name"]]
+            stored_at = TensorEntry(
+                tensor.stored.name, folder / mine["file"], tensor.stored.dtype,
+                tensor.stored.shape, part["offset"], tensor.stored.nbytes, mine["stride"],
+            )  # fmt: skip
+            layer.tensors[part["name"]] = ExpertTensor(tensor.slot, stored_at)
+
+
+def verify_store(folder: Path) -> Iterator[tuple[int, Damage | None]]:
+    """Re-read every expert of a store; yields bytes read, and what is damaged.
+
+    Raises:
+        CheckpointError: not a finished store, or a file ends early.
+    """
+    file = folder / _MANIFEST
+    for layer in read_json_object(file, "layers").get("layers", []):
+        try:
+            path = folder / Path(layer["file"]).name
+            stride, used = int(layer["stride"]), int(layer["used"])
+            sums, name = list(layer["checksums"]), str(layer["name"])
+            if not 0 < used <= stride <= 1 << 40:
+                raise ValueError("absurd sizes")
+        except (KeyError, TypeError, ValueError) as e:
+            raise CheckpointError(f"{file}: a layer is not described as packed: {e}") from e
+        try:
+            with path.open("rb") as f:
+                for expert, expected in enumerate(sums):
+                    f.seek(expert * stride)
+                    data = f.read(used)
+                    good = len(data) == used and _checksum(data) == expected
+                    yield used, None if good else Damage(name, expert, path)
+        except OSError as e:
+            raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
+
+
+def _describe(number: int, layer: ExpertLayer) -> dict[str, Any]:
+    """A layer's entry in the manifest, but for the checksums."""
+    parts, offset = [], 0
+    for name, tensor in layer.tensors.items():
+        nbytes = tensor.stored.row_bytes
+        parts.append(
+            {
+                "name": name,
+                "tensor": tensor.stored.name,
+                "dtype": tensor.stored.dtype,
+                "shape": list(tensor.slot.shape),
+                "offset": offset,
+                "nbytes": nbytes,
+            }
+        )
+        offset += nbytes
+    return {
+        "name": layer.name,
+        "file": f"layer-{number:05d}.experts",
+        "experts": layer.experts,
+        "stride": -(-offset // PAGE_BYTES) * PAGE_BYTES,
+        "used": offset,
+        "parts": parts,
+    }
+
+
+def _file_bytes(plan: dict[str, Any]) -> int:
+    return int(plan["experts"] * plan["stride"])
+
+
+def _sidecar(folder: Path, plan: dict[str, Any]) -> Path:
+    """Says that a layer's file is whole, until the manifest does."""
+    return folder / f"{plan['file']}.json"
+
+
+def _write_layer(layer: ExpertLayer, plan: dict[str, Any], folder: Path) -> Iterator[int]:
+    """Copy a layer, expert by expert; adds the checksums to its entry."""
+    path, sums = folder / plan["file"], []
+    partial = path.with_name(path.name + ".partial")
+    block = bytearray(plan["stride"])  # what follows the last part stays zero
+    sources = {t.stored.file: os.open(t.stored.file, os.O_RDONLY) for t in layer.tensors.values()}
+    try:
+        with partial.open("wb") as out:
+            for expert in range(layer.experts):
+                for part in plan["parts"]:
+                    stored = layer.tensors[part["name"]].stored
+                    data = os.pread(sources[stored.file], part["nbytes"], stored.row_offset(expert))
+                    if len(data) != part["nbytes"]:
+                        raise CheckpointError(
+                            f"{stored.file}: tensor {stored.name} ends within expert {expert}"
+                        )
+                    block[part["offset"] : part["offset"] + part["nbytes"]] = data
+                sums.append(_checksum(memoryview(block)[: plan["used"]]))
+                out.write(block)
+                yield layer.expert_bytes
+            out.flush()
+            os.fsync(out.fileno())
+    finally:
+        for fd in sources.values():
+            os.close(fd)
+    partial.replace(path)
+    plan["checksums"] = sums
+
+
+def _finished(folder: Path, plan: dict[str, Any], source: dict[str, Any]) -> list[str] | None:
+    """Checksums of a layer that an earlier run packed whole; None where it has to be packed."""
+    path, sidecar = folder / plan["file"], _sidecar(folder, plan)
+    if not path.is_file() or path.stat().st_size != _file_bytes(plan):
+        return None
+    if sidecar.is_file():
+        known = read_json_object(sidecar, "layers")
+        entry = known.get("layer")
+        known_source = known.get("source")
+    elif (folder / _MANIFEST).is_file():
+        manifest = read_json_object(folder / _MANIFEST, "layers")
+        known_source = manifest.get("source")
+        layers = manifest.get("layers")
+        entry = next((x for x in layers or [] if x.get("file") == plan["file"]), None)
+    else:
+        return None
+    if known_source != source or not isinstance(entry, dict):
+        return None
+    same = plan == {k: entry.get(k) for k in plan}
+    return entry.get("checksums") if same else None
+
+
+def _refuse_foreign(folder: Path, source: dict[str, Any]) -> None:
+    for file in sorted(folder.glob("*.json")):
+        if file.name == _MANIFEST or file.name.startswith("layer-"):
+            try:
+                _compare_sources(file, read_json_object(file, "layers").get("source"), source)
+            except CheckpointError as e:
+                raise StreamError(
+                    f"{e}. Choose another folder, or --overwrite to discard what is there."
+                ) from e
+
+
+def _source(layers: Sequence[ExpertLayer]) -> dict[str, Any]:
+    """What ties a store to its checkpoint: each shard's size and a digest of its header."""
+    files = sorted({t.stored.file for x in layers for t in x.tensors.values()})
+    source = {}
+    for file in files:
+        with file.open("rb") as f:
+            start = f.read(8)
+            header = f.read(int.from_bytes(start, "little"))
+        digest = hashlib.sha256(start + header).hexdigest()
+        source[file.name] = {"bytes": file.stat().st_size, "header_sha256": digest}
+    return source
+
+
+def _compare_sources(file: Path, theirs: Any, mine: dict[str, Any]) -> None:
+    if theirs == mine:
+        return
+    if not isinstance(theirs, dict) or set(theirs) != set(mine):
+        raise CheckpointError(f"{file}: packed from a checkpoint with other shards")
+    shard = next(s for s in mine if theirs[s] != mine[s])
+    raise CheckpointError(
+        f"{file}: packed when {shard} was {theirs[shard]}, now it is {mine[shard]}: the checkpoint "
+        "changed, or is another one"
+    )
+
+
+def _checksum(data: bytes | memoryview) -> str:
+    try:
+        import xxhash
+    except ImportError as e:
+        raise StreamError(
+            "packing needs the xxhash library: pip install 'mlx-streamexperts[pack]'"
+        ) from e
+    return str(xxhash.xxh3_64_hexdigest(data))
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    """Under a temporary name first: the file is whole or not there."""
+    partial = file.with_name(file.name + ".partial")
+    with partial.open("w") as f:
+        json.dump(content, f)
+        f.flush()
+        os.fsync(f.fileno())
+    partial.replace(file)
