@@ -76,6 +76,8 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
     """
     config = from_arguments(args)
     name = args.model or str(demo_model())
+    if args.model is None:
+        print(f"No --model given: examining the demonstration model {name}", file=sys.stderr)
     with headers_only(name) as (folder, downloaded):
         trust = {"trust_remote_code": args.trust_remote_code}
         if args.machine:

@@ -7,6 +7,7 @@ rows, by the ratio of rows to experts: there prefill is held to `PREFILL_BOUND` 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pytest
 from conftest import QUIET, all_experts, assert_same, load_streamed, smallest_cache
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_streamexperts import StreamConfig, stream
+from mlx_streamexperts import StreamConfig, demo_model, stream
 
 HEADLINE = (
     "qwen3_moe", "qwen3_5_moe", "kimi_k25", "deepseek_v3", "gpt_oss", "mixtral", "nemotron_h",
@@ -66,6 +67,25 @@ def test_decode_and_prefill_are_bit_identical_at_every_cache_size(
     family: str, checkpoint: Callable[..., Path]
 ) -> None:
     compare(checkpoint(family), steps=110, shares=(0.0, 0.5, 0.9, 1.0))
+
+
+def test_the_shipped_model_is_bit_identical_at_every_cache_size() -> None:
+    """A trained router, on real text of every topic: 110 decode steps after a prompt."""
+    folder = demo_model()
+    tokenizer = mlx_lm.utils.load_tokenizer(folder)
+    texts = [p["prompt"] for p in json.loads((folder / "prompts.json").read_text())]
+    tokens = np.array([t for text in texts for t in tokenizer.encode(text)])[: PREFILL + 110]
+    assert len(tokens) == PREFILL + 110
+    stock, _ = mlx_lm.utils.load_model(folder)
+    expected = families.run(stock, tokens, PREFILL)
+    model = load_streamed(folder, 1 << 40)
+    with stream(model) as expert_stream:
+        whole, least = all_experts(expert_stream), smallest_cache(expert_stream)
+        for size in (least // 4, least, whole // 4, whole // 2, whole):
+            expert_stream.resize(size)
+            expert_stream.reset()
+            assert_same(expected, families.run(model, tokens, PREFILL), f"{size} bytes")
+            assert (expert_stream.stats().cache.misses > 0) == (size < whole)
 
 
 @pytest.mark.parametrize("family", OTHERS)
