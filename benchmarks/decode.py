@@ -69,8 +69,8 @@ def drive_bandwidth(expert_stream: ExpertStream, bypass: bool, seconds: float = 
         for expert in order.choice(layer.experts, 4, replace=False):
             for t in layer.tensors.values():
                 into = memory[at : at + t.stored.row_bytes]
-                offset = t.stored.row_offset(int(expert))
-                ranges.append(ByteRange(str(t.stored.file), offset, into, "", 0, ""))
+                file, offset = t.stored.files[expert], t.stored.offsets[expert]
+                ranges.append(ByteRange(file, offset, into, "", 0, ""))
                 at += len(into)
         reader.submit(ranges).wait()
         done += at

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -35,10 +36,9 @@ class TensorEntry:
         name: the tensor's name in the file.
         file: the shard that holds it.
         dtype: safetensors name of the element type, for example `U32` or `BF16`.
-        shape: dimensions; an expert table's first one counts experts.
+        shape: dimensions.
         offset: absolute position of its first byte in the file.
         nbytes: its length in bytes.
-        stride: bytes from one expert's part to the next one's; 0 where they lie side by side.
     """
 
     name: str
@@ -47,16 +47,59 @@ class TensorEntry:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-    stride: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertTable:
+    """Where one tensor of each of a layer's experts lies.
+
+    Attributes:
+        dtype: safetensors name of the element type.
+        row_bytes: bytes of one expert's part.
+        files: the file with each expert's part (strings: the reader compares them at every miss).
+        offsets: absolute position of each expert's first byte in its file.
+        names: the stored tensor that holds each expert's part.
+    """
+
+    dtype: str
+    row_bytes: int
+    files: tuple[str, ...]
+    offsets: tuple[int, ...]
+    names: tuple[str, ...]
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of one expert: the table is stored expert after expert."""
-        return self.nbytes // self.shape[0]
+    def experts(self) -> int:
+        return len(self.offsets)
 
-    def row_offset(self, expert: int) -> int:
-        """Absolute position of one expert's first byte."""
-        return self.offset + expert * (self.stride or self.row_bytes)
+    @classmethod
+    def stacked(cls, entry: TensorEntry) -> ExpertTable:
+        """A tensor `[experts, ...]`: expert after expert in one range."""
+        experts = entry.shape[0]
+        row = entry.nbytes // max(1, experts)
+        offsets = tuple(range(entry.offset, entry.offset + experts * row, row)) if row else ()
+        return cls(entry.dtype, row, (str(entry.file),) * experts, offsets, (entry.name,) * experts)
+
+    @classmethod
+    def separate(cls, entries: Sequence[TensorEntry]) -> ExpertTable:
+        """One tensor an expert, as original checkpoints have them.
+
+        Raises:
+            CheckpointError: they differ in shape or element type.
+        """
+        first = entries[0]
+        for entry in entries:
+            if (entry.dtype, entry.shape) != (first.dtype, first.shape):
+                raise CheckpointError(
+                    f"{entry.file}: tensor {entry.name} is {entry.dtype} {list(entry.shape)}, but "
+                    f"{first.name} in {first.file} is {first.dtype} {list(first.shape)}"
+                )
+        return cls(
+            first.dtype,
+            first.nbytes,
+            tuple(str(e.file) for e in entries),
+            tuple(e.offset for e in entries),
+            tuple(e.name for e in entries),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from .planner import Plan
 from .platform import device_memory_bytes, free_disk_bytes
 from .predict import NAMED_MACHINES, REPORTED, Machine, predict, replayed_hit_rate
 from .reader import direct_works
+from .stream import expert_files
 
 _DEPTHS = (1, 4, 8, 16)
 
@@ -136,8 +137,7 @@ def _result(plan: Plan, machine: Machine, args: argparse.Namespace) -> dict[str,
 def _this_machine(prepared: Prepared, downloaded: bool) -> tuple[Machine, dict[str, Any]]:
     """Measure what decides the speed here; the drive only where the weights are on it."""
     expert_bytes = max(x.expert_bytes for x in prepared.layers)
-    parts = [t.stored for x in prepared.layers for t in x.tensors.values()]
-    files = sorted({(str(t.file), t.file.stat().st_size) for t in parts})
+    files = [(f, Path(f).stat().st_size) for f in expert_files(prepared.layers)]
     # A miss reads every part by itself, unless they lie side by side.
     read_bytes = max(4096, expert_bytes // len(prepared.layers[0].tensors))
     direct = downloaded and direct_works(Path(files[0][0]))

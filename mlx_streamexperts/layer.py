@@ -20,7 +20,7 @@ import numpy as np
 
 from .bank import Bank, SlotTensor, total_bytes
 from .cache import ExpertCache
-from .checkpoint import TensorEntry
+from .checkpoint import ExpertTable
 from .errors import ExpertReadError, StreamError
 from .reader import ByteRange, ExpertReader, Ticket
 
@@ -37,7 +37,7 @@ class ExpertTensor:
     """One tensor of a layer's experts: where its slots are used and where its bytes are stored."""
 
     slot: SlotTensor
-    stored: TensorEntry
+    stored: ExpertTable
 
 
 @dataclass(slots=True)
@@ -275,12 +275,12 @@ class ExpertLayer:
 
     def _ranges(self, experts: list[int]) -> Iterator[ByteRange]:
         for name, t in self.tensors.items():
-            file = str(t.stored.file)
+            files, offsets, names = t.stored.files, t.stored.offsets, t.stored.names
             for expert in experts:
-                slot = int(self.cache.slot_of[expert])
-                into = self._bank.destination(name, slot)
-                offset = t.stored.row_offset(expert)
-                yield ByteRange(file, offset, into, self.name, expert, t.stored.name)
+                into = self._bank.destination(name, int(self.cache.slot_of[expert]))
+                yield ByteRange(
+                    files[expert], offsets[expert], into, self.name, expert, names[expert]
+                )
 
     def _rows(self, x: mx.array, experts: np.ndarray, rows: np.ndarray) -> mx.array:
         """Some of the call's (token, expert) rows; their experts must be resident.

@@ -1,18 +1,21 @@
 """Find a model's expert layers and tie their tables to bytes on disk.
 
 A module's weights are tied to bytes by identity, not by name: the arrays that mlx-lm hands to the
-model's `sanitize` are remembered, and an expert table is streamed only if the array that ends up in
-the module is one of them, untouched. A table that mlx-lm computes from others (stacked, split,
-scaled) is refused rather than guessed at. Nothing is evaluated here.
+model's `sanitize` are remembered, and what it stacks from them. An expert table is streamed only if
+the array that ends up in the module is one of them, untouched, or such a stack. A table that mlx-lm
+computes otherwise (split, scaled, unpacked) is refused, not guessed at. Nothing is evaluated here.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,7 +28,7 @@ from mlx_lm.models.switch_layers import (
 )
 
 from .bank import SlotTensor
-from .checkpoint import Checkpoint, TensorEntry, read_checkpoint
+from .checkpoint import Checkpoint, ExpertTable, TensorEntry, read_checkpoint
 from .config import StreamConfig
 from .errors import CheckpointError, UnsupportedModelError
 from .layer import ExpertLayer, ExpertTensor
@@ -55,19 +58,19 @@ def prepare(folder: Path, config: StreamConfig, arguments: dict[str, Any]) -> Pr
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder / 'config.json'} is missing: not a model folder")
     checkpoint = read_checkpoint(folder)
-    as_stored: dict[str, mx.array] = {}
+    seen = _Seen({}, {})
     arguments = dict(arguments)
     get_classes = arguments.pop("get_model_classes", mlx_lm.utils._get_classes)
-    arguments["get_model_classes"] = lambda config: _remembering(get_classes(config), as_stored)
+    arguments["get_model_classes"] = lambda config: _remembering(get_classes(config), seen)
     try:
         overrides, custom = _custom_classes(folder, arguments)
         if custom is not None:
             arguments["model_config"] = overrides
-            arguments["get_model_classes"] = lambda config: _remembering(custom, as_stored)
+            arguments["get_model_classes"] = lambda config: _remembering(custom, seen)
         model, model_config = original_load_model(folder, True, **arguments)
     except (ValueError, KeyError, TypeError) as e:
         raise CheckpointError(f"{folder}: mlx-lm cannot load this checkpoint: {e}") from e
-    layers = _find_layers(model, checkpoint, as_stored)
+    layers = _find_layers(model, checkpoint, seen)
     if not layers:
         raise UnsupportedModelError(_nothing_found(folder, model, model_config))
     if config.store is not None:
@@ -86,10 +89,41 @@ def prepare(folder: Path, config: StreamConfig, arguments: dict[str, Any]) -> Pr
     )
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """Arrays of a checkpoint, and what was stacked from them while they were sanitized.
+
+    Attributes:
+        as_stored: by name in the checkpoint.
+        stacks: by identity of the result (kept, so that no other array gets its identity).
+    """
+
+    as_stored: dict[str, mx.array]
+    stacks: dict[int, tuple[mx.array, list[mx.array]]]
+
+
+_stack_lock = threading.Lock()
+
+
+@contextmanager
+def _recording_stacks(seen: _Seen) -> Iterator[None]:
+    """Note what this thread makes with `mx.stack`, which is how mlx-lm joins single experts."""
+    original, thread = mx.stack, threading.get_ident()
+
+    def stack(arrays: list[mx.array], *args: Any, **kwargs: Any) -> mx.array:
+        result = original(arrays, *args, **kwargs)
+        if threading.get_ident() == thread and not args and not kwargs:
+            seen.stacks[id(result)] = (result, list(arrays))
+        return result
+
+    with _stack_lock, mock.patch.object(mx, "stack", stack):
+        yield
+
+
 def _remembering(
-    classes: tuple[Callable[..., nn.Module], type], as_stored: dict[str, mx.array]
+    classes: tuple[Callable[..., nn.Module], type], seen: _Seen
 ) -> tuple[Callable[..., nn.Module], type]:
-    """Model classes whose model copies the loaded weights into `as_stored` before sanitizing."""
+    """Model classes whose model notes the loaded weights in `seen` while sanitizing."""
     model_class, arguments_class = classes
 
     def build(arguments: Any) -> nn.Module:
@@ -97,9 +131,10 @@ def _remembering(
         sanitize = getattr(model, "sanitize", None)
 
         def remember(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            as_stored.update(weights)
+            seen.as_stored.update(weights)
             object.__delattr__(model, "sanitize")
-            return sanitize(weights) if sanitize is not None else weights
+            with _recording_stacks(seen):
+                return sanitize(weights) if sanitize is not None else weights
 
         object.__setattr__(model, "sanitize", remember)
         return model
@@ -126,11 +161,9 @@ def _custom_classes(
     return {**overrides, "model_file": None}, (module.Model, module.ModelArgs)
 
 
-def _find_layers(
-    model: nn.Module, checkpoint: Checkpoint, as_stored: dict[str, mx.array]
-) -> list[ExpertLayer]:
+def _find_layers(model: nn.Module, checkpoint: Checkpoint, seen: _Seen) -> list[ExpertLayer]:
     """Every expert module of the model with its tables' places on disk, in model order."""
-    names = {id(array): name for name, array in as_stored.items()}
+    entries = {id(array): checkpoint.tensors[name] for name, array in seen.as_stored.items()}
     layers = []
     for path, switch in model.named_modules():
         if not isinstance(switch, _SWITCHES):
@@ -141,25 +174,34 @@ def _find_layers(
                 continue
             for attribute, table in flatten(projection):
                 where = f"{path}.{part}.{attribute}"
-                if id(table) not in names:
-                    raise UnsupportedModelError(_rewritten(where, as_stored, checkpoint))
-                stored = checkpoint.tensors[names[id(table)]]
-                _check_table(where, table, stored)
+                _, parts = seen.stacks.get(id(table), (table, []))
+                if entry := entries.get(id(table)):
+                    _check_table(where, table, entry, entry.shape, entry.nbytes)
+                    stored = ExpertTable.stacked(entry)
+                elif parts and all(id(p) in entries for p in parts):
+                    stored = ExpertTable.separate([entries[id(p)] for p in parts])
+                    entry, count = entries[id(parts[0])], len(parts)
+                    _check_table(where, table, entry, (count, *entry.shape), count * entry.nbytes)
+                else:
+                    raise UnsupportedModelError(_rewritten(where, seen.as_stored, checkpoint))
                 slot = SlotTensor(projection, attribute, tuple(table.shape[1:]), table.dtype)
                 tensors[f"{part}.{attribute}"] = ExpertTensor(slot, stored)
-        counts = {t.stored.shape[0]: t.stored for t in tensors.values()}
+        counts = {t.stored.experts: t.stored for t in tensors.values()}
         if len(counts) != 1:
             (a, first), (b, second), *_ = counts.items()
             raise CheckpointError(
-                f"{path}: {first.name} in {first.file} has {a} experts, but {second.name} in "
-                f"{second.file} has {b}"
+                f"{path}: {first.names[0]} in {first.files[0]} has {a} experts, but "
+                f"{second.names[0]} in {second.files[0]} has {b}"
             )
         layers.append(ExpertLayer(path, switch, tensors, next(iter(counts))))
     return sorted(layers, key=lambda x: [int(p) if p.isdigit() else -1 for p in x.name.split(".")])
 
 
-def _check_table(where: str, table: mx.array, stored: TensorEntry) -> None:
-    if tuple(table.shape) != stored.shape or table.nbytes != stored.nbytes or table.ndim < 1:
+def _check_table(
+    where: str, table: mx.array, stored: TensorEntry, shape: tuple[int, ...], nbytes: int
+) -> None:
+    """Is the table that mlx-lm sees the bytes that are stored?"""
+    if tuple(table.shape) != shape or table.nbytes != nbytes or not shape or not table.size:
         raise CheckpointError(
             f"{stored.file}: tensor {stored.name} is {stored.dtype} {list(stored.shape)}, but "
             f"mlx-lm reads it as {table.dtype} {list(table.shape)} for {where}"
@@ -169,11 +211,11 @@ def _check_table(where: str, table: mx.array, stored: TensorEntry) -> None:
 def _rewritten(where: str, as_stored: dict[str, mx.array], checkpoint: Checkpoint) -> str:
     """Why a table that is not stored as such cannot be streamed, and what to do."""
     layer = where[: where.find(".", where.find("layers.") + len("layers.")) + 1]
-    alike = sorted(n for n in as_stored if "expert" in n and layer in n)
+    alike = sorted(n for n in as_stored if ".experts." in n and layer in n)
     seen = f" (it holds {alike[0]}, for example)" if alike else ""
     return (
-        f"{checkpoint.folder} does not store {where} as one table of experts{seen}; mlx-lm "
-        "computes it while loading, which would need all experts in memory. Convert the "
+        f"{checkpoint.folder} does not store {where} as one table, nor expert by expert as it is "
+        f"used{seen}; mlx-lm computes it while loading, with all experts in memory. Convert the "
         "checkpoint once: mlx_lm.convert --hf-path <this checkpoint> -q"
     )
 

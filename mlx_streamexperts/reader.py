@@ -216,6 +216,7 @@ class ExpertReader:
                     return
                 job = heapq.heappop(self._queue)[2]
             self._execute(job)
+            del job  # its views would keep a bank's memory alive while this thread waits
 
     def _execute(self, job: _Job) -> BaseException | None:
         """Do a read; returns what is not an `Exception` and interrupted it."""

@@ -13,13 +13,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import TensorEntry, read_json_object
+from .checkpoint import read_json_object
 from .errors import CheckpointError, StreamError
 from .layer import ExpertLayer, ExpertTensor
+from .stream import expert_files
 
 PAGE_BYTES = 16_384
 _FORMAT = 1
@@ -109,13 +110,12 @@ def use_store(layers: Sequence[ExpertLayer], folder: Path) -> None:
             state = "is missing" if size < 0 else f"has {size:,} bytes of {_file_bytes(mine):,}"
             raise CheckpointError(f"{path} {state}: pack again")
     for layer, mine in zip(layers, expected, strict=True):
+        files = (str(folder / mine["file"]),) * layer.experts
         for part in mine["parts"]:
             tensor = layer.tensors[part["name"]]
-            stored_at = TensorEntry(
-                tensor.stored.name, folder / mine["file"], tensor.stored.dtype,
-                tensor.stored.shape, part["offset"], tensor.stored.nbytes, mine["stride"],
-            )  # fmt: skip
-            layer.tensors[part["name"]] = ExpertTensor(tensor.slot, stored_at)
+            offsets = range(part["offset"], _file_bytes(mine), mine["stride"])
+            packed = replace(tensor.stored, files=files, offsets=tuple(offsets))
+            layer.tensors[part["name"]] = ExpertTensor(tensor.slot, packed)
 
 
 def verify_store(folder: Path) -> Iterator[tuple[int, Damage | None]]:
@@ -153,7 +153,7 @@ def _describe(number: int, layer: ExpertLayer) -> dict[str, Any]:
         parts.append(
             {
                 "name": name,
-                "tensor": tensor.stored.name,
+                "tensor": tensor.stored.names[0],
                 "dtype": tensor.stored.dtype,
                 "shape": list(tensor.slot.shape),
                 "offset": offset,
@@ -185,16 +185,17 @@ def _write_layer(layer: ExpertLayer, plan: dict[str, Any], folder: Path) -> Iter
     path, sums = folder / plan["file"], []
     partial = path.with_name(path.name + ".partial")
     block = bytearray(plan["stride"])  # what follows the last part stays zero
-    sources = {t.stored.file: os.open(t.stored.file, os.O_RDONLY) for t in layer.tensors.values()}
+    sources = {f: os.open(f, os.O_RDONLY) for f in expert_files([layer])}
     try:
         with partial.open("wb") as out:
             for expert in range(layer.experts):
                 for part in plan["parts"]:
                     stored = layer.tensors[part["name"]].stored
-                    data = os.pread(sources[stored.file], part["nbytes"], stored.row_offset(expert))
+                    file, offset = stored.files[expert], stored.offsets[expert]
+                    data = os.pread(sources[file], part["nbytes"], offset)
                     if len(data) != part["nbytes"]:
                         raise CheckpointError(
-                            f"{stored.file}: tensor {stored.name} ends within expert {expert}"
+                            f"{file}: tensor {stored.names[expert]} ends within expert {expert}"
                         )
                     block[part["offset"] : part["offset"] + part["nbytes"]] = data
                 sums.append(_checksum(memoryview(block)[: plan["used"]]))
@@ -244,9 +245,8 @@ def _refuse_foreign(folder: Path, source: dict[str, Any]) -> None:
 
 def _source(layers: Sequence[ExpertLayer]) -> dict[str, Any]:
     """What ties a store to its checkpoint: each shard's size and a digest of its header."""
-    files = sorted({t.stored.file for x in layers for t in x.tensors.values()})
     source = {}
-    for file in files:
+    for file in map(Path, expert_files(layers)):
         with file.open("rb") as f:
             start = f.read(8)
             header = f.read(int.from_bytes(start, "little"))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
@@ -200,8 +202,8 @@ class ExpertStream:
     def _decide_bypass(self) -> bool:
         if self.config.bypass_page_cache == "off":
             return False
-        files = sorted({t.stored.file for x in self.layers for t in x.tensors.values()})
-        possible = all(direct_works(f) for f in files[:1])
+        files = expert_files(self.layers)
+        possible = all(direct_works(Path(f)) for f in files[:1])
         if self.config.bypass_page_cache == "on":
             if not possible:
                 raise StreamError(
@@ -227,6 +229,11 @@ def layer_needs(layers: list[ExpertLayer], model_config: dict[str, Any]) -> list
         # Two: one is read while the other computes. Below top-k nothing outlives its token.
         needs.append(LayerNeed(x.experts, x.expert_bytes, min(2, top_k), top_k))
     return needs
+
+
+def expert_files(layers: Sequence[ExpertLayer]) -> list[str]:
+    """Every file that holds experts of some layers."""
+    return sorted({f for x in layers for t in x.tensors.values() for f in t.stored.files})
 
 
 def flatten(module: nn.Module) -> list[tuple[str, mx.array]]:

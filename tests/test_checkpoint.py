@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from mlx_streamexperts.checkpoint import TensorEntry, read_checkpoint, read_header
+from mlx_streamexperts.checkpoint import ExpertTable, TensorEntry, read_checkpoint, read_header
 from mlx_streamexperts.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -61,8 +61,9 @@ def stored(entry: TensorEntry) -> bytes:
 
 def stored_row(entry: TensorEntry, expert: int) -> bytes:
     """The bytes of one expert."""
-    start = entry.row_offset(expert)
-    return entry.file.read_bytes()[start : start + entry.row_bytes]
+    table = ExpertTable.stacked(entry)
+    start = table.offsets[expert]
+    return Path(table.files[expert]).read_bytes()[start : start + table.row_bytes]
 
 
 def assert_refused(read: Callable[[], object], *named: object) -> None:
@@ -125,7 +126,8 @@ def test_offsets_are_absolute_and_count_the_padded_header(tmp_path: Path) -> Non
     a, b = sorted(read_header(file), key=lambda t: t.name)
     start = 8 + len(raw)
     assert (a.offset, a.nbytes, b.offset, b.nbytes) == (start, 4, start + 4, 12)
-    assert (b.row_bytes, b.row_offset(0), b.row_offset(1)) == (6, start + 4, start + 10)
+    table = ExpertTable.stacked(b)
+    assert (table.row_bytes, table.offsets) == (6, (start + 4, start + 10))
     assert stored_row(b, 1) == bytes(range(10, 16))
 
 

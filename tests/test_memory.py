@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -95,6 +96,22 @@ def test_the_promise_is_used(big: Path) -> None:
     m = measure(big, 3, memory=2000 << 20)
     assert m["cache"] == m["experts"]
     assert m["misses"] == 0
+
+
+def test_shrinking_gives_the_memory_back(big: Path) -> None:
+    """At once: no idle thread of the reader holds on to an old bank."""
+    from conftest import all_experts, load_streamed
+
+    from mlx_streamexperts import stream
+
+    gc.collect()
+    before = mx.get_active_memory()
+    model = load_streamed(big, 1 << 40)
+    with stream(model) as expert_stream:
+        whole, trunk = all_experts(expert_stream), expert_stream.plan.trunk
+        for size in (whole // 4, whole, whole // 8):
+            expert_stream.resize(size)
+            assert mx.get_active_memory() - before <= trunk + size + (1 << 20)
 
 
 def test_resizing_stays_within_the_larger_size(big: Path) -> None:

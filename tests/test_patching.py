@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import random
 import shutil
 import threading
 from collections.abc import Callable
@@ -206,25 +207,92 @@ def test_a_dense_companion_loads_beside_a_streamed_model(
     mx.eval(model(TOKENS))
 
 
-def test_experts_stored_one_by_one_are_refused_with_advice(
-    checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
-    """mlx-lm would stack them in memory while loading."""
-    source = checkpoint("qwen3_moe", quantize=None)
-    copy = Path(shutil.copytree(source, tmp_path / "model"))
+def rewritten(
+    source: Path, folder: Path, rewrite: Callable[[dict[str, mx.array]], None], shards: int = 1
+) -> Path:
+    """A copy whose tensors `rewrite` has changed, spread over shards at random."""
+    shutil.copytree(source, folder)
     tensors: dict[str, mx.array] = {}
-    for file in copy.glob("*.safetensors"):
+    for file in folder.glob("*.safetensors"):
         tensors.update(mx.load(str(file)))
+        mx.eval(tensors)
         file.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    rewrite(tensors)
+    names = list(tensors)
+    random.Random(4).shuffle(names)
+    for i in range(shards):
+        part = {n: tensors[n] for n in names[i::shards]}
+        mx.save_safetensors(str(folder / f"model-{i}.safetensors"), part)
+    return folder
+
+
+def one_by_one(tensors: dict[str, mx.array]) -> None:
+    """As original checkpoints have them: each expert's tensors by themselves."""
     for name in [n for n in tensors if ".switch_mlp." in n]:
         for e, part in enumerate(tensors.pop(name)):
             tensors[name.replace("switch_mlp", f"experts.{e}")] = part
-    mx.save_safetensors(str(copy / "model.safetensors"), tensors)
-    (copy / "model.safetensors.index.json").unlink()
-    mlx_lm.utils.load_model(copy)  # stock can
+
+
+@pytest.mark.parametrize(
+    ("family", "quantize"),
+    [("qwen3_moe", None), ("deepseek_v3", None), ("deepseek_v3", families.FOUR_BITS)],
+)
+def test_experts_stored_one_by_one_are_streamed_as_they_are(
+    family: str,
+    quantize: families.Quantize | None,
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """mlx-lm stacks them in memory while loading; their bytes are read from where they lie."""
+    source = checkpoint(family, quantize=quantize)
+    folder = rewritten(source, tmp_path / "model", one_by_one, shards=3)
+    stock, _ = mlx_lm.utils.load_model(folder)
+    expected = np.array(stock(TOKENS))
+    gc.collect()
+    before = mx.get_active_memory()
+    model = load_streamed(folder, 1 << 40)
+    with stream(model) as expert_stream:
+        cache = smallest_cache(expert_stream)
+        expert_stream.resize(cache)
+        assert mx.get_active_memory() - before <= expert_stream.plan.trunk + cache + 65_536
+        for _ in range(2):
+            assert np.array_equal(np.array(model(TOKENS)), expected)
+        assert expert_stream.stats().cache.misses > 0
+
+
+def test_single_experts_that_differ_in_shape_are_an_error(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    def damage(tensors: dict[str, mx.array]) -> None:
+        one_by_one(tensors)
+        name = "model.layers.1.mlp.experts.3.up_proj.weight"
+        tensors[name] = tensors[name][:-1]
+
+    folder = rewritten(checkpoint("qwen3_moe", quantize=None), tmp_path / "model", damage)
+    with pytest.raises(CheckpointError):
+        load_streamed(folder, 1 << 30)
+
+
+def test_fused_experts_are_refused_with_advice(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """mlx-lm would split them in memory while loading."""
+
+    def fuse(tensors: dict[str, mx.array]) -> None:
+        for name in [n for n in tensors if n.endswith("switch_mlp.gate_proj.weight")]:
+            up = tensors.pop(name.replace("gate_proj", "up_proj"))
+            down = tensors.pop(name.replace("gate_proj", "down_proj"))
+            base = name.removesuffix("switch_mlp.gate_proj.weight") + "experts."
+            tensors[base + "gate_up_proj"] = mx.concatenate([tensors.pop(name), up], axis=1)
+            tensors[base + "down_proj"] = down
+
+    source = checkpoint("qwen3_5_moe", quantize=None)
+    folder = rewritten(source, tmp_path / "model", fuse)
+    mlx_lm.utils.load_model(folder)  # stock can
     with pytest.raises(UnsupportedModelError, match=r"mlx_lm\.convert") as e:
-        load_streamed(copy, 1 << 30)
-    assert "experts.0" in str(e.value)
+        load_streamed(folder, 1 << 30)
+    assert ".mlp.experts.down_proj" in str(e.value)
 
 
 def test_damage_is_found_before_anything_loads(copy: Path) -> None:

@@ -21,6 +21,7 @@ from conftest import QUIET, assert_same, load_streamed, smallest_cache
 from mlx_streamexperts import CheckpointError, StreamConfig, StreamError, pack, store, stream
 from mlx_streamexperts.layer import ExpertLayer
 from mlx_streamexperts.locate import prepare
+from mlx_streamexperts.stream import expert_files
 
 
 def layers_of(folder: Path) -> list[ExpertLayer]:
@@ -77,7 +78,7 @@ def test_same_bits_in_one_read_an_expert(
 def test_blocks_start_at_pages_and_hold_the_parts_in_order(packed: tuple[Path, Path]) -> None:
     folder, out = packed
     layers = layers_of(folder)
-    raw = {t.stored.file: t.stored.file.read_bytes() for x in layers for t in x.tensors.values()}
+    raw = {f: Path(f).read_bytes() for f in expert_files(layers)}
     for number, layer in enumerate(layers):
         content = (out / f"layer-{number:05d}.experts").read_bytes()
         stride = len(content) // layer.experts
@@ -85,8 +86,8 @@ def test_blocks_start_at_pages_and_hold_the_parts_in_order(packed: tuple[Path, P
         for expert in range(layer.experts):
             parts = b""
             for t in layer.tensors.values():
-                at = t.stored.row_offset(expert)
-                parts += raw[t.stored.file][at : at + t.stored.row_bytes]
+                at = t.stored.offsets[expert]
+                parts += raw[t.stored.files[expert]][at : at + t.stored.row_bytes]
             block = content[expert * stride : (expert + 1) * stride]
             assert block == parts.ljust(stride, b"\0")
 
@@ -259,7 +260,7 @@ def test_a_truncated_or_missing_layer_is_refused(
 def test_a_source_that_ends_early_is_named(packed: tuple[Path, Path], tmp_path: Path) -> None:
     folder, _ = packed
     layers = layers_of(folder)
-    shard = next(iter(layers[0].tensors.values())).stored.file
+    shard = expert_files(layers)[0]
     steps: Iterator[int] = store.write_store(layers, tmp_path / "short")
     os.truncate(shard, 5000)
     with pytest.raises(CheckpointError, match="ends within expert"):

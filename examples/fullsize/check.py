@@ -63,9 +63,9 @@ def _check_expert(layer: ExpertLayer, expert: int, digests: dict[str, str]) -> N
         tensor = layer.tensors[part]
         projection, attribute = part.split(".")
         where = f"{layer.name}, expert {expert}, {part}"
-        with tensor.stored.file.open("rb") as f:  # by plain arithmetic, past our reader
-            f.seek(tensor.stored.offset + expert * (tensor.stored.nbytes // tensor.stored.shape[0]))
-            data = f.read(tensor.stored.nbytes // tensor.stored.shape[0])
+        with open(tensor.stored.files[0], "rb") as f:  # by plain arithmetic, past our reader
+            f.seek(tensor.stored.offsets[0] + expert * tensor.stored.row_bytes)
+            data = f.read(tensor.stored.row_bytes)
         assert hashlib.sha256(data).hexdigest() == digest, f"{where}: file"
         table = getattr(tensor.slot.module, attribute)
         assert bytes(byte_view(table[slot])) == data, f"{where}: slot"
