@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from huggingface_hub import HfFileSystem
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from mlx_lm.utils import hf_repo_to_path
 
 from .checkpoint import MAX_HEADER_BYTES
 from .errors import CheckpointError
@@ -30,14 +31,14 @@ def headers_only(path_or_hf_repo: str) -> Iterator[tuple[Path, bool]]:
         path_or_hf_repo: a model folder, or a Hugging Face repository.
 
     Yields:
-        The folder, and whether it holds the weights too: a local folder is used as it is; of a
-        repository a temporary folder is made, and removed at the end.
+        The folder, and whether it holds the weights too: a local folder or a repository that has
+        been downloaded is used as it is; else a temporary folder is made, and removed at the end.
 
     Raises:
         CheckpointError: it is neither, or a header cannot be what it claims.
     """
-    if Path(path_or_hf_repo).exists():
-        yield Path(path_or_hf_repo), True
+    if (local := _local(path_or_hf_repo)) is not None:
+        yield local, True
         return
     folder = Path(tempfile.mkdtemp(prefix="mlx-streamexperts-headers-"))
     try:
@@ -52,6 +53,16 @@ def headers_only(path_or_hf_repo: str) -> Iterator[tuple[Path, bool]]:
         yield folder, False
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _local(path_or_hf_repo: str) -> Path | None:
+    """The folder with the weights, if they are on this machine."""
+    if Path(path_or_hf_repo).exists():
+        return Path(path_or_hf_repo)
+    try:
+        return hf_repo_to_path(path_or_hf_repo)
+    except (OSError, HFValidationError):  # not in the cache, or only in part
+        return None
 
 
 def _fetch(repo: str, folder: Path) -> None:

@@ -76,6 +76,16 @@ def test_the_headers_of_a_repository_are_removed_afterwards(fake_hub: FakeHub) -
     assert not folder.exists()
 
 
+def test_a_downloaded_repository_is_used_as_it_is(
+    fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "hf_repo_to_path", lambda _: fake_hub.folder)
+    with hub.headers_only("some/repo") as (folder, downloaded):
+        assert (folder, downloaded) == (fake_hub.folder, True)
+    assert fake_hub.read_bytes == 0
+    assert folder.exists()
+
+
 def test_a_repository_that_is_not_there_is_an_error(fake_hub: FakeHub) -> None:
     with pytest.raises(CheckpointError, match="other/repo is neither a model folder"):
         plan("other/repo", config=QUIET)
