@@ -25,7 +25,14 @@ import mlx_lm
 import numpy as np
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from mlx_streamexperts import ExpertStream, StreamConfig, StreamError, load, stream
+from mlx_streamexperts import (
+    CheckpointError,
+    ExpertStream,
+    StreamConfig,
+    StreamError,
+    load,
+    stream,
+)
 from mlx_streamexperts.bank import byte_view
 from mlx_streamexperts.checkpoint import read_checkpoint
 from mlx_streamexperts.config import format_size, parse_size
@@ -37,7 +44,7 @@ def check_experts(expert_stream: ExpertStream, folder: Path) -> int:
     """Compare every filled expert with its known bytes and with mlx-lm's layer; returns how many.
 
     Raises:
-        AssertionError: a byte or an output differs.
+        CheckpointError: a byte or an output differs.
     """
     digests: dict[tuple[str, int], dict[str, str]] = {}
     for entry in json.loads((folder / "filled.json").read_text()):
@@ -62,19 +69,23 @@ def _check_expert(layer: ExpertLayer, expert: int, digests: dict[str, str]) -> N
     for part, digest in digests.items():
         tensor = layer.tensors[part]
         projection, attribute = part.split(".")
-        where = f"{layer.name}, expert {expert}, {part}"
-        with open(tensor.stored.files[0], "rb") as f:  # by plain arithmetic, past our reader
-            f.seek(tensor.stored.offsets[0] + expert * tensor.stored.row_bytes)
+        file = tensor.stored.files[0]
+        offset = tensor.stored.offsets[0] + expert * tensor.stored.row_bytes
+        where = f"{layer.name}, expert {expert}, {part} at byte {offset} of {file}"
+        with open(file, "rb") as f:  # by plain arithmetic, past our reader
+            f.seek(offset)
             data = f.read(tensor.stored.row_bytes)
-        assert hashlib.sha256(data).hexdigest() == digest, f"{where}: file"
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise CheckpointError(f"{where}: not the bytes that write.py wrote")
         table = getattr(tensor.slot.module, attribute)
-        assert bytes(byte_view(table[slot])) == data, f"{where}: slot"
+        if bytes(byte_view(table[slot])) != data:
+            raise CheckpointError(f"{where}: the slot holds other bytes than the file")
         mine = getattr(reference, projection)
         mine.group_size, mine.bits = tensor.slot.module.group_size, tensor.slot.module.bits
         raw = mx.array(np.frombuffer(data, np.uint8))
         setattr(mine, attribute, raw.view(table.dtype).reshape(1, *tensor.slot.shape))
-    assert mx.array_equal(y, reference(x, mx.array([[0]]))).item(), f"{layer.name}: output"
-    assert mx.abs(y).max().item() > 0
+    if not mx.array_equal(y, reference(x, mx.array([[0]]))).item() or not mx.any(y).item():
+        raise CheckpointError(f"{layer.name}, expert {expert}: another output than mlx-lm's layer")
 
 
 def examine(folder: Path, config: StreamConfig, tokens: int, prompt: str) -> dict[str, Any]:
@@ -125,21 +136,28 @@ def examine(folder: Path, config: StreamConfig, tokens: int, prompt: str) -> dic
         }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+def setup_arg_parser() -> argparse.ArgumentParser:
+    """The command line's options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="what write.py wrote")
-    parser.add_argument("--memory", default="20GB")
     parser.add_argument(
-        "--tokens", type=int, default=2, help="bfloat16 takes minutes each on a CPU"
+        "--memory", default="20GB", help="budget that both peaks must keep (default: 20GB)"
     )
-    parser.add_argument("--prompt", default="a")
-    parser.add_argument("--context-tokens", type=int, default=256)
-    parser.add_argument("--prefill-tokens", type=int, default=64)
+    parser.add_argument(
+        "--tokens", type=int, default=2, help="bfloat16 takes minutes each on a CPU (default: 2)"
+    )
+    parser.add_argument("--prompt", default="a", help="one token by default, for the same reason")
+    parser.add_argument("--context-tokens", type=int, default=256, help="(default: 256)")
+    parser.add_argument("--prefill-tokens", type=int, default=64, help="(default: 64)")
     parser.add_argument("--json", type=Path, help="write the figures here too")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 1 also where a peak exceeds the budget."""
+    args = setup_arg_parser().parse_args(argv)
     config = StreamConfig(
         memory=args.memory,
         context_tokens=args.context_tokens,
@@ -160,7 +178,10 @@ def main(argv: list[str] | None = None) -> int:
         f"{format_size(r['peak_rss'])} of {format_size(r['memory'])} | {r['tokens']} in "
         f"{r['seconds']:.0f} s | {r['experts_checked']} exact | {r['descriptors']} |"
     )
-    return 0
+    over = [peak for peak in ("peak_mlx", "peak_rss") if r[peak] > r["memory"]]
+    for peak in over:
+        print(f"error: {peak} {r[peak]:,} exceeds memory {r['memory']:,}", file=sys.stderr)
+    return 1 if over else 0
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ from mlx_streamexperts import StreamError, demo_model
 
 HERE = Path(__file__).parent
 MODELS = ("kimi-k2.5", "qwen3.5-397b")
-KIMI_PARAMETERS = 1_026_408_232_448
+KIMI_PARAMETERS = 1_026_408_232_448  # as mlx_lm.utils.get_total_parameters counts
+KIMI_SHARDS = 91
+_KIMI_SHARD_GIB = 7  # what makes mlx-lm's make_shards give 91; its default of 5 gives 180
 
 _DTYPES = {mx.uint32: "U32", mx.bfloat16: "BF16", mx.float32: "F32", mx.uint8: "U8"}
 _UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
@@ -58,10 +60,16 @@ def build(name: str, layers: int | None = None) -> tuple[nn.Module, dict[str, An
     Args:
         name: one of `MODELS`.
         layers: cut down to so many layers; default: all.
+
+    Raises:
+        StreamError: too few layers to have experts, or mlx-lm builds another model than Kimi K2.5.
     """
     config = json.loads((HERE / f"{name}.config.json").read_text())
     quantization = config.pop("quantization")
     if layers is not None:
+        least = config["text_config"].get("first_k_dense_replace", 0) + 1
+        if layers < least:
+            raise StreamError(f"layers={layers}: {name} has experts from {least} layers on")
         config["text_config"]["num_hidden_layers"] = layers
     model_class, arguments = mlx_lm.utils._get_classes(config)
     model = model_class(arguments.from_dict(config))
@@ -75,8 +83,14 @@ def build(name: str, layers: int | None = None) -> tuple[nn.Module, dict[str, An
     model, config = mlx_lm.utils.quantize_model(model, config, **quantization)
     if name == "kimi-k2.5" and layers is None:
         count = mlx_lm.utils.get_total_parameters(model)
-        assert count == KIMI_PARAMETERS, f"{count:,} parameters, not {KIMI_PARAMETERS:,}"
+        _require(count == KIMI_PARAMETERS, f"{count:,} parameters, not {KIMI_PARAMETERS:,}")
     return model, config
+
+
+def _require(condition: bool, otherwise: str) -> None:
+    """What must hold of a stand-in that is true to its model, also under `python -O`."""
+    if not condition:
+        raise StreamError(otherwise)
 
 
 def shard_layout(
@@ -99,7 +113,7 @@ def write(
         seed: of the random numbers.
 
     Raises:
-        StreamError: the disk has no room for the trunk.
+        StreamError: the disk has no room for the trunk, or `folder` holds a checkpoint already.
     """
     model, config = build(name, layers)
     tensors = dict(tree_flatten(model.parameters()))
@@ -107,6 +121,8 @@ def write(
     experts = {p for p, m in model.named_modules() if isinstance(m, QuantizedSwitchLinear)}
     needed = sum(a.nbytes for n, a in tensors.items() if n.rsplit(".", 1)[0] not in experts)
     folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.glob("model*.safetensors")):  # shards of another layout would be loaded with ours
+        raise StreamError(f"{folder} holds a checkpoint already: remove it or choose another")
     if trunk and shutil.disk_usage(folder).free < needed + (1 << 30):
         raise StreamError(f"{folder}: the trunk takes {needed:,} bytes, which are not free there")
 
@@ -121,6 +137,10 @@ def write(
         filled = _fill_experts(model, experts, files, places)
         for fd in files.values():
             os.fsync(fd)
+    except BaseException:
+        for file in files:
+            (folder / f"{file}.partial").unlink()
+        raise
     finally:
         for fd in files.values():
             os.close(fd)
@@ -149,8 +169,8 @@ def _header(entries: list[str]) -> str:
 
 
 def _sequential(tensors: dict[str, mx.array]) -> tuple[dict[str, Place], dict[str, int]]:
-    """Tensor after tensor, in the shards that mlx-lm's own converter would make."""
-    shards = mlx_lm.utils.make_shards(tensors)
+    """Tensor after tensor, in shards filled in model order as mlx-lm's converter fills them."""
+    shards = mlx_lm.utils.make_shards(tensors, _KIMI_SHARD_GIB)
     places, headers = {}, {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
@@ -179,7 +199,7 @@ def _published(tensors: dict[str, mx.array]) -> tuple[dict[str, Place], dict[str
             name = published["tensor_name"].format(layer=layer, part=part)
             if name not in tensors:
                 continue  # cut down
-            assert list(tensors[name].shape) == shape, name
+            _require(list(tensors[name].shape) == shape, f"{name} is not {shape}")
             places[name] = Place(file, offset)
     shards = {f: _Shard(f) for f in sorted({p.file for p in places.values()})}
     for name, place in sorted(places.items(), key=lambda item: item[1].offset):
@@ -195,7 +215,7 @@ def _published(tensors: dict[str, mx.array]) -> tuple[dict[str, Place], dict[str
                 places[name] = Place(shard.file, offset)
                 break
         else:
-            raise AssertionError(f"no room for {name}")
+            raise StreamError(f"no gap between the published experts has room for {name}")
     return places, {s.file: s.start for s in shards.values()}
 
 
@@ -217,7 +237,7 @@ class _Shard:
 
     def take(self, name: str, array: mx.array, offset: int) -> None:
         """A tensor whose place is given; called in order of offset."""
-        assert offset >= self._end, f"{name} overlaps in {self.file}"
+        _require(offset >= self._end, f"{name} overlaps in {self.file}")
         self._gaps.append((self._end, offset))
         self._end = offset + array.nbytes
         self.layers.add(_layer(name))
@@ -253,7 +273,7 @@ def _open_files(
         inside.sort(key=lambda n: places[n].offset)
         entries = [_describe(n, tensors[n], places[n].offset - start) for n in inside]
         text = _header(entries).encode()
-        assert len(text) <= start - 8, file
+        _require(len(text) <= start - 8, f"{file}: its header does not fit before its data")
         fd = os.open(folder / f"{file}.partial", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         files[file] = fd
         # The format allows blanks at a header's end.
@@ -343,7 +363,7 @@ def _fill_experts(
     modules = {p: m for p, m in model.named_modules() if p in experts}
     switches = sorted({p.rsplit(".", 1)[0] for p in modules}, key=lambda p: int(_layer(p) or 0))
     filled = []
-    for switch in (switches[0], switches[-1]):
+    for switch in dict.fromkeys((switches[0], switches[-1])):  # once where there is one layer
         for path, module in sorted(modules.items()):
             if path.rsplit(".", 1)[0] != switch:
                 continue
