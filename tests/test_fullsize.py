@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import QUIET
 
-from mlx_streamexperts import load, plan, stream
+from mlx_streamexperts import CheckpointError, load, plan, stream
 from mlx_streamexperts.checkpoint import read_checkpoint
 from mlx_streamexperts.stream import expert_files
 
@@ -32,6 +32,33 @@ def test_size_on_disk_and_in_name(whole: Path) -> None:
     apparent = {"kimi-k2.5": 641e9, "qwen3.5-397b": 223e9}[whole.name]
     assert sum(f.st_size for f in files) == pytest.approx(apparent, rel=0.02)
     assert sum(f.st_blocks * 512 for f in files) < 500e6
+    assert len(files) == {"kimi-k2.5": write.KIMI_SHARDS, "qwen3.5-397b": 46}[whole.name]
+
+
+def test_what_is_there_is_not_mixed_with(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(whole.iterdir())
+    assert write.main([whole.name, str(whole), "--trunk", "holes", "--layers", "2"]) == 1
+    assert "holds a checkpoint already" in capsys.readouterr().err
+    assert sorted(whole.iterdir()) == before
+
+
+def test_a_model_without_expert_layers_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert write.main(["kimi-k2.5", str(tmp_path / "kimi"), "--layers", "1"]) == 1
+    assert "experts from 2 layers on" in capsys.readouterr().err
+
+
+def test_a_changed_byte_of_a_filled_expert_is_found(tmp_path: Path) -> None:
+    write.write("qwen3.5-397b", tmp_path, trunk=False, layers=1)
+    entry = json.loads((tmp_path / "filled.json").read_text())[0]
+    stored = read_checkpoint(tmp_path).tensors[entry["tensor"]]
+    with stored.file.open("r+b") as f:
+        f.seek(stored.offset + 7)
+        f.write(b"\xaa")
+    model, _ = load(str(tmp_path), cache="100MB", config=QUIET)
+    with stream(model) as expert_stream, pytest.raises(CheckpointError, match="not the bytes"):
+        check.check_experts(expert_stream, tmp_path)
 
 
 def test_qwen_experts_lie_where_the_published_checkpoint_has_them(whole: Path) -> None:
