@@ -88,6 +88,10 @@ class Bank:
         staged = self._staged[name, slot] = np.empty(count, np.uint8)
         return staged.data
 
+    def delivered(self, name: str, slot: int) -> memoryview:
+        """The bytes that were read into one tensor of one slot; before `commit`."""
+        return self.destination(name, slot) if self.in_place else self._staged[name, slot].data
+
     def commit(self) -> None:
         """Make staged bytes visible; nothing to do where reads go straight into the arrays."""
         for (name, slot), staged in self._staged.items():

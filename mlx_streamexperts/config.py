@@ -88,6 +88,9 @@ class StreamConfig:
     store: str | None = _option(
         None, "folder made by mlx_streamexperts.pack: experts are read from it, each in one read"
     )
+    verify_reads: bool = _option(
+        False, "compare the checksum of each expert read from --store; a difference is an error"
+    )
     in_place: str = _option(
         "auto",
         "read straight into MLX's memory. auto: when the start-up check on this device passes; "
@@ -101,6 +104,8 @@ class StreamConfig:
             choices, value = f.metadata.get("choices"), getattr(self, f.name)
             if choices and value not in choices:
                 raise StreamError(f"{f.name}={value!r}: choose one of {', '.join(choices)}")
+        if self.verify_reads and self.store is None:
+            raise StreamError("verify_reads needs a store: a checkpoint has no checksums")
         for name in ("threads", "context_tokens", "prefill_tokens"):
             if getattr(self, name) < 1:
                 raise StreamError(f"{name} must be at least 1")
@@ -115,12 +120,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for f in fields(StreamConfig):
         flag = "--" + f.name.replace("_", "-")
         text = f.metadata["help"]
-        if f.default not in (None, True):
+        if f.default is not None and not isinstance(f.default, bool):
             text += f" (default: {f.default})"
         kind: dict[str, Any] = {"type": type(f.default) if isinstance(f.default, int) else str}
         if f.name == "progress":
             flag, kind = "--no-progress", {"action": "store_false", "dest": "progress"}
             text = "show no progress bars"
+        elif f.default is False:
+            kind = {"action": "store_true"}
         if "choices" in f.metadata:
             kind["choices"] = f.metadata["choices"]
         group.add_argument(flag, default=f.default, help=text, **kind)

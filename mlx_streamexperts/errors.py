@@ -43,13 +43,21 @@ class ExpertReadError(StreamError):
         tensor: name of the tensor in the checkpoint.
         file: the shard.
         offset: first byte that could not be read.
-        errno: the operating system's error number, or None at an unexpected end of file.
+        errno: the operating system's error number, or None where it reported none: at an
+            unexpected end of file, or where `reason` says more.
     """
 
     def __init__(
-        self, layer: str, expert: int, tensor: str, file: Path, offset: int, errno: int | None
+        self,
+        layer: str,
+        expert: int,
+        tensor: str,
+        file: Path,
+        offset: int,
+        errno: int | None,
+        reason: str = "unexpected end of file",
     ) -> None:
-        reason = "unexpected end of file" if errno is None else os.strerror(errno)
+        reason = reason if errno is None else os.strerror(errno)
         super().__init__(
             f"cannot read expert {expert} of {layer}: {reason} at byte {offset} of {file} "
             f"(tensor {tensor}). The expert's slot was left empty; the model can be used again "

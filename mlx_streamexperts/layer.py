@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -92,6 +93,7 @@ class ExpertLayer:
         stats: further counters.
         resident: all experts are in the slot of their own index, nothing is asked or mapped.
         record: called with each call's experts [..., K] while a trace is taken.
+        as_packed: asked after each read whether an expert's parts are right; None trusts reads.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class ExpertLayer:
         self.stats = LayerStats()
         self.resident = False
         self.record: Callable[[np.ndarray], None] | None = None
+        self.as_packed: Callable[[int, Sequence[memoryview]], bool] | None = None
         self.cache = ExpertCache(experts, 0)
         self.closed = True
         self._bank = Bank({}, 0, in_place=True)
@@ -258,12 +261,31 @@ class ExpertLayer:
             return
         try:
             ticket.wait()
+            if self.as_packed is not None:
+                self._check(missing, ticket)
             self._bank.commit()
         except BaseException as e:
             self._abandon(missing, ticket, only_failed=isinstance(e, ExpertReadError))
             raise
         seconds = ticket.seconds / len(missing)
         self._read_seconds += 0.1 * (seconds - self._read_seconds)
+
+    def _check(self, missing: list[int], ticket: Ticket) -> None:
+        """Compare what was read with what was packed; experts that differ have failed."""
+        assert self.as_packed is not None
+        wrong = []
+        for expert in missing:
+            slot = int(self.cache.slot_of[expert])
+            parts = [self._bank.delivered(name, slot) for name in self.tensors]
+            if not self.as_packed(expert, parts):
+                wrong.append(expert)
+        if wrong:
+            ticket.failed.update((self.name, expert) for expert in wrong)
+            first, stored = wrong[0], next(iter(self.tensors.values())).stored
+            raise ExpertReadError(
+                self.name, first, stored.names[first], Path(stored.files[first]),
+                stored.offsets[first], None, "its checksum is not that of the bytes packed",
+            )  # fmt: skip
 
     def _abandon(self, missing: list[int], ticket: Ticket, only_failed: bool = False) -> None:
         """Leave no slot that claims an expert whose bytes are not all there."""

@@ -74,7 +74,7 @@ def prepare(folder: Path, config: StreamConfig, arguments: dict[str, Any]) -> Pr
     if not layers:
         raise UnsupportedModelError(_nothing_found(folder, model, model_config))
     if config.store is not None:
-        use_store(layers, Path(config.store))
+        use_store(layers, Path(config.store), config.verify_reads)
     expert_bytes = sum(x.experts * x.expert_bytes for x in layers)
     parameters = [array for _, array in flatten(model)]
     sizes = Sizes(

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from .stream import expert_files
 PAGE_BYTES = 16_384
 _FORMAT = 1
 _MANIFEST = "manifest.json"
+# What packing writes, and so all that it may delete: the folder may hold a user's files too.
+_LAYER_FILE = re.compile(r"layer-\d{5}\.experts")
+_OURS = re.compile(rf"({_LAYER_FILE.pattern}(\.json)?|manifest\.json)(\.partial)?")
 
 
 @dataclass(frozen=True)
@@ -49,23 +53,41 @@ def write_store(
         overwrite: discard another checkpoint's store there.
 
     Raises:
-        StreamError: the disk has no room, or `folder` holds the store of another checkpoint.
-        CheckpointError: the source ends early.
+        StreamError: the disk has no room or cannot be written, or `folder` holds the store of
+            another checkpoint.
+        CheckpointError: the source ends early or cannot be read.
     """
+    try:
+        yield from _write_store(layers, folder, overwrite)
+    except OSError as e:
+        raise StreamError(
+            f"{e.filename or folder}: packing stopped: {e.strerror}; layers that are whole are "
+            "kept, run again to go on"
+        ) from e
+
+
+def _write_store(layers: Sequence[ExpertLayer], folder: Path, overwrite: bool) -> Iterator[int]:
     source = _source(layers)
     plans = [_describe(number, layer) for number, layer in enumerate(layers)]
     folder.mkdir(parents=True, exist_ok=True)
-    if overwrite:
-        for file in folder.glob("layer-*"):
-            file.unlink()
-        (folder / _MANIFEST).unlink(missing_ok=True)
-    _refuse_foreign(folder, source)
-    finished = [_finished(folder, plan, source) for plan in plans]
-    needed = sum(_file_bytes(p) for p, done in zip(plans, finished, strict=True) if done is None)
-    if needed > (free := shutil.disk_usage(folder).free):
+    if not overwrite:
+        _refuse_foreign(folder, source)
+    finished = [None if overwrite else _finished(folder, plan, source) for plan in plans]
+    unfinished = [p for p, done in zip(plans, finished, strict=True) if done is None]
+    redone = {p["file"] for p in unfinished} | {_sidecar(folder, p).name for p in unfinished}
+    stale = [
+        file
+        for file in _ours(folder)
+        if overwrite or file.name.endswith(".partial") or file.name in redone
+    ]
+    needed = sum(map(_file_bytes, unfinished))
+    free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in stale)
+    if needed > free:  # before anything is discarded: the old store may be all there is
         raise StreamError(
             f"{folder}: packing needs {needed:,} bytes and {free:,} are free; nothing was written"
         )
+    for file in stale:
+        file.unlink()
     for i, (layer, plan) in enumerate(zip(layers, plans, strict=True)):
         if finished[i] is None:
             yield from _write_layer(layer, plan, folder)
@@ -81,26 +103,27 @@ def write_store(
         _sidecar(folder, plan).unlink(missing_ok=True)
 
 
-def use_store(layers: Sequence[ExpertLayer], folder: Path) -> None:
+def use_store(layers: Sequence[ExpertLayer], folder: Path, verify_reads: bool = False) -> None:
     """Read the experts of `layers` from a store from now on.
+
+    Args:
+        layers: as located in their checkpoint.
+        folder: the store.
+        verify_reads: compare each expert's checksum after each of its reads.
 
     Raises:
         CheckpointError: it is not a finished store, is damaged, or was made of another checkpoint.
+        StreamError: `verify_reads` without the library of the checksums.
     """
     file = folder / _MANIFEST
-    manifest = read_json_object(file, "layers")
-    if manifest.get("format") != _FORMAT:
-        raise CheckpointError(
-            f"{file}: format {manifest.get('format')!r}, this version reads {_FORMAT}: pack again"
-        )
-    _compare_sources(file, manifest.get("source"), _source(layers))
+    source, stored = _read_manifest(file)
+    _compare_sources(file, source, _source(layers))
     expected = [_describe(number, layer) for number, layer in enumerate(layers)]
-    stored = manifest.get("layers")
-    if not isinstance(stored, list) or len(stored) != len(layers):
+    if len(stored) != len(layers):
         raise CheckpointError(f"{file}: does not describe {len(layers)} layers: pack again")
     for layer, mine, theirs in zip(layers, expected, stored, strict=True):
         # Everything that places bytes follows from the checkpoint; nothing is taken on trust.
-        if not isinstance(theirs, dict) or mine != {k: theirs.get(k) for k in mine}:
+        if mine != {k: theirs.get(k) for k in mine}:
             raise CheckpointError(
                 f"{file}: {layer.name} is not laid out as this checkpoint's would be: pack again"
             )
@@ -109,7 +132,9 @@ def use_store(layers: Sequence[ExpertLayer], folder: Path) -> None:
         if size != _file_bytes(mine):
             state = "is missing" if size < 0 else f"has {size:,} bytes of {_file_bytes(mine):,}"
             raise CheckpointError(f"{path} {state}: pack again")
-    for layer, mine in zip(layers, expected, strict=True):
+    for layer, mine, theirs in zip(layers, expected, stored, strict=True):
+        if verify_reads:
+            layer.as_packed = _read_check(theirs["checksums"])
         files = (str(folder / mine["file"]),) * layer.experts
         for part in mine["parts"]:
             tensor = layer.tensors[part["name"]]
@@ -122,27 +147,69 @@ def verify_store(folder: Path) -> Iterator[tuple[int, Damage | None]]:
     """Re-read every expert of a store; yields bytes read, and what is damaged.
 
     Raises:
-        CheckpointError: not a finished store, or a file ends early.
+        CheckpointError: not a finished store, or a file is missing or cannot be read.
     """
-    file = folder / _MANIFEST
-    for layer in read_json_object(file, "layers").get("layers", []):
-        try:
-            path = folder / Path(layer["file"]).name
-            stride, used = int(layer["stride"]), int(layer["used"])
-            sums, name = list(layer["checksums"]), str(layer["name"])
-            if not 0 < used <= stride <= 1 << 40:
-                raise ValueError("absurd sizes")
-        except (KeyError, TypeError, ValueError) as e:
-            raise CheckpointError(f"{file}: a layer is not described as packed: {e}") from e
+    for layer in _read_manifest(folder / _MANIFEST)[1]:
+        path, stride, used = folder / layer["file"], layer["stride"], layer["used"]
         try:
             with path.open("rb") as f:
-                for expert, expected in enumerate(sums):
-                    f.seek(expert * stride)
-                    data = f.read(used)
-                    good = len(data) == used and _checksum(data) == expected
-                    yield used, None if good else Damage(name, expert, path)
+                size = os.fstat(f.fileno()).st_size
+                for expert, expected in enumerate(layer["checksums"]):
+                    # Nothing is read past the end: a manifest's sizes must not decide how much
+                    # memory is taken. The padding belongs to the block.
+                    good = (expert + 1) * stride <= size
+                    if good:
+                        f.seek(expert * stride)
+                        good = _checksum(f.read(used)) == expected
+                    yield used, None if good else Damage(layer["name"], expert, path)
         except OSError as e:
             raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
+
+
+def _read_manifest(file: Path) -> tuple[Any, list[dict[str, Any]]]:
+    """What a manifest says of its source, and its layers.
+
+    Raises:
+        CheckpointError: it is not one that packing writes.
+    """
+    manifest = read_json_object(file, "layers")
+    if manifest.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{file}: format {manifest.get('format')!r}, this version reads {_FORMAT}: pack again"
+        )
+    layers = manifest.get("layers")
+    if not isinstance(layers, list) or not layers:
+        raise CheckpointError(f"{file}: describes no layers: pack again")
+    for number, layer in enumerate(layers):
+        if not _as_packed(layer):
+            raise CheckpointError(
+                f"{file}: layer {number} is not described as packing does: pack again"
+            )
+    return manifest.get("source"), layers
+
+
+def _as_packed(layer: Any) -> bool:
+    """Is this a layer's entry as packing writes it, with a checksum for every expert?"""
+    if not isinstance(layer, dict):
+        return False
+    sizes = [layer.get(k) for k in ("experts", "used", "stride")]
+    sums, file = layer.get("checksums"), layer.get("file")
+    return (
+        isinstance(layer.get("name"), str)
+        and isinstance(file, str)
+        and _LAYER_FILE.fullmatch(file) is not None
+        and all(type(n) is int and 0 < n < 1 << 63 for n in sizes)
+        and layer["used"] <= layer["stride"]
+        and layer["stride"] % PAGE_BYTES == 0
+        and isinstance(sums, list)
+        and len(sums) == layer["experts"]
+        and all(isinstance(s, str) for s in sums)
+    )
+
+
+def _ours(folder: Path) -> list[Path]:
+    """The files in a folder that packing wrote."""
+    return sorted(f for f in folder.iterdir() if _OURS.fullmatch(f.name) and not f.is_dir())
 
 
 def _describe(number: int, layer: ExpertLayer) -> dict[str, Any]:
@@ -192,7 +259,12 @@ def _write_layer(layer: ExpertLayer, plan: dict[str, Any], folder: Path) -> Iter
                 for part in plan["parts"]:
                     stored = layer.tensors[part["name"]].stored
                     file, offset = stored.files[expert], stored.offsets[expert]
-                    data = os.pread(sources[file], part["nbytes"], offset)
+                    try:
+                        data = os.pread(sources[file], part["nbytes"], offset)
+                    except OSError as e:
+                        raise CheckpointError(
+                            f"{file}: tensor {stored.names[expert]} cannot be read: {e.strerror}"
+                        ) from e
                     if len(data) != part["nbytes"]:
                         raise CheckpointError(
                             f"{file}: tensor {stored.names[expert]} ends within expert {expert}"
@@ -206,7 +278,7 @@ def _write_layer(layer: ExpertLayer, plan: dict[str, Any], folder: Path) -> Iter
     finally:
         for fd in sources.values():
             os.close(fd)
-    partial.replace(path)
+    _put(partial, path)
     plan["checksums"] = sums
 
 
@@ -215,32 +287,31 @@ def _finished(folder: Path, plan: dict[str, Any], source: dict[str, Any]) -> lis
     path, sidecar = folder / plan["file"], _sidecar(folder, plan)
     if not path.is_file() or path.stat().st_size != _file_bytes(plan):
         return None
-    if sidecar.is_file():
-        known = read_json_object(sidecar, "layers")
-        entry = known.get("layer")
-        known_source = known.get("source")
-    elif (folder / _MANIFEST).is_file():
-        manifest = read_json_object(folder / _MANIFEST, "layers")
-        known_source = manifest.get("source")
-        layers = manifest.get("layers")
-        entry = next((x for x in layers or [] if x.get("file") == plan["file"]), None)
-    else:
+    entries: list[Any]
+    try:
+        if sidecar.is_file():
+            known = read_json_object(sidecar, "layer")
+            known_source, entries = known.get("source"), [known.get("layer")]
+        else:
+            known_source, entries = _read_manifest(folder / _MANIFEST)
+    except CheckpointError:  # it cannot vouch for the file
         return None
-    if known_source != source or not isinstance(entry, dict):
-        return None
-    same = plan == {k: entry.get(k) for k in plan}
-    return entry.get("checksums") if same else None
+    for entry in entries:
+        if _as_packed(entry) and plan == {k: entry.get(k) for k in plan}:
+            return entry["checksums"] if known_source == source else None
+    return None
 
 
 def _refuse_foreign(folder: Path, source: dict[str, Any]) -> None:
-    for file in sorted(folder.glob("*.json")):
-        if file.name == _MANIFEST or file.name.startswith("layer-"):
-            try:
-                _compare_sources(file, read_json_object(file, "layers").get("source"), source)
-            except CheckpointError as e:
-                raise StreamError(
-                    f"{e}. Choose another folder, or --overwrite to discard what is there."
-                ) from e
+    for file in _ours(folder):
+        if file.suffix != ".json":
+            continue
+        try:
+            _compare_sources(file, read_json_object(file, "layers").get("source"), source)
+        except CheckpointError as e:
+            raise StreamError(
+                f"{e}. Choose another folder, or --overwrite to discard what is there."
+            ) from e
 
 
 def _source(layers: Sequence[ExpertLayer]) -> dict[str, Any]:
@@ -267,14 +338,31 @@ def _compare_sources(file: Path, theirs: Any, mine: dict[str, Any]) -> None:
     )
 
 
-def _checksum(data: bytes | memoryview) -> str:
+def _xxhash() -> Any:
     try:
         import xxhash
     except ImportError as e:
         raise StreamError(
-            "packing needs the xxhash library: pip install 'mlx-streamexperts[pack]'"
+            "checksums need the xxhash library: pip install 'mlx-streamexperts[pack]'"
         ) from e
-    return str(xxhash.xxh3_64_hexdigest(data))
+    return xxhash
+
+
+def _checksum(data: bytes | memoryview) -> str:
+    return str(_xxhash().xxh3_64_hexdigest(data))
+
+
+def _read_check(checksums: list[str]) -> Callable[[int, Sequence[memoryview]], bool]:
+    """Are an expert's parts, in the order of its block, the bytes that were packed?"""
+    xxh3_64 = _xxhash().xxh3_64
+
+    def as_packed(expert: int, parts: Sequence[memoryview]) -> bool:
+        digest = xxh3_64()
+        for part in parts:
+            digest.update(part)
+        return bool(digest.hexdigest() == checksums[expert])
+
+    return as_packed
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
@@ -284,4 +372,14 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
         json.dump(content, f)
         f.flush()
         os.fsync(f.fileno())
+    _put(partial, file)
+
+
+def _put(partial: Path, file: Path) -> None:
+    """Give a whole file its name, and make that last through a power cut."""
     partial.replace(file)
+    fd = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
