@@ -86,7 +86,9 @@ class StreamConfig:
         None, "part of --memory kept free for other models in this process, for example 4GB"
     )
     store: str | None = _option(
-        None, "folder made by mlx_streamexperts.pack: experts are read from it, each in one read"
+        None,
+        "folder made by mlx_streamexperts.pack: experts are read from it, each in one read up to "
+        "--read-size",
     )
     verify_reads: bool = _option(
         False, "compare the checksum of each expert read from --store; a difference is an error"

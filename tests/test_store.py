@@ -104,6 +104,24 @@ def test_same_bits_in_one_read_an_expert(
             assert stats.read.reads <= stats.cache.misses
 
 
+@pytest.mark.parametrize("bypass", ["on", "off"])
+def test_experts_longer_than_a_read_are_shared_out(bypass: str, packed: tuple[Path, Path]) -> None:
+    folder, out = packed
+    tokens = families.token_stream(families.VOCAB, 40, seed=2)
+    stock, _ = mlx_lm.utils.load_model(folder)
+    expected = families.run(stock, tokens, prefill=12)
+    config = replace(
+        QUIET, store=str(out), bypass_page_cache=bypass, read_size="3000B", verify_reads=True
+    )
+    model = load_streamed(folder, 1 << 40, config)
+    with stream(model) as expert_stream:
+        expert_stream.resize(smallest_cache(expert_stream))
+        expert_stream.reset()
+        assert_same(expected, families.run(model, tokens, prefill=12), "read in pieces")
+        stats, layer = expert_stream.stats(), expert_stream.layers[0]
+        assert stats.read.reads >= stats.cache.misses * layer.expert_bytes // 3000
+
+
 def test_blocks_start_at_pages_and_hold_the_parts_in_order(packed: tuple[Path, Path]) -> None:
     folder, out = packed
     layers = layers_of(folder)
