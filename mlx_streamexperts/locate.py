@@ -8,11 +8,12 @@ computes otherwise (split, scaled, unpacked) is refused, not guessed at. Nothing
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,7 +31,7 @@ from mlx_lm.models.switch_layers import (
 from .bank import SlotTensor
 from .checkpoint import Checkpoint, ExpertTable, TensorEntry, read_checkpoint
 from .config import StreamConfig
-from .errors import CheckpointError, UnsupportedModelError
+from .errors import CheckpointError, StreamError, UnsupportedModelError
 from .layer import ExpertLayer, ExpertTensor
 from .planner import Plan, Sizes, divide, text_config
 from .store import use_store
@@ -39,8 +40,8 @@ from .stream import flatten, layer_needs
 # Looked up before anything can be patched.
 original_load_model = mlx_lm.utils.load_model
 
-_SWITCHES = (SwitchGLU, SwitchMLP)
-_PROJECTIONS = (SwitchLinear, QuantizedSwitchLinear)
+SWITCHES = (SwitchGLU, SwitchMLP)
+PROJECTIONS = (SwitchLinear, QuantizedSwitchLinear)
 
 
 @dataclass(frozen=True)
@@ -58,21 +59,10 @@ def prepare(folder: Path, config: StreamConfig, arguments: dict[str, Any]) -> Pr
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder / 'config.json'} is missing: not a model folder")
     checkpoint = read_checkpoint(folder)
-    seen = _Seen({}, {})
-    arguments = dict(arguments)
-    get_classes = arguments.pop("get_model_classes", mlx_lm.utils._get_classes)
-    arguments["get_model_classes"] = lambda config: _remembering(get_classes(config), seen)
-    try:
-        overrides, custom = _custom_classes(folder, arguments)
-        if custom is not None:
-            arguments["model_config"] = overrides
-            arguments["get_model_classes"] = lambda config: _remembering(custom, seen)
-        model, model_config = original_load_model(folder, True, **arguments)
-    except (ValueError, KeyError, TypeError) as e:
-        raise CheckpointError(f"{folder}: mlx-lm cannot load this checkpoint: {e}") from e
+    model, model_config, seen = load_remembering(folder, arguments)
     layers = _find_layers(model, checkpoint, seen)
     if not layers:
-        raise UnsupportedModelError(_nothing_found(folder, model, model_config))
+        raise UnsupportedModelError(nothing_found(folder, model, model_config))
     if config.store is not None:
         use_store(layers, Path(config.store), config.verify_reads)
     expert_bytes = sum(x.experts * x.expert_bytes for x in layers)
@@ -89,24 +79,50 @@ def prepare(folder: Path, config: StreamConfig, arguments: dict[str, Any]) -> Pr
     )
 
 
-@dataclass(frozen=True)
-class _Seen:
+@dataclass
+class Seen:
     """Arrays of a checkpoint, and what was stacked from them while they were sanitized.
 
     Attributes:
         as_stored: by name in the checkpoint.
         stacks: by identity of the result (kept, so that no other array gets its identity).
+        skeleton: makes another such model, without weights.
     """
 
-    as_stored: dict[str, mx.array]
-    stacks: dict[int, tuple[mx.array, list[mx.array]]]
+    as_stored: dict[str, mx.array] = field(default_factory=dict)
+    stacks: dict[int, tuple[mx.array, list[mx.array]]] = field(default_factory=dict)
+    skeleton: Callable[[], nn.Module] = nn.Module
+
+
+def load_remembering(
+    folder: Path, arguments: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Any], Seen]:
+    """mlx-lm's `load_model`, nothing evaluated, with a record of where its arrays come from.
+
+    Raises:
+        CheckpointError: mlx-lm cannot load the checkpoint.
+    """
+    seen = Seen()
+    arguments = dict(arguments)
+    get_classes = arguments.pop("get_model_classes", mlx_lm.utils._get_classes)
+    arguments["get_model_classes"] = lambda config: _remembering(get_classes(config), seen)
+    try:
+        overrides, custom = _custom_classes(folder, arguments)
+        if custom is not None:
+            arguments["model_config"] = overrides
+            arguments["get_model_classes"] = lambda config: _remembering(custom, seen)
+        return *original_load_model(folder, True, **arguments), seen
+    except StreamError:
+        raise
+    except (ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(f"{folder}: mlx-lm cannot load this checkpoint: {e}") from e
 
 
 _stack_lock = threading.Lock()
 
 
 @contextmanager
-def _recording_stacks(seen: _Seen) -> Iterator[None]:
+def _recording_stacks(seen: Seen) -> Iterator[None]:
     """Note what this thread makes with `mx.stack`, which is how mlx-lm joins single experts."""
     original, thread = mx.stack, threading.get_ident()
 
@@ -121,12 +137,14 @@ def _recording_stacks(seen: _Seen) -> Iterator[None]:
 
 
 def _remembering(
-    classes: tuple[Callable[..., nn.Module], type], seen: _Seen
+    classes: tuple[Callable[..., nn.Module], type], seen: Seen
 ) -> tuple[Callable[..., nn.Module], type]:
     """Model classes whose model notes the loaded weights in `seen` while sanitizing."""
     model_class, arguments_class = classes
 
     def build(arguments: Any) -> nn.Module:
+        fresh = copy.deepcopy(arguments)  # some classes write into what they are given
+        seen.skeleton = lambda: model_class(copy.deepcopy(fresh))
         model = model_class(arguments)
         sanitize = getattr(model, "sanitize", None)
 
@@ -161,16 +179,16 @@ def _custom_classes(
     return {**overrides, "model_file": None}, (module.Model, module.ModelArgs)
 
 
-def _find_layers(model: nn.Module, checkpoint: Checkpoint, seen: _Seen) -> list[ExpertLayer]:
+def _find_layers(model: nn.Module, checkpoint: Checkpoint, seen: Seen) -> list[ExpertLayer]:
     """Every expert module of the model with its tables' places on disk, in model order."""
     entries = {id(array): checkpoint.tensors[name] for name, array in seen.as_stored.items()}
     layers = []
     for path, switch in model.named_modules():
-        if not isinstance(switch, _SWITCHES):
+        if not isinstance(switch, SWITCHES):
             continue
         tensors = {}
         for part, projection in switch.children().items():
-            if not isinstance(projection, _PROJECTIONS):
+            if not isinstance(projection, PROJECTIONS):
                 continue
             for attribute, table in flatten(projection):
                 where = f"{path}.{part}.{attribute}"
@@ -216,11 +234,12 @@ def _rewritten(where: str, as_stored: dict[str, mx.array], checkpoint: Checkpoin
     return (
         f"{checkpoint.folder} does not store {where} as one table, nor expert by expert as it is "
         f"used{seen}; mlx-lm computes it while loading, with all experts in memory. Convert the "
-        "checkpoint once: mlx_lm.convert --hf-path <this checkpoint> -q"
+        f"checkpoint once, in little memory: python -m mlx_streamexperts.convert --model "
+        f"{checkpoint.folder} --out <new folder>"
     )
 
 
-def _nothing_found(folder: Path, model: nn.Module, model_config: dict[str, Any]) -> str:
+def nothing_found(folder: Path, model: nn.Module, model_config: dict[str, Any]) -> str:
     """What was found instead of SwitchGLU and SwitchMLP modules."""
     kinds = sorted(
         {type(m).__name__ for path, m in model.named_modules() if "expert" in path.split(".")[-1]}
