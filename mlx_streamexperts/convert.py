@@ -87,7 +87,7 @@ def convert(
     rewrite = Rewrite(checkpoint, options, {"trust_remote_code": trust_remote_code})
     shards = lay_out(rewrite.pieces, shard_bytes)
     finished = {s.file for s in shards if not overwrite and _is_whole(out / s.file, s)}
-    _check_room(out, sum(s.nbytes for s in shards if s.file not in finished))
+    _check_room(out, sum(s.nbytes for s in shards if s.file not in finished), finished)
     out.mkdir(parents=True, exist_ok=True)
     if overwrite:
         _discard(out)
@@ -245,10 +245,11 @@ def _is_whole(file: Path, shard: Shard) -> bool:
         return f.read(len(shard.header)) == shard.header
 
 
-def _check_room(out: Path, needed: int) -> None:
+def _check_room(out: Path, needed: int, finished: set[str]) -> None:
     existing = next(p for p in [out, *out.resolve().parents] if p.exists())
-    # What an interrupted shard left is written over.
-    left = sum(f.stat().st_blocks * 512 for f in out.glob("model*.safetensors.partial"))
+    # What an earlier run left unfinished, or is to be discarded, makes room.
+    replaced = (f for f in out.glob("model*.safetensors*") if f.name not in finished | {INDEX})
+    left = sum(f.stat().st_blocks * 512 for f in replaced)
     if needed > (free := shutil.disk_usage(existing).free + left):
         raise StreamError(
             f"{out}: converting needs {format_size(needed)} more and {format_size(free)} are free; "
