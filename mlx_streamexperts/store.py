@@ -9,7 +9,6 @@ one is unfinished.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ from typing import Any
 from .checkpoint import read_json_object
 from .errors import CheckpointError, StreamError
 from .layer import ExpertLayer, ExpertTensor
+from .shards import sync_folder, write_json
 from .stream import expert_files
 
 PAGE_BYTES = 16_384
@@ -91,11 +91,11 @@ def _write_store(layers: Sequence[ExpertLayer], folder: Path, overwrite: bool) -
     for i, (layer, plan) in enumerate(zip(layers, plans, strict=True)):
         if finished[i] is None:
             yield from _write_layer(layer, plan, folder)
-            _write_json(_sidecar(folder, plan), {"source": source, "layer": plan})
+            write_json(_sidecar(folder, plan), {"source": source, "layer": plan})
         else:
             plan["checksums"] = finished[i]
             yield layer.experts * layer.expert_bytes
-    _write_json(
+    write_json(
         folder / _MANIFEST,
         {"format": _FORMAT, "page_bytes": PAGE_BYTES, "source": source, "layers": plans},
     )
@@ -278,7 +278,8 @@ def _write_layer(layer: ExpertLayer, plan: dict[str, Any], folder: Path) -> Iter
     finally:
         for fd in sources.values():
             os.close(fd)
-    _put(partial, path)
+    partial.replace(path)
+    sync_folder(folder)
     plan["checksums"] = sums
 
 
@@ -363,23 +364,3 @@ def _read_check(checksums: list[str]) -> Callable[[int, Sequence[memoryview]], b
         return bool(digest.hexdigest() == checksums[expert])
 
     return as_packed
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    """Under a temporary name first: the file is whole or not there."""
-    partial = file.with_name(file.name + ".partial")
-    with partial.open("w") as f:
-        json.dump(content, f)
-        f.flush()
-        os.fsync(f.fileno())
-    _put(partial, file)
-
-
-def _put(partial: Path, file: Path) -> None:
-    """Give a whole file its name, and make that last through a power cut."""
-    partial.replace(file)
-    fd = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
