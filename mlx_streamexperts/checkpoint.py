@@ -7,6 +7,7 @@ https://github.com/huggingface/safetensors (8 bytes of header length, a JSON hea
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ _ITEM_BYTES = {
 }  # fmt: skip
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
 _MAX_SIZE = 2**63 - 1  # no file is longer; larger numbers are refused unprinted
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +138,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if missing:
         raise CheckpointError(
             f"{folder / missing[0]} is missing ({len(missing)} of {len(set(promised.values()))} "
-            f"shards named in {_INDEX} are): download the checkpoint again or complete it"
+            f"shards named in {INDEX} are): download the checkpoint again or complete it"
         )
     if not files:
         raise CheckpointError(f"no model*.safetensors file in {folder}")
@@ -154,7 +155,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if absent:
         raise CheckpointError(
             f"tensor {absent[0]} should be in {folder / promised[absent[0]]} according to "
-            f"{_INDEX}, but no shard has it"
+            f"{INDEX}, but no shard has it"
         )
     return Checkpoint(folder, tensors)
 
@@ -204,6 +205,18 @@ def read_header(file: Path) -> list[TensorEntry]:
     return entries
 
 
+def header_identity(file: Path) -> dict[str, Any]:
+    """What tells one shard from another without reading its data: size, and digest of the header.
+
+    Two fine-tunes of one model may have the same.
+    """
+    with file.open("rb") as f:
+        start = f.read(8)
+        header = f.read(int.from_bytes(start, "little"))
+    digest = hashlib.sha256(start + header).hexdigest()
+    return {"bytes": file.stat().st_size, "header_sha256": digest}
+
+
 def _entry(file: Path, name: str, spec: Any, data_start: int) -> TensorEntry:
     """Validate one header entry on its own."""
     where = f"{file}: tensor {name}"
@@ -251,7 +264,7 @@ def _are_sizes(value: Any) -> TypeGuard[list[int]]:
 
 def _read_index(folder: Path) -> dict[str, str]:
     """Tensor name -> shard name from the index file; empty where there is none."""
-    file = folder / _INDEX
+    file = folder / INDEX
     if not file.exists():
         return {}
     weight_map = read_json_object(file, "weight_map").get("weight_map")

@@ -29,12 +29,19 @@ from mlx_lm.convert import MODEL_CONVERSION_DTYPES, QUANT_RECIPES
 from mlx_lm.utils import save_config
 from tqdm import tqdm
 
-from .checkpoint import Checkpoint, TensorEntry, read_checkpoint, read_json_object
+from .checkpoint import (
+    INDEX,
+    Checkpoint,
+    TensorEntry,
+    header_identity,
+    read_checkpoint,
+    read_json_object,
+)
 from .config import format_size, parse_size
 from .errors import CheckpointError, StreamError
 from .patching import resolve
 from .rewrite import Options, Rewrite
-from .shards import INDEX, Shard, ShardWriter, lay_out, sync_folder, write_json
+from .shards import Shard, ShardWriter, lay_out, sync_folder, write_json
 
 _FORMAT = 1
 _STATE = "convert.json"
@@ -187,16 +194,8 @@ def _state(checkpoint: Checkpoint, options: Options, shard_bytes: int) -> dict[s
     """What decides every byte of the result."""
     files: dict[str, Any] = {}
     for file in sorted({t.file for t in checkpoint.tensors.values()}):
-        with file.open("rb") as f:
-            start = f.read(8)
-            header = f.read(int.from_bytes(start, "little"))
         # Two fine-tunes of one model have the same headers and sizes: the time tells them apart.
-        stat = file.stat()
-        files[file.name] = {
-            "bytes": stat.st_size,
-            "mtime_ns": stat.st_mtime_ns,
-            "header_sha256": hashlib.sha256(start + header).hexdigest(),
-        }
+        files[file.name] = {**header_identity(file), "mtime_ns": file.stat().st_mtime_ns}
     config = (checkpoint.folder / "config.json").read_bytes()
     return {
         "format": _FORMAT,

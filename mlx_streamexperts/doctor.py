@@ -24,7 +24,7 @@ from .config import StreamConfig, format_size, from_arguments
 from .demo import demo_model
 from .errors import BudgetError, StreamError
 from .hub import headers_only
-from .locate import Prepared, prepare
+from .locate import Located, locate
 from .measure import DriveRate, drive_rates, layer_seconds, memory_rate, sync_seconds
 from .planner import Plan
 from .platform import device_memory_bytes, free_disk_bytes
@@ -79,40 +79,33 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
     name = args.model or str(demo_model())
     if args.model is None:
         print(f"No --model given: examining the demonstration model {name}", file=sys.stderr)
+    wanted = list(NAMED_MACHINES) if "all" in (args.machine or ()) else args.machine or []
+    if unknown := [m for m in wanted if m not in NAMED_MACHINES]:
+        raise StreamError(f"unknown machine {unknown[0]!r}: choose of {', '.join(NAMED_MACHINES)}")
     with headers_only(name) as (folder, downloaded):
-        trust = {"trust_remote_code": args.trust_remote_code}
-        if args.machine:
-            wanted = NAMED_MACHINES if "all" in args.machine else args.machine
-            unknown = [m for m in wanted if m not in NAMED_MACHINES]
-            if unknown:
-                raise StreamError(
-                    f"unknown machine {unknown[0]!r}: choose of {', '.join(NAMED_MACHINES)}"
-                )
-            results = [_named(folder, config, NAMED_MACHINES[m], args, trust) for m in wanted]
+        located = locate(folder, config, {"trust_remote_code": args.trust_remote_code})
+        if wanted:
+            results = [_named(located, config, NAMED_MACHINES[m], args) for m in wanted]
             return {"model": name, "machines": results}
-        prepared = prepare(folder, config, trust)
-        here, measured = _this_machine(prepared, downloaded)
+        plan = located.plan(config)
+        here, measured = _this_machine(located, downloaded)
         return {
             "model": name,
             "downloaded": downloaded,
             "free_disk": free_disk_bytes(folder),
             "measured": measured,
-            "machines": [_result(prepared.plan, here, args)],
+            "machines": [_result(plan, here, args)],
         }
 
 
 def _named(
-    folder: Path,
-    config: StreamConfig,
-    machine: Machine,
-    args: argparse.Namespace,
-    trust: dict[str, Any],
+    located: Located, config: StreamConfig, machine: Machine, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Prediction for a machine that is not here; its own memory unless a budget is stated."""
     if config.memory is None and config.cache is None:
         config = replace(config, memory=int(0.75 * machine.memory))
     try:
-        return _result(prepare(folder, config, trust).plan, machine, args)
+        return _result(located.plan(config), machine, args)
     except BudgetError as e:
         return {"machine": asdict(machine), "does_not_fit": str(e), "needed": e.needed_bytes}
 
@@ -134,12 +127,12 @@ def _result(plan: Plan, machine: Machine, args: argparse.Namespace) -> dict[str,
     }
 
 
-def _this_machine(prepared: Prepared, downloaded: bool) -> tuple[Machine, dict[str, Any]]:
+def _this_machine(located: Located, downloaded: bool) -> tuple[Machine, dict[str, Any]]:
     """Measure what decides the speed here; the drive only where the weights are on it."""
-    expert_bytes = max(x.expert_bytes for x in prepared.layers)
-    files = [(f, Path(f).stat().st_size) for f in expert_files(prepared.layers)]
+    expert_bytes = max(x.expert_bytes for x in located.layers)
+    files = [(f, Path(f).stat().st_size) for f in expert_files(located.layers)]
     # A miss reads every part by itself, unless they lie side by side.
-    read_bytes = max(4096, expert_bytes // len(prepared.layers[0].tensors))
+    read_bytes = max(4096, expert_bytes // len(located.layers[0].tensors))
     direct = downloaded and direct_works(Path(files[0][0]))
     rates: list[DriveRate] = []
     if downloaded:
@@ -151,7 +144,7 @@ def _this_machine(prepared: Prepared, downloaded: bool) -> tuple[Machine, dict[s
         memory_rate=memory_rate(),
         drive_rate=best.rate if best else 5e9,
         drive_latency=rates[0].latency if rates else 100e-6,
-        sync_seconds=sync_seconds(layers=len(prepared.layers)),
+        sync_seconds=sync_seconds(layers=len(located.layers)),
         layer_seconds=layer_seconds(),
     )
     return machine, {

@@ -45,17 +45,44 @@ PROJECTIONS = (SwitchLinear, QuantizedSwitchLinear)
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A lazily loaded model, nothing evaluated, and what streaming it needs."""
+class Located:
+    """A lazily loaded model, nothing evaluated, and where its experts are.
+
+    Attributes:
+        model, model_config: what mlx-lm's `load_model` returns.
+        layers: the expert layers, in model order.
+        sizes: bytes of the model's parts.
+        item_bytes: bytes of one activation.
+    """
 
     model: nn.Module
     model_config: dict[str, Any]
     layers: list[ExpertLayer]
-    plan: Plan
+    sizes: Sizes
+    item_bytes: int
+
+    def plan(self, config: StreamConfig) -> Plan:
+        """Divide the budget that `config` states.
+
+        Raises:
+            BudgetError: it is too small; says the smallest that works.
+        """
+        needs = layer_needs(self.layers, self.model_config)
+        return divide(self.sizes, needs, self.item_bytes, self.model_config, config)
 
 
-def prepare(folder: Path, config: StreamConfig, arguments: dict[str, Any]) -> Prepared:
-    """Check the checkpoint, build the model without evaluating it, and divide the budget."""
+def locate(folder: Path, config: StreamConfig, arguments: dict[str, Any]) -> Located:
+    """Check the checkpoint, build the model without evaluating it, and find its experts.
+
+    Args:
+        folder: the model folder.
+        config: where a packed store is, if one is to be read.
+        arguments: of mlx-lm's `load_model`.
+
+    Raises:
+        CheckpointError: the files are damaged or incomplete.
+        UnsupportedModelError: no routed experts, or a layout that cannot be streamed.
+    """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder / 'config.json'} is missing: not a model folder")
     checkpoint = read_checkpoint(folder)
@@ -73,10 +100,7 @@ def prepare(folder: Path, config: StreamConfig, arguments: dict[str, Any]) -> Pr
         disk=checkpoint.nbytes,
     )
     item_bytes = max(a.dtype.size for a in parameters if mx.issubdtype(a.dtype, mx.floating))
-    needs = layer_needs(layers, model_config)
-    return Prepared(
-        model, model_config, layers, divide(sizes, needs, item_bytes, model_config, config)
-    )
+    return Located(model, model_config, layers, sizes, item_bytes)
 
 
 @dataclass

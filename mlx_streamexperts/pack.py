@@ -19,7 +19,7 @@ from tqdm import tqdm
 from .config import StreamConfig, format_size
 from .demo import demo_model
 from .errors import StreamError
-from .locate import prepare
+from .locate import locate
 from .patching import resolve
 from .store import verify_store, write_store
 
@@ -63,8 +63,8 @@ def _pack(args: argparse.Namespace) -> int:
     if args.model is None:
         print(f"No --model given: packing the demonstration model {demo_model()}", file=sys.stderr)
     folder = resolve(args.model or demo_model())
-    everything = StreamConfig(cache=1 << 60)
-    layers = prepare(folder, everything, {"trust_remote_code": args.trust_remote_code}).layers
+    trust = {"trust_remote_code": args.trust_remote_code}
+    layers = locate(folder, StreamConfig(), trust).layers
     total = sum(x.experts * x.expert_bytes for x in layers)
     with _bar("Packing", args.progress, total) as bar:
         for nbytes in write_store(layers, args.out, args.overwrite):

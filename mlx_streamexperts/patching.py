@@ -28,7 +28,7 @@ from .config import StreamConfig
 from .errors import CheckpointError, UnsupportedModelError
 from .hub import headers_only
 from .layer import StreamedSwitch
-from .locate import mentions_experts, original_load_model, prepare
+from .locate import locate, mentions_experts, original_load_model
 from .planner import Plan
 from .stream import ExpertStream, attach, flatten, is_streamed, stream
 
@@ -82,7 +82,7 @@ def plan(
     """
     with headers_only(str(path_or_hf_repo)) as (folder, _):
         merged = _merged(memory, cache, config)
-        return prepare(folder, merged, {"trust_remote_code": trust_remote_code}).plan
+        return locate(folder, merged, {"trust_remote_code": trust_remote_code}).plan(merged)
 
 
 def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
@@ -171,21 +171,21 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         folder = Path(arguments.pop("model_path"))
         lazy = arguments.pop("lazy", False)
         try:
-            prepared = prepare(folder, self.config, arguments)
+            located = locate(folder, self.config, arguments)
         except UnsupportedModelError:
             if self.streams and not mentions_experts(folder):
                 return original_load_model(folder, lazy, **arguments)
             raise
-        for layer in prepared.layers:
-            _replace(prepared.model, layer.name, StreamedSwitch(layer))
+        plan = located.plan(self.config)  # before anything is evaluated
+        model, model_config = located.model, located.model_config
+        for layer in located.layers:
+            _replace(model, layer.name, StreamedSwitch(layer))
         if not lazy:
-            _load_trunk(prepared.model, self.config.progress)
-        expert_stream = ExpertStream(
-            prepared.layers, prepared.plan, self.config, prepared.model_config
-        )
-        attach(prepared.model, expert_stream)
+            _load_trunk(model, self.config.progress)
+        expert_stream = ExpertStream(located.layers, plan, self.config, model_config)
+        attach(model, expert_stream)
         self.streams.append(expert_stream)
-        return prepared.model, prepared.model_config
+        return model, model_config
 
 
 _lock = threading.Lock()

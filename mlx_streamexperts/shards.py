@@ -18,7 +18,6 @@ import mlx.core as mx
 
 from .bank import byte_view
 
-INDEX = "model.safetensors.index.json"
 _NAMES = {
     mx.bool_: "BOOL", mx.uint8: "U8", mx.uint16: "U16", mx.uint32: "U32", mx.uint64: "U64",
     mx.int8: "I8", mx.int16: "I16", mx.int32: "I32", mx.int64: "I64",

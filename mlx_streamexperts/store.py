@@ -8,7 +8,6 @@ one is unfinished.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -17,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import read_json_object
+from .checkpoint import header_identity, read_json_object
 from .errors import CheckpointError, StreamError
 from .layer import ExpertLayer, ExpertTensor
 from .shards import sync_folder, write_json
@@ -317,14 +316,7 @@ def _refuse_foreign(folder: Path, source: dict[str, Any]) -> None:
 
 def _source(layers: Sequence[ExpertLayer]) -> dict[str, Any]:
     """What ties a store to its checkpoint: each shard's size and a digest of its header."""
-    source = {}
-    for file in map(Path, expert_files(layers)):
-        with file.open("rb") as f:
-            start = f.read(8)
-            header = f.read(int.from_bytes(start, "little"))
-        digest = hashlib.sha256(start + header).hexdigest()
-        source[file.name] = {"bytes": file.stat().st_size, "header_sha256": digest}
-    return source
+    return {file.name: header_identity(file) for file in map(Path, expert_files(layers))}
 
 
 def _compare_sources(file: Path, theirs: Any, mine: dict[str, Any]) -> None:

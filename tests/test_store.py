@@ -31,12 +31,12 @@ from mlx_streamexperts import (
 )
 from mlx_streamexperts.config import add_arguments, from_arguments
 from mlx_streamexperts.layer import ExpertLayer
-from mlx_streamexperts.locate import prepare
+from mlx_streamexperts.locate import locate
 from mlx_streamexperts.stream import expert_files
 
 
 def layers_of(folder: Path) -> list[ExpertLayer]:
-    return prepare(folder, StreamConfig(cache=1 << 60), {}).layers
+    return locate(folder, StreamConfig(), {}).layers
 
 
 def pack_into(checkpoint: Path, out: Path) -> Path:
@@ -212,8 +212,8 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from mlx_streamexperts import StreamConfig, store
-from mlx_streamexperts.locate import prepare
-layers = prepare(Path(sys.argv[1]), StreamConfig(cache=1 << 60), {}).layers
+from mlx_streamexperts.locate import locate
+layers = locate(Path(sys.argv[1]), StreamConfig(), {}).layers
 for i, _ in enumerate(store.write_store(layers, Path(sys.argv[2]))):
     if i == layers[0].experts + 2:
         os.kill(os.getpid(), 9)
