@@ -30,7 +30,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from random_model import write_random_model
 
 from mlx_streamexperts import ExpertStream, StreamConfig, demo_model, patch, stream
-from mlx_streamexperts.reader import ByteRange, ExpertReader
+from mlx_streamexperts.ranges import ByteRange
+from mlx_streamexperts.reader import ExpertReader
 from mlx_streamexperts.stream import is_streamed
 
 

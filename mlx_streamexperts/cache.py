@@ -128,16 +128,20 @@ class CacheStats:
     """What a cache has seen; each expert counts once per call of its layer.
 
     Attributes:
-        hits: needed experts that were resident.
+        hits: needed experts that were resident because of an earlier use.
+        prefetched: needed experts that a speculative read had brought, or was bringing.
         compulsory: misses of experts never resident before: no cache could have saved them.
         capacity: misses of experts that had been evicted.
         evictions: experts that made room.
+        wasted: experts read speculatively and evicted before any use.
     """
 
     hits: int = 0
+    prefetched: int = 0
     compulsory: int = 0
     capacity: int = 0
     evictions: int = 0
+    wasted: int = 0
 
     @property
     def misses(self) -> int:
@@ -145,15 +149,20 @@ class CacheStats:
 
     @property
     def hit_rate(self) -> float:
-        """Share of needed experts that were resident; 1.0 before any use."""
-        seen = self.hits + self.misses
+        """Share of needed experts that were resident; 1.0 before any use.
+
+        Prefetched ones were not: what speculation saves is time, not reads.
+        """
+        seen = self.hits + self.prefetched + self.misses
         return self.hits / seen if seen else 1.0
 
     def add(self, other: CacheStats) -> None:
         self.hits += other.hits
+        self.prefetched += other.prefetched
         self.compulsory += other.compulsory
         self.capacity += other.capacity
         self.evictions += other.evictions
+        self.wasted += other.wasted
 
 
 class ExpertCache:
@@ -171,6 +180,7 @@ class ExpertCache:
         self._policy = POLICIES[policy](self.slots)
         self._free = list(range(self.slots - 1, -1, -1))  # popped from the end: slot 0 first
         self._seen = np.zeros(experts, bool)
+        self._ahead: dict[int, None] = {}  # placed by speculation and not used since, oldest first
 
     @property
     def resident(self) -> list[int]:
@@ -191,16 +201,19 @@ class ExpertCache:
         pinned = {*needed, *keep} if missing else ()
         if len(pinned) > self.slots:
             raise ValueError(f"{len(pinned)} experts needed at once, {self.slots} slots")
+        prefetched = 0
         for expert in needed:
             if self.slot_of[expert] >= 0:
                 self._policy.touch(expert)
-        self.stats.hits += len(needed) - len(missing)
+                if expert in self._ahead:
+                    del self._ahead[expert]
+                    self._seen[expert] = True
+                    prefetched += 1
+        self.stats.prefetched += prefetched
+        self.stats.hits += len(needed) - len(missing) - prefetched
         for expert in missing:
             if not self._free:
-                victim = self._policy.evict(pinned)
-                self._free.append(int(self.slot_of[victim]))
-                self.slot_of[victim] = -1
-                self.stats.evictions += 1
+                self._evict(pinned)
             self.slot_of[expert] = self._free.pop()
             self._policy.insert(expert)
             if self._seen[expert]:
@@ -209,6 +222,48 @@ class ExpertCache:
                 self.stats.compulsory += 1
                 self._seen[expert] = True
         return missing
+
+    def place_ahead(self, candidates: Sequence[int], keep: Collection[int] = ()) -> list[int]:
+        """Give experts that may be needed soon a slot, as far as that costs little.
+
+        No more unused ones stay than half of the slots that one call of as many experts leaves,
+        the oldest of them making room first; so that guesses cannot drive out what is used.
+
+        Args:
+            candidates: distinct experts, the likeliest first.
+            keep: experts that must stay, besides the candidates: those being read.
+
+        Returns:
+            Those whose bytes must now be read; the caller reads them or calls `drop`.
+        """
+        spare = min(2 * len(candidates), (self.slots - len(candidates)) // 2)
+        pinned = {*candidates, *keep}
+        placed = []
+        for expert in candidates:
+            if self.slot_of[expert] >= 0:
+                continue
+            if len(self._ahead) >= spare:
+                stale = next((e for e in self._ahead if e not in pinned), None)
+                if stale is None:
+                    break
+                self.drop(stale)
+                self.stats.wasted += 1
+            elif not self._free:
+                self._evict(pinned)
+            self.slot_of[expert] = self._free.pop()
+            self._policy.insert(expert)
+            self._ahead[expert] = None
+            placed.append(expert)
+        return placed
+
+    def _evict(self, keep: Collection[int]) -> None:
+        victim = self._policy.evict(keep)
+        self._free.append(int(self.slot_of[victim]))
+        self.slot_of[victim] = -1
+        self.stats.evictions += 1
+        if victim in self._ahead:
+            del self._ahead[victim]
+            self.stats.wasted += 1
 
     def waves(self, needed: Sequence[int]) -> list[list[int]]:
         """Divide more experts than there are slots: resident ones first, then in the given order.
@@ -224,6 +279,7 @@ class ExpertCache:
         self._free.append(int(self.slot_of[expert]))
         self.slot_of[expert] = -1
         self._policy.remove(expert)
+        self._ahead.pop(expert, None)
 
 
 @dataclass(frozen=True, slots=True)

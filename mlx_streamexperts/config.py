@@ -76,6 +76,12 @@ class StreamConfig:
         "longer than the extra kernel calls",
         choices=("auto", "on", "off"),
     )
+    prefetch: str = _option(
+        "auto",
+        "ask the next layers' routers early and read what they would choose into spare slots. "
+        "auto: in each layer only while its steps are measured to be faster for it",
+        choices=("auto", "on", "off"),
+    )
     context_tokens: int = _option(
         4096, "tokens of KV cache that --memory leaves room for (prompt and reply together)"
     )

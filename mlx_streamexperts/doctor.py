@@ -23,13 +23,13 @@ from .cli import make_parser
 from .config import StreamConfig, format_size, from_arguments
 from .demo import demo_model
 from .errors import BudgetError, StreamError
+from .files import direct_works
 from .hub import headers_only
 from .locate import Located, locate
 from .measure import DriveRate, drive_rates, layer_seconds, memory_rate, sync_seconds
 from .planner import Plan
 from .platform import device_memory_bytes, free_disk_bytes
 from .predict import NAMED_MACHINES, REPORTED, Machine, predict, replayed_hit_rate
-from .reader import direct_works
 from .stream import expert_files
 
 _DEPTHS = (1, 4, 8, 16)

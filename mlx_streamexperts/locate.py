@@ -32,8 +32,9 @@ from .bank import SlotTensor
 from .checkpoint import Checkpoint, ExpertTable, TensorEntry, read_checkpoint
 from .config import StreamConfig
 from .errors import CheckpointError, StreamError, UnsupportedModelError
-from .layer import ExpertLayer, ExpertTensor
+from .layer import ExpertLayer
 from .planner import Plan, Sizes, divide, text_config
+from .slots import ExpertTensor
 from .store import use_store
 from .stream import flatten, layer_needs
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from .reader import ByteRange, ExpertReader
+from .ranges import ByteRange
+from .reader import ExpertReader
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from .hub import headers_only
 from .layer import StreamedSwitch
 from .locate import locate, mentions_experts, original_load_model
 from .planner import Plan
+from .prefetch import link
 from .stream import ExpertStream, attach, flatten, is_streamed, stream
 
 _original_load_adapters = mlx_lm.utils.load_adapters
@@ -182,6 +183,8 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
             _replace(model, layer.name, StreamedSwitch(layer))
         if not lazy:
             _load_trunk(model, self.config.progress)
+        if self.config.prefetch != "off":
+            link(model, located.layers, always=self.config.prefetch == "on")
         expert_stream = ExpertStream(located.layers, plan, self.config, model_config)
         attach(model, expert_stream)
         self.streams.append(expert_stream)

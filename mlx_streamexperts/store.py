@@ -18,8 +18,9 @@ from typing import Any
 
 from .checkpoint import header_identity, read_json_object
 from .errors import CheckpointError, StreamError
-from .layer import ExpertLayer, ExpertTensor
+from .layer import ExpertLayer
 from .shards import sync_folder, write_json
+from .slots import ExpertTensor
 from .stream import expert_files
 
 PAGE_BYTES = 16_384
@@ -133,7 +134,7 @@ def use_store(layers: Sequence[ExpertLayer], folder: Path, verify_reads: bool = 
             raise CheckpointError(f"{path} {state}: pack again")
     for layer, mine, theirs in zip(layers, expected, stored, strict=True):
         if verify_reads:
-            layer.as_packed = _read_check(theirs["checksums"])
+            layer.slots.as_packed = _read_check(theirs["checksums"])
         files = (str(folder / mine["file"]),) * layer.experts
         for part in mine["parts"]:
             tensor = layer.tensors[part["name"]]

@@ -19,10 +19,13 @@ from .bank import in_place_works
 from .cache import CacheStats, LayerNeed, share_slots
 from .config import StreamConfig, parse_size
 from .errors import StreamError, UnsupportedModelError
+from .files import direct_works
 from .layer import ExpertLayer
 from .planner import Plan, experts_per_token
 from .platform import available_memory_bytes
-from .reader import ExpertReader, ReadStats, direct_works
+from .reader import ExpertReader, ReadStats
+from .slots import AheadStats
+from .timeline import PHASES, Timeline
 from .trace import Trace
 
 _STREAM = "_expert_stream"
@@ -36,7 +39,11 @@ class StreamStats:
         cache: hits and misses over all layers.
         read: bytes, reads and seconds of the reader.
         layer_hit_rates: hit rate by layer name.
-        sync_seconds: time spent waiting for routers' indices (the device's own work included).
+        ahead: what became of experts read before they were asked for.
+        looking_ahead: layers that do so at present.
+        seconds: the caller's time in expert layers by phase (see `timeline.py`): `sync` waiting for
+            routers' indices, the device's own work included; `map` experts to slots and queueing
+            reads; `wait` for reads; `build` the graph.
         calls, waves, overlapped: see `LayerStats`.
         resident_layers: layers whose experts are all in memory; they count no hits.
     """
@@ -44,7 +51,9 @@ class StreamStats:
     cache: CacheStats
     read: ReadStats
     layer_hit_rates: dict[str, float]
-    sync_seconds: float
+    ahead: AheadStats
+    looking_ahead: int
+    seconds: dict[str, float]
     calls: int
     waves: int
     overlapped: int
@@ -97,11 +106,14 @@ class ExpertStream:
         total = CacheStats()
         for layer in self.layers:
             total.add(layer.cache.stats)
+        ahead = [asdict(x.slots.ahead) for x in self.layers]
         return StreamStats(
             cache=total,
             read=ReadStats(**asdict(self._reader.stats)),
             layer_hit_rates={x.name: x.cache.stats.hit_rate for x in self.layers},
-            sync_seconds=sum(x.stats.sync_seconds for x in self.layers),
+            ahead=AheadStats(**{k: sum(a[k] for a in ahead) for k in ahead[0]}),
+            looking_ahead=sum(x.ahead is not None and x.ahead.on for x in self.layers),
+            seconds={p: sum(x.stats.seconds[p] for x in self.layers) for p in PHASES},
             calls=sum(x.stats.calls for x in self.layers),
             waves=sum(x.stats.waves for x in self.layers),
             overlapped=sum(x.stats.overlapped for x in self.layers),
@@ -111,8 +123,7 @@ class ExpertStream:
     def reset(self) -> None:
         """Set every counter to zero; cached experts stay."""
         for layer in self.layers:
-            layer.stats = type(layer.stats)()
-            layer.cache.stats = CacheStats()
+            layer.reset()
         self._reader.stats = ReadStats()
 
     def trace(self, path: str | os.PathLike[str]) -> Trace:
@@ -124,6 +135,15 @@ class ExpertStream:
         """
         self._check_open()
         return Trace(path, self.layers)
+
+    def timeline(self, path: str | os.PathLike[str]) -> Timeline:
+        """Record where time goes, until the timeline is closed, for Perfetto or chrome://tracing.
+
+        Returns:
+            A context manager; its `summary()` gives seconds by phase.
+        """
+        self._check_open()
+        return Timeline(path, self.layers, self._reader)
 
     def resize(self, cache: int | str) -> None:
         """Change the expert cache's size while the model lives. It starts empty again.

@@ -86,11 +86,11 @@ def test_interrupt_leaves_no_slot_with_wrong_bytes(
         from mlx_streamexperts import reader
 
         with monkeypatch.context() as m:
-            m.setattr(reader.Ticket, "wait", interrupted)
+            m.setattr(reader.Ticket, "wait_for_any", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 mx.eval(model(TOKENS))
         assert np.array_equal(np.array(model(TOKENS)), np.array(stock(TOKENS)))
 
 
-def interrupted(ticket: object) -> None:
+def interrupted(ticket: object, experts: object) -> None:
     raise KeyboardInterrupt

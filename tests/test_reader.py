@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 
 from mlx_streamexperts import platform
 from mlx_streamexperts.errors import ExpertReadError, StreamError
+from mlx_streamexperts.files import direct_works
+from mlx_streamexperts.ranges import ByteRange
 from mlx_streamexperts.reader import (
     DEMAND,
     SPECULATIVE,
-    ByteRange,
     ExpertReader,
     Ticket,
-    direct_works,
 )
 
 FILE_BYTES = 300_007  # no multiple of any block size

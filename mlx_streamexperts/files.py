@@ -1,0 +1,156 @@
+"""One read of a shard, whole or an error: system calls, alignment, short reads.
+
+Called by many threads at once. The only module that opens weight files for streaming.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from . import platform
+from .errors import ExpertReadError
+from .ranges import ByteRange
+
+
+class ShardFiles:
+    """Shards, opened at first use.
+
+    Args:
+        direct: bypass the page cache.
+    """
+
+    def __init__(self, direct: bool) -> None:
+        self.direct = direct
+        self._files: dict[str, tuple[int, int]] = {}  # path -> (descriptor, alignment)
+        self._lock = threading.Lock()
+        self._local = threading.local()
+
+    def close(self) -> None:
+        """Close all descriptors; nobody may be reading."""
+        for fd, _ in self._files.values():
+            os.close(fd)
+        self._files.clear()
+
+    def read(self, ranges: Sequence[ByteRange]) -> int:
+        """Read ranges that lie side by side in one file; returns the number of system calls.
+
+        Raises:
+            ExpertReadError: the file cannot be read, or ends too early.
+        """
+        fd, alignment = self._open(ranges[0])
+        if alignment > 1 and not _aligned(ranges, alignment):
+            return self._read_bounced(ranges, fd, alignment)
+        buffers = [r.into for r in ranges]
+        offset, calls = ranges[0].offset, 0
+        while buffers:
+            try:
+                count = platform.read_into(fd, buffers, offset)
+            except OSError as e:
+                raise _failure(ranges, offset, e.errno) from e
+            calls += 1
+            if count == 0:
+                raise _failure(ranges, offset, None)
+            offset += count
+            while buffers and count >= len(buffers[0]):
+                count -= len(buffers.pop(0))
+            if count:
+                if alignment > 1 and count % alignment:
+                    raise _failure(
+                        ranges, offset, None
+                    )  # a direct read stops short only at the end
+                buffers[0] = buffers[0][count:]
+        return calls
+
+    def _read_bounced(self, ranges: Sequence[ByteRange], fd: int, alignment: int) -> int:
+        """Read the widened, aligned range into aligned memory of this thread, then copy out."""
+        begin = ranges[0].offset
+        end = begin + sum(len(r.into) for r in ranges)
+        start = begin - begin % alignment
+        length = -(-(end - start) // alignment) * alignment
+        bounce = self._bounce(length)
+        got = calls = 0
+        while start + got < end:
+            try:
+                count = platform.read_into(fd, [bounce[got:length]], start + got)
+            except OSError as e:
+                raise _failure(ranges, start + got, e.errno) from e
+            calls += 1
+            if count == 0 or (count % alignment and start + got + count < end):
+                raise _failure(ranges, start + got + count, None)
+            got += count
+        position = begin - start
+        for r in ranges:
+            # NumPy lets other threads run during the copy; a memoryview assignment does not.
+            np.copyto(
+                np.frombuffer(r.into, np.uint8),
+                np.frombuffer(bounce[position : position + len(r.into)], np.uint8),
+            )
+            position += len(r.into)
+        return calls
+
+    def _bounce(self, nbytes: int) -> memoryview:
+        """This thread's page-aligned buffer of at least `nbytes`."""
+        buffer = getattr(self._local, "buffer", None)
+        if buffer is None or len(buffer) < nbytes:
+            buffer = self._local.buffer = memoryview(mmap.mmap(-1, nbytes))
+        return buffer
+
+    def _open(self, first: ByteRange) -> tuple[int, int]:
+        """The shard's descriptor, opened at first use, and the alignment it asks for."""
+        known = self._files.get(first.file)
+        if known is None:
+            with self._lock:
+                known = self._files.get(first.file)
+                if known is None:
+                    try:
+                        if self.direct:
+                            known = platform.open_direct(Path(first.file))
+                        else:
+                            known = os.open(first.file, os.O_RDONLY), 1
+                    except OSError as e:
+                        raise ExpertReadError(*label(first), first.offset, e.errno) from e
+                    self._files[first.file] = known
+        return known
+
+
+def direct_works(file: Path) -> bool:
+    """Can `file` be read past the page cache? Reads its first block to find out."""
+    try:
+        fd, alignment = platform.open_direct(file)
+    except OSError:
+        return False
+    try:
+        os.preadv(fd, [mmap.mmap(-1, max(alignment, platform.PAGE_BYTES))], 0)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _aligned(ranges: Sequence[ByteRange], alignment: int) -> bool:
+    return ranges[0].offset % alignment == 0 and all(
+        len(r.into) % alignment == 0
+        and np.frombuffer(r.into, np.uint8).ctypes.data % alignment == 0
+        for r in ranges
+    )
+
+
+def label(r: ByteRange) -> tuple[str, int, str, Path]:
+    return r.layer, r.expert, r.tensor, Path(r.file)
+
+
+def _failure(ranges: Sequence[ByteRange], offset: int, errno: int | None) -> ExpertReadError:
+    """The error of the range in which `offset` lies."""
+    at = ranges[0]
+    offset = max(offset, at.offset)  # a widened read may fail before the first wanted byte
+    for r in ranges:
+        if r.offset <= offset:
+            at = r
+    return ExpertReadError(*label(at), offset, errno)

@@ -1,0 +1,290 @@
+"""Which experts the next layers will want: their own routers, asked early.
+
+A residual stream changes little from one layer to the next, so the next layers' routers applied to
+what this layer's router sees choose much of what they will choose (others report 70 to 80 %). Each
+layer's block is called as it stands, with its experts standing aside, so that softmax, sigmoid,
+bias-corrected and grouped routers all answer for themselves, and only the router is ever computed.
+The answer comes with the indices that the layer waits for anyway.
+
+Guesses are never trusted: they only start reads, behind those that a layer waits for, into spare
+slots. Each layer looks ahead only while its steps are measured to be faster for it (`Trial`).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+if TYPE_CHECKING:
+    from .layer import ExpertLayer
+
+DEPTH = 2
+"""Layers ahead. Deeper guesses were not better than chance would pay for in any report."""
+
+# The norm before the experts, by the names that mlx-lm's models give it, in the order of trust.
+_NORMS = (
+    "pre_feedforward_layernorm_2", "pre_feedforward_layernorm", "post_attention_layernorm",
+    "pre_mlp_layernorm", "ffn_norm", "post_attention_norm", "norm", "ln_2",
+)  # fmt: skip
+_GATES = ("gate", "router", "wg")
+
+
+class Trial:
+    """Decides by measured times whether something pays, and asks again now and then.
+
+    Steps are timed in turns of `_TURN` with and without it; after `_TURNS` turns of each the lower
+    median wins for `hold` steps, which doubles each time that the same side wins.
+    """
+
+    _TURN, _TURNS = 8, 3
+    _HOLD, _LONGEST_HOLD = 128, 4096
+
+    def __init__(self) -> None:
+        self.on = True
+        self.trying = True
+        self._times: dict[bool, list[float]] = {True: [], False: []}
+        self._hold, self._left = self._HOLD, self._TURN
+        self._winner: bool | None = None
+
+    def note(self, seconds: float) -> None:
+        """A step took this long with the present choice."""
+        if self.trying:
+            self._times[self.on].append(seconds)
+        self._left -= 1
+        if self._left > 0:
+            return
+        if not self.trying:  # time to ask again
+            self.trying = True
+        elif min(map(len, self._times.values())) >= self._TURN * self._TURNS:
+            self._decide()
+            return
+        else:
+            self.on = not self.on
+        self._left = self._TURN
+
+    def _decide(self) -> None:
+        self.on = statistics.median(self._times[True]) < statistics.median(self._times[False])
+        self._hold = (
+            min(2 * self._hold, self._LONGEST_HOLD) if self.on == self._winner else self._HOLD
+        )
+        self._winner, self._left, self.trying = self.on, self._hold, False
+        self._times = {True: [], False: []}
+
+
+class Heard(Exception):  # noqa: N818, it is no error
+    """Ends the call of a block that was asked: its experts' turn would be next."""
+
+    def __init__(self, indices: mx.array) -> None:
+        self.indices = indices
+
+
+class Router:
+    """A layer's block, asked which experts it would choose.
+
+    Args:
+        layer: the layer asked.
+        block: the module that calls its experts.
+        norm: the norm before the block, or None where it was not found.
+        position: of the decoder layer among its fellows.
+    """
+
+    def __init__(
+        self, layer: ExpertLayer, block: nn.Module, norm: nn.Module | None, position: int
+    ) -> None:
+        self.layer, self.position, self._block, self._norm = layer, position, block, norm
+        self._gate = next((name for name in _GATES if name in block), None)
+
+    def choose(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
+        """Let the block choose for x [..., D].
+
+        Returns:
+            indices [N, K], and the router's scores for them where they can be had.
+
+        Raises:
+            Exception: whatever a block raises that cannot be asked so.
+        """
+        x = x.reshape(1, -1, x.shape[-1])  # blocks differ in what shapes they accept
+        try:
+            return self._choose(x)
+        except (AttributeError, TypeError):
+            if self._gate is None:
+                raise
+            self._gate = None  # not called as a function: without scores, then
+            return self._choose(x)
+
+    def _choose(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
+        said: list[Any] = []
+        gate: Any = self._block[self._gate] if self._gate else None
+
+        def overheard(*args: Any, **kwargs: Any) -> Any:
+            said.append(gate(*args, **kwargs))
+            return said[-1]
+
+        self.layer.probing = True
+        if self._gate:
+            self._block[self._gate] = overheard
+        try:
+            self._block(x)
+        except Heard as heard:
+            indices = heard.indices
+        else:
+            raise ValueError(f"{self.layer.name}: its block did not call it")
+        finally:
+            self.layer.probing = False
+            if self._gate:
+                self._block[self._gate] = gate
+        return indices, _scores(said, indices, self.layer.experts)
+
+    def weight(self, width: int, dtype: mx.Dtype) -> mx.array | None:
+        """The norm's effective weight, [D], or None."""
+        if self._norm is None or isinstance(self._norm, nn.LayerNorm):
+            return None
+        return self._norm(mx.ones((width,), dtype))  # of root mean square 1: the weight comes out
+
+
+@dataclass
+class Guesses:
+    """What a layer's successors might want, not yet evaluated."""
+
+    asked: list[tuple[Router, int, mx.array, mx.array | None]]  # router, distance, indices, scores
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """To be evaluated together with the asking layer's indices."""
+        return [a for _, _, *arrays in self.asked for a in arrays if a is not None]
+
+    def read_ahead(self) -> None:
+        """Start reading what is not resident."""
+        for router, distance, indices, scores in self.asked:
+            layer = router.layer
+            chosen = np.array(indices).ravel()  # [N*K]
+            if scores is not None:
+                chosen = chosen[np.argsort(-np.array(scores.astype(mx.float32)).ravel())]
+            candidates = list(dict.fromkeys(chosen.tolist()))
+            # Another thread may be in a call of that layer: then the guess is late anyway.
+            if layer.lock.acquire(blocking=False):
+                try:
+                    if not (layer.resident or layer.closed):
+                        layer.slots.read_ahead(candidates, distance)
+                finally:
+                    layer.lock.release()
+
+
+class Lookahead:
+    """One layer's view of its successors.
+
+    Attributes:
+        trial: whether it pays here.
+        always: ask whatever the trial says.
+    """
+
+    def __init__(self, own: Router, successors: list[Router], always: bool) -> None:
+        self._own, self._successors, self.always = own, successors, always
+        self._scales: dict[str, mx.array | None] = {}  # by successor
+        self.trial = Trial()
+        self._began: float | None = None
+        for successor in successors[:1]:
+            successor.layer.awaited = self
+
+    @property
+    def on(self) -> bool:
+        """Does this layer look ahead at present?"""
+        return bool(self._successors) and (self.always or self.trial.on)
+
+    def ask(self, x: mx.array) -> Guesses | None:
+        """Build what the successors would choose for this layer's input x [..., D].
+
+        None where it does not pay.
+        """
+        self._began = time.perf_counter()
+        if not self.on:
+            return None
+        asked = []
+        for router in list(self._successors):
+            if router.layer.resident:
+                continue
+            try:
+                scale = self._scale(router, x)
+                indices, scores = router.choose(x if scale is None else x * scale)
+            except Exception:  # whatever it is, this model's blocks cannot be asked like that
+                self._successors.remove(router)
+                continue
+            asked.append((router, router.position - self._own.position, indices, scores))
+        return Guesses(asked) if asked else None
+
+    def arrived(self) -> None:
+        """The next layer has what it needs: a step of the trial is over."""
+        if self._began is not None:
+            self.trial.note(time.perf_counter() - self._began)
+            self._began = None
+
+    def _scale(self, router: Router, x: mx.array) -> mx.array | None:
+        """What turns this layer's normed input into the successor's: the ratio of the weights."""
+        key = router.layer.name
+        if key not in self._scales:
+            self._scales[key] = None
+            mine, theirs = (r.weight(x.shape[-1], x.dtype) for r in (self._own, router))
+            if mine is not None and theirs is not None:
+                ratio = mx.where(mx.abs(mine) > 1e-3, theirs / mine, 1)
+                mx.eval(ratio)
+                self._scales[key] = ratio
+        return self._scales[key]
+
+
+def link(model: nn.Module, layers: Sequence[ExpertLayer], always: bool) -> None:
+    """Let every layer look ahead to those that follow it within `DEPTH` decoder layers."""
+    routers: list[tuple[str, Router]] = []
+    for layer in layers:
+        stack, position, block, norm = _surroundings(model, layer.name)
+        if block is not None:
+            routers.append((stack, Router(layer, block, norm, position)))
+    for i, (stack, own) in enumerate(routers):
+        successors = [
+            r
+            for other, r in routers[i + 1 :]
+            if other == stack and 0 < r.position - own.position <= DEPTH
+        ]
+        own.layer.ahead = Lookahead(own, successors, always) if successors else None
+
+
+def _surroundings(
+    model: nn.Module, path: str
+) -> tuple[str, int, nn.Module | None, nn.Module | None]:
+    """Of an expert module: the path of its stack of decoder layers, the place in it, the block
+    that calls the experts, and the norm before it.
+    """
+    parts = path.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    if not numbers or numbers[-1] + 2 >= len(parts):
+        return path, 0, None, None
+    node: Any = model
+    decoder: Any = None
+    for i, part in enumerate(parts[:-1]):
+        node = node[int(part)] if isinstance(node, list) else node[part]
+        if i == numbers[-1]:
+            decoder = node
+    norm = next((decoder[n] for n in _NORMS if n in decoder), None)
+    return ".".join(parts[: numbers[-1]]), int(parts[numbers[-1]]), node, norm
+
+
+def _scores(said: list[Any], indices: mx.array, experts: int) -> mx.array | None:
+    """Scores of the chosen experts in what a gate returned: logits of all, or of the chosen."""
+    for answer in said[-1:]:
+        arrays = answer if isinstance(answer, tuple) else (answer,)
+        for array in arrays:
+            if not isinstance(array, mx.array) or array is indices:
+                continue
+            if not mx.issubdtype(array.dtype, mx.floating):
+                continue
+            if array.shape == indices.shape:
+                return array
+            if array.shape == (*indices.shape[:-1], experts):
+                return mx.take_along_axis(array, indices, axis=-1)
+    return None

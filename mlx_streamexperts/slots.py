@@ -1,0 +1,276 @@
+"""The slots of one expert layer and what is on its way into them.
+
+Ties the map (cache.py), the memory (bank.py) and the reads (reader.py) together: an expert is named
+in the map only while its bytes are in its slot, or on their way under the layer's lock, which all
+calls here need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from .bank import Bank, SlotTensor, total_bytes
+from .cache import ExpertCache
+from .checkpoint import ExpertTable
+from .errors import ExpertReadError, StreamError
+from .ranges import ByteRange
+from .reader import SPECULATIVE, ExpertReader, Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertTensor:
+    """One tensor of a layer's experts: where its slots are used and where its bytes are stored."""
+
+    slot: SlotTensor
+    stored: ExpertTable
+
+
+@dataclass(slots=True)
+class AheadStats:
+    """What became of experts read before they were asked for. See also `CacheStats`.
+
+    Attributes:
+        issued: experts queued to be read.
+        late: asked for while their read was under way: it was hidden in part.
+        cancelled: taken back before their read began.
+        failed: could not be read; no error, since nobody had asked for them.
+    """
+
+    issued: int = 0
+    late: int = 0
+    cancelled: int = 0
+    failed: int = 0
+
+
+class Arrivals:
+    """Experts on their way into slots for one call.
+
+    Attributes:
+        left: those that have not arrived.
+    """
+
+    def __init__(self, slots: ExpertSlots, parts: list[tuple[Ticket, list[int]]]) -> None:
+        self._slots, self._parts = slots, parts
+        self.left = [e for _, experts in parts for e in experts]
+
+    def some(self) -> list[int]:
+        """Wait until at least one more is in its slot; returns those that are.
+
+        Raises:
+            ExpertReadError: an expert's bytes could not be read. Nothing is on its way any more.
+        """
+        ticket, experts = self._parts[0]
+        try:
+            if not self._slots.bank.in_place:
+                ticket.wait()  # staged bytes are made visible together
+            got = ticket.wait_for_any(experts)
+            self._slots.check(got)
+            self._slots.bank.commit()
+        except BaseException:
+            self.abandon()
+            raise
+        experts[:] = [e for e in experts if e not in got]
+        self.left = [e for e in self.left if e not in got]
+        if not experts:
+            self._slots.note_read(ticket)
+            del self._parts[0]
+        return got
+
+    def all(self) -> None:
+        """Wait for all that are left; raises like `some`."""
+        while self.left:
+            self.some()
+
+    def abandon(self) -> None:
+        """Leave no slot that claims an expert whose bytes are not all there."""
+        for ticket, experts in self._parts:
+            self._slots.give_up(ticket, experts)
+        self._parts, self.left = [], []
+
+
+class ExpertSlots:
+    """One layer's slots.
+
+    Args:
+        name: the layer's.
+        tensors: every expert tensor of the layer, by name within it.
+        experts: routed experts in the layer.
+
+    Attributes:
+        cache: the expert -> slot map.
+        bank: the memory.
+        read_seconds: moving average of the time that one missing expert takes.
+        as_packed: asked after each read whether an expert's parts are right; None trusts reads.
+    """
+
+    def __init__(self, name: str, tensors: dict[str, ExpertTensor], experts: int) -> None:
+        self.name, self.tensors, self.experts = name, tensors, experts
+        self.expert_bytes = total_bytes([t.slot for t in tensors.values()])
+        self.cache = ExpertCache(experts, 0)
+        self.bank = Bank({}, 0, in_place=True)
+        self.ahead = AheadStats()
+        self.read_seconds = 0.0
+        self.as_packed: Callable[[int, Sequence[memoryview]], bool] | None = None
+        self._reader: ExpertReader  # set by open
+        self._flying: dict[int, Ticket] = {}  # read ahead, not known to have arrived
+
+    def open(self, slots: int, reader: ExpertReader, policy: str, in_place: bool) -> None:
+        """Allocate `slots` slots, all empty, in place of those there were."""
+        self.close()  # before the new ones are allocated: the budget holds throughout
+        self._reader = reader
+        self.cache = ExpertCache(self.experts, slots, policy)
+        slot_tensors = {name: t.slot for name, t in self.tensors.items()}
+        self.bank = Bank(slot_tensors, self.cache.slots, in_place)
+
+    def close(self) -> None:
+        """Free the memory, once nothing reads or writes it."""
+        self.land()
+        self.bank.settle()
+        self.bank.free()
+
+    def begin(self, needed: Sequence[int], keep: Sequence[int] = ()) -> Arrivals:
+        """Give the needed experts slots and start reading those that are missing.
+
+        Args:
+            needed: distinct experts, with `keep` no more than there are slots.
+            keep: resident experts that must stay although this call does not need them.
+        """
+        parts = self._claim(needed) if self._flying else []
+        try:
+            if self._flying and len({*needed, *keep, *self._flying}) > self.cache.slots:
+                self.land()
+            missing = self.cache.place(needed, [*keep, *self._flying])
+            if missing:
+                parts.append((self._submit(missing), missing))
+        except BaseException:
+            for ticket, experts in parts:
+                self.give_up(ticket, experts)
+            raise
+        return Arrivals(self, parts)
+
+    def read_ahead(self, candidates: Sequence[int], distance: int = 1) -> None:
+        """Start reading experts that may be needed soon, the likeliest first, into spare slots.
+
+        Does nothing where it would have to wait, or to copy.
+
+        Args:
+            candidates: distinct experts.
+            distance: layers until they may be needed; nearer ones are read first.
+        """
+        if not self.bank.in_place:
+            return
+        if self._flying:
+            self._note_landed()
+        placed = self.cache.place_ahead(candidates, self._flying.keys())
+        if placed:
+            try:
+                ticket = self._submit(placed, SPECULATIVE + distance - 1)
+            except StreamError:  # another thread's graph reads the bank: not now
+                return
+            self.ahead.issued += len(placed)
+            self._flying.update(dict.fromkeys(placed, ticket))
+
+    def land(self) -> None:
+        """Take back what was read ahead and is queued; wait for what is under way."""
+        for expert, ticket in list(self._flying.items()):
+            if self._withdraw(expert, ticket):
+                continue
+            with suppress(ExpertReadError):  # `_note_landed` drops it
+                ticket.wait_for_any([expert])
+        self._note_landed()
+
+    def check(self, arrived: Sequence[int]) -> None:
+        """Compare what was read with what was packed.
+
+        Raises:
+            ExpertReadError: an expert differs; it and all after it have lost their slots.
+        """
+        if self.as_packed is None:
+            return
+        for expert in arrived:
+            if not self._is_right(expert):
+                stored = next(iter(self.tensors.values())).stored
+                raise ExpertReadError(
+                    self.name, expert, stored.names[expert], Path(stored.files[expert]),
+                    stored.offsets[expert], None, "its checksum is not that of the bytes packed",
+                )  # fmt: skip
+
+    def note_read(self, ticket: Ticket) -> None:
+        """A call's reads have ended: remember how long one expert took."""
+        if ticket.done and ticket.experts:
+            seconds = ticket.seconds / ticket.experts
+            self.read_seconds += 0.1 * (seconds - self.read_seconds)
+
+    def give_up(self, ticket: Ticket, experts: Collection[int]) -> None:
+        """Stop a ticket's reads; its experts lose their slots unless they have arrived."""
+        arrived = {e for e in experts if ticket.ended(e) and e not in ticket.errors}
+        if self.as_packed is not None:
+            arrived = {e for e in arrived if self._is_right(e)}
+        if not self.bank.in_place:
+            self._reader.cancel(ticket)
+            self.bank.commit()
+        self._reader.cancel(ticket)
+        for expert in experts:
+            if expert not in arrived:
+                self.cache.drop(expert)
+        for expert in [e for e, t in self._flying.items() if t is ticket]:
+            del self._flying[expert]
+            self.cache.drop(expert)
+
+    def _claim(self, needed: Sequence[int]) -> list[tuple[Ticket, list[int]]]:
+        """Of what was read ahead: take what is needed and take back what is not."""
+        self._note_landed()
+        late: dict[int, tuple[Ticket, list[int]]] = {}
+        for expert, ticket in list(self._flying.items()):
+            if expert in needed:
+                del self._flying[expert]
+                self._reader.promote(ticket, expert)
+                late.setdefault(id(ticket), (ticket, []))[1].append(expert)
+                self.ahead.late += 1
+            else:
+                self._withdraw(expert, ticket)
+        return list(late.values())
+
+    def _withdraw(self, expert: int, ticket: Ticket) -> bool:
+        if not self._reader.withdraw(ticket, expert):
+            return False
+        del self._flying[expert]
+        self.cache.drop(expert)
+        self.ahead.cancelled += 1
+        return True
+
+    def _note_landed(self) -> None:
+        for expert in [e for e, ticket in self._flying.items() if ticket.ended(e)]:
+            ticket = self._flying.pop(expert)
+            if expert in ticket.errors or not self._is_right(expert):
+                self.cache.drop(expert)
+                self.ahead.failed += 1
+
+    def _is_right(self, expert: int) -> bool:
+        if self.as_packed is None:
+            return True
+        slot = int(self.cache.slot_of[expert])
+        return self.as_packed(expert, [self.bank.delivered(n, slot) for n in self.tensors])
+
+    def _submit(self, placed: list[int], priority: int = 0) -> Ticket:
+        """Start reading experts that have just got slots."""
+        try:
+            self.bank.settle()
+            return self._reader.submit(list(self._ranges(placed)), priority)
+        except BaseException:
+            for expert in placed:
+                self.cache.drop(expert)
+            raise
+
+    def _ranges(self, experts: Sequence[int]) -> Iterator[ByteRange]:
+        for expert in experts:
+            slot = int(self.cache.slot_of[expert])
+            for name, t in self.tensors.items():
+                files, offsets, names = t.stored.files, t.stored.offsets, t.stored.names
+                into = self.bank.destination(name, slot)
+                yield ByteRange(
+                    files[expert], offsets[expert], into, self.name, expert, names[expert]
+                )
