@@ -224,10 +224,12 @@ class ExpertCache:
         return missing
 
     def place_ahead(self, candidates: Sequence[int], keep: Collection[int] = ()) -> list[int]:
-        """Give experts that may be needed soon a slot, as far as that costs little.
+        """Give experts that may be needed soon a slot.
 
-        No more unused ones stay than half of the slots that one call of as many experts leaves,
-        the oldest of them making room first; so that guesses cannot drive out what is used.
+        None of them is evicted for another. Of those that turn out not to be used no more stay than
+        twice the candidates, or than half of the slots that a call leaves if that is less (but as
+        many as there are candidates): the oldest make room first, so that guesses do not drive
+        out what is used.
 
         Args:
             candidates: distinct experts, the likeliest first.
@@ -236,13 +238,17 @@ class ExpertCache:
         Returns:
             Those whose bytes must now be read; the caller reads them or calls `drop`.
         """
-        spare = min(2 * len(candidates), (self.slots - len(candidates)) // 2)
+        count = len(candidates)
+        unused = min(2 * count, max(count, (self.slots - count) // 2))
         pinned = {*candidates, *keep}
-        placed = []
+        room = self.slots - sum(self.slot_of[e] >= 0 for e in pinned)
+        placed: list[int] = []
         for expert in candidates:
             if self.slot_of[expert] >= 0:
                 continue
-            if len(self._ahead) >= spare:
+            if len(placed) == room:
+                break
+            if len(self._ahead) >= unused:
                 stale = next((e for e in self._ahead if e not in pinned), None)
                 if stale is None:
                     break

@@ -179,6 +179,7 @@ class ExpertLayer:
         guesses = None
         if self.ahead is not None and indices.size < SORTED_ROWS:
             mx.async_eval(indices)  # the device works while we ask
+            start = self._spent("sync", start)
             guesses = self.ahead.ask(x)
             start = self._spent("map", start)
             if guesses is not None:

@@ -1,0 +1,272 @@
+"""Reading ahead changes when bytes come, never which bits a model gives."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import families
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.utils
+import numpy as np
+import pytest
+from conftest import QUIET, all_experts, assert_same, load_streamed, smallest_cache
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlx_streamexperts import ExpertStream, demo_model, platform, stream
+from mlx_streamexperts.cache import POLICIES, ExpertCache
+from mlx_streamexperts.prefetch import Trial
+
+ALWAYS = replace(QUIET, prefetch="on")
+# Their routers are called outside of the block that holds the experts, or their experts see
+# something else than their block does: these look ahead nowhere, and decode as without it.
+CANNOT_ASK = (
+    "gemma4", "gemma4_text", "gemma4_unified", "deepseek_v41", "longcat_flash",
+    "longcat_flash_ngram", "nemotron_h_latent",
+)  # fmt: skip
+
+
+def demo_tokens(count: int) -> np.ndarray:
+    folder = demo_model()
+    tokenizer = mlx_lm.utils.load_tokenizer(folder)
+    texts = [p["prompt"] for p in json.loads((folder / "prompts.json").read_text())]
+    return np.array([t for text in texts for t in tokenizer.encode(text)])[:count]
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_every_router_style_answers_or_is_left_alone(
+    family: str, checkpoint: Callable[..., Path]
+) -> None:
+    folder = checkpoint(family)
+    tokens = families.token_stream(families.VOCAB, 16, seed=3)
+    stock, _ = mlx_lm.utils.load_model(folder)
+    expected = families.run(stock, tokens, 4)
+    model = load_streamed(folder, 1 << 40, ALWAYS)
+    with stream(model) as expert_stream:
+        expert_stream.resize(max(smallest_cache(expert_stream), all_experts(expert_stream) // 2))
+        assert_same(expected, families.run(model, tokens, 4), family)
+        looking = expert_stream.stats().looking_ahead
+        assert (looking == 0) == (family in CANNOT_ASK)
+        assert looking in (0, len(expert_stream.layers) - 1)
+
+
+def test_a_trained_model_is_bit_identical_and_guesses_well() -> None:
+    """At sizes where guesses have to drive something out, and every step misses something."""
+    tokens = demo_tokens(24 + 60)
+    stock, _ = mlx_lm.utils.load_model(demo_model())
+    expected = families.run(stock, tokens, 24)
+    model = load_streamed(demo_model(), 1 << 40, ALWAYS)
+    with stream(model) as expert_stream:
+        whole, least = all_experts(expert_stream), smallest_cache(expert_stream)
+        for size in (least // 2, least, whole // 4, whole // 2):
+            expert_stream.resize(size)
+            expert_stream.reset()
+            assert_same(expected, families.run(model, tokens, 24), f"{size} bytes")
+            stats = expert_stream.stats()
+            if size >= least:
+                assert stats.cache.prefetched > stats.ahead.issued // 3 > 0
+                assert stats.read.speculative_bytes > 0
+                # Every expert that was read ahead is accounted for, or still there unused.
+                used = stats.cache.prefetched + stats.cache.wasted
+                unused = sum(len(x.cache._ahead) for x in expert_stream.layers)
+                assert stats.ahead.issued == used + unused + stats.ahead.cancelled
+
+
+def test_guesses_are_what_the_next_router_would_say_of_the_same_state(
+    checkpoint: Callable[..., Path],
+) -> None:
+    """The two layers' norms differ: their ratio turns one's input into the other's."""
+    model = load_streamed(checkpoint("qwen3_moe"), 1 << 40, ALWAYS)
+    with stream(model) as expert_stream:
+        first, second = expert_stream.layers
+        norms = [model.layers[i].post_attention_layernorm for i in (1, 2)]
+        for seed, norm in enumerate(norms):
+            norm.weight = mx.random.uniform(0.2, 3, norm.weight.shape, key=mx.random.key(seed))
+        assert first.ahead is not None
+        expert_stream.resize(all_experts(expert_stream) // 2)  # resident layers are not asked
+        for seed in range(20):
+            state = 5 * mx.random.normal((1, 1, families.HIDDEN), key=mx.random.key(100 + seed))
+            guesses = first.ahead.ask(norms[0](state))
+            assert guesses is not None
+            ((router, distance, guessed, scores),) = guesses.asked
+            assert router.layer is second
+            assert distance == 1
+            said, _ = router.choose(norms[1](state))
+            assert set(np.array(guessed).ravel()) == set(np.array(said).ravel())
+            assert scores is not None
+            assert scores.shape == guessed.shape
+
+
+def test_interleaved_sequences_with_reads_under_way(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint("qwen3_moe")
+    stock, _ = mlx_lm.utils.load_model(folder)
+    model = load_streamed(folder, 1 << 40, ALWAYS)
+    tokens = families.token_stream(families.VOCAB, 60, seed=5).reshape(3, 20)
+    with stream(model) as expert_stream:
+        expert_stream.resize(smallest_cache(expert_stream))
+        results: list[list[mx.array]] = []
+        for m in (stock, model):
+            caches = [make_prompt_cache(m) for _ in tokens]
+            results.append(
+                [m(mx.array([[row[i]]]), cache=c) for i in range(20)
+                 for row, c in zip(tokens.tolist(), caches, strict=True)]
+            )  # fmt: skip
+        for a, b in zip(*results, strict=True):
+            assert mx.array_equal(a, b)
+
+
+class Faulty:
+    """A `read_into` whose reader threads fail or dawdle while it is told to."""
+
+    def __init__(self) -> None:
+        self.failing = False
+        self.gate = threading.Event()
+        self.gate.set()
+        self._real = platform.read_into
+
+    def __call__(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        assert self.gate.wait(20)
+        if self.failing and threading.current_thread().name.startswith("expert-reader"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return self._real(fd, buffers, offset)
+
+
+@pytest.fixture
+def faulty(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> tuple[Faulty, nn.Module, ExpertStream, nn.Module]:
+    """A stock and a streamed model whose second layer has room for guesses."""
+    read = Faulty()
+    monkeypatch.setattr(platform, "read_into", read)
+    folder = checkpoint("qwen3_moe")
+    stock, _ = mlx_lm.utils.load_model(folder)
+    model = load_streamed(folder, 1 << 40, replace(QUIET, prefetch="off"))
+    expert_stream = stream(model)
+    expert_stream.resize(all_experts(expert_stream) // 2)
+    return read, model, expert_stream, stock
+
+
+X = mx.random.normal((1, 1, families.HIDDEN), key=mx.random.key(1))
+
+
+def outputs_agree(expert_stream: ExpertStream, stock: nn.Module, experts: list[int]) -> None:
+    picked = mx.array([[experts]])
+    got = expert_stream.layers[1](X, picked)
+    assert mx.array_equal(got, stock.layers[2].mlp.switch_mlp(X, picked))
+
+
+def test_a_failed_guess_is_no_error_and_no_slot(
+    faulty: tuple[Faulty, nn.Module, ExpertStream, nn.Module],
+) -> None:
+    read, _, expert_stream, stock = faulty
+    slots = expert_stream.layers[1].slots
+    read.failing = True
+    slots.read_ahead([0, 1, 2])
+    deadline = time.monotonic() + 20
+    while expert_stream.stats().read.errors < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    read.failing = False
+    outputs_agree(expert_stream, stock, [3, 4, 5, 6])
+    assert slots.ahead.failed == 3
+    assert all(slots.cache.slot_of[e] < 0 for e in (0, 1, 2))
+    outputs_agree(expert_stream, stock, [0, 1, 2, 3])
+
+
+def test_late_guesses_are_waited_for_and_stale_ones_taken_back(
+    faulty: tuple[Faulty, nn.Module, ExpertStream, nn.Module],
+) -> None:
+    read, _, expert_stream, stock = faulty
+    slots = expert_stream.layers[1].slots
+    whole = slots.cache.slots
+    read.gate.clear()
+    slots.read_ahead([0, 1, 2, 3])
+    opener = threading.Timer(0.05, read.gate.set)
+    opener.start()
+    outputs_agree(expert_stream, stock, [1, 2, 5, 7])
+    assert slots.ahead.late == 2
+    assert slots.cache.stats.prefetched == 2
+    assert slots.cache.stats.misses == 2
+    slots.land()
+    assert not slots._flying
+    resident = slots.cache.resident
+    assert {1, 2, 5, 7} <= set(resident)
+    assert len(resident) + len(slots.cache._free) == whole
+    for e in range(8):
+        outputs_agree(expert_stream, stock, [e, (e + 1) % 8, (e + 3) % 8, (e + 5) % 8])
+    opener.join()
+
+
+def test_closing_and_resizing_with_guesses_under_way(
+    faulty: tuple[Faulty, nn.Module, ExpertStream, nn.Module],
+) -> None:
+    """Nobody writes into memory that is given back."""
+    read, _, expert_stream, _ = faulty
+    for end in (lambda: expert_stream.resize(smallest_cache(expert_stream)), expert_stream.close):
+        read.gate.clear()
+        expert_stream.layers[1].slots.read_ahead([0, 1, 2, 3])
+        opener = threading.Timer(0.05, read.gate.set)
+        opener.start()
+        end()
+        assert read.gate.is_set(), "did not wait for the reads under way"
+        opener.join()
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data(), policy=st.sampled_from(sorted(POLICIES)))
+def test_guesses_never_drive_out_what_must_stay(data: st.DataObject, policy: str) -> None:
+    experts = data.draw(st.integers(2, 24))
+    slots = data.draw(st.integers(1, experts))
+    cache = ExpertCache(experts, slots, policy)
+    some = st.lists(st.integers(0, experts - 1), unique=True, max_size=slots)
+    flying: list[int] = []
+    for _ in range(data.draw(st.integers(1, 30))):
+        if data.draw(st.booleans()):
+            needed = data.draw(some)
+            cache.place(needed)
+            assert all(cache.slot_of[e] >= 0 for e in needed)
+            assert not set(needed) & set(cache._ahead)
+            flying = []
+        else:
+            candidates = data.draw(some)
+            before = set(cache.resident)
+            placed = cache.place_ahead(candidates, flying)
+            assert set(placed) <= set(candidates) - before
+            assert before & {*candidates, *flying} <= set(cache.resident)
+            assert len(cache._ahead) <= max(2 * len(candidates), experts)
+            flying += placed
+        used = [s for s in cache.slot_of.tolist() if s >= 0]
+        assert sorted(used + cache._free) == list(range(slots))
+        assert set(cache._ahead) <= set(cache.resident)
+
+
+def steps(trial: Trial, count: int, seconds: Callable[[bool], float]) -> list[bool]:
+    chosen = []
+    for _ in range(count):
+        chosen.append(trial.on)
+        trial.note(seconds(trial.on))
+    return chosen
+
+
+@pytest.mark.parametrize("gain", [0.8, 1.25])
+def test_a_trial_keeps_what_is_faster_and_asks_again(gain: float) -> None:
+    trial = Trial()
+    rng = np.random.default_rng(0)
+    steps(trial, 100, lambda on: (gain if on else 1.0) * rng.uniform(0.95, 1.05))
+    assert not trial.trying
+    assert trial.on == (gain < 1)
+    chosen = steps(trial, 2000, lambda on: (gain if on else 1.0) * rng.uniform(0.95, 1.05))
+    assert 0 < chosen.count(gain > 1) < 300, "tried too seldom or too often"
+    # What was good turns bad: noticed at the next trial.
+    steps(trial, 5000, lambda on: (1 / gain if on else 1.0) * rng.uniform(0.95, 1.05))
+    if not trial.trying:
+        assert trial.on == (gain > 1)
