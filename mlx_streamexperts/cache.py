@@ -271,14 +271,31 @@ class ExpertCache:
             del self._ahead[victim]
             self.stats.wasted += 1
 
-    def waves(self, needed: Sequence[int]) -> list[list[int]]:
-        """Divide more experts than there are slots: resident ones first, then in the given order.
+    def waves(self, needed: Sequence[int], uses: np.ndarray) -> tuple[list[int], list[list[int]]]:
+        """Divide more experts than there are slots, so that the most used ones are resident last.
 
-        A wave takes half of the slots, so that the next can be read while it computes.
+        Resident experts come first, then the others in the given order, but those that the call
+        uses most, as many as there are slots, after all else. Up to half of the slots go to such
+        experts as are resident already: they stay throughout. A wave takes half of what remains,
+        so that the next can be read while it computes.
+
+        Args:
+            needed: distinct experts.
+            uses: int [experts], how many of the call's rows choose each.
+
+        Returns:
+            The experts to keep through all waves, and the waves; the former are in them too.
         """
-        order = sorted(needed, key=lambda e: self.slot_of[e] < 0)
-        size = max(1, self.slots // 2)
-        return [order[i : i + size] for i in range(0, len(order), size)]
+        ranked = sorted(needed, key=lambda e: (-int(uses[e]), e))
+        most_used = set(ranked[: self.slots])
+        resident = [e for e in ranked if self.slot_of[e] >= 0]
+        keep = [e for e in resident if e in most_used][: min(self.slots // 2, self.slots - 2)]
+        keep = keep if self.slots > 2 else []
+        order = resident + sorted(
+            (e for e in needed if self.slot_of[e] < 0), key=lambda e: e in most_used
+        )
+        size = max(1, (self.slots - len(keep)) // 2)
+        return keep, [order[i : i + size] for i in range(0, len(order), size)]
 
     def drop(self, expert: int) -> None:
         """Empty the expert's slot: its bytes never arrived."""

@@ -21,6 +21,11 @@ def make_parser(
     parser.prog, parser.description = prog, description
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     for action in parser._actions:
+        if action.dest == "prefill_step_size":
+            action.default = None  # what the plan has room for
+            action.help = (
+                "Number of prompt tokens to process at a time; the same as --prefill-tokens."
+            )
         if action.dest == "model":
             action.help = (
                 "model folder or Hugging Face repository with routed experts. Default: the small "
@@ -56,7 +61,7 @@ def _following_stock_options(config: StreamConfig, args: argparse.Namespace) -> 
     """Let mlx-lm's own options say what ours would otherwise assume about memory."""
     defaults = StreamConfig()
     step, kv_size = getattr(args, "prefill_step_size", None), getattr(args, "max_kv_size", None)
-    if step and config.prefill_tokens == defaults.prefill_tokens:
+    if step and config.prefill_tokens is None:
         config = replace(config, prefill_tokens=step)
     if kv_size and config.context_tokens == defaults.context_tokens:
         config = replace(config, context_tokens=kv_size)

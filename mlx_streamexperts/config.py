@@ -85,8 +85,12 @@ class StreamConfig:
     context_tokens: int = _option(
         4096, "tokens of KV cache that --memory leaves room for (prompt and reply together)"
     )
-    prefill_tokens: int = _option(
-        2048, "prompt tokens per forward pass that --memory leaves work space for"
+    prefill_tokens: int | None = _option(
+        None,
+        "prompt tokens per forward pass that --memory leaves work space for. A pass reads each "
+        "expert once, so that longer ones read less. Default: as many as --context-tokens, if "
+        "their work space takes no more than a tenth of what trunk and KV cache leave",
+        type=int,
     )
     reserve: int | str | None = _option(
         None, "part of --memory kept free for other models in this process, for example 4GB"
@@ -115,7 +119,7 @@ class StreamConfig:
         if self.verify_reads and self.store is None:
             raise StreamError("verify_reads needs a store: a checkpoint has no checksums")
         for name in ("threads", "context_tokens", "prefill_tokens"):
-            if getattr(self, name) < 1:
+            if (count := getattr(self, name)) is not None and count < 1:
                 raise StreamError(f"{name} must be at least 1")
         for name in ("memory", "cache", "read_size", "reserve"):
             if (value := getattr(self, name)) is not None:
@@ -130,7 +134,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         text = f.metadata["help"]
         if f.default is not None and not isinstance(f.default, bool):
             text += f" (default: {f.default})"
-        kind: dict[str, Any] = {"type": type(f.default) if isinstance(f.default, int) else str}
+        number = isinstance(f.default, int) or "type" in f.metadata
+        kind: dict[str, Any] = {"type": int if number else str}
         if f.name == "progress":
             flag, kind = "--no-progress", {"action": "store_false", "dest": "progress"}
             text = "show no progress bars"

@@ -245,17 +245,17 @@ class ExpertLayer:
     def _in_waves(self, x: mx.array, experts: np.ndarray, needed: list[int]) -> mx.array:
         """More experts than slots: they pass through, each read once.
 
-        Resident ones go first, then the others in file order. While a wave computes, the next one
-        is read into the slots of the wave before.
+        While a wave computes, the next one is read into the slots of the wave before. The call's
+        most used experts come last and stay: what follows a prompt wants those.
         """
         slots = self.cache.slots
         self.slots.land()
-        waves = self.cache.waves(needed)
+        keep, waves = self.cache.waves(needed, np.bincount(experts.ravel(), minlength=self.experts))
         self.stats.waves += len(waves) - 1
         split = SplitCall(self.switch, x, experts, self.cache.slot_of, self._keep_row_count)
         before: mx.array | None = None
         start = time.perf_counter()
-        arrivals = self.slots.begin(waves[0])
+        arrivals = self.slots.begin(waves[0], [e for e in keep if e not in waves[0]])
         for i, wave in enumerate(waves):
             arrivals.all()
             start = self._spent("wait", start)
@@ -269,7 +269,7 @@ class ExpertLayer:
                 elif before is not None:
                     mx.eval(before)
                 start = self._spent("sync", start)
-                arrivals = self.slots.begin(waves[i + 1], wave if slots > 1 else ())
+                arrivals = self.slots.begin(waves[i + 1], [*keep, *wave] if slots > 1 else ())
                 start = self._spent("map", start)
             before = y
         return split.joined()

@@ -24,6 +24,11 @@ _PROCESS_BYTES = 512 << 20
 _PROCESS_SHARE = 50
 _DEFAULT_SHARE = 0.85  # of what the device recommends; the rest is the host program's
 
+# A sweep of a prompt chunk reads nearly every expert that is not resident. With a tenth of the room
+# as work space a chunk of Kimi K2.5 within 96 GB is 7k tokens long instead of 2k.
+_PREFILL_SHARE = 10
+_LEAST_PREFILL_TOKENS = 256
+
 _TOP_K_KEYS = (
     "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k",
     "moe_k", "num_selected_experts", "experts_per_token", "top_k",
@@ -121,15 +126,23 @@ def divide(
     """
     experts = sum(n.experts * n.expert_bytes for n in layers)
     kv = item_bytes * config.context_tokens * kv_items_per_token(model_config)
-    work = item_bytes * work_items(model_config, config.prefill_tokens) + _WORK_FLOOR_BYTES
     reserve = 0 if config.reserve is None else parse_size(config.reserve)
+    memory = (
+        int(_DEFAULT_SHARE * device_memory_bytes())
+        if config.memory is None
+        else parse_size(config.memory)
+    )
+    prefill = config.prefill_tokens or _prefill_tokens(
+        (memory - sizes.trunk - kv - reserve) // item_bytes, model_config, config.context_tokens
+    )
+    work = item_bytes * work_items(model_config, prefill) + _WORK_FLOOR_BYTES
     fixed = sizes.trunk + kv + work + reserve
     parts = _parts(sizes.trunk, kv, work, reserve)
     least = _with_process(fixed + sum(n.minimum * n.expert_bytes for n in layers))
     if config.cache is not None:
-        cache, memory = parse_size(config.cache), config.memory and parse_size(config.memory)
+        cache = parse_size(config.cache)
         needed = _with_process(fixed + cache)
-        if memory and needed > memory:
+        if config.memory is not None and needed > memory:
             raise BudgetError(
                 f"memory={format_size(memory)} cannot hold cache={format_size(cache)} beside "
                 f"{parts}; the smallest memory that works with this cache "
@@ -137,11 +150,6 @@ def divide(
                 needed_bytes=needed,
             )
     else:
-        memory = (
-            int(_DEFAULT_SHARE * device_memory_bytes())
-            if config.memory is None
-            else parse_size(config.memory)
-        )
         if memory < least:
             raise BudgetError(
                 f"memory={format_size(memory)} is too small: {parts} and "
@@ -154,7 +162,7 @@ def divide(
     used = sum(s * n.expert_bytes for s, n in zip(slots, layers, strict=True))
     cold = sum(n.top_k * n.expert_bytes for n in layers)
     return Plan(
-        memory=memory or None,
+        memory=None if config.memory is None and config.cache is not None else memory,
         trunk=sizes.trunk,
         experts=experts,
         cache=used,
@@ -163,7 +171,7 @@ def divide(
         slots=tuple(slots),
         layer_experts=tuple(n.experts for n in layers),
         top_k=max(n.top_k for n in layers),
-        prefill_tokens=config.prefill_tokens,
+        prefill_tokens=prefill,
         context_tokens=config.context_tokens,
         disk=sizes.disk,
         active_bytes_per_token=sizes.trunk - sizes.looked_up + cold,
@@ -171,6 +179,14 @@ def divide(
         minimum=least,
         model_type=str(model_config.get("model_type", "")),
     )
+
+
+def _prefill_tokens(room_items: int, model_config: dict[str, Any], context_tokens: int) -> int:
+    """The longest prompt chunk whose work space takes a tenth of what there is room for."""
+    none = work_items(model_config, 0)
+    each = work_items(model_config, 1) - none
+    fitting = (room_items // _PREFILL_SHARE - none) // each
+    return min(context_tokens, max(_LEAST_PREFILL_TOKENS, fitting // 64 * 64))
 
 
 def text_config(model_config: dict[str, Any]) -> dict[str, Any]:
