@@ -780,3 +780,116 @@ def test_nothing_to_read_is_done_at_once(shard: Path, monkeypatch: pytest.Monkey
             ticket = reader.submit(ranges)
             assert ticket.done
             ticket.wait()
+
+
+# Reads ahead: taken back, hurried, waited for one by one.
+
+
+def test_withdraw_takes_back_only_what_is_not_under_way(
+    shard: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with gated_reader(monkeypatch, shard) as (reader, gate):
+        memory = bytearray(600)
+        views = [memoryview(memory)[i : i + 100] for i in range(0, 600, 100)]
+        ranges = [wanted(shard, 1000 * i + 7, views[i], expert=i // 2) for i in range(6)]
+        ticket = reader.submit(ranges, SPECULATIVE)
+        assert reader.withdraw(ticket, 1)
+        assert ticket.ended(1)
+        assert not ticket.ended(0)
+        assert reader.withdraw(ticket, 1), "nothing of it is under way any more"
+        gate.open.set()
+        finished(ticket)
+        assert memory[200:400] == bytes(200)
+        assert memory[:100] == CONTENT[7:107]
+        assert memory[500:] == CONTENT[5007:5107]
+
+
+def test_withdraw_leaves_what_is_under_way(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, memory = Gate(), bytearray(10)
+    monkeypatch.setattr(platform, "read_into", gate)
+    reader = ExpertReader(1)
+    try:
+        ticket = reader.submit([wanted(shard, 0, memory, 4)], SPECULATIVE)
+        assert gate.entered.wait(PATIENCE)
+        assert not reader.withdraw(ticket, 4)
+        assert not ticket.ended(4)
+        gate.open.set()
+        assert ticket.wait_for_any([4]) == [4]
+        assert memory == CONTENT[:10]
+    finally:
+        gate.open.set()
+        reader.close()
+
+
+def test_promoted_reads_go_among_demand_reads(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with gated_reader(monkeypatch, shard) as (reader, gate):
+        far = reader.submit([wanted(shard, 10, bytearray(5))], SPECULATIVE + 1)
+        near = reader.submit(
+            [wanted(shard, 10 * i, bytearray(5), expert=i) for i in (2, 3)], SPECULATIVE
+        )
+        demand = reader.submit([wanted(shard, 40, bytearray(5))])
+        reader.promote(near, 3)
+        gate.open.set()
+        for ticket in (far, near, demand):
+            finished(ticket)
+        assert gate.offsets == [0, 30, 40, 20, 10]
+
+
+def test_experts_arrive_one_by_one_in_the_order_asked_for(
+    shard: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first can be used while the others are read, wherever they lie in the file."""
+    with gated_reader(monkeypatch, shard) as (reader, gate):
+        ranges = [
+            wanted(shard, 1000 * (10 - e) + 100 * part, bytearray(9), expert=e)
+            for e in (2, 0, 1)
+            for part in (0, 3)
+        ]
+        ticket = reader.submit(ranges)
+        gate.open.set()
+        left, order = [0, 1, 2], []
+        while left:
+            got = ticket.wait_for_any(left)
+            order += got
+            left = [e for e in left if e not in got]
+        assert set(order) == {0, 1, 2}
+        assert gate.offsets[1:] == [8000, 8300, 10000, 10300, 9000, 9300]
+
+
+def test_only_the_expert_that_failed_raises(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "read_into", fail_at({2000}, errno.EIO))
+    reader = ExpertReader(2)
+    try:
+        ticket = reader.submit(
+            [wanted(shard, 1000 * e, bytearray(9), expert=e) for e in (1, 2, 3)], SPECULATIVE
+        )
+        finished(ticket)
+        assert ticket.wait_for_any([1]) == [1]
+        with pytest.raises(ExpertReadError) as e:
+            ticket.wait_for_any([2])
+        assert e.value.expert == 2
+        assert ticket.wait_for_any([3]) == [3]
+    finally:
+        reader.close()
+
+
+def test_demand_behind_speculation_is_accounted_for(
+    shard: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate()
+    monkeypatch.setattr(platform, "read_into", gate)
+    reader = ExpertReader(1)
+    try:
+        ahead = reader.submit([wanted(shard, 0, bytearray(10))], SPECULATIVE)
+        assert gate.entered.wait(PATIENCE)
+        demand = reader.submit([wanted(shard, 50, bytearray(10))])
+        time.sleep(0.02)
+        gate.open.set()
+        finished(demand)
+        finished(ahead)
+        assert reader.stats.delay_seconds >= 0.02
+        assert reader.stats.speculative_bytes == 10
+        assert reader.stats.bytes == 20
+    finally:
+        gate.open.set()
+        reader.close()
