@@ -1,126 +1,18 @@
-"""Which expert sits in which slot: replacement policies, slot sharing, statistics.
+"""Which expert sits in which slot: the map, slot sharing, statistics.
 
 Pure Python and NumPy: no MLX, no I/O. An `ExpertCache` belongs to one layer and is the only place
-that changes its expert -> slot map. A policy only orders the resident experts.
+that changes its expert -> slot map. Which expert leaves is for a policy to say (policies.py).
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from .errors import BudgetError
-
-
-class Policy(Protocol):
-    """Orders the resident experts of one layer; chooses which to evict."""
-
-    def touch(self, expert: int) -> None:
-        """A resident expert was used."""
-
-    def insert(self, expert: int) -> None:
-        """An expert became resident."""
-
-    def evict(self, keep: Collection[int]) -> int:
-        """Remove and return a resident expert that is not in `keep`; there is always one."""
-
-    def remove(self, expert: int) -> None:
-        """A resident expert was dropped for another reason (its read failed)."""
-
-
-class LRU:
-    """Evicts the expert whose last use lies furthest back."""
-
-    def __init__(self, slots: int) -> None:
-        self._order: OrderedDict[int, None] = OrderedDict()  # oldest first
-
-    def touch(self, expert: int) -> None:
-        self._order.move_to_end(expert)
-
-    def insert(self, expert: int) -> None:
-        self._order[expert] = None
-
-    def evict(self, keep: Collection[int]) -> int:
-        victim = next(e for e in self._order if e not in keep)
-        del self._order[victim]
-        return victim
-
-    def remove(self, expert: int) -> None:
-        del self._order[expert]
-
-
-class S3FIFO:
-    """Three FIFO queues: one-hit wonders leave early through a small probation queue.
-
-    Source: Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023. A tenth of
-    the slots is the probation queue; ghosts remember as many evicted experts as the main queue
-    holds; an expert's use count saturates at 3.
-    """
-
-    def __init__(self, slots: int) -> None:
-        self._small: OrderedDict[int, None] = OrderedDict()
-        self._main: OrderedDict[int, None] = OrderedDict()
-        self._ghosts: deque[int] = deque(maxlen=max(1, slots - slots // 10))
-        self._uses: dict[int, int] = {}
-        self._small_slots = max(1, slots // 10)
-
-    def touch(self, expert: int) -> None:
-        self._uses[expert] = min(3, self._uses[expert] + 1)
-
-    def insert(self, expert: int) -> None:
-        (self._main if expert in self._ghosts else self._small)[expert] = None
-        self._uses[expert] = 0
-
-    def evict(self, keep: Collection[int]) -> int:
-        from_small = len(self._small) >= self._small_slots or not self._main
-        if from_small and (victim := self._evict_small(keep)) is not None:
-            return victim
-        if (victim := self._evict_main(keep)) is not None:
-            return victim
-        # Everything in the main queue must stay.
-        victim = self._evict_small(keep)
-        if victim is None:  # it has just promoted all that it could
-            victim = self._evict_main(keep)
-        assert victim is not None
-        return victim
-
-    def remove(self, expert: int) -> None:
-        del self._uses[expert]
-        (self._small if expert in self._small else self._main).pop(expert)
-
-    def _evict_small(self, keep: Collection[int]) -> int | None:
-        """Promote experts that were used more than once; evict the first other one."""
-        for expert in [e for e in self._small if e not in keep]:
-            del self._small[expert]
-            if self._uses[expert] <= 1:
-                del self._uses[expert]
-                self._ghosts.append(expert)
-                return expert
-            self._uses[expert] = 0
-            self._main[expert] = None
-        return None
-
-    def _evict_main(self, keep: Collection[int]) -> int | None:
-        """Put used experts back with one use less until one without uses is found."""
-        movable = deque(e for e in self._main if e not in keep)
-        while movable:
-            expert = movable.popleft()
-            del self._main[expert]
-            if self._uses[expert] == 0:
-                del self._uses[expert]
-                return expert
-            self._uses[expert] -= 1
-            self._main[expert] = None
-            movable.append(expert)
-        return None
-
-
-POLICIES: dict[str, type[LRU] | type[S3FIFO]] = {"lru": LRU, "s3fifo": S3FIFO}
-"""Replacement policies by the name that `StreamConfig.policy` takes."""
+from .policies import POLICIES, PolicyMaker
 
 
 @dataclass(slots=True)
@@ -173,11 +65,13 @@ class ExpertCache:
         stats: what happened so far.
     """
 
-    def __init__(self, experts: int, slots: int, policy: str = "lru") -> None:
+    def __init__(self, experts: int, slots: int, policy: str | PolicyMaker = "lru") -> None:
         self.experts, self.slots = experts, min(slots, experts)
         self.slot_of = np.full(experts, -1, np.int32)
         self.stats = CacheStats()
-        self._policy = POLICIES[policy](self.slots)
+        self._policy = (POLICIES[policy] if isinstance(policy, str) else policy)(
+            experts, self.slots
+        )
         self._free = list(range(self.slots - 1, -1, -1))  # popped from the end: slot 0 first
         self._seen = np.zeros(experts, bool)
         self._ahead: dict[int, None] = {}  # placed by speculation and not used since, oldest first
@@ -186,6 +80,18 @@ class ExpertCache:
     def resident(self) -> list[int]:
         """Experts that have a slot, in index order."""
         return np.flatnonzero(self.slot_of >= 0).tolist()
+
+    def wanted(self, experts: np.ndarray) -> list[int]:
+        """The distinct experts that a call chose, in order of first choice.
+
+        Args:
+            experts: int [..., K], the choices of each token. The policy learns how often a call of
+                several tokens chose each, so call this once a call, before `place`.
+        """
+        chosen = experts.ravel()
+        if len(chosen) > experts.shape[-1]:
+            self._policy.prompt(chosen)
+        return list(dict.fromkeys(chosen.tolist()))
 
     def place(self, needed: Sequence[int], keep: Iterable[int] = ()) -> list[int]:
         """Give every needed expert a slot; returns those whose bytes must now be read into it.

@@ -60,7 +60,9 @@ class StreamConfig:
         "bound for the expert cache alone, for example 24GB; overrides what --memory would leave.",
     )
     policy: str = _option(
-        "lru", "which expert makes room: least recently used, or S3-FIFO", choices=tuple(POLICIES)
+        "lru",
+        "which expert makes room: least recently used, least used of late, or S3-FIFO",
+        choices=tuple(POLICIES),
     )
     threads: int = _option(8, "reads in flight at once")
     read_size: int | str = _option("4MiB", "longest single read; longer ones are shared out")

@@ -191,7 +191,7 @@ class ExpertLayer:
         with self.lock:
             self.stats.calls += 1
             self._note_thread()
-            needed = list(dict.fromkeys(experts.ravel().tolist()))
+            needed = self.cache.wanted(experts)
             if len(needed) > self.cache.slots:
                 y = self._in_waves(x, experts, sorted(needed))
             else:

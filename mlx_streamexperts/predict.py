@@ -6,17 +6,14 @@ published figures that they rest on are named where they stand, and every result
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from .cache import CacheStats, ExpertCache
-from .errors import StreamError
 from .planner import Plan
+from .replay import replay
 
 # Hit rate of LRU by resident share, replayed from real traces by the project boyle
 # (Qwen3.5-397B, Qwen3-235B, GLM-5.2). They contain the first touches of short traces.
@@ -252,58 +249,3 @@ def replayed_hit_rate(trace: Path, slots: Sequence[int], policy: str = "lru") ->
     return Range(
         sum(worst) / len(worst), total.hit_rate, total.hits / later if later else total.hit_rate
     )
-
-
-def replay(
-    trace: Path, slots: Sequence[int], policy: str = "lru"
-) -> tuple[CacheStats, list[CacheStats]]:
-    """Run a trace through caches of the live kind: statistics of all layers, and of each.
-
-    A call that needs more experts than there are slots (a prompt) goes through in the same waves as
-    in the live layer.
-    """
-    lines = _lines(trace)
-    head = next(lines, {})
-    try:
-        experts = [int(n) for n in head["experts"]]
-    except (KeyError, TypeError, ValueError) as e:
-        raise StreamError(f"{trace}: not a trace of ExpertStream.trace: no layers named") from e
-    if len(experts) != len(slots):
-        raise StreamError(
-            f"{trace}: recorded with {len(experts)} expert layers, the model has {len(slots)}"
-        )
-    caches = [ExpertCache(n, s, policy) for n, s in zip(experts, slots, strict=True)]
-    for number, line in enumerate(lines, 2):
-        try:
-            cache = caches[line["layer"]]
-            needed = list(dict.fromkeys(int(e) for token in line["experts"] for e in token))
-            if not all(0 <= e < cache.experts for e in needed):
-                raise ValueError("no such expert")
-        except (KeyError, IndexError, TypeError, ValueError) as e:
-            raise StreamError(f"{trace}, line {number}: not a call of a layer: {e}") from e
-        if len(needed) <= cache.slots:
-            cache.place(needed)
-            continue
-        before: list[int] = []
-        for wave in cache.waves(sorted(needed)):
-            cache.place(wave, before if cache.slots > 1 else ())
-            before = wave
-    total = CacheStats()
-    for cache in caches:
-        total.add(cache.stats)
-    return total, [c.stats for c in caches]
-
-
-def _lines(trace: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with trace.open() as f:
-            for number, line in enumerate(f, 1):
-                try:
-                    value = json.loads(line)
-                except (ValueError, RecursionError) as e:
-                    raise StreamError(f"{trace}, line {number}: not JSON") from e
-                if not isinstance(value, dict):
-                    raise StreamError(f"{trace}, line {number}: not a JSON object")
-                yield value
-    except OSError as e:
-        raise StreamError(f"{trace}: cannot read the trace: {e.strerror}") from e

@@ -134,7 +134,7 @@ class ExpertStream:
             asked for their indices too while it runs, which costs them their freedom from syncs.
         """
         self._check_open()
-        return Trace(path, self.layers)
+        return Trace(path, self.layers, self.plan)
 
     def timeline(self, path: str | os.PathLike[str]) -> Timeline:
         """Record where time goes, until the timeline is closed, for Perfetto or chrome://tracing.

@@ -1,8 +1,9 @@
 """Recording of which experts a model's routers choose, for study and replay.
 
 A trace is JSON lines. The first describes the model: `{"layers": [names], "experts": [counts],
-"expert_bytes": [bytes]}`. Each further line is one call of one layer, in the order of calls:
-`{"layer": i, "experts": [[...], ...]}`, one list of chosen experts per token.
+"expert_bytes": [bytes], "model": {...}}`, the last being what a prediction of speed needs besides
+(see `_SIZES`). Each further line is one call of one layer, in the order of calls: `{"layer": i,
+"experts": [[...], ...]}`, one list of chosen experts per token.
 """
 
 from __future__ import annotations
@@ -10,13 +11,18 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
+from .errors import StreamError
 from .layer import ExpertLayer
+from .planner import Plan
+
+_SIZES = ("model_type", "trunk", "active_bytes_per_token", "top_k")
 
 
 class Trace:
@@ -25,16 +31,20 @@ class Trace:
     The file appears under its name only when the recording is complete.
     """
 
-    def __init__(self, path: str | os.PathLike[str], layers: list[ExpertLayer]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], layers: list[ExpertLayer], plan: Plan | None = None
+    ) -> None:
         self._path, self._layers = Path(path), layers
         self._partial = self._path.with_name(self._path.name + ".partial")
         self._lock = threading.Lock()
         self._file: TextIO | None = self._partial.open("w")
-        head = {
+        head: dict[str, Any] = {
             "layers": [x.name for x in layers],
             "experts": [x.experts for x in layers],
             "expert_bytes": [x.expert_bytes for x in layers],
         }
+        if plan is not None:
+            head["model"] = {name: getattr(plan, name) for name in _SIZES}
         self._file.write(json.dumps(head) + "\n")
         for number, layer in enumerate(layers):
             layer.record = self._recorder(number)
@@ -66,3 +76,68 @@ class Trace:
                     self._file.write(json.dumps({"layer": number, "experts": rows}) + "\n")
 
         return record
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a trace holds.
+
+    Attributes:
+        name: the file's, for reports.
+        experts: routed experts of each layer.
+        expert_bytes: bytes of one expert of each layer; empty where the trace does not say.
+        layers: each layer's calls in order, int [T, K] each: the choices of T tokens.
+        model: `model_type`, `trunk`, `active_bytes_per_token` and `top_k`, or nothing.
+    """
+
+    name: str
+    experts: tuple[int, ...]
+    expert_bytes: tuple[int, ...]
+    layers: tuple[list[np.ndarray], ...]
+    model: dict[str, Any] = field(default_factory=dict)
+
+
+def read_trace(path: Path) -> Routing:
+    """Read a recording of `ExpertStream.trace`.
+
+    Raises:
+        StreamError: it cannot be read or is no trace; says which line.
+    """
+    lines = _lines(path)
+    head = next(lines, {})
+    try:
+        experts = tuple(int(n) for n in head["experts"])
+        expert_bytes = tuple(int(n) for n in head.get("expert_bytes", ()))
+        if expert_bytes and len(expert_bytes) != len(experts):
+            raise ValueError
+        model = {k: head["model"][k] for k in _SIZES} if "model" in head else {}
+    except (KeyError, TypeError, ValueError) as e:
+        raise StreamError(f"{path}: not a trace of ExpertStream.trace: no layers named") from e
+    layers: tuple[list[np.ndarray], ...] = tuple([] for _ in experts)
+    for number, line in enumerate(lines, 2):
+        try:
+            layer = line["layer"]
+            rows = np.array(line["experts"])  # [T, K]
+            if rows.ndim != 2 or rows.dtype.kind != "i" or not rows.size:
+                raise ValueError("no list of experts for each token")
+            if rows.min() < 0 or rows.max() >= experts[layer]:
+                raise ValueError("no such expert")
+            layers[layer].append(rows)
+        except (KeyError, IndexError, TypeError, ValueError) as e:
+            raise StreamError(f"{path}, line {number}: not a call of a layer: {e}") from e
+    return Routing(path.stem, experts, expert_bytes, layers, model)
+
+
+def _lines(trace: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with trace.open() as f:
+            for number, line in enumerate(f, 1):
+                try:
+                    value = json.loads(line)
+                except (ValueError, RecursionError) as e:
+                    raise StreamError(f"{trace}, line {number}: not JSON") from e
+                if not isinstance(value, dict):
+                    raise StreamError(f"{trace}, line {number}: not a JSON object")
+                yield value
+    except OSError as e:
+        raise StreamError(f"{trace}: cannot read the trace: {e.strerror}") from e

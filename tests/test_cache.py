@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -15,8 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_streamexperts.cache import POLICIES, CacheStats, ExpertCache, LayerNeed, share_slots
+from mlx_streamexperts.cache import CacheStats, ExpertCache, LayerNeed, share_slots
 from mlx_streamexperts.errors import BudgetError
+from mlx_streamexperts.policies import LRFU, POLICIES
 
 thorough = settings(max_examples=120, deadline=None)
 every_policy = pytest.mark.parametrize("policy", sorted(POLICIES))
@@ -28,6 +30,14 @@ class Call(NamedTuple):
     needed: list[int]
     keep: list[int]  # of these, the resident ones, as far as there are slots
     drop: list[bool]
+    again: list[int] = []  # positions in `needed` that a prompt's later tokens chose  # noqa: RUF012
+
+    def chosen(self) -> np.ndarray:
+        """[T, K]: one token, or a prompt of tokens that chose one expert each."""
+        if not self.again:
+            return np.array([self.needed], int)
+        repeats = [self.needed[i % len(self.needed)] for i in self.again]
+        return np.array([*self.needed, *repeats])[:, None]
 
 
 class Scenario(NamedTuple):
@@ -49,6 +59,7 @@ def scenarios(draw: st.DrawFn, drops: bool = True, most_slots: int = 24) -> Scen
         st.lists(expert, max_size=slots, unique=True),
         st.lists(expert, max_size=3, unique=True),
         st.lists(st.booleans() if drops else st.just(False), max_size=2),
+        st.just([]) | st.lists(st.integers(0, 31), max_size=12),
     )
     return Scenario(experts, slots, draw(st.lists(call, max_size=60)))
 
@@ -66,6 +77,7 @@ def possible_keep(call: Call, resident: Iterable[int], slots: int) -> list[int]:
 class ModelPolicy(Protocol):
     """What the model cache asks of a model policy."""
 
+    def prompt(self, chosen: Sequence[int]) -> None: ...
     def hit(self, expert: int) -> None: ...
     def add(self, expert: int) -> None: ...
     def victim(self, keep: Collection[int]) -> int: ...
@@ -75,8 +87,11 @@ class ModelPolicy(Protocol):
 class ModelLRU:
     """A list in order of last use; the first one allowed to go goes."""
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, experts: int, slots: int) -> None:
         self.order: list[int] = []
+
+    def prompt(self, chosen: Sequence[int]) -> None:
+        pass
 
     def hit(self, expert: int) -> None:
         self.order.remove(expert)
@@ -104,13 +119,16 @@ class ModelS3FIFO:
     that can give nothing leaves it to the other.
     """
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, experts: int, slots: int) -> None:
         self.s: list[int] = []
         self.m: list[int] = []
         self.g: list[int] = []
         self.uses: dict[int, int] = {}
         self.s_size = max(1, slots // 10)
         self.g_size = max(1, slots - slots // 10)
+
+    def prompt(self, chosen: Sequence[int]) -> None:
+        pass
 
     def hit(self, expert: int) -> None:
         self.uses[expert] = min(self.uses[expert] + 1, 3)
@@ -162,7 +180,58 @@ class ModelS3FIFO:
         (self.s if expert in self.s else self.m).remove(expert)
 
 
-MODELS: dict[str, type[ModelLRU] | type[ModelS3FIFO]] = {"lru": ModelLRU, "s3fifo": ModelS3FIFO}
+class ModelLRFU:
+    """Every use is remembered with its time; one counts half after two uses an expert.
+
+    Time is the number of uses so far. A prompt's uses are those of its tokens, one after another,
+    instead of the one use that serving it would be.
+    """
+
+    def __init__(self, experts: int, slots: int) -> None:
+        self.half_life = 2 * experts
+        self.uses: dict[int, list[int]] = {e: [] for e in range(experts)}
+        self.inside: set[int] = set()
+        self.counted: set[int] = set()
+        self.now = 0
+
+    def prompt(self, chosen: Sequence[int]) -> None:
+        self.counted = set()
+        for expert in chosen:
+            self.use(expert)
+        self.counted = set(chosen)
+
+    def use(self, expert: int) -> None:
+        if expert in self.counted:
+            self.counted.remove(expert)
+            return
+        self.uses[expert].append(self.now)
+        self.now += 1
+
+    def count(self, expert: int) -> float:
+        ages = [(self.now - t) / self.half_life for t in self.uses[expert]]
+        return math.fsum(2.0**-age for age in ages if age < 300)
+
+    def hit(self, expert: int) -> None:
+        self.use(expert)
+
+    def add(self, expert: int) -> None:
+        self.use(expert)
+        self.inside.add(expert)
+
+    def victim(self, keep: Collection[int]) -> int:
+        found = min(self.inside.difference(keep), key=self.count)
+        self.inside.remove(found)
+        return found
+
+    def lose(self, expert: int) -> None:
+        self.inside.remove(expert)
+
+
+MODELS: dict[str, type[ModelLRU] | type[ModelS3FIFO] | type[ModelLRFU]] = {
+    "lru": ModelLRU,
+    "s3fifo": ModelS3FIFO,
+    "lrfu": ModelLRFU,
+}
 
 
 class ModelCache:
@@ -225,14 +294,21 @@ def test_policy_does_what_its_model_does_over_long_runs(policy: str, seed: int) 
         calls.append(Call(needed, rng.permutation(experts)[:3].tolist(), drop))
         if seed % 2:  # a token much like the last one
             calls.append(Call(needed, [], drop))
+        if seed % 3 == 0:  # a prompt
+            again = rng.integers(0, top_k, 8).tolist()
+            calls.append(Call(needed, [], drop, again))
     compare_with_model(policy, experts, slots, calls)
 
 
 def compare_with_model(policy: str, experts: int, slots: int, calls: list[Call]) -> None:
     cache = ExpertCache(experts, slots, policy)
-    model = ModelCache(experts, slots, MODELS[policy](slots))
+    model = ModelCache(experts, slots, MODELS[policy](experts, slots))
     for call in calls:
         keep = possible_keep(call, model.slot_of, slots)
+        if call.needed:
+            assert cache.wanted(call.chosen()) == call.needed
+            if call.again:
+                model.policy.prompt(call.chosen().ravel().tolist())
         missing = cache.place(call.needed, keep)
         assert missing == model.place(call.needed, keep)
         for expert, drop in zip(missing, call.drop, strict=False):
@@ -397,6 +473,47 @@ def test_lru_takes_the_least_recently_used() -> None:
     assert cache.resident == [2, 3, 4]
 
 
+@pytest.mark.parametrize("half_life", [0.1, 2.0, math.inf])
+def test_lrfu_counts_a_prompt_as_its_tokens_one_by_one(half_life: float) -> None:
+    """Whatever the prompt's length; beyond 1,000 half-lives a float holds no count unscaled."""
+    for seed, tokens in enumerate((2, 30, 3000)):
+        chosen = np.random.default_rng(seed).integers(0, 6, (tokens, 1))
+        at_once, one_by_one = (LRFU(8, 8, half_life) for _ in range(2))
+        for policy in (at_once, one_by_one):
+            for expert in range(8):
+                policy.insert(expert)
+        at_once.prompt(chosen.ravel())
+        for expert in np.unique(chosen).tolist():
+            at_once.touch(expert)
+        for expert in chosen.ravel().tolist():
+            one_by_one.touch(expert)
+        orders = [[p.evict(()) for _ in range(8)] for p in (at_once, one_by_one)]
+        assert orders[0] == orders[1]
+        if tokens > 2:
+            assert set(orders[0][:2]) == {6, 7}  # in the cache, and in no token
+
+
+def test_lrfu_goes_on_for_ever() -> None:
+    """Weights grow without end; what is kept of them does not, and the order is the model's."""
+    rng = np.random.default_rng(5)
+    calls = [Call(rng.choice(4, 1).tolist(), [], []) for _ in range(6000)]
+    compare_with_model("lrfu", 4, 2, calls)  # 750 half-lives
+
+
+def test_lrfu_keeps_what_is_used_often_and_forgets_what_was() -> None:
+    cache = ExpertCache(10, 3, "lrfu")
+    for _ in range(5):
+        cache.place([0, 1])
+    for expert in range(2, 8):
+        cache.place([expert])
+    assert cache.resident == [0, 1, 7]  # under LRU 5, 6, 7
+    for _ in range(40):
+        for expert in (7, 8):
+            cache.place([expert])
+    cache.place([9])
+    assert cache.resident == [7, 8, 9]
+
+
 def test_s3fifo_lets_a_scan_pass() -> None:
     """Experts used once do not displace the ones used again and again; under LRU they do."""
     busy = list(range(8))
@@ -412,6 +529,7 @@ def test_s3fifo_lets_a_scan_pass() -> None:
             cache.place(busy)
         rates[policy] = cache.stats.hit_rate
     assert rates["s3fifo"] > 0.4
+    assert rates["lrfu"] > 0.4
     assert rates["lru"] < 0.1
 
 
