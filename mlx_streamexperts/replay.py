@@ -149,7 +149,9 @@ def replay_routing(
     for i, (calls, experts, count) in enumerate(
         zip(routing.layers, routing.experts, slots, strict=True)
     ):
-        if policy == BEST:
+        if count >= experts:  # loaded once and for all: the live layer counts nothing
+            results.append(LayerReplay())
+        elif policy == BEST:
             results.append(best_layer(calls, experts, count))
         else:
             before = hot[i] if hot else ()
