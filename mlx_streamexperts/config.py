@@ -105,6 +105,10 @@ class StreamConfig:
     verify_reads: bool = _option(
         False, "compare the checksum of each expert read from --store; a difference is an error"
     )
+    hot_set: str | None = _option(
+        None,
+        "file of ExpertStream.save_hot_set: its experts are read at load, before the first prompt",
+    )
     in_place: str = _option(
         "auto",
         "read straight into MLX's memory. auto: when the start-up check on this device passes; "

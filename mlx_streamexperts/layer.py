@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -134,15 +134,19 @@ class ExpertLayer:
         Afterwards the layer maps nothing and asks the device nothing. Needs as many slots as
         experts.
         """
-        step = max(1, (64 << 20) // self.expert_bytes)
-        for first in range(0, self.experts, step):
-            chunk = range(first, min(self.experts, first + step))
-            self.slots.begin(chunk).all()
-            yield len(chunk) * self.expert_bytes
+        yield from self.fill(range(self.experts))
         if not np.array_equal(self.cache.slot_of, np.arange(self.experts)):
             raise StreamError(f"{self.name}: loading out of order")  # an empty cache fills in order
-        self.cache.stats = type(self.cache.stats)()  # loading is not a miss
         self.resident = True
+
+    def fill(self, experts: Sequence[int]) -> Iterator[int]:
+        """Read experts into empty slots, no more than there are; yields bytes read as it goes."""
+        step = max(1, (64 << 20) // self.expert_bytes)
+        for first in range(0, len(experts), step):
+            chunk = list(experts[first : first + step])
+            self.slots.begin(chunk).all()
+            yield len(chunk) * self.expert_bytes
+        self.cache.stats = type(self.cache.stats)()  # loading is not a miss
 
     def close(self) -> None:
         """Free the slots; later calls raise `StreamError`."""

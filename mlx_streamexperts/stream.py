@@ -20,6 +20,7 @@ from .cache import CacheStats, LayerNeed, share_slots
 from .config import StreamConfig, parse_size
 from .errors import StreamError, UnsupportedModelError
 from .files import direct_works
+from .hotset import read_hot_set, read_in, save_hot_set
 from .layer import ExpertLayer
 from .planner import Plan, experts_per_token
 from .platform import available_memory_bytes
@@ -89,6 +90,7 @@ class ExpertStream:
         self._model_config = model_config
         self.in_place = config.in_place == "auto" and in_place_works()
         self.bypasses_page_cache = self._decide_bypass()
+        hot = read_hot_set(layers, Path(config.hot_set)) if config.hot_set else []
         self._reader = ExpertReader(
             config.threads, parse_size(config.read_size), self.bypasses_page_cache
         )
@@ -97,6 +99,9 @@ class ExpertStream:
         self._old_cache_limit = mx.set_cache_limit(plan.work)
         try:
             self._open(plan.slots)
+            if hot:
+                read_in(layers, hot, config.progress)
+                self._reader.stats = ReadStats()
         except BaseException:
             self.close()
             raise
@@ -144,6 +149,15 @@ class ExpertStream:
         """
         self._check_open()
         return Timeline(path, self.layers, self._reader)
+
+    def save_hot_set(self, path: str | os.PathLike[str]) -> None:
+        """Write which experts are cached now, for `StreamConfig(hot_set=path)` at a later load.
+
+        Raises:
+            CheckpointError: the checkpoint's files cannot be read.
+        """
+        self._check_open()
+        save_hot_set(self.layers, Path(path))
 
     def resize(self, cache: int | str) -> None:
         """Change the expert cache's size while the model lives. It starts empty again.
