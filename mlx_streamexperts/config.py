@@ -60,8 +60,8 @@ class StreamConfig:
         "bound for the expert cache alone, for example 24GB; overrides what --memory would leave.",
     )
     policy: str = _option(
-        "lru",
-        "which expert makes room: least recently used, least used of late, or S3-FIFO",
+        "lrfu",
+        "which expert makes room: least used of late (lrfu), least recently used (lru), or S3-FIFO",
         choices=tuple(POLICIES),
     )
     threads: int = _option(8, "reads in flight at once")

@@ -51,7 +51,8 @@ def plot_rates(rows: Sequence[Row], file: Path) -> None:
     right.set_xlabel("expert layer")
     right.set_ylabel("hit rate, %")
     right.set_title(f"By layer ({shown})")
-    right.legend(title="resident")
+    right.xaxis.get_major_locator().set_params(integer=True)
+    right.legend(title="resident", loc="center left", bbox_to_anchor=(1, 0.5))  # hides no line
     right.grid(alpha=0.3)
     _save(figure, file)
     plt.close(figure)
