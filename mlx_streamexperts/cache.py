@@ -6,7 +6,7 @@ that changes its expert -> slot map. Which expert leaves is for a policy to say 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -163,7 +163,7 @@ class ExpertCache:
             elif not self._free:
                 self._evict(pinned)
             self.slot_of[expert] = self._free.pop()
-            self._policy.insert(expert)
+            self._policy.admit(expert)
             self._ahead[expert] = None
             placed.append(expert)
         return placed
@@ -177,7 +177,7 @@ class ExpertCache:
             del self._ahead[victim]
             self.stats.wasted += 1
 
-    def waves(self, needed: Sequence[int], uses: np.ndarray) -> tuple[list[int], list[list[int]]]:
+    def waves(self, needed: Sequence[int], uses: np.ndarray) -> list[tuple[list[int], list[int]]]:
         """Divide more experts than there are slots, so that the most used ones are resident last.
 
         Resident experts come first, then the others in the given order, but those that the call
@@ -190,18 +190,23 @@ class ExpertCache:
             uses: int [experts], how many of the call's rows choose each.
 
         Returns:
-            The experts to keep through all waves, and the waves; the former are in them too.
+            The waves, each with the experts that must stay while it is placed: what stays
+            throughout, and the wave before, which still computes (but not in a single slot).
         """
         ranked = sorted(needed, key=lambda e: (-int(uses[e]), e))
         most_used = set(ranked[: self.slots])
         resident = [e for e in ranked if self.slot_of[e] >= 0]
-        keep = [e for e in resident if e in most_used][: min(self.slots // 2, self.slots - 2)]
-        keep = keep if self.slots > 2 else []
-        order = resident + sorted(
-            (e for e in needed if self.slot_of[e] < 0), key=lambda e: e in most_used
-        )
-        size = max(1, (self.slots - len(keep)) // 2)
-        return keep, [order[i : i + size] for i in range(0, len(order), size)]
+        others = sorted((e for e in needed if self.slot_of[e] < 0), key=lambda e: e in most_used)
+        stay = [e for e in resident if e in most_used][
+            : max(0, min(self.slots // 2, self.slots - 2))
+        ]
+        size = max(1, (self.slots - len(stay)) // 2)
+        order = resident + others
+        waves = [order[i : i + size] for i in range(0, len(order), size)]
+        if self.slots == 1:
+            return [(wave, []) for wave in waves]
+        before: list[list[int]] = [[], *waves]
+        return [(wave, [*stay, *last]) for wave, last in zip(waves, before, strict=False)]
 
     def drop(self, expert: int) -> None:
         """Empty the expert's slot: its bytes never arrived."""

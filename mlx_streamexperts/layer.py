@@ -254,13 +254,13 @@ class ExpertLayer:
         """
         slots = self.cache.slots
         self.slots.land()
-        keep, waves = self.cache.waves(needed, np.bincount(experts.ravel(), minlength=self.experts))
+        waves = self.cache.waves(needed, np.bincount(experts.ravel(), minlength=self.experts))
         self.stats.waves += len(waves) - 1
         split = SplitCall(self.switch, x, experts, self.cache.slot_of, self._keep_row_count)
         before: mx.array | None = None
         start = time.perf_counter()
-        arrivals = self.slots.begin(waves[0], [e for e in keep if e not in waves[0]])
-        for i, wave in enumerate(waves):
+        arrivals = self.slots.begin(*waves[0])
+        for i, (wave, _) in enumerate(waves):
             arrivals.all()
             start = self._spent("wait", start)
             y = split.run(split.rows_of(wave))
@@ -273,7 +273,7 @@ class ExpertLayer:
                 elif before is not None:
                     mx.eval(before)
                 start = self._spent("sync", start)
-                arrivals = self.slots.begin(waves[i + 1], [*keep, *wave] if slots > 1 else ())
+                arrivals = self.slots.begin(*waves[i + 1])
                 start = self._spent("map", start)
             before = y
         return split.joined()

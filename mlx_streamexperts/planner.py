@@ -8,7 +8,7 @@ estimates from the model's configuration, for `context_tokens` and `prefill_toke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,13 +132,21 @@ def divide(
         if config.memory is None
         else parse_size(config.memory)
     )
-    prefill = config.prefill_tokens or _prefill_tokens(
-        (memory - sizes.trunk - kv - reserve) // item_bytes, model_config, config.context_tokens
+    process = min(memory // _PROCESS_SHARE, _PROCESS_BYTES)
+    fewest = sum(n.minimum * n.expert_bytes for n in layers)
+    room = memory - process - sizes.trunk - kv - reserve
+
+    def work_bytes(tokens: int) -> int:
+        return item_bytes * work_items(model_config, tokens) + _WORK_FLOOR_BYTES
+
+    shortest = config.prefill_tokens or min(_LEAST_PREFILL_TOKENS, config.context_tokens)
+    prefill = config.prefill_tokens or _longest(
+        work_bytes, min(room // _PREFILL_SHARE, room - fewest), shortest, config.context_tokens
     )
-    work = item_bytes * work_items(model_config, prefill) + _WORK_FLOOR_BYTES
+    work = work_bytes(prefill)
     fixed = sizes.trunk + kv + work + reserve
     parts = _parts(sizes.trunk, kv, work, reserve)
-    least = _with_process(fixed + sum(n.minimum * n.expert_bytes for n in layers))
+    least = _with_process(fixed - work + work_bytes(shortest) + fewest)
     if config.cache is not None:
         cache = parse_size(config.cache)
         needed = _with_process(fixed + cache)
@@ -157,7 +165,7 @@ def divide(
                 f"({format_size(least)}). Smaller --context-tokens or --prefill-tokens need less.",
                 needed_bytes=least,
             )
-        cache = memory - fixed - min(memory // _PROCESS_SHARE, _PROCESS_BYTES)
+        cache = memory - fixed - process
     slots = share_slots(cache, layers)
     used = sum(s * n.expert_bytes for s, n in zip(slots, layers, strict=True))
     cold = sum(n.top_k * n.expert_bytes for n in layers)
@@ -181,12 +189,11 @@ def divide(
     )
 
 
-def _prefill_tokens(room_items: int, model_config: dict[str, Any], context_tokens: int) -> int:
-    """The longest prompt chunk whose work space takes a tenth of what there is room for."""
-    none = work_items(model_config, 0)
-    each = work_items(model_config, 1) - none
-    fitting = (room_items // _PREFILL_SHARE - none) // each
-    return min(context_tokens, max(_LEAST_PREFILL_TOKENS, fitting // 64 * 64))
+def _longest(work_bytes: Callable[[int], int], room_bytes: int, shortest: int, longest: int) -> int:
+    """The most tokens whose work space fits, in steps of 64; at least the shortest."""
+    none = work_bytes(0)
+    fitting = (room_bytes - none) // (work_bytes(1) - none)
+    return min(longest, max(shortest, fitting // 64 * 64))
 
 
 def text_config(model_config: dict[str, Any]) -> dict[str, Any]:

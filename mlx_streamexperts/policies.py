@@ -31,6 +31,9 @@ class Policy(Protocol):
     def insert(self, expert: int) -> None:
         """An expert became resident, and is used."""
 
+    def admit(self, expert: int) -> None:
+        """An expert became resident on a guess, and is not used yet."""
+
     def evict(self, keep: Collection[int]) -> int:
         """Remove and return a resident expert that is not in `keep`; there is always one."""
 
@@ -52,6 +55,8 @@ class LRU:
 
     def insert(self, expert: int) -> None:
         self._order[expert] = None
+
+    admit = insert
 
     def evict(self, keep: Collection[int]) -> int:
         victim = next(e for e in self._order if e not in keep)
@@ -86,6 +91,8 @@ class S3FIFO:
     def insert(self, expert: int) -> None:
         (self._main if expert in self._ghosts else self._small)[expert] = None
         self._uses[expert] = 0
+
+    admit = insert
 
     def evict(self, keep: Collection[int]) -> int:
         from_small = len(self._small) >= self._small_slots or not self._main
@@ -176,6 +183,9 @@ class LRFU:
 
     def insert(self, expert: int) -> None:
         self.touch(expert)
+        self.admit(expert)
+
+    def admit(self, expert: int) -> None:
         heapq.heappush(self._heap, (self._count[expert], expert))
 
     def evict(self, keep: Collection[int]) -> int:

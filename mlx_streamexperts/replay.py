@@ -80,10 +80,9 @@ def replay_layer(
         if len(needed) <= cache.slots:
             cache.place(needed)
         else:
-            wave_before: list[int] = []
-            for wave in cache.waves(sorted(needed)):
-                cache.place(wave, wave_before if cache.slots > 1 else ())
-                wave_before = wave
+            uses = np.bincount(rows.ravel(), minlength=experts)
+            for wave, keep in cache.waves(sorted(needed), uses):
+                cache.place(wave, keep)
         result.note(len(rows), len(needed), cache.stats.misses - before)
     return result
 

@@ -15,7 +15,8 @@ import pytest
 
 from mlx_streamexperts import ExpertStream, StreamConfig, patch, stream
 
-QUIET = StreamConfig(progress=False)
+QUIET = StreamConfig(progress=False, prefetch="off")
+"""Without guesses, whose reads come by chance: counts are exact. test_prefetch.py turns them on."""
 
 
 def load_streamed(folder: Path, cache: int, config: StreamConfig = QUIET) -> nn.Module:
