@@ -45,7 +45,12 @@ def write_random_model(
         "max_position_embeddings": 32768,
     }  # fmt: skip
     if bits:
-        config["quantization"] = quantization
+        # Said outright, since not every reader infers from missing scales that the rest is float.
+        whole = ["model.embed_tokens"]
+        for i in range(layers):
+            names = [f"self_attn.{x}_proj" for x in "qkvo"] + ["mlp.gate"]
+            whole += [f"model.layers.{i}.{name}" for name in names]
+        config["quantization"] = quantization | dict.fromkeys(whole, False)
     text = json.dumps(config, indent=1)
     if (folder / "config.json").exists() and (folder / "config.json").read_text() == text:
         return folder
