@@ -86,6 +86,23 @@ def drop(files: Iterable[Path]) -> None:
         os.close(fd)
 
 
+def no_read_ahead(suffix: str) -> None:
+    """Files with this suffix that Python opens from now on are read without the kernel's read-ahead.
+
+    With 8 MB of it, as on the machine of our figures, a rival that reads experts through the page
+    cache had twice the bytes read from the drive that it asked for.
+    """
+    open_file = os.open
+
+    def opened(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        fd = open_file(path, flags, *args, **kwargs)
+        if str(path).endswith(suffix) and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        return fd
+
+    os.open = opened
+
+
 def warm(files: Iterable[Path]) -> None:
     """Read the files into the page cache."""
     for file in files:

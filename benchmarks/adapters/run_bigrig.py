@@ -16,7 +16,7 @@ for name in ("BIGRIG_VIEWS_PREFILL", "BIGRIG_VIEWS_DECODE"):
 os.environ["BIGRIG_HOME"] = str(Path(JOB["store"]).parent / "bigrig-home")
 
 from bigrig_engine import stream  # noqa: E402
-from measure import Session, main  # noqa: E402
+from measure import Session, main, no_read_ahead  # noqa: E402
 
 
 class BigrigSession(Session):
@@ -44,6 +44,7 @@ class BigrigSession(Session):
 
 
 def open_session(job: dict) -> Session:
+    no_read_ahead(".blob")
     blob = os.path.join(job["store"], "experts.blob")
     model, _, handle = stream.load_streaming(
         job["checkpoint"], blob, capacity=job["slots"], threads=8, verbose=False

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx_lm.utils
 from boyle import _runtime as boyle
 from boyle.build import build_store
-from measure import RefusedError, Session, expert_files, main
+from measure import RefusedError, Session, expert_files, main, no_read_ahead
 
 
 class BoyleSession(Session):
@@ -30,6 +30,7 @@ class BoyleSession(Session):
 
 
 def open_session(job: dict) -> Session:
+    no_read_ahead(".bin" if job.get("store") else ".safetensors")
     if not hasattr(fcntl, "F_NOCACHE") and job["options"].get("shim", True):
         fcntl.F_NOCACHE = fcntl.F_SETFD
     folder, store = Path(job["checkpoint"]), job.get("store")
