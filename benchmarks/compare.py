@@ -194,6 +194,7 @@ def store_of(work: Path, folder: Path, system: System) -> Path:
 def compare_model(args: argparse.Namespace, name: str, report: dict[str, Any]) -> None:
     """All rounds on one model; appends to `report["runs"]` and saves it as it goes."""
     folder = checkpoint(args.work, name)
+    name = folder.name  # no machine's paths in the report
     layers, experts, expert_bytes = expert_layout(folder)
     top_k = json.loads((folder / "config.json").read_text())["num_experts_per_tok"]
     systems = [s for s in SYSTEMS if not args.systems or s.name in args.systems]

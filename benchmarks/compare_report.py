@@ -130,7 +130,7 @@ def details(report: dict[str, Any]) -> str:
             done = finished(runs)
             if not done:
                 why = next((r.get("refused") or r.get("failed") for r in runs), "not run")
-                rows.append([*cells, "0", str(why).replace("|", "/"), *[""] * 9])
+                rows.append([*cells, "0", str(why).replace("|", "/"), *[""] * 10])
                 continue
             steps = len(done[0]["step_seconds"])
             read = statistics.median(r["decode_read_bytes"] for r in done) / steps
@@ -140,12 +140,14 @@ def details(report: dict[str, Any]) -> str:
                 spread(runs, DECODE), times(ratio(runs, systems["stock"], DECODE)),
                 spread(runs, PREFILL), times(ratio(runs, systems["stock"], PREFILL)),
                 f"{median(runs, 'load_seconds'):.1f}", f"{read / 1e6:.1f}",
+                f"{1e3 * median(runs, 'decode_cpu_seconds') / steps:.0f}",
                 gigabytes(runs, "peak_rss_bytes"), gigabytes(runs, "peak_mlx_bytes"),
                 "all" if held is None else f"{held / 1e6:.0f}", outputs(runs, systems["stock"]),
             ])  # fmt: skip
     head = [
         "model", "prompt", "page cache", "share", "system", "rounds", "decode tok/s", "of stock",
-        "prefill tok/s", "of stock", "load s", "MB read/token", "peak RSS GB", "peak MLX GB",
+        "prefill tok/s", "of stock", "load s", "MB read/token",
+        "CPU ms/token", "peak RSS GB", "peak MLX GB",
         "slots MB", "tokens as stock",
     ]  # fmt: skip
     return table(head, rows)

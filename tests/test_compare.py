@@ -50,7 +50,8 @@ def run(system: str, round_number: int, speed: float | None, **more: Any) -> dic
         return where | {"failed": "it | broke"}
     return where | {
         "decode_tokens_per_s": speed, "prefill_tokens_per_s": 10 * speed, "load_seconds": 1.0,
-        "step_seconds": [1.0], "decode_read_bytes": 5, "peak_rss_bytes": 1e9,
+        "step_seconds": [1.0], "decode_read_bytes": 5,
+        "decode_cpu_seconds": 1.0, "peak_rss_bytes": 1e9,
         "peak_mlx_bytes": 1e9, "slot_bytes": 7, "outputs": [[1, 2], [3, 4]], **more,
     }  # fmt: skip
 
