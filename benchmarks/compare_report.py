@@ -56,16 +56,17 @@ def best(systems: dict[str, list[Run]], names: list[str], key: str) -> str | Non
 
 
 def outputs(runs: list[Run], stock: list[Run]) -> str:
-    """How many steps chose stock's token, and how many had stock's very logits."""
+    """How many steps of all rounds chose stock's token, and how many had stock's very logits."""
     if not finished(stock):
         return "-"
-    right = finished(stock)[0]["outputs"]
-    worst_tokens = worst_bits = len(right)
-    for run in finished(runs):
-        pairs = list(zip(run["outputs"], right, strict=True))
-        worst_tokens = min(worst_tokens, sum(a[0] == b[0] for a, b in pairs))
-        worst_bits = min(worst_bits, sum(a[1] == b[1] for a, b in pairs))
-    return f"{worst_tokens}/{len(right)}, bits {worst_bits}/{len(right)}"
+    right = max((r["outputs"] for r in finished(stock)), key=len)
+    pairs = [
+        list(zip(run["outputs"], right, strict=False))  # appended rounds may differ in length
+        for run in finished(runs)
+    ]
+    checked = sum(map(len, pairs))
+    tokens, bits = (sum(a[i] == b[i] for p in pairs for a, b in p) for i in (0, 1))
+    return f"{tokens}/{checked}, bits {bits}/{checked}"
 
 
 def times(value: float | None) -> str:

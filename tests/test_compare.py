@@ -72,4 +72,4 @@ def test_tables_say_where_we_lose_and_who_failed() -> None:
     assert "| **0.50** | **0.50** | 0.40 |" in row  # the best rival, and stock, round by round
     assert "it / broke" in text
     (fast,) = [x for x in text.splitlines() if "| fast |" in x]
-    assert "1/2, bits 1/2" in fast
+    assert "2/4, bits 2/4" in fast
