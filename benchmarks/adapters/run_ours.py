@@ -20,7 +20,7 @@ class OurSession(Session):
         s = stream(self.model).stats()
         return {
             "hits": s.cache.hits, "misses": s.cache.misses, "bytes": s.read.bytes,
-            "wait_seconds": s.read.wait_seconds, "sync_seconds": s.sync_seconds,
+            "wait_seconds": s.read.wait_seconds, "seconds": s.seconds, "prefetched": s.cache.prefetched, "wasted": s.cache.wasted,
             "waves": s.waves, "overlapped": s.overlapped,
             "bypasses_page_cache": stream(self.model).bypasses_page_cache,
         }  # fmt: skip
