@@ -74,8 +74,8 @@ class StreamConfig:
     )
     overlap: str = _option(
         "auto",
-        "run resident experts while missing ones are read. auto: when a read is measured to take "
-        "longer than the extra kernel calls",
+        "run experts while others are read: those that are there (on: and each lot as it arrives). "
+        "auto: whatever is measured to be fastest",
         choices=("auto", "on", "off"),
     )
     prefetch: str = _option(

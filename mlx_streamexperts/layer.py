@@ -25,11 +25,12 @@ from .reader import ExpertReader
 from .slots import Arrivals, ExpertSlots, ExpertTensor
 from .split import SORTED_ROWS, SplitCall
 from .timeline import PHASES
+from .trial import Pace, Trial
 
-# Running a call in parts costs a set of kernel calls each; a part is run on its own only if what
-# is still missing will take longer than this to read (measured on small experts by every engine
-# that tried).
-_OVERLAP_SECONDS = 200e-6
+# Ways to run a call some of whose experts are still being read: wait and run it whole; run those
+# that are there meanwhile; run each lot as it arrives as well. Every part costs a set of kernel
+# calls (100 to 200 us on a CPU), so that small experts are better run whole.
+WAYS = ("whole", "halves", "lots")
 
 
 @dataclass(slots=True)
@@ -106,7 +107,7 @@ class ExpertLayer:
         self.awaited: Lookahead | None = None
         self.probing = False
         self.closed = True
-        self._overlap = "auto"
+        self._pace = Pace(Trial(WAYS))
         # A GPU backend may choose its kernel by the number of rows (MLX's CUDA backend does at 8),
         # and another kernel sums in another order. The CPU backend computes row by row.
         self._keep_row_count = mx.default_device() != mx.cpu
@@ -120,12 +121,22 @@ class ExpertLayer:
         return self.slots.cache
 
     def open(
-        self, slots: int, reader: ExpertReader, policy: str, overlap: str, in_place: bool
+        self,
+        slots: int,
+        reader: ExpertReader,
+        policy: str,
+        pace: Pace,
+        in_place: bool,
     ) -> None:
-        """Allocate `slots` slots, all empty, and be ready for calls."""
+        """Allocate `slots` slots, all empty, and be ready for calls.
+
+        Args:
+            slots: experts that fit.
+            pace: decides how calls overlap with reads, for all layers that are alike.
+        """
         with self.lock:
             self.closed = self.resident = False
-            self._overlap = overlap
+            self._pace = pace
             self.slots.open(slots, reader, policy, in_place)
 
     def load_all(self) -> Iterator[int]:
@@ -189,7 +200,8 @@ class ExpertLayer:
             if guesses is not None:
                 mx.eval(indices, *guesses.arrays)
         experts = np.array(indices)  # [..., K], the call's only host sync
-        self._spent("sync", start)
+        began = self._spent("sync", start)
+        self._pace.tick(began)
         if self.record is not None:
             self.record(experts)
         with self.lock:
@@ -199,11 +211,12 @@ class ExpertLayer:
             if len(needed) > self.cache.slots:
                 y = self._in_waves(x, experts, sorted(needed))
             else:
-                start = time.perf_counter()
                 arrivals = self.slots.begin(needed)
+                if arrivals.left and indices.size < SORTED_ROWS:
+                    self._pace.mark(began)
                 if guesses is not None:
                     guesses.read_ahead()
-                self._spent("map", start)
+                self._spent("map", began)
                 y = self._at_once(x, experts, needed, arrivals)
                 if self.awaited is not None:
                     self.awaited.arrived()
@@ -217,26 +230,24 @@ class ExpertLayer:
         Those that are resident run while others are read, and these in lots as they arrive.
         """
         start = time.perf_counter()
-        if self._worth_overlapping(len(arrivals.left)):
+        if arrivals.left and self._pace.trial.way != "whole":
             split = SplitCall(self.switch, x, experts, self.cache.slot_of, self._keep_row_count)
             ready = [e for e in needed if e not in arrivals.left]
             self.stats.overlapped += bool(ready)
             try:
-                while self._worth_overlapping(len(arrivals.left)):
+                while arrivals.left:
                     if ready:
                         mx.async_eval(split.run(split.rows_of(ready)))
                     start = self._spent("build", start)
-                    ready = arrivals.some()
+                    ready = arrivals.left if self._pace.trial.way == "halves" else arrivals.some()
+                    if self._pace.trial.way == "halves":
+                        arrivals.all()
                     start = self._spent("wait", start)
             except BaseException:
                 arrivals.abandon()
                 raise
-            ready += arrivals.left
-            arrivals.all()
-            start = self._spent("wait", start)
             if split.begun:
-                if ready:
-                    split.run(split.rows_of(ready))
+                split.run(split.rows_of(ready))
                 y = split.joined()
                 self._spent("build", start)
                 return y
@@ -285,12 +296,6 @@ class ExpertLayer:
         if self.on_phase is not None:
             self.on_phase(phase, self.name, start, now)
         return now
-
-    def _worth_overlapping(self, missing: int) -> bool:
-        """Will reading so many experts take longer than an extra set of kernel calls?"""
-        if self._overlap == "auto":
-            return missing * self.slots.read_seconds > _OVERLAP_SECONDS
-        return missing > 0 and self._overlap == "on"
 
     def _note_thread(self) -> None:
         """One thread cannot evaluate another's graph: with several, leave nothing unevaluated."""

@@ -12,7 +12,6 @@ slots. Each layer looks ahead only while its steps are measured to be faster for
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+
+from .trial import Trial
 
 if TYPE_CHECKING:
     from .layer import ExpertLayer
@@ -34,48 +35,6 @@ _NORMS = (
     "pre_mlp_layernorm", "ffn_norm", "post_attention_norm", "norm", "ln_2",
 )  # fmt: skip
 _GATES = ("gate", "router", "wg")
-
-
-class Trial:
-    """Decides by measured times whether something pays, and asks again now and then.
-
-    Steps are timed in turns of `_TURN` with and without it; after `_TURNS` turns of each the lower
-    median wins for `hold` steps, which doubles each time that the same side wins.
-    """
-
-    _TURN, _TURNS = 8, 3
-    _HOLD, _LONGEST_HOLD = 128, 4096
-
-    def __init__(self) -> None:
-        self.on = True
-        self.trying = True
-        self._times: dict[bool, list[float]] = {True: [], False: []}
-        self._hold, self._left = self._HOLD, self._TURN
-        self._winner: bool | None = None
-
-    def note(self, seconds: float) -> None:
-        """A step took this long with the present choice."""
-        if self.trying:
-            self._times[self.on].append(seconds)
-        self._left -= 1
-        if self._left > 0:
-            return
-        if not self.trying:  # time to ask again
-            self.trying = True
-        elif min(map(len, self._times.values())) >= self._TURN * self._TURNS:
-            self._decide()
-            return
-        else:
-            self.on = not self.on
-        self._left = self._TURN
-
-    def _decide(self) -> None:
-        self.on = statistics.median(self._times[True]) < statistics.median(self._times[False])
-        self._hold = (
-            min(2 * self._hold, self._LONGEST_HOLD) if self.on == self._winner else self._HOLD
-        )
-        self._winner, self._left, self.trying = self.on, self._hold, False
-        self._times = {True: [], False: []}
 
 
 class Heard(Exception):  # noqa: N818, it is no error
@@ -188,7 +147,7 @@ class Lookahead:
     def __init__(self, own: Router, successors: list[Router], always: bool) -> None:
         self._own, self._successors, self.always = own, successors, always
         self._scales: dict[str, mx.array | None] = {}  # by successor
-        self.trial = Trial()
+        self.trial = Trial((True, False))
         self._began: float | None = None
         for successor in successors[:1]:
             successor.layer.awaited = self
@@ -196,7 +155,7 @@ class Lookahead:
     @property
     def on(self) -> bool:
         """Does this layer look ahead at present?"""
-        return bool(self._successors) and (self.always or self.trial.on)
+        return bool(self._successors) and (self.always or self.trial.way)
 
     def ask(self, x: mx.array) -> Guesses | None:
         """Build what the successors would choose for this layer's input x [..., D].

@@ -20,6 +20,8 @@ from .ranges import ByteRange, merge
 DEMAND, SPECULATIVE = 0, 1
 """Priorities: a layer waits for a demand read; a speculative one may be of use later."""
 
+_SMALL_READ_BYTES = 128 << 10
+
 # The waiting thread reads too while reads are shorter than this.
 _HELP_SECONDS = 300e-6
 
@@ -116,18 +118,16 @@ class Ticket:
 
 @dataclass(slots=True)
 class _Job:
-    """Ranges side by side in one file: one scatter read."""
+    """What a thread does in one go: scatter reads, each of ranges side by side in one file."""
 
-    ranges: list[ByteRange]
+    runs: list[list[ByteRange]]
     priority: int
-    nbytes: int = field(init=False)
     experts: set[int] = field(init=False)
     ticket: Ticket = field(init=False)
     behind: bool = False  # speculative reads held every thread when it was queued
 
     def __post_init__(self) -> None:
-        self.nbytes = sum(len(r.into) for r in self.ranges)
-        self.experts = {r.expert for r in self.ranges}
+        self.experts = {r.expert for run in self.runs for r in run}
 
 
 class ExpertReader:
@@ -169,7 +169,12 @@ class ExpertReader:
             ranges: what to read; all memory must stay valid until the ticket is done.
             priority: `DEMAND` or `SPECULATIVE`.
         """
-        jobs = [_Job(run, priority) for run in merge(ranges, self._read_bytes)]
+        runs = merge(ranges, self._read_bytes)
+        # Handing out a small read costs as much as the read: then no more portions than threads.
+        each = 1
+        if sum(len(r.into) for r in ranges) < _SMALL_READ_BYTES * len(runs):
+            each = -(-len(runs) // max(8, len(self._threads)))
+        jobs = [_Job(runs[i : i + each], priority) for i in range(0, len(runs), each)]
         ticket = Ticket(self, jobs)
         with self._work:
             if self._closed:
@@ -253,8 +258,11 @@ class ExpertReader:
             self._closed = True
             dropped, self._queue = self._queue, []
             self._work.notify_all()
-        for _, _, job in dropped:
-            self._finish(job, ExpertReadError(*label(job.ranges[0]), job.ranges[0].offset, 9))
+        with self._lock:
+            for _, _, job in dropped:
+                self._finish(
+                    job, [(r, ExpertReadError(*label(r[0]), r[0].offset, 9)) for r in job.runs]
+                )
         for thread in self._threads:
             thread.join()
         with self._idle:  # a descriptor closed under a read may be another file by then
@@ -281,39 +289,45 @@ class ExpertReader:
             self._speculating += speculative
             if job.behind:
                 self.stats.delay_seconds += start - job.ticket._submitted
-        try:
-            reads = self._files.read(job.ranges)
-            error = None
-        except ExpertReadError as e:
-            reads, error = 0, e
-        except BaseException as e:  # a waiting caller must never hang, whatever happened here
-            first = job.ranges[0]
-            reads, error = 0, ExpertReadError(*label(first), first.offset, 5)
-            error.__cause__ = e
-            interrupt = None if isinstance(e, Exception) else e
+        reads = nbytes = 0
+        failures: list[tuple[list[ByteRange], ExpertReadError]] = []
+        for run in job.runs:
+            try:
+                reads += self._files.read(run)
+                nbytes += sum(len(r.into) for r in run)
+            except ExpertReadError as e:
+                failures.append((run, e))
+            except BaseException as e:  # a waiting caller must never hang, whatever happened here
+                error = ExpertReadError(*label(run[0]), run[0].offset, 5)
+                error.__cause__ = e
+                failures.append((run, error))
+                interrupt = None if isinstance(e, Exception) else e
         seconds = time.perf_counter() - start
+        if (on_read := self.on_read) is not None:
+            ranges = [r for run in job.runs for r in run]
+            on_read(ranges, job.priority, job.ticket._submitted, start, start + seconds)
         with self._lock:
             self._speculating -= speculative
             self._job_seconds += 0.05 * (seconds - self._job_seconds)
             self.stats.read_seconds += seconds
             self.stats.reads += reads
-            self.stats.bytes += 0 if error else job.nbytes
-            self.stats.speculative_bytes += job.nbytes if speculative and not error else 0
-        if (on_read := self.on_read) is not None:
-            on_read(job.ranges, job.priority, job.ticket._submitted, start, start + seconds)
-        self._finish(job, error)
+            self.stats.bytes += nbytes
+            self.stats.speculative_bytes += nbytes if speculative else 0
+            self._finish(job, failures)
         return interrupt
 
-    def _finish(self, job: _Job, error: ExpertReadError | None) -> None:
+    def _finish(
+        self, job: _Job, failures: Sequence[tuple[list[ByteRange], ExpertReadError]]
+    ) -> None:
+        """A job has ended; with the lock held."""
         ticket = job.ticket
-        with self._lock:
-            if error is not None:
-                self.stats.errors += len(job.ranges)
-                ticket.error = ticket.error or error
-                for r in job.ranges:
-                    ticket.errors.setdefault(r.expert, error)
-                    ticket.failed.add((r.layer, r.expert))
-            self._count_down(job)
+        for run, error in failures:
+            self.stats.errors += len(run)
+            ticket.error = ticket.error or error
+            for r in run:
+                ticket.errors.setdefault(r.expert, error)
+                ticket.failed.add((r.layer, r.expert))
+        self._count_down(job)
 
     def _count_down(self, job: _Job) -> None:
         """A read has ended or will never begin; with the lock held."""

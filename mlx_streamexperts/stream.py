@@ -21,13 +21,14 @@ from .config import StreamConfig, parse_size
 from .errors import StreamError, UnsupportedModelError
 from .files import direct_works
 from .hotset import read_hot_set, read_in, save_hot_set
-from .layer import ExpertLayer
+from .layer import WAYS, ExpertLayer
 from .planner import Plan, experts_per_token
 from .platform import available_memory_bytes
 from .reader import ExpertReader, ReadStats
 from .slots import AheadStats
 from .timeline import PHASES, Timeline
 from .trace import Trace
+from .trial import Pace, Trial
 
 _STREAM = "_expert_stream"
 
@@ -95,6 +96,7 @@ class ExpertStream:
             config.threads, parse_size(config.read_size), self.bypasses_page_cache
         )
         self._closed = False
+        self._paces: dict[int, Pace] = {}  # by the size of an expert
         # Freed buffers that MLX keeps for reuse are memory too: bound them by the work space.
         self._old_cache_limit = mx.set_cache_limit(plan.work)
         try:
@@ -215,7 +217,9 @@ class ExpertStream:
         self._load_resident()
 
     def _open_layer(self, layer: ExpertLayer, slots: int) -> None:
-        layer.open(slots, self._reader, self.config.policy, self.config.overlap, self.in_place)
+        ways = {"auto": WAYS, "on": WAYS[-1:], "off": WAYS[:1]}[self.config.overlap]
+        pace = self._paces.setdefault(layer.expert_bytes, Pace(Trial(ways)))
+        layer.open(slots, self._reader, self.config.policy, pace, self.in_place)
 
     def _load_resident(self) -> None:
         """Read all experts of the layers that have a slot for each, once and for all."""

@@ -24,7 +24,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_streamexperts import ExpertStream, demo_model, platform, stream
 from mlx_streamexperts.cache import POLICIES, ExpertCache
-from mlx_streamexperts.prefetch import Trial
+from mlx_streamexperts.trial import Trial
 
 ALWAYS = replace(QUIET, prefetch="on")
 # Their routers are called outside of the block that holds the experts, or their experts see
@@ -249,24 +249,24 @@ def test_guesses_never_drive_out_what_must_stay(data: st.DataObject, policy: str
         assert set(cache._ahead) <= set(cache.resident)
 
 
-def steps(trial: Trial, count: int, seconds: Callable[[bool], float]) -> list[bool]:
+def steps(trial: Trial[bool], count: int, seconds: Callable[[bool], float]) -> list[bool]:
     chosen = []
     for _ in range(count):
-        chosen.append(trial.on)
-        trial.note(seconds(trial.on))
+        chosen.append(trial.way)
+        trial.note(seconds(trial.way))
     return chosen
 
 
 @pytest.mark.parametrize("gain", [0.8, 1.25])
 def test_a_trial_keeps_what_is_faster_and_asks_again(gain: float) -> None:
-    trial = Trial()
+    trial = Trial((True, False))
     rng = np.random.default_rng(0)
     steps(trial, 100, lambda on: (gain if on else 1.0) * rng.uniform(0.95, 1.05))
     assert not trial.trying
-    assert trial.on == (gain < 1)
+    assert trial.way == (gain < 1)
     chosen = steps(trial, 2000, lambda on: (gain if on else 1.0) * rng.uniform(0.95, 1.05))
     assert 0 < chosen.count(gain > 1) < 300, "tried too seldom or too often"
     # What was good turns bad: noticed at the next trial.
     steps(trial, 5000, lambda on: (1 / gain if on else 1.0) * rng.uniform(0.95, 1.05))
     if not trial.trying:
-        assert trial.on == (gain > 1)
+        assert trial.way == (gain > 1)

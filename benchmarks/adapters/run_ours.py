@@ -20,7 +20,8 @@ class OurSession(Session):
         s = stream(self.model).stats()
         return {
             "hits": s.cache.hits, "misses": s.cache.misses, "bytes": s.read.bytes,
-            "wait_seconds": s.read.wait_seconds, "seconds": s.seconds, "prefetched": s.cache.prefetched, "wasted": s.cache.wasted,
+            "prefetched": s.cache.prefetched, "wasted": s.cache.wasted,
+            "wait_seconds": s.read.wait_seconds, "seconds": s.seconds,
             "waves": s.waves, "overlapped": s.overlapped,
             "bypasses_page_cache": stream(self.model).bypasses_page_cache,
         }  # fmt: skip
