@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
 
 from .checkpoint import read_checkpoint
 from .config import StreamConfig, add_arguments, format_size, from_arguments
@@ -12,6 +15,33 @@ from .demo import demo_model
 from .patching import resolve
 
 _DEMO_CACHE = "10MB"  # about a quarter of its experts, so that there is something to see
+
+
+def add_output_arguments(parser: argparse.ArgumentParser, out: str, overwritten: str) -> None:
+    """What the commands that write a folder share.
+
+    Args:
+        parser: to be extended.
+        out: what `--out` is.
+        overwritten: whose leavings `--overwrite` discards.
+    """
+    parser.add_argument("--out", type=Path, required=True, help=out)
+    parser.add_argument(
+        "--overwrite", action="store_true", help=f"discard what {overwritten} left in --out"
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the model code that the checkpoint brings, if it does",
+    )
+    parser.add_argument(
+        "--no-progress", action="store_false", dest="progress", help="show no progress bars"
+    )
+
+
+def progress_bar(what: str, shown: bool, total: int | None = None) -> tqdm:
+    """A bar that counts bytes."""
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not shown)
 
 
 def make_parser(

@@ -27,7 +27,6 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES, QUANT_RECIPES
 from mlx_lm.utils import save_config
-from tqdm import tqdm
 
 from .checkpoint import (
     INDEX,
@@ -37,11 +36,13 @@ from .checkpoint import (
     read_checkpoint,
     read_json_object,
 )
+from .cli import add_output_arguments, progress_bar
 from .config import format_size, parse_size
 from .errors import CheckpointError, StreamError
+from .output import check_not_written, exclusive, sync_folder, write_json
 from .patching import resolve
 from .rewrite import Options, Rewrite
-from .shards import Shard, ShardWriter, lay_out, sync_folder, write_json
+from .shards import Shard, ShardWriter, lay_out
 
 _FORMAT = 1
 _STATE = "convert.json"
@@ -79,47 +80,47 @@ def convert(
     Raises:
         CheckpointError: the source is damaged or incomplete.
         UnsupportedModelError: it cannot be converted in parts.
-        StreamError: no room, or `out` holds something else.
+        StreamError: no room, `out` holds something else, or somebody is writing there.
     """
     options = options or Options()
     shard_bytes = parse_size(shard_size)
+    if out.exists() and (not out.is_dir() or (source.exists() and out.samefile(source))):
+        raise StreamError(f"{out}: choose a new folder; the original is never changed")
+    check_not_written(source, "converting it")
     if not (source / "config.json").is_file():
         raise CheckpointError(f"{source / 'config.json'} is missing: not a model folder")
-    if out.exists() and (not out.is_dir() or out.samefile(source)):
-        raise StreamError(f"{out}: choose a new folder; the original is never changed")
     checkpoint = read_checkpoint(source)
     _check_single_experts(checkpoint)
     state = _state(checkpoint, options, shard_bytes)
-    _check_folder(out, state, overwrite)
-    rewrite = Rewrite(checkpoint, options, {"trust_remote_code": trust_remote_code})
-    shards = lay_out(rewrite.pieces, shard_bytes)
-    finished = {s.file for s in shards if not overwrite and _is_whole(out / s.file, s)}
-    _check_room(out, sum(s.nbytes for s in shards if s.file not in finished), finished)
-    out.mkdir(parents=True, exist_ok=True)
-    if overwrite:
-        _discard(out)
-    write_json(out / _STATE, state)
+    with exclusive(out, "converting"), _bounded_mlx_cache():
+        _check_folder(out, state, overwrite)
+        rewrite = Rewrite(checkpoint, options, {"trust_remote_code": trust_remote_code})
+        shards = lay_out(rewrite.pieces, shard_bytes)
+        finished = {s.file for s in shards if not overwrite and _is_whole(out / s.file, s)}
+        _check_room(out, sum(s.nbytes for s in shards if s.file not in finished), finished)
+        if overwrite:
+            _discard(out)
+        with _writing(out):
+            write_json(out / _STATE, state)
+        _write_shards(rewrite, shards, finished, out, progress)
+        with _writing(out):
+            _write_rest(source, out, rewrite, shards)
+    return sum(p.nbytes for p in rewrite.pieces)
+
+
+def _write_shards(
+    rewrite: Rewrite, shards: list[Shard], finished: set[str], out: Path, progress: bool
+) -> None:
+    """Compute and write all shards that are not `finished`."""
     total = sum(p.nbytes for p in rewrite.pieces)
-    with (
-        _bounded_mlx_cache(),
-        tqdm(
-            total=total, desc="Converting", unit="B", unit_scale=True, disable=not progress
-        ) as bar,
-    ):
+    with progress_bar("Converting", progress, total) as bar:
         for shard in shards:
             if shard.file in finished:
                 bar.update(sum(p.nbytes for p in shard.pieces))
                 continue
-            try:
+            with _writing(out / shard.file):
                 for nbytes in _write_shard(rewrite, shard, out):
                     bar.update(nbytes)
-            except OSError as e:
-                raise StreamError(
-                    f"{out / shard.file}: cannot be written: {e.strerror}. Run the same command "
-                    "again to go on from here."
-                ) from e
-    _write_rest(source, out, rewrite, shards)
-    return total
 
 
 def _write_shard(rewrite: Rewrite, shard: Shard, folder: Path) -> Iterator[int]:
@@ -264,6 +265,18 @@ def _discard(out: Path) -> None:
 
 
 @contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """The file system's errors, as ours."""
+    try:
+        yield
+    except OSError as e:
+        raise StreamError(
+            f"{e.filename or path}: cannot be written: {e.strerror}. Run the same command again to "
+            "go on from here."
+        ) from e
+
+
+@contextmanager
 def _bounded_mlx_cache() -> Iterator[None]:
     before = mx.set_cache_limit(_MLX_CACHE_BYTES)
     try:
@@ -282,7 +295,6 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", required=True, help="the original: model folder or Hugging Face repository"
     )
-    parser.add_argument("--out", type=Path, required=True, help="the new model folder")
     parser.add_argument("-q", "--quantize", action="store_true", help="quantize the weights")
     parser.add_argument(
         "--q-bits", type=int, help="bits per weight (default: the mode's, affine 4)"
@@ -296,11 +308,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         help="of what is not quantized (default: config.json's, or as stored)",
     )
     parser.add_argument("--shard-size", default="5GB", help="of an output file (default: 5GB)")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="discard what another conversion left in --out"
-    )
-    parser.add_argument("--trust-remote-code", action="store_true")
-    parser.add_argument("--no-progress", action="store_false", dest="progress")
+    add_output_arguments(parser, "the new model folder", "another conversion")
     return parser
 
 

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from tqdm import tqdm
-
+from .cli import add_output_arguments, progress_bar
 from .config import StreamConfig, format_size
 from .demo import demo_model
 from .errors import StreamError
 from .locate import locate
+from .output import check_not_written
 from .patching import resolve
 from .store import verify_store, write_store
 
@@ -35,17 +34,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "--model",
         help="model folder or Hugging Face repository. Default: the embedded demonstration model.",
     )
-    parser.add_argument("--out", type=Path, required=True, help="the store's folder")
     parser.add_argument(
         "--verify",
         action="store_true",
         help="re-read a store and compare its checksums; exit status 1 if any differs",
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="discard what another checkpoint left in --out"
-    )
-    parser.add_argument("--trust-remote-code", action="store_true")
-    parser.add_argument("--no-progress", action="store_false", dest="progress")
+    add_output_arguments(parser, "the store's folder", "another checkpoint")
     return parser
 
 
@@ -63,10 +57,11 @@ def _pack(args: argparse.Namespace) -> int:
     if args.model is None:
         print(f"No --model given: packing the demonstration model {demo_model()}", file=sys.stderr)
     folder = resolve(args.model or demo_model())
+    check_not_written(folder, "packing it")
     trust = {"trust_remote_code": args.trust_remote_code}
     layers = locate(folder, StreamConfig(), trust).layers
     total = sum(x.experts * x.expert_bytes for x in layers)
-    with _bar("Packing", args.progress, total) as bar:
+    with progress_bar("Packing", args.progress, total) as bar:
         for nbytes in write_store(layers, args.out, args.overwrite):
             bar.update(nbytes)
     print(f"Packed {format_size(total)} of experts in {len(layers)} layers into {args.out}")
@@ -75,7 +70,7 @@ def _pack(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     experts, damaged = 0, []
-    with _bar("Verifying", args.progress) as bar:
+    with progress_bar("Verifying", args.progress) as bar:
         for nbytes, damage in verify_store(args.out):
             bar.update(nbytes)
             experts += 1
@@ -87,10 +82,6 @@ def _verify(args: argparse.Namespace) -> int:
     if damaged:
         print("Delete the damaged files and pack again: the others are kept.", file=sys.stderr)
     return 1 if damaged else 0
-
-
-def _bar(what: str, progress: bool, total: int | None = None) -> tqdm:
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not progress)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,34 @@ def open_direct(path: Path) -> tuple[int, int]:
     return os.open(path, os.O_RDONLY | flag), 4096
 
 
+def try_lock(path: Path, create: bool = True) -> int | None:
+    """Take the lock that `path` stands for; the system drops it when its process ends or is killed.
+
+    Args:
+        path: a file, of which only the lock matters.
+        create: make it where there is none; else it is not written to either.
+
+    Returns:
+        A descriptor that holds the lock until it is closed; None where somebody else holds it,
+        another descriptor of this process included.
+
+    Raises:
+        OSError: the file cannot be opened, or its file system has no locks.
+    """
+    import fcntl
+
+    fd = os.open(path, os.O_RDWR | os.O_CREAT if create else os.O_RDONLY, 0o666)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
 def read_into(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
     """One scatter read at `offset`; returns the bytes read, which may be fewer than asked for."""
     if hasattr(os, "preadv"):

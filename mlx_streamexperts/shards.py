@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from .bank import byte_view
+from .output import sync_folder
 
 _NAMES = {
     mx.bool_: "BOOL", mx.uint8: "U8", mx.uint16: "U16", mx.uint32: "U32", mx.uint64: "U64",
@@ -148,23 +149,3 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
     while data:
         written = os.pwrite(fd, data[: 1 << 30], offset)
         data, offset = data[written:], offset + written
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Under a temporary name first: the file is whole or not there."""
-    partial = file.with_name(file.name + ".partial")
-    with partial.open("w") as f:
-        json.dump(content, f, indent=4)
-        f.flush()
-        os.fsync(f.fileno())
-    partial.replace(file)
-    sync_folder(file.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` last through a power failure."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

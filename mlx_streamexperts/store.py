@@ -19,7 +19,7 @@ from typing import Any
 from .checkpoint import header_identity, read_json_object
 from .errors import CheckpointError, StreamError
 from .layer import ExpertLayer
-from .shards import sync_folder, write_json
+from .output import exclusive, sync_folder, write_json
 from .slots import ExpertTensor
 from .stream import expert_files
 
@@ -53,12 +53,13 @@ def write_store(
         overwrite: discard another checkpoint's store there.
 
     Raises:
-        StreamError: the disk has no room or cannot be written, or `folder` holds the store of
-            another checkpoint.
+        StreamError: the disk has no room or cannot be written, `folder` holds the store of
+            another checkpoint, or somebody else is writing there.
         CheckpointError: the source ends early or cannot be read.
     """
     try:
-        yield from _write_store(layers, folder, overwrite)
+        with exclusive(folder, "packing"):
+            yield from _write_store(layers, folder, overwrite)
     except OSError as e:
         raise StreamError(
             f"{e.filename or folder}: packing stopped: {e.strerror}; layers that are whole are "
@@ -69,7 +70,6 @@ def write_store(
 def _write_store(layers: Sequence[ExpertLayer], folder: Path, overwrite: bool) -> Iterator[int]:
     source = _source(layers)
     plans = [_describe(number, layer) for number, layer in enumerate(layers)]
-    folder.mkdir(parents=True, exist_ok=True)
     if not overwrite:
         _refuse_foreign(folder, source)
     finished = [None if overwrite else _finished(folder, plan, source) for plan in plans]
