@@ -41,6 +41,7 @@ def fused(weights: Weights) -> Weights:
     out = {}
     for name, array in weights.items():
         new = name.replace("language_model.model", "model.language_model")
+        new = new.replace("language_model.lm_head", "lm_head")
         if match := _TABLE.match(new):
             mlp, part, _ = match.groups()
             if part == "gate_proj":
@@ -124,6 +125,31 @@ def stacked(weights: Weights) -> Weights:
     return weights
 
 
+def seeing(form: Callable[[Weights], Weights]) -> Callable[[Weights], Weights]:
+    """With the vision tower that the published checkpoints have, and Qwen3.5's draft layer.
+
+    Some of its tensors look like a layer's expert tables: numbered as it, with a row an expert.
+    """
+
+    def add(weights: Weights) -> Weights:
+        out = form(weights)
+        experts = next(a.shape[0] for n, a in weights.items() if _TABLE.match(n))
+        prefixes = ["vision_tower.blocks.1."]
+        if not any("linear_attn" in n for n in out):
+            prefixes.append("mm_projector.linear_1.")
+        if any(n.startswith("model.language_model") for n in out):
+            prefixes = ["model.visual.blocks.1.", "model.visual.merger.", "mtp.layers.0."]
+            draft = next(n for n in out if n.endswith("layers.0.mlp.experts.gate_up_proj"))
+            out["mtp.layers.0.mlp.experts.gate_up_proj"] = out[draft] + 1
+        for prefix in prefixes:
+            for name in ("proj.weight", "proj.bias", "experts.gate_up_proj"):
+                shape = (experts,) if name.endswith("bias") else (experts, 64, 32)
+                out[prefix + name] = mx.random.normal(shape, key=mx.random.key(7))
+        return out
+
+    return add
+
+
 def write(
     built: Path, folder: Path, form: Callable[[Weights], Weights], shards: int = 3, **config: object
 ) -> Path:
@@ -134,7 +160,7 @@ def write(
     weights = dict(sorted(form(weights).items()))
     folder.mkdir(parents=True, exist_ok=True)
     settings = {**json.loads((built / "config.json").read_text()), **config}
-    if form is int4:
+    if any(n.endswith("weight_packed") for n in weights):
         packed = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
         settings.setdefault("text_config", settings)["quantization_config"] = packed
     (folder / "config.json").write_text(json.dumps(settings))

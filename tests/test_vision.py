@@ -1,0 +1,68 @@
+"""Vision towers, which the headline models are published with, are neither charged nor loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import families
+import mlx_lm.utils
+import originals
+import pytest
+from conftest import QUIET, all_experts, assert_same, load_streamed
+from mlx_lm.convert import convert as stock_convert
+from test_convert import FORMS, FOUR_BITS, assert_same_model, tensors
+
+from mlx_streamexperts import UnsupportedModelError, plan, stream
+from mlx_streamexperts.checkpoint import read_checkpoint
+from mlx_streamexperts.convert import main
+from mlx_streamexperts.stream import flatten
+
+Build = Callable[..., Path]
+VISION = {"vision_config": {"depth": 2, "hidden_size": 64}}
+
+
+def assert_streams(folder: Path, expected: list, tokens: object) -> None:
+    model = load_streamed(folder, 1 << 40)
+    with stream(model) as expert_stream:
+        expert_stream.resize(all_experts(expert_stream) // 2)
+        expert_stream.reset()
+        assert_same(expected, families.run(model, tokens, 12), folder.name)  # type: ignore[arg-type]
+        assert expert_stream.stats().cache.misses > 0
+        assert not [n for n, _ in flatten(model) if "vis" in n or "mm_" in n or "mtp" in n]
+
+
+@pytest.mark.parametrize("family", ["kimi_k25", "qwen3_5_moe"])
+def test_a_stacked_checkpoint_streams_without_its_vision_tower(
+    family: str, checkpoint: Build, tmp_path: Path
+) -> None:
+    built = checkpoint(family, quantize=families.NATIVE.get(family, families.FOUR_BITS))
+    form = originals.seeing(originals.stacked)
+    folder = originals.write(built, tmp_path / "seeing", form, **VISION)
+    blind = originals.write(built, tmp_path / "blind", originals.stacked, **VISION)
+    seeing, expected = plan(folder, "400MB", config=QUIET), plan(blind, "400MB", config=QUIET)
+    assert replace(seeing, disk=expected.disk) == expected
+    assert seeing.disk == read_checkpoint(folder).nbytes > expected.disk
+    tokens = families.token_stream(families.VOCAB, 24, 0)
+    assert_streams(folder, families.run(mlx_lm.utils.load_model(blind)[0], tokens, 12), tokens)
+
+
+@pytest.mark.parametrize("options", [[], FOUR_BITS], ids=["plain", "4bit"])
+@pytest.mark.parametrize("family", ["kimi_k25", "qwen3_5_moe"])
+def test_an_original_is_converted_as_mlx_lm_does_it(
+    family: str, options: list[str], checkpoint: Build, tmp_path: Path
+) -> None:
+    built, form = checkpoint(family, quantize=None), originals.seeing(FORMS[family])
+    source = originals.write(built, tmp_path / "source", form, **VISION)
+    assert any("vis" in n for n in read_checkpoint(source).tensors)
+    with pytest.raises(UnsupportedModelError, match=r"mlx_streamexperts\.convert"):
+        load_streamed(source, 1 << 40)
+    out, expected = tmp_path / "out", tmp_path / "expected"
+    assert main(["--model", str(source), "--out", str(out), "--no-progress", *options]) == 0
+    stock = {"quantize": True, "q_bits": 4, "q_group_size": 64} if options else {}
+    stock_convert(str(source), str(expected), **stock)
+    assert_same_model(out, expected)
+    assert not [n for n in tensors(out) if "vis" in n or "mm_" in n or "mtp" in n]
+    tokens = families.token_stream(families.VOCAB, 24, 0)
+    assert_streams(out, families.run(mlx_lm.utils.load_model(expected)[0], tokens, 12), tokens)
