@@ -10,6 +10,7 @@ type has two; a suffix marks a variant.
 
 import contextlib
 import copy
+import inspect
 import io
 import json
 import re
@@ -24,7 +25,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchMLP
 from mlx_lm.utils import _get_classes, quantize_model
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj", "fc1", "fc2")
@@ -34,8 +35,8 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj", "fc1", "fc2")
 class Quantize:
     """How ``build`` quantizes a model; everything but ``affine`` has one legal bits/group pair.
 
-    ``per_projection`` maps the last name of an expert projection to what it has instead of the
-    default (``None`` = unquantized); ``global_scale`` is nvfp4's one float per expert.
+    ``per_projection`` maps an expert projection, by last name or whole path, to what it has instead
+    of the default (``None`` = unquantized); ``global_scale`` is nvfp4's one float per expert.
     """
 
     bits: int = 4
@@ -54,6 +55,8 @@ class Quantize:
 
 
 FOUR_BITS = Quantize()
+GLOBAL_SCALE = Quantize(mode="nvfp4", experts_only=True, global_scale=True)
+HAS_GLOBAL_SCALE = "global_scale" in inspect.signature(QuantizedSwitchLinear).parameters
 
 # One size for all, with three different widths (hidden, expert, dense), so that a transposed
 # tensor or a swapped projection cannot pass unseen.
@@ -762,9 +765,9 @@ def _quantize(model: nn.Module, config: dict[str, Any], quantize: Quantize) -> d
         projection = path.rpartition(".")[2]
         if path not in experts:
             return False if quantize.experts_only else family(path, module)
-        if projection not in overrides:
+        if path not in overrides and projection not in overrides:
             return family(path, module)
-        own = overrides[projection]
+        own = overrides.get(path, overrides.get(projection))
         return False if own is None else {**default, **own}
 
     with contextlib.redirect_stdout(io.StringIO()):  # it prints the bits per weight

@@ -153,10 +153,16 @@ def test_other_ways_to_quantize(options: list[str], checkpoint: Build, tmp_path:
     assert_same_model(out, expected)
 
 
-@pytest.mark.parametrize("quantize", [None, families.FOUR_BITS], ids=["plain", "4bit"])
+@pytest.mark.parametrize(
+    "quantize",
+    [None, families.FOUR_BITS, families.GLOBAL_SCALE],
+    ids=["plain", "4bit", "a scale for each expert"],
+)
 def test_a_stacked_checkpoint_is_copied_or_quantized(
     quantize: families.Quantize | None, checkpoint: Build, tmp_path: Path
 ) -> None:
+    if quantize is not None and quantize.global_scale and not families.HAS_GLOBAL_SCALE:
+        pytest.skip("this mlx-lm has none")
     built = checkpoint("qwen3_moe", quantize=quantize, dtype=mx.bfloat16)
     source = originals.write(built, tmp_path / "source", originals.stacked)
     convert(source, tmp_path / "copy")

@@ -20,6 +20,7 @@ from conftest import QUIET, all_experts, assert_same, load_streamed, smallest_ca
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_streamexperts import StreamConfig, demo_model, stream
+from mlx_streamexperts.locate import locate
 
 HEADLINE = (
     "qwen3_moe", "qwen3_5_moe", "kimi_k25", "deepseek_v3", "gpt_oss", "mixtral", "nemotron_h",
@@ -130,6 +131,69 @@ def test_every_mode_and_mixture_of_projections(
     if reason := families.unsupported(family, mx.float32, quantize):
         pytest.skip(f"stock mlx-lm cannot run it on this device: {reason}")
     compare(checkpoint(family, quantize=quantize), steps=12, shares=(0.4,))
+
+
+WIDE = 128  # a group of 128 needs rows of as many
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {**families.FAMILIES["qwen3_moe"], "hidden_size": WIDE}
+    monkeypatch.setitem(families.FAMILIES, "qwen3_moe", config)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_every_bit_width_in_every_group_size(bits: int, wide: None, tmp_path: Path) -> None:
+    groups = {"gate_proj": 32, "up_proj": 64, "down_proj": 128}
+    own = {part: {"bits": bits, "group_size": size} for part, size in groups.items()}
+    folder = families.build("qwen3_moe", tmp_path, quantize=families.Quantize(per_projection=own))
+    stored = locate(folder, QUIET, {}).layers[0].tensors
+    for part, size in groups.items():
+        assert stored[f"{part}.weight"].slot.shape[-1] == WIDE * bits // 32
+        assert stored[f"{part}.scales"].slot.shape[-1] == WIDE // size
+    compare(folder, steps=12, shares=(0.4,))
+
+
+def test_paths_of_one_model_quantized_differently(wide: None, tmp_path: Path) -> None:
+    """As mlx-lm's mixed recipes do: more bits, or none, for one projection of one layer."""
+    first, second = (f"model.layers.{i}.mlp.switch_mlp." for i in (1, 2))
+    own = {
+        first + "down_proj": {"bits": 6, "group_size": 128},
+        first + "gate_proj": {"bits": 4, "group_size": 32, "mode": "mxfp4"},
+        second + "down_proj": {"bits": 8, "group_size": 32, "mode": "mxfp8"},
+        second + "gate_proj": {"bits": 4, "group_size": 16, "mode": "nvfp4"},
+        second + "up_proj": None,
+    }
+    quantize = families.Quantize(bits=3, group_size=32, per_projection=own)
+    folder = families.build("qwen3_moe", tmp_path, quantize=quantize)
+    one, two = locate(folder, QUIET, {}).layers
+    assert one.expert_bytes != two.expert_bytes
+    compare(folder, steps=12, shares=(0.0, 0.4))
+
+
+@pytest.mark.skipif(not families.HAS_GLOBAL_SCALE, reason="this mlx-lm has none")
+def test_nvfp4_with_a_scale_for_each_expert(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if ON_CPU:  # its kernels do not take the scale; which is a factor of each row's result
+        monkeypatch.setattr(mx, "gather_qmm", scaled_afterwards(mx.gather_qmm))
+    folder = checkpoint("qwen3_moe", quantize=families.GLOBAL_SCALE)
+    for layer in locate(folder, QUIET, {}).layers:
+        scale = layer.tensors["up_proj.global_scale"]
+        assert (scale.slot.shape, scale.stored.row_bytes) == ((), 4)
+    compare(folder, steps=30, shares=(0.0, 0.5, 1.0))
+
+
+def scaled_afterwards(stock: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    def gather_qmm(
+        *args: mx.array, rhs_indices: mx.array, global_scale: mx.array | None, **options: object
+    ) -> mx.array:
+        y = stock(*args, rhs_indices=rhs_indices, **options)  # [..., 1, D]
+        if global_scale is None:
+            return y
+        return y * global_scale[rhs_indices][..., None, None].astype(y.dtype)
+
+    return gather_qmm
 
 
 @pytest.mark.parametrize("option", ["overlap", "policy", "in_place", "bypass_page_cache"])

@@ -32,7 +32,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, Switch
 from mlx_lm.utils import load_model
 
 ALL = {**METAL_FAMILIES, **FAMILIES}
-GLOBAL_SCALE = Quantize(mode="nvfp4", global_scale=True)
+GLOBAL_SCALE = Quantize(mode="nvfp4", global_scale=True)  # everywhere, not only in experts
 
 
 # What is tested here is mlx-lm itself; the package's own tests run on older ones too.

@@ -122,8 +122,22 @@ def test_experts_longer_than_a_read_are_shared_out(bypass: str, packed: tuple[Pa
         assert stats.read.reads >= stats.cache.misses * layer.expert_bytes // 3000
 
 
-def test_blocks_start_at_pages_and_hold_the_parts_in_order(packed: tuple[Path, Path]) -> None:
-    folder, out = packed
+@pytest.mark.parametrize(
+    "quantize",
+    [
+        families.FOUR_BITS,
+        families.GLOBAL_SCALE,
+        families.Quantize(per_projection={"up_proj": None}),
+    ],
+    ids=["affine", "a scale for each expert", "part unquantized"],
+)
+def test_blocks_start_at_pages_and_hold_the_parts_in_order(
+    quantize: families.Quantize, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    if quantize.global_scale and not families.HAS_GLOBAL_SCALE:
+        pytest.skip("this mlx-lm has none")
+    folder = checkpoint("qwen3_moe", quantize=quantize)
+    out = pack_into(folder, tmp_path / "store")
     layers = layers_of(folder)
     raw = {f: Path(f).read_bytes() for f in expert_files(layers)}
     for number, layer in enumerate(layers):
