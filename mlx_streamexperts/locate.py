@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -140,7 +141,36 @@ def load_remembering(
     except StreamError:
         raise
     except (ValueError, KeyError, TypeError) as e:
-        raise CheckpointError(f"{folder}: mlx-lm cannot load this checkpoint: {e}") from e
+        raise _not_loaded(folder, e) from e
+
+
+def _not_loaded(folder: Path, error: Exception) -> StreamError:
+    """Why mlx-lm cannot load a checkpoint; foreign quantization is named."""
+    method = _quantized_by(folder)
+    # AutoAWQ and GPTQ store `qweight`, which mlx-lm rewrites too late for experts to be joined.
+    if alien := [n for n in read_checkpoint(folder).tensors if re.search(r"\.experts\..*\.qw", n)]:
+        found = f"its experts are quantized with {method or 'AWQ or GPTQ'} (tensor {alien[0]})"
+    elif method and "not in model" in str(error):
+        found = f"it is quantized with {method}, which mlx-lm does not read for this kind of model"
+    else:
+        lines = str(error).splitlines()  # one for each of thousands of tensors, perhaps
+        rest = f" (and {len(lines) - 4} more)" if len(lines) > 4 else ""
+        reason = " ".join(lines[:4]) + rest
+        return CheckpointError(f"{folder}: mlx-lm cannot load this checkpoint: {reason}")
+    return UnsupportedModelError(
+        f"{folder}: {found}. mlx-lm cannot load such a checkpoint, so that it can be neither "
+        "streamed nor converted. Use an MLX conversion (mlx-community), or convert what it was "
+        "quantized from: python -m mlx_streamexperts.convert -q --model <original> --out <folder>"
+    )
+
+
+def _quantized_by(folder: Path) -> str | None:
+    """The method that config.json names for a quantization that is not MLX's."""
+    config = mlx_lm.utils.load_config(folder)
+    for place in (config, config.get("text_config") or {}):
+        if isinstance(found := place.get("quantization_config"), dict):
+            return found.get("quant_method")
+    return None
 
 
 _stack_lock = threading.Lock()

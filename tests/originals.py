@@ -97,6 +97,32 @@ def int4(weights: Weights) -> Weights:
     return out
 
 
+def awq(weights: Weights) -> Weights:
+    """AutoAWQ: transposed codes, eight to an int32, in groups of 64."""
+    out = {}
+    for name, array in single(weights).items():
+        path = name.removesuffix(".weight")
+        if path.endswith("_proj"):
+            rows, columns = array.shape
+            key = mx.random.key(rows)
+            for kind, length in (("qweight", columns), ("qzeros", columns // 64)):
+                codes = mx.random.randint(0, 1 << 30, (length, rows // 8), key=key)
+                out[f"{path}.{kind}"] = codes.astype(mx.int32)
+            out[f"{path}.scales"] = mx.ones((columns // 64, rows), mx.float16)
+        else:
+            out[name] = array
+    return out
+
+
+def gptq(weights: Weights) -> Weights:
+    """GPTQ: as AWQ, with the group of every column."""
+    out = awq(weights)
+    for name, array in awq(weights).items():
+        if name.endswith(".qweight"):
+            out[name.replace("qweight", "g_idx")] = mx.arange(array.shape[0]) // 64
+    return out
+
+
 def gpt_oss(weights: Weights) -> Weights:
     """gpt-oss: mxfp4 blocks, gate and up interleaved row by row."""
     out = {}

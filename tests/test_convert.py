@@ -194,6 +194,41 @@ def test_streaming_an_original_says_how_to_convert_it(checkpoint: Build, tmp_pat
         load_streamed(source, 1 << 30)
 
 
+@pytest.mark.parametrize(
+    ("form", "method"), [(originals.awq, "awq"), (originals.gptq, "gptq"), (originals.fp8, "fp8")]
+)
+def test_a_quantization_that_mlx_lm_cannot_load_is_refused_by_name(
+    form: Callable[[originals.Weights], originals.Weights],
+    method: str,
+    checkpoint: Build,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    built = checkpoint("qwen3_moe", quantize=None, dtype=mx.float16)
+    settings = {"quant_method": method, "bits": 4, "group_size": 64}
+    source = originals.write(built, tmp_path / "source", form, quantization_config=settings)
+    with pytest.raises((ValueError, KeyError)):
+        mlx_lm.utils.load_model(source)
+    with pytest.raises(UnsupportedModelError, match=f"quantized with {method}.*mlx-community"):
+        load_streamed(source, 1 << 30)
+    assert main(["--model", str(source), "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and f"quantized with {method}" in error and len(error) < 600
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_of_mlx_lm_does_not_list_every_tensor(checkpoint: Build, tmp_path: Path) -> None:
+    source = original(checkpoint, "qwen3_moe", tmp_path / "source")
+
+    def rename(weights: originals.Weights) -> None:
+        for name in [n for n in weights if "q_proj" in n or "k_proj" in n or ".input_" in n]:
+            weights[name + "_other"] = weights.pop(name)
+
+    originals.edit(source, rename)
+    with pytest.raises(CheckpointError, match=r"Received 9 .*\(and 6 more\)$"):
+        convert(source, tmp_path / "out")
+
+
 class Interruption(BaseException):
     pass
 
