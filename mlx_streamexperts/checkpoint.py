@@ -81,6 +81,11 @@ class ExpertTable:
         return cls(entry.dtype, row, (str(entry.file),) * experts, offsets, (entry.name,) * experts)
 
     @classmethod
+    def nowhere(cls, nbytes: int, experts: int) -> ExpertTable:
+        """A table that is yet to be written, for planning: it has a size and no place."""
+        return cls("", nbytes // max(1, experts), (), (0,) * experts, ())
+
+    @classmethod
     def separate(cls, entries: Sequence[TensorEntry]) -> ExpertTable:
         """One tensor an expert, as original checkpoints have them.
 

@@ -83,7 +83,8 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
     if unknown := [m for m in wanted if m not in NAMED_MACHINES]:
         raise StreamError(f"unknown machine {unknown[0]!r}: choose of {', '.join(NAMED_MACHINES)}")
     with headers_only(name) as (folder, downloaded):
-        located = locate(folder, config, {"trust_remote_code": args.trust_remote_code})
+        trust = {"trust_remote_code": args.trust_remote_code}
+        located = locate(folder, config, trust, as_converted=True)
         if wanted:
             results = [_named(located, config, NAMED_MACHINES[m], args) for m in wanted]
             return {"model": name, "machines": results}
@@ -130,7 +131,9 @@ def _result(plan: Plan, machine: Machine, args: argparse.Namespace) -> dict[str,
 def _this_machine(located: Located, downloaded: bool) -> tuple[Machine, dict[str, Any]]:
     """Measure what decides the speed here; the drive only where the weights are on it."""
     expert_bytes = max(x.expert_bytes for x in located.layers)
-    files = [(f, Path(f).stat().st_size) for f in expert_files(located.layers)]
+    # Experts that are yet to be converted lie in no file: any shard then stands for the drive.
+    names = expert_files(located.layers) or [str(f) for f in located.shards]
+    files = [(f, Path(f).stat().st_size) for f in names]
     # A miss reads every part by itself, unless they lie side by side.
     read_bytes = max(4096, expert_bytes // len(located.layers[0].tensors))
     direct = downloaded and direct_works(Path(files[0][0]))
@@ -191,6 +194,7 @@ def _result_lines(result: dict[str, Any]) -> list[str]:
         f"  smallest memory that works: {format_size(plan['minimum'])}; disk needed: "
         f"{format_size(plan['disk'])}; cold bytes per token: "
         f"{format_size(plan['cold_bytes_per_token'])}",
+        *_conversion(plan),
         f"  expected hit rate: {_range(p['hit_rate'], '.0%')} ({result['hit_rate_from']})",
         f"  predicted decode: {_range(p['tokens_per_s'], '.3g')} tokens/s; first token of "
         f"{p['prompt_tokens']} after {_range(p['first_token'], '.3g')} s",
@@ -205,6 +209,15 @@ def _result_lines(result: dict[str, Any]) -> list[str]:
             f"({r['note']}); the prediction above is {off:.2f} times that"
         )
     return lines
+
+
+def _conversion(plan: dict[str, Any]) -> list[str]:
+    if not plan["conversion"]:
+        return []
+    return [
+        "  has to be converted first (python -m mlx_streamexperts.convert), which takes "
+        f"{format_size(plan['conversion'])} of disk beside the original; all here is for the result"
+    ]
 
 
 def _range(value: dict[str, float], form: str) -> str:

@@ -55,6 +55,7 @@ class Located:
         layers: the expert layers, in model order.
         sizes: bytes of the model's parts.
         item_bytes: bytes of one activation.
+        shards: the checkpoint's files.
     """
 
     model: nn.Module
@@ -62,6 +63,7 @@ class Located:
     layers: list[ExpertLayer]
     sizes: Sizes
     item_bytes: int
+    shards: list[Path]
 
     def plan(self, config: StreamConfig) -> Plan:
         """Divide the budget that `config` states.
@@ -73,13 +75,17 @@ class Located:
         return divide(self.sizes, needs, self.item_bytes, self.model_config, config)
 
 
-def locate(folder: Path, config: StreamConfig, arguments: dict[str, Any]) -> Located:
+def locate(
+    folder: Path, config: StreamConfig, arguments: dict[str, Any], as_converted: bool = False
+) -> Located:
     """Check the checkpoint, build the model without evaluating it, and find its experts.
 
     Args:
         folder: the model folder.
         config: where a packed store is, if one is to be read.
         arguments: of mlx-lm's `load_model`.
+        as_converted: for planning: experts that mlx-lm computes while loading are nowhere, and have
+            the size that a conversion gives them.
 
     Raises:
         CheckpointError: the files are damaged or incomplete.
@@ -89,20 +95,23 @@ def locate(folder: Path, config: StreamConfig, arguments: dict[str, Any]) -> Loc
         raise CheckpointError(f"{folder / 'config.json'} is missing: not a model folder")
     checkpoint = read_checkpoint(folder)
     model, model_config, seen = load_remembering(folder, arguments)
-    layers = _find_layers(model, checkpoint, seen)
+    layers = _find_layers(model, checkpoint, seen, as_converted and config.store is None)
     if not layers:
         raise UnsupportedModelError(nothing_found(folder, model, model_config))
     if config.store is not None:
         use_store(layers, Path(config.store), config.verify_reads)
     expert_bytes = sum(x.experts * x.expert_bytes for x in layers)
     parameters = [array for _, array in flatten(model)]
+    unwritten = any(not t.stored.files for x in layers for t in x.tensors.values())
     sizes = Sizes(
         trunk=sum(a.nbytes for a in parameters) - expert_bytes,
         looked_up=_embedding_bytes(model, model_config),
         disk=checkpoint.nbytes,
+        conversion=sum(a.nbytes for a in parameters) if unwritten else 0,
     )
     item_bytes = max(a.dtype.size for a in parameters if mx.issubdtype(a.dtype, mx.floating))
-    return Located(model, model_config, layers, sizes, item_bytes)
+    shards = sorted({t.file for t in checkpoint.tensors.values()})
+    return Located(model, model_config, layers, sizes, item_bytes, shards)
 
 
 @dataclass
@@ -234,7 +243,9 @@ def _custom_classes(
     return {**overrides, "model_file": None}, (module.Model, module.ModelArgs)
 
 
-def _find_layers(model: nn.Module, checkpoint: Checkpoint, seen: Seen) -> list[ExpertLayer]:
+def _find_layers(
+    model: nn.Module, checkpoint: Checkpoint, seen: Seen, as_converted: bool
+) -> list[ExpertLayer]:
     """Every expert module of the model with its tables' places on disk, in model order."""
     entries = {id(array): checkpoint.tensors[name] for name, array in seen.as_stored.items()}
     layers = []
@@ -255,6 +266,8 @@ def _find_layers(model: nn.Module, checkpoint: Checkpoint, seen: Seen) -> list[E
                     stored = ExpertTable.separate([entries[id(p)] for p in parts])
                     entry, count = entries[id(parts[0])], len(parts)
                     _check_table(where, table, entry, (count, *entry.shape), count * entry.nbytes)
+                elif as_converted:
+                    stored = ExpertTable.nowhere(table.nbytes, table.shape[0])
                 else:
                     raise UnsupportedModelError(_rewritten(where, seen.as_stored, checkpoint))
                 slot = SlotTensor(projection, attribute, tuple(table.shape[1:]), table.dtype)

@@ -77,13 +77,15 @@ def plan(
 ) -> Plan:
     """What `load` would come to, from headers alone: no weight is read, nothing allocated.
 
-    Of a Hub repository only the headers are fetched.
+    Of a Hub repository only the headers are fetched. An original checkpoint that has to be
+    converted first is planned as it will be then; `conversion` of the plan says so.
 
     Raises: as `load`.
     """
     with headers_only(str(path_or_hf_repo)) as (folder, _):
         merged = _merged(memory, cache, config)
-        return locate(folder, merged, {"trust_remote_code": trust_remote_code}).plan(merged)
+        trust = {"trust_remote_code": trust_remote_code}
+        return locate(folder, merged, trust, as_converted=True).plan(merged)
 
 
 def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:

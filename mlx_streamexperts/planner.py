@@ -55,6 +55,8 @@ class Plan:
         active_bytes_per_token: weights that computing one token reads.
         cold_bytes_per_token: what one token reads from the drive if no expert is resident.
         minimum: the smallest `memory` that works with these options.
+        conversion: disk that `convert` takes beside the checkpoint before the model can be
+            streamed; 0 where it streams as it is.
         model_type: the checkpoint's.
         resident_share: part of all expert bytes that fits into the cache.
     """
@@ -75,6 +77,7 @@ class Plan:
     cold_bytes_per_token: int
     minimum: int
     model_type: str
+    conversion: int = 0
 
     @property
     def resident_share(self) -> float:
@@ -98,11 +101,13 @@ class Sizes:
         trunk: weights that stay resident.
         looked_up: the part of the trunk of which a token uses one row (an input embedding).
         disk: the checkpoint's tensors, used or not.
+        conversion: what `convert` has to write before the model streams; 0 where it need not.
     """
 
     trunk: int
     looked_up: int
     disk: int
+    conversion: int = 0
 
 
 def divide(
@@ -186,6 +191,7 @@ def divide(
         cold_bytes_per_token=cold,
         minimum=least,
         model_type=str(model_config.get("model_type", "")),
+        conversion=sizes.conversion,
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import originals
 import pytest
 from conftest import QUIET
 
@@ -127,6 +128,24 @@ def test_named_machines_need_no_measurement(
     assert "measured" not in out
     assert doctor.main(["--model", folder, "--machine", "Cray"]) == 1
     assert "unknown machine 'Cray'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("machine", [["--machine", "all"], []], ids=["named", "this"])
+def test_an_original_is_judged_as_it_will_be_converted(
+    machine: list[str],
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    built = checkpoint("qwen3_5_moe", quantize=None)
+    source = originals.write(built, tmp_path / "source", originals.fused)
+    command = ["--model", str(source), "--memory", "400MB", *machine]
+    assert doctor.main(command) == 0
+    text = capsys.readouterr().out
+    assert "has to be converted first" in text and "tokens/s" in text
+    store = ["--store", str(tmp_path / "store")]  # made of what streams: this does not
+    assert doctor.main([*command, *store]) == 1
+    assert "mlx_streamexperts.convert" in capsys.readouterr().err
 
 
 def test_the_smallest_memory_is_told_and_works(

@@ -58,8 +58,13 @@ def test_an_original_is_converted_as_mlx_lm_does_it(
     assert any("vis" in n for n in read_checkpoint(source).tensors)
     with pytest.raises(UnsupportedModelError, match=r"mlx_streamexperts\.convert"):
         load_streamed(source, 1 << 40)
+    planned = plan(source, "400MB", config=QUIET)
     out, expected = tmp_path / "out", tmp_path / "expected"
     assert main(["--model", str(source), "--out", str(out), "--no-progress", *options]) == 0
+    if not options:
+        converted = plan(out, "400MB", config=QUIET)
+        assert (planned.conversion, converted.conversion) == (converted.disk, 0)
+        assert replace(planned, disk=converted.disk, conversion=0) == converted
     stock = {"quantize": True, "q_bits": 4, "q_group_size": 64} if options else {}
     stock_convert(str(source), str(expected), **stock)
     assert_same_model(out, expected)
