@@ -4,8 +4,8 @@ python -m mlx_streamexperts.convert --model ./original --out ./converted
 python -m mlx_streamexperts.convert --model ./original --out ./converted -q --q-bits 4
 
 For original Hugging Face checkpoints: experts stored one by one, fused (gate_up_proj), packed int4
-or FP8. The result is what mlx_lm.convert makes, bit for bit, in the memory of a few experts and the
-largest other tensor. An interrupted run goes on after the last whole shard.
+or FP8. The result is what mlx_lm.convert makes, bit for bit, in the memory of a few experts. An
+interrupted run goes on after the last whole shard.
 """
 
 from __future__ import annotations

@@ -33,6 +33,11 @@ from .stream import flatten
 
 # Work at a time: enough to keep a drive busy, little beside one expert table.
 _STEP_BYTES = 4 << 20
+# Longer modules outside the experts go a few rows at a time too: Kimi K2.5's embedding has 2.35 GB.
+_LONG_BYTES = 16 << 20
+_BY_ROWS = (nn.Linear, nn.Embedding, nn.QuantizedLinear, nn.QuantizedEmbedding)
+
+_QUANTIZED = (QuantizedSwitchLinear, nn.QuantizedLinear, nn.QuantizedEmbedding)
 
 # One table's origin: stored as it is used, one array an expert, or None: rewritten from tables.
 Origin = TensorEntry | list[mx.array | None] | None
@@ -54,9 +59,11 @@ class Options:
 class Projection:
     """One projection of an expert layer, and how its rows come about.
 
+    Or a long matrix outside the experts, which is stored as mlx-lm holds it: its rows are as good.
+
     Attributes:
         path: its module path.
-        switch: the module path of the expert layer.
+        switch: the module path of the expert layer; its own where it belongs to none.
         experts: how many rows.
         origins: where each table comes from, by attribute.
         loaded: element type and shape of one expert's part as mlx-lm holds it after loading.
@@ -111,11 +118,13 @@ class Rewrite:
     def __init__(self, checkpoint: Checkpoint, options: Options, arguments: dict[str, Any]) -> None:
         self._folder = checkpoint.folder
         model, config, seen = load_remembering(checkpoint.folder, arguments)
-        self._projections = _find_projections(model, checkpoint, seen)
+        entries = {id(array): checkpoint.tensors[name] for name, array in seen.as_stored.items()}
+        self._projections = _find_projections(model, entries, seen)
         if not self._projections:
             raise UnsupportedModelError(nothing_found(checkpoint.folder, model, config))
+        self._projections.update(_find_long(model, entries))
         self._fused = FusedTables(checkpoint, seen.skeleton)
-        del seen
+        del seen, entries
         _cast(model, config, options.dtype)
         modules = dict(model.named_modules())
         for path, projection in self._projections.items():
@@ -143,12 +152,12 @@ class Rewrite:
         return array
 
     def switch_of(self, piece: Piece) -> str | None:
-        """The expert layer that a piece belongs to."""
+        """The expert layer that a piece belongs to, or the long matrix that it is."""
         projection = self._projections.get(piece.name)
         return None if projection is None else projection.switch
 
     def steps(self, pieces: Sequence[Piece]) -> list[tuple[int, int]]:
-        """Ranges of experts of one layer that `rows` should be asked for."""
+        """Ranges of experts of one layer, or rows of a matrix, that `rows` should be asked for."""
         mine = [self._projections[p.name] for p in pieces]
         size = max(1, _STEP_BYTES // max(1, sum(p.row_bytes for p in mine)))
         experts = mine[0].experts
@@ -182,7 +191,7 @@ class Rewrite:
         del fused, loaded
         _evaluate(
             list(result.values()),
-            f"{self._folder}: experts {first} to {end - 1} of {mine[0].switch}",
+            f"{self._folder}: rows {first} to {end - 1} of {mine[0].switch}",
         )
         return result
 
@@ -212,10 +221,9 @@ class Rewrite:
 
 
 def _find_projections(
-    model: nn.Module, checkpoint: Checkpoint, seen: Seen
+    model: nn.Module, entries: dict[int, TensorEntry], seen: Seen
 ) -> dict[str, Projection]:
     """Every projection of every expert layer, with the origin of its tables."""
-    entries = {id(array): checkpoint.tensors[name] for name, array in seen.as_stored.items()}
     found = {}
     for path, switch in model.named_modules():
         if not isinstance(switch, SWITCHES):
@@ -231,15 +239,32 @@ def _find_projections(
             counts = {a: table.shape[0] for a, table in tables.items()}
             if len(set(counts.values())) != 1:
                 raise CheckpointError(f"{path}.{part}: its tables differ in experts: {counts}")
-            found[f"{path}.{part}"] = Projection(
-                f"{path}.{part}",
-                path,
-                next(iter(counts.values())),
-                origins,
-                {a: (table.dtype, tuple(table.shape[1:])) for a, table in tables.items()},
-                {},
-            )
+            found[f"{path}.{part}"] = _projection(f"{path}.{part}", path, tables, origins)
     return found
+
+
+def _find_long(model: nn.Module, entries: dict[int, TensorEntry]) -> dict[str, Projection]:
+    """Long matrices outside the experts that are stored as mlx-lm holds them."""
+    found = {}
+    for path, module in model.named_modules():
+        if type(module) not in _BY_ROWS:  # what a class made of these does is its own affair
+            continue
+        tables = dict(flatten(module))
+        origins: dict[str, Origin] = {a: entries.get(id(t)) for a, t in tables.items()}
+        if (
+            sum(t.nbytes for t in tables.values()) > _LONG_BYTES
+            and None not in origins.values()
+            and len({t.shape[0] for t in tables.values()}) == 1
+        ):
+            found[path] = _projection(path, path, tables, origins)
+    return found
+
+
+def _projection(
+    path: str, switch: str, tables: dict[str, mx.array], origins: dict[str, Origin]
+) -> Projection:
+    loaded = {a: (table.dtype, tuple(table.shape[1:])) for a, table in tables.items()}
+    return Projection(path, switch, len(next(iter(tables.values()))), origins, loaded, {})
 
 
 def _cast(model: nn.Module, config: dict[str, Any], dtype: str | None) -> None:
@@ -279,7 +304,7 @@ def _quantize(
 
 def _note_quantization(projection: Projection, final: nn.Module) -> None:
     """How mlx-lm has just quantized a projection, read off the module that came of it."""
-    if "scales" in projection.loaded or not isinstance(final, QuantizedSwitchLinear):
+    if "scales" in projection.loaded or not isinstance(final, _QUANTIZED):
         return
     projection.quantize = {
         "group_size": final.group_size,

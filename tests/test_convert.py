@@ -48,7 +48,11 @@ FOUR_BITS = ["--quantize", "--q-bits", "4", "--q-group-size", "64"]
 
 @pytest.fixture(autouse=True)
 def three_experts_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiny tables would be done in one step: three of them a step, which divides no table."""
+    """Tiny tables would be done in one step: three of them a step, which divides no table.
+
+    And tiny embeddings whole: here they go a few rows at a time, as long ones do.
+    """
+    monkeypatch.setattr(rewrite, "_LONG_BYTES", families.VOCAB * families.HIDDEN // 2)
     monkeypatch.setattr(rewrite, "_STEP_BYTES", 3 * 3 * families.HIDDEN * families.EXPERT * 2)
 
 
@@ -426,9 +430,13 @@ print("peak", mx.get_peak_memory())
 def test_memory_is_flat(
     family: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A layer's experts are 100 MB; neither they nor the layers before them stay in memory."""
+    """A layer's experts are 100 MB; neither they nor the layers before them stay in memory.
+
+    Nor is the embedding of 26 MB ever there whole.
+    """
     config = json.loads(json.dumps(families.FAMILIES[family]))
     size = {"hidden_size": 256, "moe_intermediate_size": 512, "num_experts": 128}
+    size["vocab_size"] = 50_000
     config.get("text_config", config).update(size, num_hidden_layers=2, mlp_only_layers=[])
     monkeypatch.setitem(families.FAMILIES, family, config)
     built = families.build(family, tmp_path / "built", dtype=mx.bfloat16, quantize=None)
