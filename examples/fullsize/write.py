@@ -126,9 +126,10 @@ def write(
     if trunk and shutil.disk_usage(folder).free < needed + (1 << 30):
         raise StreamError(f"{folder}: the trunk takes {needed:,} bytes, which are not free there")
 
-    files = _open_files(folder, tensors, places, headers)
     mx.random.seed(seed)
+    files: dict[str, int] = {}
     try:
+        _open_files(files, folder, tensors, places, headers)
         if trunk:
             with tqdm(total=needed, unit="B", unit_scale=True, desc="Writing the trunk") as bar:
                 for tensor, first, data in _trunk(model, experts):
@@ -138,8 +139,8 @@ def write(
         for fd in files.values():
             os.fsync(fd)
     except BaseException:
-        for file in files:
-            (folder / f"{file}.partial").unlink()
+        for partial in folder.glob("model*.safetensors.partial"):  # a killed run's too
+            partial.unlink()
         raise
     finally:
         for fd in files.values():
@@ -264,10 +265,13 @@ class _Shard:
 
 
 def _open_files(
-    folder: Path, tensors: dict[str, mx.array], places: dict[str, Place], headers: dict[str, int]
-) -> dict[str, int]:
-    """Create every file at its full size with its header; returns descriptors by name."""
-    files = {}
+    files: dict[str, int],
+    folder: Path,
+    tensors: dict[str, mx.array],
+    places: dict[str, Place],
+    headers: dict[str, int],
+) -> None:
+    """Create every file at its full size with its header; puts descriptors by name into `files`."""
     for file, start in headers.items():
         inside = [n for n, p in places.items() if p.file == file]
         inside.sort(key=lambda n: places[n].offset)
@@ -279,7 +283,6 @@ def _open_files(
         # The format allows blanks at a header's end.
         os.pwrite(fd, (start - 8).to_bytes(8, "little") + text.ljust(start - 8), 0)
         os.truncate(fd, max(places[n].offset + tensors[n].nbytes for n in inside))
-    return files
 
 
 # --- contents --------------------------------------------------------------
