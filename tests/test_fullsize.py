@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -10,13 +12,16 @@ from pathlib import Path
 import pytest
 from conftest import QUIET
 
-from mlx_streamexperts import CheckpointError, load, plan, stream
+from mlx_streamexperts import CheckpointError, load, plan, shards, stream
 from mlx_streamexperts.checkpoint import read_checkpoint
+from mlx_streamexperts.rewrite import Options
 from mlx_streamexperts.stream import expert_files
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "fullsize"))
 import check
+import check_convert
 import write
+import write_original
 
 
 @pytest.fixture(scope="module", params=write.MODELS)
@@ -97,6 +102,84 @@ def test_filled_experts_arrive_and_compute(name: str, tmp_path: Path) -> None:
         assert check.check_experts(expert_stream, tmp_path / name) == 4
         shards = expert_files(expert_stream.layers)
         assert len(os.listdir("/dev/fd")) - before <= len(shards) + 5
+
+
+@pytest.mark.parametrize("failing", ["open", "truncate", "fsync"])
+def test_nothing_is_left_of_files_that_cannot_be_made(
+    failing: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Whether the second file fails to open, to grow, or to reach the disk."""
+    folder = tmp_path / "qwen"
+    arguments = ["qwen3.5-397b", str(folder), "--trunk", "holes", "--layers", "4"]
+    before, stock, calls = len(os.listdir("/dev/fd")), getattr(os, failing), []
+
+    def second_fails(path: int | Path, *rest: int) -> int | None:
+        if failing != "open" or str(path).endswith(".partial"):
+            calls.append(path)
+            if len(calls) == 2:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return stock(path, *rest)
+
+    with monkeypatch.context() as m:
+        m.setattr(write.os, failing, second_fails)
+        assert write.main(arguments) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert not list(folder.iterdir())
+    assert len(os.listdir("/dev/fd")) == before
+    assert write.main(arguments) == 0
+
+
+SMALL = {
+    "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 128,
+    "n_routed_experts": 8, "num_experts": 8, "num_attention_heads": 4, "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("quantize", [False, True], ids=["plain", "4bit"])
+@pytest.mark.parametrize("form", write_original.FORMS)
+def test_filled_experts_of_every_original_form_arrive_in_the_conversion(
+    form: str, quantize: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "write_at", shards.write_at)  # examine puts its own there
+    source = tmp_path / "source"
+    write_original.write(form, source, layers=3, changes=SMALL)
+    r = check_convert.examine(source, tmp_path / "out", Options(quantize=quantize))
+    assert r["experts_checked"] == 4
+    made = read_checkpoint(tmp_path / "out").tensors
+    entry = next(t for n, t in made.items() if "switch_mlp.up_proj" in n)
+    with entry.file.open("r+b") as f:
+        f.seek(entry.offset)
+        f.write(b"\xaa\xaa")
+    with pytest.raises(CheckpointError, match="not what the original holds"):
+        check_convert.check_experts(source, tmp_path / "out")
+
+
+def test_tables_of_more_than_2_31_elements_are_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4.4 GB that take no disk: the last expert's bytes come from and go to beyond 4 GiB."""
+    monkeypatch.setattr(shards, "write_at", shards.write_at)
+    size = {**SMALL, "hidden_size": 4096, "moe_intermediate_size": 528, "num_experts": 512}
+    source, out = tmp_path / "source", tmp_path / "out"
+    write_original.write("qwen3.5-397b-bf16", source, layers=1, changes=size)
+    tables = read_checkpoint(source).tensors.values()
+    assert max(math.prod(t.shape) for t in tables if "mtp" not in t.name) > 2**31
+    r = check_convert.examine(source, out, Options())
+    assert r["experts_checked"] == 2
+    assert r["disk_bytes"] < 200e6
+    assert min(t.nbytes for n, t in read_checkpoint(out).tensors.items() if "switch" in n) > 2**31
+
+
+def test_an_original_of_800_gb_is_planned_from_its_headers(tmp_path: Path) -> None:
+    write_original.write("qwen3.5-397b-bf16", tmp_path)
+    p = plan(tmp_path, memory="96GB", config=QUIET)
+    assert p.experts == pytest.approx(773e9, rel=0.01)
+    assert p.conversion == p.trunk + p.experts < p.disk
+    assert min(p.slots) >= p.top_k
 
 
 def test_no_room_for_the_trunk_is_said_before_anything_is_written(
