@@ -19,7 +19,6 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,31 +26,19 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
 import numpy as np
+from layout import HERE, Place, describe, header_text, layer_of, require, shard_layout
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from tqdm import tqdm
 
 from mlx_streamexperts import StreamError, demo_model
 
-HERE = Path(__file__).parent
 MODELS = ("kimi-k2.5", "qwen3.5-397b")
 KIMI_PARAMETERS = 1_026_408_232_448  # as mlx_lm.utils.get_total_parameters counts
 KIMI_SHARDS = 91
-_KIMI_SHARD_GIB = 7  # what makes mlx-lm's make_shards give 91; its default of 5 gives 180
 
-_DTYPES = {mx.uint32: "U32", mx.bfloat16: "BF16", mx.float32: "F32", mx.uint8: "U8"}
 _UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 _CHUNK_ITEMS = 32 << 20  # random numbers made at a time: 128 MB
-_FREE_HEADER = 65_536  # header length of shards whose first expert tensor leaves more room
-_LARGEST_SHARD = 6 << 30
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor's bytes are."""
-
-    file: str
-    offset: int
 
 
 def build(name: str, layers: int | None = None) -> tuple[nn.Module, dict[str, Any]]:
@@ -83,21 +70,8 @@ def build(name: str, layers: int | None = None) -> tuple[nn.Module, dict[str, An
     model, config = mlx_lm.utils.quantize_model(model, config, **quantization)
     if name == "kimi-k2.5" and layers is None:
         count = mlx_lm.utils.get_total_parameters(model)
-        _require(count == KIMI_PARAMETERS, f"{count:,} parameters, not {KIMI_PARAMETERS:,}")
+        require(count == KIMI_PARAMETERS, f"{count:,} parameters, not {KIMI_PARAMETERS:,}")
     return model, config
-
-
-def _require(condition: bool, otherwise: str) -> None:
-    """What must hold of a stand-in that is true to its model, also under `python -O`."""
-    if not condition:
-        raise StreamError(otherwise)
-
-
-def shard_layout(
-    name: str, tensors: dict[str, mx.array]
-) -> tuple[dict[str, Place], dict[str, int]]:
-    """The place of every tensor, and the length of every file's header (with its first 8 bytes)."""
-    return _published(tensors) if name == "qwen3.5-397b" else _sequential(tensors)
 
 
 def write(
@@ -155,115 +129,6 @@ def write(
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")  # last: complete
 
 
-# --- layout ----------------------------------------------------------------
-
-
-def _describe(name: str, array: mx.array, begin: int) -> str:
-    """A tensor's entry in a header, as MLX writes it."""
-    span = [begin, begin + array.nbytes]
-    entry = {"dtype": _DTYPES[array.dtype], "shape": list(array.shape), "data_offsets": span}
-    return f"{json.dumps(name)}:{json.dumps(entry, separators=(',', ':'))}"
-
-
-def _header(entries: list[str]) -> str:
-    return '{"__metadata__":{"format":"mlx"},' + ",".join(entries) + "}"
-
-
-def _sequential(tensors: dict[str, mx.array]) -> tuple[dict[str, Place], dict[str, int]]:
-    """Tensor after tensor, in shards filled in model order as mlx-lm's converter fills them."""
-    shards = mlx_lm.utils.make_shards(tensors, _KIMI_SHARD_GIB)
-    places, headers = {}, {}
-    for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        # Offsets do not depend on the header, so its length can be found first.
-        begin, entries = 0, []
-        for name, array in shard.items():
-            entries.append(_describe(name, array, begin))
-            begin += array.nbytes
-        start = headers[file] = 8 + -(-len(_header(entries)) // 8) * 8
-        for name, array in shard.items():
-            places[name] = Place(file, start)
-            start += array.nbytes
-    return places, headers
-
-
-def _published(tensors: dict[str, mx.array]) -> tuple[dict[str, Place], dict[str, int]]:
-    """Expert tensors where the published checkpoint has them, the trunk in the gaps between.
-
-    The published headers leave room for a shard's own tensors and no more; what of the trunk does
-    not fit into a layer's own shards goes to others.
-    """
-    published = json.loads((HERE / "qwen3.5-397b.experts.json").read_text())
-    places: dict[str, Place] = {}
-    for layer, parts in published["layers"].items():
-        for part, (file, offset, shape) in parts.items():
-            name = published["tensor_name"].format(layer=layer, part=part)
-            if name not in tensors:
-                continue  # cut down
-            _require(list(tensors[name].shape) == shape, f"{name} is not {shape}")
-            places[name] = Place(file, offset)
-    shards = {f: _Shard(f) for f in sorted({p.file for p in places.values()})}
-    for name, place in sorted(places.items(), key=lambda item: item[1].offset):
-        shards[place.file].take(name, tensors[name], place.offset)
-    for shard in shards.values():
-        shard.close_header()
-    for name, array in tensors.items():
-        if name in places:
-            continue
-        own = [s for s in shards.values() if _layer(name) in s.layers]
-        for shard in (*own, *shards.values()):
-            if (offset := shard.room_for(name, array)) is not None:
-                places[name] = Place(shard.file, offset)
-                break
-        else:
-            raise StreamError(f"no gap between the published experts has room for {name}")
-    return places, {s.file: s.start for s in shards.values()}
-
-
-def _layer(name: str) -> str | None:
-    """The layer's number in a tensor's name."""
-    parts = name.split(".")
-    return parts[parts.index("layers") + 1] if "layers" in parts else None
-
-
-class _Shard:
-    """Gaps of one shard, and the room left in its header."""
-
-    def __init__(self, file: str) -> None:
-        self.file, self.start = file, 0
-        self.layers: set[str | None] = set()
-        self._end = 0
-        self._gaps: list[tuple[int, int]] = []
-        self._entries_bytes = len(_header([]))
-
-    def take(self, name: str, array: mx.array, offset: int) -> None:
-        """A tensor whose place is given; called in order of offset."""
-        _require(offset >= self._end, f"{name} overlaps in {self.file}")
-        self._gaps.append((self._end, offset))
-        self._end = offset + array.nbytes
-        self.layers.add(_layer(name))
-        self._entries_bytes += len(_describe(name, array, offset)) + 1
-
-    def close_header(self) -> None:
-        """Decide where data starts: at the first tensor, if a header would just fit before it."""
-        first = self._gaps[0][1]
-        self.start = first if first < 2 * _FREE_HEADER else _FREE_HEADER
-        self._gaps[0] = (self.start, first)
-        self._gaps.append((self._end, max(self._end, _LARGEST_SHARD)))
-
-    def room_for(self, name: str, array: mx.array) -> int | None:
-        """Take the first gap that holds the tensor, if the header can name it too."""
-        entry = len(_describe(name, array, _LARGEST_SHARD)) + 1
-        if 8 + self._entries_bytes + entry > self.start:
-            return None
-        for i, (begin, end) in enumerate(self._gaps):
-            if end - begin >= array.nbytes:
-                self._gaps[i] = (begin + array.nbytes, end)
-                self._entries_bytes += entry
-                return begin
-        return None
-
-
 def _open_files(
     files: dict[str, int],
     folder: Path,
@@ -275,9 +140,9 @@ def _open_files(
     for file, start in headers.items():
         inside = [n for n, p in places.items() if p.file == file]
         inside.sort(key=lambda n: places[n].offset)
-        entries = [_describe(n, tensors[n], places[n].offset - start) for n in inside]
-        text = _header(entries).encode()
-        _require(len(text) <= start - 8, f"{file}: its header does not fit before its data")
+        entries = [describe(n, tensors[n], places[n].offset - start) for n in inside]
+        text = header_text(entries).encode()
+        require(len(text) <= start - 8, f"{file}: its header does not fit before its data")
         fd = os.open(folder / f"{file}.partial", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         files[file] = fd
         # The format allows blanks at a header's end.
@@ -364,7 +229,7 @@ def _fill_experts(
 ) -> list[dict[str, Any]]:
     """Fill the first and last expert of the first and last expert layer; returns what is where."""
     modules = {p: m for p, m in model.named_modules() if p in experts}
-    switches = sorted({p.rsplit(".", 1)[0] for p in modules}, key=lambda p: int(_layer(p) or 0))
+    switches = sorted({p.rsplit(".", 1)[0] for p in modules}, key=lambda p: int(layer_of(p) or 0))
     filled = []
     for switch in dict.fromkeys((switches[0], switches[-1])):  # once where there is one layer
         for path, module in sorted(modules.items()):

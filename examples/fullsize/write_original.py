@@ -22,9 +22,9 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm.utils
 import numpy as np
+from layout import HERE
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
-from write import HERE
 
 from mlx_streamexperts import StreamError, demo_model
 from mlx_streamexperts.output import write_json
