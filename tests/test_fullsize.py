@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import QUIET
 
-from mlx_streamexperts import CheckpointError, load, plan, shards, stream
+from mlx_streamexperts import CheckpointError, convert, load, plan, shards, stream
 from mlx_streamexperts.checkpoint import read_checkpoint
 from mlx_streamexperts.rewrite import Options
 from mlx_streamexperts.stream import expert_files
@@ -132,6 +132,13 @@ def test_nothing_is_left_of_files_that_cannot_be_made(
     assert write.main(arguments) == 0
 
 
+@pytest.fixture
+def as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `check_convert.examine` replaces in the package is put back afterwards."""
+    monkeypatch.setattr(shards, "write_at", shards.write_at)
+    monkeypatch.setattr(convert, "_check_room", convert._check_room)
+
+
 SMALL = {
     "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 128,
     "n_routed_experts": 8, "num_experts": 8, "num_attention_heads": 4, "linear_num_value_heads": 4,
@@ -142,9 +149,8 @@ SMALL = {
 @pytest.mark.parametrize("quantize", [False, True], ids=["plain", "4bit"])
 @pytest.mark.parametrize("form", write_original.FORMS)
 def test_filled_experts_of_every_original_form_arrive_in_the_conversion(
-    form: str, quantize: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    form: str, quantize: bool, tmp_path: Path, as_it_was: None
 ) -> None:
-    monkeypatch.setattr(shards, "write_at", shards.write_at)  # examine puts its own there
     source = tmp_path / "source"
     write_original.write(form, source, layers=3, changes=SMALL)
     r = check_convert.examine(source, tmp_path / "out", Options(quantize=quantize))
@@ -158,11 +164,8 @@ def test_filled_experts_of_every_original_form_arrive_in_the_conversion(
         check_convert.check_experts(source, tmp_path / "out")
 
 
-def test_tables_of_more_than_2_31_elements_are_converted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tables_of_more_than_2_31_elements_are_converted(tmp_path: Path, as_it_was: None) -> None:
     """4.4 GB that take no disk: the last expert's bytes come from and go to beyond 4 GiB."""
-    monkeypatch.setattr(shards, "write_at", shards.write_at)
     size = {**SMALL, "hidden_size": 4096, "moe_intermediate_size": 528, "num_experts": 512}
     source, out = tmp_path / "source", tmp_path / "out"
     write_original.write("qwen3.5-397b-bf16", source, layers=1, changes=size)
