@@ -27,6 +27,7 @@ _ITEM_BYTES = {
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
 _MAX_SIZE = 2**63 - 1  # no file is longer; larger numbers are refused unprinted
 INDEX = "model.safetensors.index.json"
+CONVERSION = "convert.json"  # there from a conversion's start on, while config.json comes last
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +164,20 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"{INDEX}, but no shard has it"
         )
     return Checkpoint(folder, tensors)
+
+
+def check_model_folder(folder: Path) -> None:
+    """Is there a config.json?
+
+    Raises:
+        CheckpointError: there is none; says so where a conversion into the folder is unfinished.
+    """
+    if (folder / "config.json").is_file():
+        return
+    reason = "not a model folder"
+    if (folder / CONVERSION).is_file():
+        reason = "a conversion into this folder is unfinished; run the same command again to go on"
+    raise CheckpointError(f"{folder / 'config.json'} is missing: {reason}")
 
 
 def read_header(file: Path) -> list[TensorEntry]:

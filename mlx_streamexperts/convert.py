@@ -29,9 +29,11 @@ from mlx_lm.convert import MODEL_CONVERSION_DTYPES, QUANT_RECIPES
 from mlx_lm.utils import save_config
 
 from .checkpoint import (
+    CONVERSION,
     INDEX,
     Checkpoint,
     TensorEntry,
+    check_model_folder,
     header_identity,
     read_checkpoint,
     read_json_object,
@@ -45,11 +47,10 @@ from .rewrite import Options, Rewrite
 from .shards import Shard, ShardWriter, lay_out
 
 _FORMAT = 1
-_STATE = "convert.json"
 # What else a model folder needs: mlx_lm.convert keeps these too, through the tokenizer.
 _COPIED = ("*.json", "*.py", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.jsonl")
 # Written here, or said differently in the new config.json.
-_NOT_COPIED = {"config.json", INDEX, _STATE, "hf_quant_config.json"}
+_NOT_COPIED = {"config.json", INDEX, CONVERSION, "hf_quant_config.json"}
 # MLX keeps freed buffers for reuse; more than a step's worth would only look like a leak.
 _MLX_CACHE_BYTES = 64 << 20
 
@@ -87,8 +88,7 @@ def convert(
     if out.exists() and (not out.is_dir() or (source.exists() and out.samefile(source))):
         raise StreamError(f"{out}: choose a new folder; the original is never changed")
     check_not_written(source, "converting it")
-    if not (source / "config.json").is_file():
-        raise CheckpointError(f"{source / 'config.json'} is missing: not a model folder")
+    check_model_folder(source)
     checkpoint = read_checkpoint(source)
     _check_single_experts(checkpoint)
     state = _state(checkpoint, options, shard_bytes)
@@ -101,7 +101,7 @@ def convert(
         if overwrite:
             _discard(out)
         with _writing(out):
-            write_json(out / _STATE, state)
+            write_json(out / CONVERSION, state)
         _write_shards(rewrite, shards, finished, out, progress)
         with _writing(out):
             _write_rest(source, out, rewrite, shards)
@@ -210,7 +210,7 @@ def _state(checkpoint: Checkpoint, options: Options, shard_bytes: int) -> dict[s
 
 def _check_folder(out: Path, state: dict[str, Any], overwrite: bool) -> None:
     """Refuse to mix two conversions, and to touch a model that is none of ours."""
-    file = out / _STATE
+    file = out / CONVERSION
     if not file.is_file():
         if foreign := sorted([*out.glob("model*.safetensors"), *out.glob("config.json")]):
             raise StreamError(
@@ -259,7 +259,7 @@ def _check_room(out: Path, needed: int, finished: set[str]) -> None:
 
 def _discard(out: Path) -> None:
     """Remove what a conversion writes, and nothing else."""
-    for pattern in ("config.json", INDEX, _STATE, "model*.safetensors", "*.partial"):
+    for pattern in ("config.json", INDEX, CONVERSION, "model*.safetensors", "*.partial"):
         for file in out.glob(pattern):
             file.unlink()
 

@@ -30,7 +30,7 @@ from mlx_lm.models.switch_layers import (
 )
 
 from .bank import SlotTensor
-from .checkpoint import Checkpoint, ExpertTable, TensorEntry, read_checkpoint
+from .checkpoint import Checkpoint, ExpertTable, TensorEntry, check_model_folder, read_checkpoint
 from .config import StreamConfig
 from .errors import CheckpointError, StreamError, UnsupportedModelError
 from .layer import ExpertLayer
@@ -91,8 +91,7 @@ def locate(
         CheckpointError: the files are damaged or incomplete.
         UnsupportedModelError: no routed experts, or a layout that cannot be streamed.
     """
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder / 'config.json'} is missing: not a model folder")
+    check_model_folder(folder)
     checkpoint = read_checkpoint(folder)
     model, model_config, seen = load_remembering(folder, arguments)
     layers = _find_layers(model, checkpoint, seen, as_converted and config.store is None)

@@ -16,7 +16,7 @@ from pathlib import Path
 import originals
 import pytest
 
-from mlx_streamexperts import StreamError, output
+from mlx_streamexperts import StreamError, output, pack
 from mlx_streamexperts.output import LOCK, exclusive
 
 Build = Callable[..., Path]
@@ -69,6 +69,9 @@ def test_a_second_process_is_refused_until_the_first_is_gone(
             assert f"process {process.pid}" in capsys.readouterr().err
         assert not (tmp_path / "further").exists()
     assert (out / LOCK).exists()  # left by the killed one
+    if program == "convert":
+        assert pack.main(["--model", str(out), "--out", str(tmp_path / "further")]) == 1
+        assert "conversion into this folder is unfinished" in capsys.readouterr().err
     assert importlib.import_module(f"mlx_streamexperts.{program}").main(arguments) == 0
     assert not (out / LOCK).exists()
 
