@@ -7,7 +7,8 @@ Stock and streamed models take turns in one process, round by round, on the same
 the ratio survives a noisy machine. "warm" reads through the page cache after a pass filled it;
 "cold" bypasses it (O_DIRECT or F_NOCACHE), so that every miss goes to the drive. Each setting is
 warmed up with untimed tokens until its cache is full. The share waiting is the time that the model
-stood still for reads.
+stood still for reads. Efficiency is the roofline's time, max(stock's token, missed bytes / the
+drive's bandwidth for such reads with a full queue), over the time measured.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import platform as host
 import statistics
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from random_model import write_random_model
 
 from mlx_streamexperts import ExpertStream, StreamConfig, demo_model, patch, stream
 from mlx_streamexperts.ranges import ByteRange
-from mlx_streamexperts.reader import ExpertReader
+from mlx_streamexperts.reader import ExpertReader, Ticket
 from mlx_streamexperts.stream import is_streamed
 
 
@@ -59,24 +61,31 @@ def decode(model: nn.Module, tokens: list[int], warm_up: int) -> float:
 
 
 def drive_bandwidth(expert_stream: ExpertStream, bypass: bool, seconds: float = 2.0) -> float:
-    """Bytes/s of reading random experts, a layer's misses at a time, as decode does."""
-    layer = expert_stream.layers[0]
+    """Bytes/s of reading random experts with the queue never empty: what the drive can give."""
     reader = ExpertReader(direct=bypass)
-    memory = memoryview(bytearray(layer.expert_bytes * 8))
+    size = max(x.expert_bytes for x in expert_stream.layers)
+    halves = [memoryview(bytearray(size * 8)) for _ in range(2)]
     order, start, done = np.random.default_rng(1), time.perf_counter(), 0
+    pending: list[Ticket] = []
     while time.perf_counter() - start < seconds:
         layer = expert_stream.layers[order.integers(len(expert_stream.layers))]
-        ranges, at = [], 0
-        for expert in order.choice(layer.experts, 4, replace=False):
+        if len(pending) == 2:
+            pending.pop(0).wait()
+        memory, at, ranges = halves[0], 0, []
+        halves.reverse()
+        for expert in order.choice(layer.experts, min(8, layer.experts), replace=False):
             for t in layer.tensors.values():
                 into = memory[at : at + t.stored.row_bytes]
                 file, offset = t.stored.files[expert], t.stored.offsets[expert]
-                ranges.append(ByteRange(file, offset, into, "", 0, ""))
+                ranges.append(ByteRange(file, offset, into, "", int(expert), ""))
                 at += len(into)
-        reader.submit(ranges).wait()
+        pending.append(reader.submit(ranges))
         done += at
+    for ticket in pending:
+        ticket.wait()
+    rate = done / (time.perf_counter() - start)
     reader.close()
-    return done / (time.perf_counter() - start)
+    return rate
 
 
 def main() -> None:
@@ -91,6 +100,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--policy", default=StreamConfig().policy)
     parser.add_argument("--overlap", default="auto")
+    parser.add_argument("--prefetch", default="auto")
+    parser.add_argument("--store", help="a packed store of the model")
     parser.add_argument("--json", type=Path, help="write the results here too")
     args = parser.parse_args()
     folder = write_random_model(args.random) if args.random else args.model
@@ -101,7 +112,7 @@ def main() -> None:
     for bypass in ("off", "on"):
         config = StreamConfig(
             cache=1 << 60, progress=False, bypass_page_cache=bypass, policy=args.policy,
-            overlap=args.overlap,
+            overlap=args.overlap, prefetch=args.prefetch, store=args.store,
         )  # fmt: skip
         for share in map(float, args.shares.split(",")):
             if share == 1 and bypass == "on":
@@ -124,6 +135,13 @@ def main() -> None:
                     ratios.append(a / b)
                 stats = expert_stream.stats()
                 bandwidth = drive_bandwidth(expert_stream, bypass == "on")
+                # Roofline: the longer of computing with everything resident and of reading what
+                # was needed and not there (reads of experts that nobody then used excluded).
+                missed = (stats.cache.misses + stats.cache.prefetched) / args.tokens
+                missed *= expert_stream.layers[0].expert_bytes
+                compute = 1 / statistics.median(base)
+                reading = missed / bandwidth if bypass == "on" else 0.0
+                bound = max(compute, reading)
                 rows[name] = {
                     "tokens_per_s": statistics.median(speeds),
                     "spread": [min(speeds), max(speeds)],
@@ -133,12 +151,23 @@ def main() -> None:
                     "read_bytes_per_token": stats.read.bytes / args.tokens,
                     "waiting_share": stats.read.wait_seconds * speeds[-1] / args.tokens,
                     "drive_bytes_per_s": bandwidth,
+                    "needed_bytes_per_token": missed,
+                    "bound_by": "reads" if reading > compute else "compute",
+                    "efficiency": bound * statistics.median(speeds),
+                    "read_ahead": asdict(stats.ahead)
+                    | {
+                        "used": stats.cache.prefetched,
+                        "wasted": stats.cache.wasted,
+                        "layers": stats.looking_ahead,
+                    },
+                    "seconds": stats.seconds,
                 }
                 r = rows[name]
                 print(
                     f"{name:22s} {r['tokens_per_s']:8.2f} tok/s  {r['ratio_to_stock']:.3f} of stock"
                     f"  hits {r['hit_rate']:.1%}  {r['read_bytes_per_token'] / 1e6:8.2f} MB/token"
-                    f"  waiting {r['waiting_share']:.0%}  drive {bandwidth / 1e9:.2f} GB/s",
+                    f"  waiting {r['waiting_share']:.0%}  drive {bandwidth / 1e9:.2f} GB/s"
+                    f"  {r['efficiency']:.2f} of the roofline ({r['bound_by']})",
                     flush=True,
                 )
     report = {

@@ -112,7 +112,7 @@ class ShardFiles:
                         if self.direct:
                             known = platform.open_direct(Path(first.file))
                         else:
-                            known = os.open(first.file, os.O_RDONLY), 1
+                            known = platform.open_buffered(Path(first.file)), 1
                     except OSError as e:
                         raise ExpertReadError(*label(first), first.offset, e.errno) from e
                     self._files[first.file] = known

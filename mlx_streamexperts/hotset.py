@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .checkpoint import read_json_object
 from .errors import CheckpointError
 from .layer import ExpertLayer
-from .shards import write_json
+from .output import write_json
 
 _FORMAT = 1
 _SAMPLE_BYTES = 4096

@@ -20,7 +20,7 @@ import numpy as np
 
 from .cache import ExpertCache
 from .errors import StreamError
-from .prefetch import Heard, Lookahead
+from .prefetch import Heard, Lookahead, Precision
 from .reader import ExpertReader
 from .slots import Arrivals, ExpertSlots, ExpertTensor
 from .split import SORTED_ROWS, SplitCall
@@ -90,6 +90,7 @@ class ExpertLayer:
         on_phase: told of each phase while a timeline is taken: phase, layer, begin, end.
         ahead: asks the next layers' routers; None where that cannot be done.
         awaited: the layer before, if it looks ahead to this one.
+        guessed: what others guessed that this layer wants next: precision, rank, expert.
         probing: another layer asks this one's router.
     """
 
@@ -105,6 +106,7 @@ class ExpertLayer:
         self.on_phase: Callable[[str, str, float, float], None] | None = None
         self.ahead: Lookahead | None = None
         self.awaited: Lookahead | None = None
+        self.guessed: list[tuple[Precision, int, int]] = []
         self.probing = False
         self.closed = True
         self._pace = Pace(Trial(WAYS))
@@ -208,6 +210,10 @@ class ExpertLayer:
             self.stats.calls += 1
             self._note_thread()
             needed = self.cache.wanted(experts)
+            if self.guessed:
+                for precision, rank, expert in self.guessed:
+                    precision.note(rank, expert in needed)
+                self.guessed.clear()
             if len(needed) > self.cache.slots:
                 y = self._in_waves(x, experts, sorted(needed))
             else:

@@ -79,6 +79,17 @@ def try_lock(path: Path, create: bool = True) -> int | None:
     return fd
 
 
+def open_buffered(path: Path) -> int:
+    """Open `path` for scattered reads through the page cache; returns the descriptor.
+
+    Linux would read ahead of each: 8 MB of it on one machine doubled the bytes read.
+    """
+    fd = os.open(path, os.O_RDONLY)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    return fd
+
+
 def read_into(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
     """One scatter read at `offset`; returns the bytes read, which may be fewer than asked for."""
     if hasattr(os, "preadv"):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -35,6 +35,8 @@ _NORMS = (
     "pre_mlp_layernorm", "ffn_norm", "post_attention_norm", "norm", "ln_2",
 )  # fmt: skip
 _GATES = ("gate", "router", "wg")
+
+_LIKELY, _NEVER = 0.6, 2.0
 
 
 class Heard(Exception):  # noqa: N818, it is no error
@@ -108,25 +110,62 @@ class Router:
         return self._norm(mx.ones((width,), dtype))  # of root mean square 1: the weight comes out
 
 
+class Precision:
+    """How often a guess that would have to be read comes true, by its rank among the guesses."""
+
+    def __init__(self) -> None:
+        self._right: list[float] = []  # moving averages
+
+    def of(self, rank: int) -> float:
+        """The share of guesses of this rank that came true; 1 before any did or did not."""
+        return self._right[rank] if rank < len(self._right) else 1.0
+
+    def note(self, rank: int, right: bool) -> None:
+        """A guess of this rank did or did not come true."""
+        while len(self._right) <= rank:
+            self._right.append(1.0)
+        self._right[rank] += 0.05 * (right - self._right[rank])
+
+
+class Asked(NamedTuple):
+    """One successor's answer, not yet evaluated: indices [N, K] and scores [N, K]."""
+
+    router: Router
+    distance: int
+    precision: Precision
+    indices: mx.array
+    scores: mx.array | None
+
+
 @dataclass
 class Guesses:
     """What a layer's successors might want, not yet evaluated."""
 
-    asked: list[tuple[Router, int, mx.array, mx.array | None]]  # router, distance, indices, scores
+    asked: list[Asked]
+    at_least: float
 
     @property
     def arrays(self) -> list[mx.array]:
         """To be evaluated together with the asking layer's indices."""
-        return [a for _, _, *arrays in self.asked for a in arrays if a is not None]
+        return [a for x in self.asked for a in (x.indices, x.scores) if a is not None]
 
     def read_ahead(self) -> None:
-        """Start reading what is not resident."""
-        for router, distance, indices, scores in self.asked:
+        """Start reading what is not resident and likely enough."""
+        for router, distance, precision, indices, scores in self.asked:
             layer = router.layer
             chosen = np.array(indices).ravel()  # [N*K]
             if scores is not None:
                 chosen = chosen[np.argsort(-np.array(scores.astype(mx.float32)).ravel())]
-            candidates = list(dict.fromkeys(chosen.tolist()))
+            slot_of = layer.cache.slot_of
+            ranked = [
+                (rank, expert)
+                for rank, expert in enumerate(dict.fromkeys(chosen.tolist()))
+                if slot_of[expert] < 0
+            ]
+            layer.guessed += [(precision, rank, expert) for rank, expert in ranked]
+            candidates = [e for rank, e in ranked if precision.of(rank) >= self.at_least]
+            if not candidates:
+                continue
             # Another thread may be in a call of that layer: then the guess is late anyway.
             if layer.lock.acquire(blocking=False):
                 try:
@@ -147,7 +186,9 @@ class Lookahead:
     def __init__(self, own: Router, successors: list[Router], always: bool) -> None:
         self._own, self._successors, self.always = own, successors, always
         self._scales: dict[str, mx.array | None] = {}  # by successor
-        self.trial = Trial((True, False))
+        self._precision = {r.layer.name: Precision() for r in successors}
+        # What share of guesses must come true to be read; above 1 nobody is asked.
+        self.trial = Trial((_LIKELY, 0.0, _NEVER), turn=4)
         self._began: float | None = None
         for successor in successors[:1]:
             successor.layer.awaited = self
@@ -155,7 +196,7 @@ class Lookahead:
     @property
     def on(self) -> bool:
         """Does this layer look ahead at present?"""
-        return bool(self._successors) and (self.always or self.trial.way)
+        return bool(self._successors) and (self.always or self.trial.way < _NEVER)
 
     def ask(self, x: mx.array) -> Guesses | None:
         """Build what the successors would choose for this layer's input x [..., D].
@@ -175,8 +216,11 @@ class Lookahead:
             except Exception:  # whatever it is, this model's blocks cannot be asked like that
                 self._successors.remove(router)
                 continue
-            asked.append((router, router.position - self._own.position, indices, scores))
-        return Guesses(asked) if asked else None
+            distance = router.position - self._own.position
+            precision = self._precision[router.layer.name]
+            asked.append(Asked(router, distance, precision, indices, scores))
+        at_least = 0.0 if self.always else self.trial.way
+        return Guesses(asked, at_least) if asked else None
 
     def arrived(self) -> None:
         """The next layer has what it needs: a step of the trial is over."""

@@ -40,12 +40,16 @@ class SplitCall:
         self._shape = experts.shape
         self._chosen = experts.ravel()  # [T*K]
         self._keeps = keep_row_count and experts.size < SORTED_ROWS
+        # A prompt's parts go into one output as they come: kept and joined at the end they would
+        # take three times its memory. Of a token's, joining costs least.
+        self._in_one = experts.size >= SORTED_ROWS
+        self._y: mx.array | None = None  # [T*K, D]
         self._parts: list[tuple[np.ndarray, mx.array]] = []  # rows, their result
 
     @property
     def begun(self) -> bool:
         """Has a part been run?"""
-        return bool(self._parts)
+        return bool(self._parts) or self._y is not None
 
     def rows_of(self, experts: Sequence[int]) -> np.ndarray:
         """Indices of the rows of some experts, int [R]."""
@@ -61,11 +65,19 @@ class SplitCall:
             only these rows count.
         """
         y = self._run_padded(rows) if self._keeps else self._run_alone(rows)
-        self._parts.append((rows, y))
+        if not self._in_one:
+            self._parts.append((rows, y))
+            return y
+        if self._y is None:
+            self._y = mx.zeros((len(self._chosen), y.shape[-1]), y.dtype)
+        self._y[mx.array(rows.astype(np.uint32))] = y
+        mx.async_eval(self._y)  # nothing else holds the one before: written where it is
         return y
 
     def joined(self) -> mx.array:
         """All parts in the call's order, [..., K, D]; together they must be all rows."""
+        if self._y is not None:
+            return self._y.reshape(*self._shape, -1)
         size = len(self._chosen)
         if self._keeps:
             y = self._parts[0][1]

@@ -23,7 +23,7 @@ class Trial(Generic[Way]):
         trying: it is still being compared.
     """
 
-    _HOLD, _LONGEST_HOLD = 128, 4096
+    _HOLD, _LONGEST_HOLD = 256, 8192
 
     def __init__(self, ways: Sequence[Way], turn: int = 8, turns: int = 3) -> None:
         self.way, self.trying = ways[0], True

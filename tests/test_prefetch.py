@@ -97,7 +97,7 @@ def test_guesses_are_what_the_next_router_would_say_of_the_same_state(
             state = 5 * mx.random.normal((1, 1, families.HIDDEN), key=mx.random.key(100 + seed))
             guesses = first.ahead.ask(norms[0](state))
             assert guesses is not None
-            ((router, distance, guessed, scores),) = guesses.asked
+            ((router, distance, _, guessed, scores),) = guesses.asked
             assert router.layer is second
             assert distance == 1
             said, _ = router.choose(norms[1](state))
