@@ -17,6 +17,8 @@ from . import platform
 from .errors import ExpertReadError
 from .ranges import ByteRange
 
+_SHORT_COPY_BYTES = 32 << 10  # copied in the time it takes to let other threads run
+
 
 class ShardFiles:
     """Shards, opened at first use.
@@ -61,9 +63,8 @@ class ShardFiles:
                 count -= len(buffers.pop(0))
             if count:
                 if alignment > 1 and count % alignment:
-                    raise _failure(
-                        ranges, offset, None
-                    )  # a direct read stops short only at the end
+                    # A direct read stops short only at the end.
+                    raise _failure(ranges, offset, None)
                 buffers[0] = buffers[0][count:]
         return calls
 
@@ -86,12 +87,13 @@ class ShardFiles:
             got += count
         position = begin - start
         for r in ranges:
-            # NumPy lets other threads run during the copy; a memoryview assignment does not.
-            np.copyto(
-                np.frombuffer(r.into, np.uint8),
-                np.frombuffer(bounce[position : position + len(r.into)], np.uint8),
-            )
-            position += len(r.into)
+            size = len(r.into)
+            source = bounce[position : position + size]
+            if size <= _SHORT_COPY_BYTES:
+                r.into[:] = source
+            else:  # NumPy lets other threads run meanwhile
+                np.copyto(np.frombuffer(r.into, np.uint8), np.frombuffer(source, np.uint8))
+            position += size
         return calls
 
     def _bounce(self, nbytes: int) -> memoryview:

@@ -109,7 +109,7 @@ class ExpertLayer:
         self.guessed: list[tuple[Precision, int, int]] = []
         self.probing = False
         self.closed = True
-        self._pace = Pace(Trial(WAYS))
+        self._pace = Pace(Trial(WAYS, WAYS[0]))
         # A GPU backend may choose its kernel by the number of rows (MLX's CUDA backend does at 8),
         # and another kernel sums in another order. The CPU backend computes row by row.
         self._keep_row_count = mx.default_device() != mx.cpu

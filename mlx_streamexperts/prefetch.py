@@ -38,6 +38,9 @@ _GATES = ("gate", "router", "wg")
 
 _LIKELY, _NEVER = 0.6, 2.0
 
+SMALL_EXPERT_BYTES = 512 << 10
+"""Experts below this are likely to be read faster than it takes to be clever about them."""
+
 
 class Heard(Exception):  # noqa: N818, it is no error
     """Ends the call of a block that was asked: its experts' turn would be next."""
@@ -187,8 +190,10 @@ class Lookahead:
         self._own, self._successors, self.always = own, successors, always
         self._scales: dict[str, mx.array | None] = {}  # by successor
         self._precision = {r.layer.name: Precision() for r in successors}
-        # What share of guesses must come true to be read; above 1 nobody is asked.
-        self.trial = Trial((_LIKELY, 0.0, _NEVER), turn=4)
+        # What share of guesses must come true to be read; above 1 nobody is asked. Asking takes
+        # half a millisecond of Python a layer, in which a small expert is read.
+        small = own.layer.expert_bytes < SMALL_EXPERT_BYTES
+        self.trial = Trial((_LIKELY, 0.0, _NEVER), _NEVER if small else _LIKELY, turn=4)
         self._began: float | None = None
         for successor in successors[:1]:
             successor.layer.awaited = self

@@ -24,6 +24,7 @@ from .hotset import read_hot_set, read_in, save_hot_set
 from .layer import WAYS, ExpertLayer
 from .planner import Plan, experts_per_token
 from .platform import available_memory_bytes
+from .prefetch import SMALL_EXPERT_BYTES
 from .reader import ExpertReader, ReadStats
 from .slots import AheadStats
 from .timeline import PHASES, Timeline
@@ -31,6 +32,7 @@ from .trace import Trace
 from .trial import Pace, Trial
 
 _STREAM = "_expert_stream"
+_KEPT_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,11 @@ class ExpertStream:
         )
         self._closed = False
         self._paces: dict[int, Pace] = {}  # by the size of an expert
-        # Freed buffers that MLX keeps for reuse are memory too: bound them by the work space.
-        self._old_cache_limit = mx.set_cache_limit(plan.work)
+        # Freed buffers that MLX keeps for reuse are memory too, inside the work space. A prompt's
+        # differ in size from call to call and are seldom of use again: all of the work space would
+        # be kept: 0.29 instead of 0.20 GB resident after 512 tokens of the embedded model, at equal
+        # speed.
+        self._old_cache_limit = mx.set_cache_limit(max(_KEPT_BYTES, plan.work // 16))
         try:
             self._open(plan.slots)
             if hot:
@@ -218,7 +223,9 @@ class ExpertStream:
 
     def _open_layer(self, layer: ExpertLayer, slots: int) -> None:
         ways = {"auto": WAYS, "on": WAYS[-1:], "off": WAYS[:1]}[self.config.overlap]
-        pace = self._paces.setdefault(layer.expert_bytes, Pace(Trial(ways)))
+        small = layer.expert_bytes < SMALL_EXPERT_BYTES
+        likely = "halves" if small and len(ways) > 1 else ways[-1]
+        pace = self._paces.setdefault(layer.expert_bytes, Pace(Trial(ways, likely)))
         layer.open(slots, self._reader, self.config.policy, pace, self.in_place)
 
     def _load_resident(self) -> None:

@@ -16,20 +16,22 @@ class Trial(Generic[Way]):
     wins for `_HOLD` steps, which doubles each time that the same one wins.
 
     Args:
-        ways: what there is to choose from; the first one is begun with.
+        ways: what there is to choose from.
+        first: what is likely to be best, kept for the first `_BEFORE` steps: a short run is not
+            to be spent on trying.
 
     Attributes:
         way: the present choice.
         trying: it is still being compared.
     """
 
-    _HOLD, _LONGEST_HOLD = 256, 8192
+    _BEFORE, _HOLD, _LONGEST_HOLD = 32, 256, 8192
 
-    def __init__(self, ways: Sequence[Way], turn: int = 8, turns: int = 3) -> None:
-        self.way, self.trying = ways[0], True
+    def __init__(self, ways: Sequence[Way], first: Way, turn: int = 8, turns: int = 3) -> None:
+        self.way, self.trying = first, False
         self._ways, self._turn, self._turns = tuple(ways), turn, turns
         self._times: dict[Way, list[float]] = {way: [] for way in ways}
-        self._hold, self._left = self._HOLD, turn
+        self._hold, self._left = self._HOLD, self._BEFORE
         self._winner: Way | None = None
 
     def note(self, seconds: float) -> None:

@@ -259,7 +259,7 @@ def steps(trial: Trial[bool], count: int, seconds: Callable[[bool], float]) -> l
 
 @pytest.mark.parametrize("gain", [0.8, 1.25])
 def test_a_trial_keeps_what_is_faster_and_asks_again(gain: float) -> None:
-    trial = Trial((True, False))
+    trial = Trial((True, False), False)
     rng = np.random.default_rng(0)
     steps(trial, 100, lambda on: (gain if on else 1.0) * rng.uniform(0.95, 1.05))
     assert not trial.trying
