@@ -44,6 +44,8 @@ def main() -> None:
     parser.add_argument("--inner", type=int, default=768)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=60)
+    parser.add_argument("--prefetch", default="auto")
+    parser.add_argument("--overlap", default="auto")
     args = parser.parse_args()
     print(f"{mx.default_device()}, MLX {mx.__version__}: in place {in_place_works()}")
     folder = Path(tempfile.mkdtemp()) / "model"
@@ -57,7 +59,10 @@ def main() -> None:
     expected, base = decode(stock, tokens)
     whole = stock(prompt).astype(mx.float32)
     print(f"stock: {1e3 * base / args.layers:.3f} ms a layer")
-    with patch(config=StreamConfig(cache=1 << 60, progress=False)):
+    config = StreamConfig(
+        cache=1 << 60, progress=False, prefetch=args.prefetch, overlap=args.overlap
+    )
+    with patch(config=config):
         model, _ = mlx_lm.utils.load_model(folder)
     with stream(model) as expert_stream:
         for slots in (args.experts, args.experts - 1, args.experts // 2, args.experts // 8, 8):
@@ -73,6 +78,7 @@ def main() -> None:
                 f"{slots:4d} slots: decode identical {same}, {1e3 * seconds / args.layers:.3f} ms "
                 f"a layer ({seconds / base:.2f}x stock), hits {stats.cache.hit_rate:.1%}, waiting "
                 f"{1e3 * stats.read.wait_seconds / args.tokens / args.layers:.3f} ms a layer; "
+                f"{stats.cache.prefetched} read ahead and used; "
                 f"prefill of 512 differs by {apart:.2e}"
             )
 
