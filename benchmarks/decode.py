@@ -18,7 +18,9 @@ import json
 import os
 import platform as host
 import statistics
+import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,8 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from random_model import write_random_model
 
-from mlx_streamexperts import ExpertStream, StreamConfig, demo_model, patch, stream
+from mlx_streamexperts import ExpertStream, StreamConfig, demo_model, patch, platform, stream
+from mlx_streamexperts.config import parse_size
 from mlx_streamexperts.ranges import ByteRange
 from mlx_streamexperts.reader import ExpertReader, Ticket
 from mlx_streamexperts.stream import is_streamed
@@ -60,7 +63,7 @@ def decode(model: nn.Module, tokens: list[int], warm_up: int) -> float:
     return time.perf_counter() - start
 
 
-def drive_bandwidth(expert_stream: ExpertStream, bypass: bool, seconds: float = 2.0) -> float:
+def drive_bandwidth(expert_stream: ExpertStream, bypass: bool, seconds: float = 1.0) -> float:
     """Bytes/s of reading random experts with the queue never empty: what the drive can give."""
     reader = ExpertReader(direct=bypass)
     size = max(x.expert_bytes for x in expert_stream.layers)
@@ -88,6 +91,30 @@ def drive_bandwidth(expert_stream: ExpertStream, bypass: bool, seconds: float = 
     return rate
 
 
+read_into = platform.read_into
+
+
+class Throttle:
+    """A drive of a stated rate in the place of this machine's: what it gives does not vary.
+
+    Reads come from the page cache and end when a bus that carries one after the other would have
+    delivered them, 80 us later.
+    """
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self._rate, self._free, self._lock = bytes_per_s, 0.0, threading.Lock()
+        self._read = platform.read_into
+
+    def __call__(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        size = sum(map(len, buffers))
+        with self._lock:
+            self._free = max(self._free, time.perf_counter()) + size / self._rate
+            due = self._free + 80e-6
+        count = self._read(fd, buffers, offset)
+        time.sleep(max(0.0, due - time.perf_counter()))
+        return count
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -95,6 +122,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=demo_model())
     parser.add_argument("--random", type=Path, help="write (once) and use a 4.8 GB float32 model")
     parser.add_argument("--shares", default="1,0.5,0.25,0.125", help="resident shares to try")
+    parser.add_argument(
+        "--states", default="warm,cold", help="of the page cache: warm, cold or throttled"
+    )
+    parser.add_argument("--throttle", default="1.5GB", help="bytes/s of the throttled drive")
     parser.add_argument("--tokens", type=int, default=100, help="timed decode steps a round")
     parser.add_argument("--warm-up", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
@@ -109,38 +140,43 @@ def main() -> None:
 
     stock, _ = mlx_lm.utils.load_model(folder)
     rows: dict[str, dict[str, Any]] = {}
-    for bypass in ("off", "on"):
+    for state in args.states.split(","):
+        bypass = "on" if state == "cold" else "off"
+        rate = parse_size(args.throttle) if state == "throttled" else None
         config = StreamConfig(
             cache=1 << 60, progress=False, bypass_page_cache=bypass, policy=args.policy,
             overlap=args.overlap, prefetch=args.prefetch, store=args.store,
         )  # fmt: skip
         for share in map(float, args.shares.split(",")):
-            if share == 1 and bypass == "on":
+            if share == 1 and state != "warm":
                 continue  # reads nothing
             with patch(config=config):
                 model, _ = mlx_lm.utils.load_model(folder)
             with stream(model) as expert_stream:
                 if share < 1:
                     expert_stream.resize(int(share * expert_stream.plan.experts))
-                name = f"{share:.1%} resident" + (
-                    "" if share == 1 else ", cold" if bypass == "on" else ", warm"
-                )
+                name = f"{share:.1%} resident" + ("" if share == 1 else f", {state}")
+                if rate is not None:
+                    platform.read_into = Throttle(rate)
                 decode(model, tokens, args.warm_up)
-                ratios, speeds, base = [], [], []
+                ratios, speeds, base, drive = [], [], [], []
                 for _ in range(args.rounds):
+                    # Drives vary from minute to minute: measured in every round.
+                    drive.append(rate or drive_bandwidth(expert_stream, bypass == "on"))
                     a = decode(stock, tokens, args.warm_up)
                     b = decode(model, tokens, args.warm_up)
                     base.append(args.tokens / a)
                     speeds.append(args.tokens / b)
                     ratios.append(a / b)
+                platform.read_into = read_into
                 stats = expert_stream.stats()
-                bandwidth = drive_bandwidth(expert_stream, bypass == "on")
+                bandwidth = statistics.median(drive)
                 # Roofline: the longer of computing with everything resident and of reading what
                 # was needed and not there (reads of experts that nobody then used excluded).
                 missed = (stats.cache.misses + stats.cache.prefetched) / args.tokens
                 missed *= expert_stream.layers[0].expert_bytes
                 compute = 1 / statistics.median(base)
-                reading = missed / bandwidth if bypass == "on" else 0.0
+                reading = 0.0 if state == "warm" else missed / bandwidth
                 bound = max(compute, reading)
                 rows[name] = {
                     "tokens_per_s": statistics.median(speeds),
@@ -151,6 +187,7 @@ def main() -> None:
                     "read_bytes_per_token": stats.read.bytes / args.tokens,
                     "waiting_share": stats.read.wait_seconds * speeds[-1] / args.tokens,
                     "drive_bytes_per_s": bandwidth,
+                    "drive_spread": [min(drive), max(drive)],
                     "needed_bytes_per_token": missed,
                     "bound_by": "reads" if reading > compute else "compute",
                     "efficiency": bound * statistics.median(speeds),

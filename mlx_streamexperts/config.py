@@ -84,6 +84,7 @@ class StreamConfig:
         "auto: in each layer only while its steps are measured to be faster for it",
         choices=("auto", "on", "off"),
     )
+    prefetch_depth: int = _option(1, "how many layers ahead --prefetch asks")
     context_tokens: int = _option(
         4096, "tokens of KV cache that --memory leaves room for (prompt and reply together)"
     )
@@ -124,7 +125,7 @@ class StreamConfig:
                 raise StreamError(f"{f.name}={value!r}: choose one of {', '.join(choices)}")
         if self.verify_reads and self.store is None:
             raise StreamError("verify_reads needs a store: a checkpoint has no checksums")
-        for name in ("threads", "context_tokens", "prefill_tokens"):
+        for name in ("threads", "prefetch_depth", "context_tokens", "prefill_tokens"):
             if (count := getattr(self, name)) is not None and count < 1:
                 raise StreamError(f"{name} must be at least 1")
         for name in ("memory", "cache", "read_size", "reserve"):

@@ -186,7 +186,8 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         if not lazy:
             _load_trunk(model, self.config.progress)
         if self.config.prefetch != "off":
-            link(model, located.layers, always=self.config.prefetch == "on")
+            always = self.config.prefetch == "on"
+            link(model, located.layers, self.config.prefetch_depth, always)
         expert_stream = ExpertStream(located.layers, plan, self.config, model_config)
         attach(model, expert_stream)
         self.streams.append(expert_stream)

@@ -26,9 +26,6 @@ from .trial import Trial
 if TYPE_CHECKING:
     from .layer import ExpertLayer
 
-DEPTH = 2
-"""Layers ahead. Deeper guesses were not better than chance would pay for in any report."""
-
 # The norm before the experts, by the names that mlx-lm's models give it, in the order of trust.
 _NORMS = (
     "pre_feedforward_layernorm_2", "pre_feedforward_layernorm", "post_attention_layernorm",
@@ -246,8 +243,8 @@ class Lookahead:
         return self._scales[key]
 
 
-def link(model: nn.Module, layers: Sequence[ExpertLayer], always: bool) -> None:
-    """Let every layer look ahead to those that follow it within `DEPTH` decoder layers."""
+def link(model: nn.Module, layers: Sequence[ExpertLayer], depth: int, always: bool) -> None:
+    """Let every layer look ahead to those that follow it within `depth` decoder layers."""
     routers: list[tuple[str, Router]] = []
     for layer in layers:
         stack, position, block, norm = _surroundings(model, layer.name)
@@ -257,7 +254,7 @@ def link(model: nn.Module, layers: Sequence[ExpertLayer], always: bool) -> None:
         successors = [
             r
             for other, r in routers[i + 1 :]
-            if other == stack and 0 < r.position - own.position <= DEPTH
+            if other == stack and 0 < r.position - own.position <= depth
         ]
         own.layer.ahead = Lookahead(own, successors, always) if successors else None
 
