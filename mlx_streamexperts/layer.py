@@ -19,8 +19,9 @@ import mlx.nn as nn
 import numpy as np
 
 from .cache import ExpertCache
+from .callers import Callers
 from .errors import StreamError
-from .prefetch import Heard, Lookahead, Precision
+from .prefetch import Heard, Lookahead, Precision, asking
 from .reader import ExpertReader
 from .slots import Arrivals, ExpertSlots, ExpertTensor
 from .split import SORTED_ROWS, SplitCall
@@ -68,7 +69,7 @@ class StreamedSwitch(nn.Module):
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """See `ExpertLayer.__call__`."""
-        if self.layer.probing:
+        if asking.layer is self.layer:
             raise Heard(indices)
         return self.layer(x, indices)
 
@@ -91,7 +92,6 @@ class ExpertLayer:
         ahead: asks the next layers' routers; None where that cannot be done.
         awaited: the layer before, if it looks ahead to this one.
         guessed: what others guessed that this layer wants next: precision, rank, expert.
-        probing: another layer asks this one's router.
     """
 
     def __init__(
@@ -107,15 +107,13 @@ class ExpertLayer:
         self.ahead: Lookahead | None = None
         self.awaited: Lookahead | None = None
         self.guessed: list[tuple[Precision, int, int]] = []
-        self.probing = False
         self.closed = True
         self._pace = Pace(Trial(WAYS, WAYS[0]))
         # A GPU backend may choose its kernel by the number of rows (MLX's CUDA backend does at 8),
         # and another kernel sums in another order. The CPU backend computes row by row.
         self._keep_row_count = mx.default_device() != mx.cpu
         self.lock = threading.RLock()
-        self._thread: int | None = None
-        self._shared = False
+        self._callers = Callers()
 
     @property
     def cache(self) -> ExpertCache:
@@ -128,6 +126,7 @@ class ExpertLayer:
         reader: ExpertReader,
         policy: str,
         pace: Pace,
+        callers: Callers,
         in_place: bool,
     ) -> None:
         """Allocate `slots` slots, all empty, and be ready for calls.
@@ -135,10 +134,11 @@ class ExpertLayer:
         Args:
             slots: experts that fit.
             pace: decides how calls overlap with reads, for all layers that are alike.
+            callers: which threads call the model, for all of its layers.
         """
         with self.lock:
             self.closed = self.resident = False
-            self._pace = pace
+            self._pace, self._callers = pace, callers
             self.slots.open(slots, reader, policy, in_place)
 
     def load_all(self) -> Iterator[int]:
@@ -206,9 +206,9 @@ class ExpertLayer:
         self._pace.tick(began)
         if self.record is not None:
             self.record(experts)
+        shared = self._callers.note()
         with self.lock:
             self.stats.calls += 1
-            self._note_thread()
             needed = self.cache.wanted(experts)
             if self.guessed:
                 for precision, rank, expert in self.guessed:
@@ -226,7 +226,10 @@ class ExpertLayer:
                 y = self._at_once(x, experts, needed, arrivals)
                 if self.awaited is not None:
                     self.awaited.arrived()
-            return self.slots.bank.reading(y, eager=self._shared)
+            y = self.slots.bank.reading(y, eager=shared)
+        if shared:
+            self._callers.evaluated()
+        return y
 
     def _at_once(
         self, x: mx.array, experts: np.ndarray, needed: list[int], arrivals: Arrivals
@@ -235,8 +238,8 @@ class ExpertLayer:
 
         Those that are resident run while others are read, and these in lots as they arrive.
         """
-        start = time.perf_counter()
-        if arrivals.left and self._pace.trial.way != "whole":
+        start, way = time.perf_counter(), self._pace.trial.way
+        if arrivals.left and way != "whole":
             split = SplitCall(self.switch, x, experts, self.cache.slot_of, self._keep_row_count)
             ready = [e for e in needed if e not in arrivals.left]
             self.stats.overlapped += bool(ready)
@@ -245,9 +248,7 @@ class ExpertLayer:
                     if ready:
                         mx.async_eval(split.run(split.rows_of(ready)))
                     start = self._spent("build", start)
-                    ready = arrivals.left if self._pace.trial.way == "halves" else arrivals.some()
-                    if self._pace.trial.way == "halves":
-                        arrivals.all()
+                    ready = arrivals.some() if way == "lots" else arrivals.all()
                     start = self._spent("wait", start)
             except BaseException:
                 arrivals.abandon()
@@ -302,10 +303,3 @@ class ExpertLayer:
         if self.on_phase is not None:
             self.on_phase(phase, self.name, start, now)
         return now
-
-    def _note_thread(self) -> None:
-        """One thread cannot evaluate another's graph: with several, leave nothing unevaluated."""
-        thread = threading.get_ident()
-        if self._thread not in (None, thread):
-            self._shared = True
-        self._thread = thread

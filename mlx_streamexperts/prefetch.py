@@ -12,6 +12,7 @@ slots. Each layer looks ahead only while its steps are measured to be faster for
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +40,15 @@ SMALL_EXPERT_BYTES = 512 << 10
 """Experts below this are likely to be read faster than it takes to be clever about them."""
 
 
+class _Asking(threading.local):
+    """The layer whose router this thread asks: only here its experts stand aside."""
+
+    layer: ExpertLayer | None = None
+
+
+asking = _Asking()
+
+
 class Heard(Exception):  # noqa: N818, it is no error
     """Ends the call of a block that was asked: its experts' turn would be next."""
 
@@ -61,17 +71,21 @@ class Router:
     ) -> None:
         self.layer, self.position, self._block, self._norm = layer, position, block, norm
         self._gate = next((name for name in _GATES if name in block), None)
+        self._lock = threading.Lock()
 
-    def choose(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
+    def choose(self, x: mx.array) -> tuple[mx.array, mx.array | None] | None:
         """Let the block choose for x [..., D].
 
         Returns:
-            indices [N, K], and the router's scores for them where they can be had.
+            indices [N, K], and the router's scores for them where they can be had; or None where
+            another thread is asking.
 
         Raises:
             Exception: whatever a block raises that cannot be asked so.
         """
         x = x.reshape(1, -1, x.shape[-1])  # blocks differ in what shapes they accept
+        if not self._lock.acquire(blocking=False):
+            return None
         try:
             return self._choose(x)
         except (AttributeError, TypeError):
@@ -79,6 +93,8 @@ class Router:
                 raise
             self._gate = None  # not called as a function: without scores, then
             return self._choose(x)
+        finally:
+            self._lock.release()
 
     def _choose(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
         said: list[Any] = []
@@ -88,7 +104,7 @@ class Router:
             said.append(gate(*args, **kwargs))
             return said[-1]
 
-        self.layer.probing = True
+        asking.layer = self.layer
         if self._gate:
             self._block[self._gate] = overheard
         try:
@@ -98,7 +114,7 @@ class Router:
         else:
             raise ValueError(f"{self.layer.name}: its block did not call it")
         finally:
-            self.layer.probing = False
+            asking.layer = None
             if self._gate:
                 self._block[self._gate] = gate
         return indices, _scores(said, indices, self.layer.experts)
@@ -214,13 +230,15 @@ class Lookahead:
                 continue
             try:
                 scale = self._scale(router, x)
-                indices, scores = router.choose(x if scale is None else x * scale)
+                chosen = router.choose(x if scale is None else x * scale)
             except Exception:  # whatever it is, this model's blocks cannot be asked like that
                 self._successors.remove(router)
                 continue
+            if chosen is None:
+                continue
             distance = router.position - self._own.position
             precision = self._precision[router.layer.name]
-            asked.append(Asked(router, distance, precision, indices, scores))
+            asked.append(Asked(router, distance, precision, *chosen))
         at_least = 0.0 if self.always else self.trial.way
         return Guesses(asked, at_least) if asked else None
 

@@ -79,10 +79,12 @@ class Arrivals:
             del self._parts[0]
         return got
 
-    def all(self) -> None:
-        """Wait for all that are left; raises like `some`."""
+    def all(self) -> list[int]:
+        """Wait for all that are left; returns those. Raises like `some`."""
+        waited_for = self.left
         while self.left:
             self.some()
+        return waited_for
 
     def abandon(self) -> None:
         """Leave no slot that claims an expert whose bytes are not all there."""
@@ -116,6 +118,7 @@ class ExpertSlots:
         self.as_packed: Callable[[int, Sequence[memoryview]], bool] | None = None
         self._reader: ExpertReader  # set by open
         self._flying: dict[int, Ticket] = {}  # read ahead, not known to have arrived
+        self._begun: Arrivals | None = None  # what the last call waits for
 
     def open(self, slots: int, reader: ExpertReader, policy: str, in_place: bool) -> None:
         """Allocate `slots` slots, all empty, in place of those there were."""
@@ -127,6 +130,8 @@ class ExpertSlots:
 
     def close(self) -> None:
         """Free the memory, once nothing reads or writes it."""
+        if self._begun is not None:
+            self._begun.abandon()
         self.land()
         self.bank.settle()
         self.bank.free()
@@ -138,6 +143,8 @@ class ExpertSlots:
             needed: distinct experts, with `keep` no more than there are slots.
             keep: resident experts that must stay although this call does not need them.
         """
+        if self._begun is not None:
+            self._begun.abandon()  # left over only where that call was interrupted
         parts = self._claim(needed) if self._flying else []
         try:
             if self._flying and len({*needed, *keep, *self._flying}) > self.cache.slots:
@@ -149,7 +156,8 @@ class ExpertSlots:
             for ticket, experts in parts:
                 self.give_up(ticket, experts)
             raise
-        return Arrivals(self, parts)
+        self._begun = Arrivals(self, parts)
+        return self._begun
 
     def read_ahead(self, candidates: Sequence[int], distance: int = 1) -> None:
         """Start reading experts that may be needed soon, the likeliest first, into spare slots.

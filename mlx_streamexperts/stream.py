@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from .bank import in_place_works
 from .cache import CacheStats, LayerNeed, share_slots
+from .callers import Callers
 from .config import StreamConfig, parse_size
 from .errors import StreamError, UnsupportedModelError
 from .files import direct_works
@@ -98,6 +99,7 @@ class ExpertStream:
             config.threads, parse_size(config.read_size), self.bypasses_page_cache
         )
         self._closed = False
+        self._callers = Callers()
         self._paces: dict[int, Pace] = {}  # by the size of an expert
         # Freed buffers that MLX keeps for reuse are memory too, inside the work space. A prompt's
         # differ in size from call to call and are seldom of use again: all of the work space would
@@ -226,7 +228,7 @@ class ExpertStream:
         small = layer.expert_bytes < SMALL_EXPERT_BYTES
         likely = "halves" if small and len(ways) > 1 else ways[-1]
         pace = self._paces.setdefault(layer.expert_bytes, Pace(Trial(ways, likely)))
-        layer.open(slots, self._reader, self.config.policy, pace, self.in_place)
+        layer.open(slots, self._reader, self.config.policy, pace, self._callers, self.in_place)
 
     def _load_resident(self) -> None:
         """Read all experts of the layers that have a slot for each, once and for all."""

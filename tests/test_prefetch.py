@@ -103,7 +103,9 @@ def test_guesses_are_what_the_next_router_would_say_of_the_same_state(
             ((router, distance, _, guessed, scores),) = guesses.asked
             assert router.layer is second
             assert distance == 1
-            said, _ = router.choose(norms[1](state))
+            answer = router.choose(norms[1](state))
+            assert answer is not None
+            said, _ = answer
             assert set(np.array(guessed).ravel()) == set(np.array(said).ravel())
             assert scores is not None
             assert scores.shape == guessed.shape
@@ -125,6 +127,51 @@ def test_interleaved_sequences_with_reads_under_way(checkpoint: Callable[..., Pa
             )  # fmt: skip
         for a, b in zip(*results, strict=True):
             assert mx.array_equal(a, b)
+
+
+def test_threads_ask_and_decode_side_by_side() -> None:
+    """A layer stands aside only in the thread that asks its router."""
+    model = load_streamed(demo_model(), 1 << 40, ALWAYS)
+    stock, _ = mlx_lm.utils.load_model(demo_model())
+    rows = demo_tokens(80).reshape(4, 20).tolist()
+    expected = [np.array(stock(mx.array([row[:4]]))) for row in rows]
+    with stream(model) as expert_stream:
+        expert_stream.resize(all_experts(expert_stream) // 2)
+        wrong: list[str] = []
+
+        def work(row: list[int], logits: np.ndarray) -> None:
+            try:
+                for _ in range(4):
+                    if not np.array_equal(np.array(model(mx.array([row[:4]]))), logits):
+                        wrong.append("other logits")
+            except Exception as e:
+                wrong.append(repr(e))
+
+        threads = [
+            threading.Thread(target=work, args=pair) for pair in zip(rows, expected, strict=True)
+        ]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join(60)
+            assert not t.is_alive()
+        assert not wrong
+
+
+def test_an_interrupted_call_leaves_nothing_that_the_next_one_trusts(
+    faulty: tuple[Faulty, nn.Module, ExpertStream, nn.Module],
+) -> None:
+    """Between starting reads and waiting for them there is no place that catches a Ctrl-C."""
+    read, _, expert_stream, stock = faulty
+    slots = expert_stream.layers[1].slots
+    read.gate.clear()
+    arrivals = slots.begin([0, 1, 2, 3])
+    assert arrivals.left == [0, 1, 2, 3]
+    opener = threading.Timer(0.05, read.gate.set)
+    opener.start()
+    outputs_agree(expert_stream, stock, [0, 1, 5, 6])
+    outputs_agree(expert_stream, stock, [2, 3, 5, 6])
+    opener.join()
 
 
 class Faulty:
