@@ -43,13 +43,15 @@ def draw(events: list[dict[str, Any]], title: str, out: Path) -> None:
             bars = [(e["ts"] / 1e3, e["dur"] / 1e3) for e in spans
                     if e["tid"] == tid and e["name"] == name]  # fmt: skip
             if bars:
-                axes.broken_barh(bars, (y - 0.4, 0.8), color=colour)
+                axes.broken_barh(
+                    bars, (y - 0.4, 0.8), facecolor=colour, edgecolor="white", linewidth=0.3
+                )
         axes.plot([], [], color=colour, linewidth=6, label=name)
     axes.set_yticks(range(len(rows)), [names[t] for t in rows])
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds")
     axes.set_title(title)
-    axes.legend(ncols=len(COLOURS), loc="upper center", bbox_to_anchor=(0.5, -0.28), frameon=False)
+    axes.legend(ncols=len(COLOURS), loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
     figure.savefig(out, bbox_inches="tight", metadata={"Date": None})
 
 
