@@ -84,7 +84,7 @@ class StreamConfig:
         "auto: in each layer only while its steps are measured to be faster for it",
         choices=("auto", "on", "off"),
     )
-    prefetch_depth: int = _option(1, "how many layers ahead --prefetch asks")
+    prefetch_depth: int = _option(1, "how many expert layers ahead --prefetch asks")
     context_tokens: int = _option(
         4096, "tokens of KV cache that --memory leaves room for (prompt and reply together)"
     )

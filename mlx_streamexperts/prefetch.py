@@ -63,13 +63,10 @@ class Router:
         layer: the layer asked.
         block: the module that calls its experts.
         norm: the norm before the block, or None where it was not found.
-        position: of the decoder layer among its fellows.
     """
 
-    def __init__(
-        self, layer: ExpertLayer, block: nn.Module, norm: nn.Module | None, position: int
-    ) -> None:
-        self.layer, self.position, self._block, self._norm = layer, position, block, norm
+    def __init__(self, layer: ExpertLayer, block: nn.Module, norm: nn.Module | None) -> None:
+        self.layer, self._block, self._norm = layer, block, norm
         self._gate = next((name for name in _GATES if name in block), None)
         self._lock = threading.Lock()
 
@@ -225,7 +222,7 @@ class Lookahead:
         if not self.on:
             return None
         asked = []
-        for router in list(self._successors):
+        for distance, router in enumerate(list(self._successors), 1):
             if router.layer.resident:
                 continue
             try:
@@ -236,7 +233,6 @@ class Lookahead:
                 continue
             if chosen is None:
                 continue
-            distance = router.position - self._own.position
             precision = self._precision[router.layer.name]
             asked.append(Asked(router, distance, precision, *chosen))
         at_least = 0.0 if self.always else self.trial.way
@@ -262,31 +258,25 @@ class Lookahead:
 
 
 def link(model: nn.Module, layers: Sequence[ExpertLayer], depth: int, always: bool) -> None:
-    """Let every layer look ahead to those that follow it within `depth` decoder layers."""
+    """Let every layer look ahead to the next `depth` expert layers of its stack."""
     routers: list[tuple[str, Router]] = []
     for layer in layers:
-        stack, position, block, norm = _surroundings(model, layer.name)
+        stack, block, norm = _surroundings(model, layer.name)
         if block is not None:
-            routers.append((stack, Router(layer, block, norm, position)))
+            routers.append((stack, Router(layer, block, norm)))
     for i, (stack, own) in enumerate(routers):
-        successors = [
-            r
-            for other, r in routers[i + 1 :]
-            if other == stack and 0 < r.position - own.position <= depth
-        ]
+        successors = [r for other, r in routers[i + 1 :] if other == stack][:depth]
         own.layer.ahead = Lookahead(own, successors, always) if successors else None
 
 
-def _surroundings(
-    model: nn.Module, path: str
-) -> tuple[str, int, nn.Module | None, nn.Module | None]:
-    """Of an expert module: the path of its stack of decoder layers, the place in it, the block
-    that calls the experts, and the norm before it.
+def _surroundings(model: nn.Module, path: str) -> tuple[str, nn.Module | None, nn.Module | None]:
+    """Of an expert module: the path of its stack of decoder layers, the block that calls the
+    experts, and the norm before it.
     """
     parts = path.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     if not numbers or numbers[-1] + 2 >= len(parts):
-        return path, 0, None, None
+        return path, None, None
     node: Any = model
     decoder: Any = None
     for i, part in enumerate(parts[:-1]):
@@ -294,7 +284,7 @@ def _surroundings(
         if i == numbers[-1]:
             decoder = node
     norm = next((decoder[n] for n in _NORMS if n in decoder), None)
-    return ".".join(parts[: numbers[-1]]), int(parts[numbers[-1]]), node, norm
+    return ".".join(parts[: numbers[-1]]), node, norm
 
 
 def _scores(said: list[Any], indices: mx.array, experts: int) -> mx.array | None:
