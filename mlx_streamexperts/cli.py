@@ -7,8 +7,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from .checkpoint import read_checkpoint
 from .config import StreamConfig, add_arguments, format_size, from_arguments
 from .demo import demo_model
@@ -37,11 +35,6 @@ def add_output_arguments(parser: argparse.ArgumentParser, out: str, overwritten:
     parser.add_argument(
         "--no-progress", action="store_false", dest="progress", help="show no progress bars"
     )
-
-
-def progress_bar(what: str, shown: bool, total: int | None = None) -> tqdm:
-    """A bar that counts bytes."""
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not shown)
 
 
 def make_parser(

@@ -38,11 +38,12 @@ from .checkpoint import (
     read_checkpoint,
     read_json_object,
 )
-from .cli import add_output_arguments, progress_bar
+from .cli import add_output_arguments
 from .config import format_size, parse_size
 from .errors import CheckpointError, StreamError
 from .output import check_not_written, exclusive, sync_folder, write_json
 from .patching import resolve
+from .progress import progress_bar
 from .rewrite import Options, Rewrite
 from .shards import Shard, ShardWriter, lay_out
 

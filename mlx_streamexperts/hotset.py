@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from tqdm import tqdm
-
 from .checkpoint import read_json_object
 from .errors import CheckpointError
 from .layer import ExpertLayer
 from .output import write_json
+from .progress import progress_bar
 
 _FORMAT = 1
 _SAMPLE_BYTES = 4096
@@ -72,10 +71,7 @@ def read_in(layers: Sequence[ExpertLayer], hot: Sequence[Sequence[int]], progres
         if not x.resident
     ]
     total = sum(len(experts) * x.expert_bytes for x, experts in wanted)
-    with tqdm(
-        total=total, desc="Loading hot experts", unit="B", unit_scale=True,
-        disable=not (progress and total),
-    ) as bar:  # fmt: skip
+    with progress_bar("Loading hot experts", bool(progress and total), total) as bar:
         for layer, experts in wanted:
             for nbytes in layer.fill(experts):
                 bar.update(nbytes)

@@ -97,11 +97,16 @@ def _busy(file: Path, advice: str) -> str:
     return f"{file.parent}: in use ({who or 'another process is starting there'}): {advice}"
 
 
-def write_json(file: Path, content: dict[str, Any]) -> None:
+def partial_name(file: Path) -> Path:
+    """What a file is called until it is whole."""
+    return file.with_name(file.name + ".partial")
+
+
+def write_json(file: Path, content: dict[str, Any], indent: int | None = 4) -> None:
     """Under a temporary name first: the file is whole or not there."""
-    partial = file.with_name(file.name + ".partial")
+    partial = partial_name(file)
     with partial.open("w") as f:
-        json.dump(content, f, indent=4)
+        json.dump(content, f, indent=indent)
         f.flush()
         os.fsync(f.fileno())
     partial.replace(file)

@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .cli import add_output_arguments, progress_bar
+from .cli import add_output_arguments
 from .config import StreamConfig, format_size
 from .demo import demo_model
 from .errors import StreamError
 from .locate import locate
 from .output import check_not_written
 from .patching import resolve
+from .progress import progress_bar
 from .store import verify_store, write_store
 
 

@@ -21,7 +21,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from tqdm import tqdm
 
 from .checkpoint import read_header
 from .config import StreamConfig
@@ -31,6 +30,7 @@ from .layer import StreamedSwitch
 from .locate import locate, mentions_experts, original_load_model
 from .planner import Plan
 from .prefetch import link
+from .progress import progress_bar
 from .stream import ExpertStream, attach, flatten, is_streamed, stream
 
 _original_load_adapters = mlx_lm.utils.load_adapters
@@ -256,9 +256,7 @@ def _load_trunk(model: nn.Module, progress: bool) -> None:
     """Evaluate what stays resident, a step at a time for the progress bar."""
     parameters = [array for _, array in flatten(model)]
     total = sum(a.nbytes for a in parameters)
-    with tqdm(
-        total=total, desc="Loading trunk", unit="B", unit_scale=True, disable=not progress
-    ) as bar:
+    with progress_bar("Loading trunk", progress, total) as bar:
         batch: list[mx.array] = []
         for array in parameters:
             batch.append(array)

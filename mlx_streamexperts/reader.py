@@ -64,7 +64,6 @@ class Ticket:
         for job in jobs:
             for expert in job.experts:
                 self._reads_left[expert] = self._reads_left.get(expert, 0) + 1
-        self.experts = len(self._reads_left)
         self._done = threading.Event()
         self._ended = threading.Event()  # set when an expert's last read ends
         self.error: ExpertReadError | None = None  # the first
@@ -258,7 +257,6 @@ class ExpertReader:
             self._closed = True
             dropped, self._queue = self._queue, []
             self._work.notify_all()
-        with self._lock:
             for _, _, job in dropped:
                 self._finish(
                     job, [(r, ExpertReadError(*label(r[0]), r[0].offset, 9)) for r in job.runs]

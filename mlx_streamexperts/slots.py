@@ -75,7 +75,6 @@ class Arrivals:
         experts[:] = [e for e in experts if e not in got]
         self.left = [e for e in self.left if e not in got]
         if not experts:
-            self._slots.note_read(ticket)
             del self._parts[0]
         return got
 
@@ -104,7 +103,6 @@ class ExpertSlots:
     Attributes:
         cache: the expert -> slot map.
         bank: the memory.
-        read_seconds: moving average of the time that one missing expert takes.
         as_packed: asked after each read whether an expert's parts are right; None trusts reads.
     """
 
@@ -114,7 +112,6 @@ class ExpertSlots:
         self.cache = ExpertCache(experts, 0)
         self.bank = Bank({}, 0, in_place=True)
         self.ahead = AheadStats()
-        self.read_seconds = 0.0
         self.as_packed: Callable[[int, Sequence[memoryview]], bool] | None = None
         self._reader: ExpertReader  # set by open
         self._flying: dict[int, Ticket] = {}  # read ahead, not known to have arrived
@@ -206,21 +203,14 @@ class ExpertSlots:
                     stored.offsets[expert], None, "its checksum is not that of the bytes packed",
                 )  # fmt: skip
 
-    def note_read(self, ticket: Ticket) -> None:
-        """A call's reads have ended: remember how long one expert took."""
-        if ticket.done and ticket.experts:
-            seconds = ticket.seconds / ticket.experts
-            self.read_seconds += 0.1 * (seconds - self.read_seconds)
-
     def give_up(self, ticket: Ticket, experts: Collection[int]) -> None:
         """Stop a ticket's reads; its experts lose their slots unless they have arrived."""
-        arrived = {e for e in experts if ticket.ended(e) and e not in ticket.errors}
-        if self.as_packed is not None:
-            arrived = {e for e in arrived if self._is_right(e)}
-        if not self.bank.in_place:
-            self._reader.cancel(ticket)
-            self.bank.commit()
+        arrived = {
+            e for e in experts
+            if ticket.ended(e) and e not in ticket.errors and self._is_right(e)
+        }  # fmt: skip
         self._reader.cancel(ticket)
+        self.bank.commit()
         for expert in experts:
             if expert not in arrived:
                 self.cache.drop(expert)

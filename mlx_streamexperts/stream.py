@@ -13,7 +13,6 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from tqdm import tqdm
 
 from .bank import in_place_works
 from .cache import CacheStats, LayerNeed, share_slots
@@ -26,6 +25,7 @@ from .layer import WAYS, ExpertLayer
 from .planner import Plan, experts_per_token
 from .platform import available_memory_bytes
 from .prefetch import SMALL_EXPERT_BYTES
+from .progress import progress_bar
 from .reader import ExpertReader, ReadStats
 from .slots import AheadStats
 from .timeline import PHASES, Timeline
@@ -102,9 +102,9 @@ class ExpertStream:
         self._callers = Callers()
         self._paces: dict[int, Pace] = {}  # by the size of an expert
         # Freed buffers that MLX keeps for reuse are memory too, inside the work space. A prompt's
-        # differ in size from call to call and are seldom of use again: all of the work space would
-        # be kept: 0.29 instead of 0.20 GB resident after 512 tokens of the embedded model, at equal
-        # speed.
+        # differ in size from call to call and are seldom of use again. Were all of the work space
+        # allowed: 0.29 instead of 0.20 GB resident after 512 tokens of the embedded model, at the
+        # same speed.
         self._old_cache_limit = mx.set_cache_limit(max(_KEPT_BYTES, plan.work // 16))
         try:
             self._open(plan.slots)
@@ -234,13 +234,7 @@ class ExpertStream:
         """Read all experts of the layers that have a slot for each, once and for all."""
         whole = [x for x in self.layers if x.cache.slots == x.experts and not x.resident]
         total = sum(x.experts * x.expert_bytes for x in whole)
-        with tqdm(
-            total=total,
-            desc="Loading experts",
-            unit="B",
-            unit_scale=True,
-            disable=not (self.config.progress and total),
-        ) as bar:
+        with progress_bar("Loading experts", bool(self.config.progress and total), total) as bar:
             for layer in whole:
                 for nbytes in layer.load_all():
                     bar.update(nbytes)

@@ -13,7 +13,6 @@ What lies between two layers' spans is the model's own Python.
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -21,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from .output import partial_name, write_json
 from .ranges import ByteRange
 from .reader import DEMAND, ExpertReader
 
@@ -54,8 +54,7 @@ class Timeline:
         self, path: str | os.PathLike[str], layers: Sequence[ExpertLayer], reader: ExpertReader
     ) -> None:
         self._path, self._layers, self._reader = Path(path), layers, reader
-        self._partial = self._path.with_name(self._path.name + ".partial")
-        self._partial.touch()  # find out now whether it can be written
+        partial_name(self._path).touch()  # find out now whether it can be written
         self._start = time.perf_counter()
         self._spans: list[tuple[str, str, float, float]] = []
         self._reads: list[_Read] = []
@@ -82,11 +81,8 @@ class Timeline:
         for layer in self._layers:
             layer.on_phase = None
         self._reader.on_read = None
-        with self._partial.open("w") as f:
-            json.dump({"traceEvents": self._events(), "displayTimeUnit": "ms"}, f)
-            f.flush()
-            os.fsync(f.fileno())
-        self._partial.replace(self._path)
+        content = {"traceEvents": self._events(), "displayTimeUnit": "ms"}
+        write_json(self._path, content, indent=None)
 
     def __enter__(self) -> Timeline:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import mlx_lm.utils
 import numpy as np
 import pytest
 
-from mlx_streamexperts import ExpertStream, StreamConfig, patch, stream
+from mlx_streamexperts import ExpertStream, StreamConfig, demo_model, patch, stream
 
 QUIET = StreamConfig(progress=False, prefetch="off")
 """Without guesses, whose reads come by chance: counts are exact. test_prefetch.py turns them on."""
@@ -23,6 +24,17 @@ def load_streamed(folder: Path, cache: int, config: StreamConfig = QUIET) -> nn.
     """A model without tokenizer, its experts in a cache of `cache` bytes."""
     with patch(cache=cache, config=config):
         return mlx_lm.utils.load_model(folder)[0]
+
+
+def demo_texts() -> list[str]:
+    """The shipped model's prompts, one of each of its topics."""
+    return [p["prompt"] for p in json.loads((demo_model() / "prompts.json").read_text())]
+
+
+def demo_tokens(count: int) -> np.ndarray:
+    """The first tokens of those texts, int [count]."""
+    tokenizer = mlx_lm.utils.load_tokenizer(demo_model())
+    return np.array([t for text in demo_texts() for t in tokenizer.encode(text)])[:count]
 
 
 def smallest_cache(expert_stream: ExpertStream) -> int:

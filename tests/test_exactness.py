@@ -7,7 +7,6 @@ rows, by the ratio of rows to experts: there prefill is held to `PREFILL_BOUND` 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import mlx.core as mx
 import mlx_lm.utils
 import numpy as np
 import pytest
-from conftest import QUIET, all_experts, assert_same, load_streamed, smallest_cache
+from conftest import QUIET, all_experts, assert_same, demo_tokens, load_streamed, smallest_cache
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_streamexperts import StreamConfig, demo_model, stream
@@ -73,9 +72,7 @@ def test_decode_and_prefill_are_bit_identical_at_every_cache_size(
 def test_the_shipped_model_is_bit_identical_at_every_cache_size() -> None:
     """A trained router, on real text of every topic: 110 decode steps after a prompt."""
     folder = demo_model()
-    tokenizer = mlx_lm.utils.load_tokenizer(folder)
-    texts = [p["prompt"] for p in json.loads((folder / "prompts.json").read_text())]
-    tokens = np.array([t for text in texts for t in tokenizer.encode(text)])[: PREFILL + 110]
+    tokens = demo_tokens(PREFILL + 110)
     assert len(tokens) == PREFILL + 110
     stock, _ = mlx_lm.utils.load_model(folder)
     expected = families.run(stock, tokens, PREFILL)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import threading
 import time
@@ -17,7 +16,7 @@ import mlx.nn as nn
 import mlx_lm.utils
 import numpy as np
 import pytest
-from conftest import QUIET, all_experts, assert_same, load_streamed, smallest_cache
+from conftest import QUIET, all_experts, assert_same, demo_tokens, load_streamed, smallest_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import make_prompt_cache
@@ -33,13 +32,6 @@ CANNOT_ASK = (
     "gemma4", "gemma4_text", "gemma4_unified", "deepseek_v41", "longcat_flash",
     "longcat_flash_ngram", "nemotron_h_latent",
 )  # fmt: skip
-
-
-def demo_tokens(count: int) -> np.ndarray:
-    folder = demo_model()
-    tokenizer = mlx_lm.utils.load_tokenizer(folder)
-    texts = [p["prompt"] for p in json.loads((folder / "prompts.json").read_text())]
-    return np.array([t for text in texts for t in tokenizer.encode(text)])[:count]
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import mlx.core as mx
 import mlx_lm.utils
 import numpy as np
 import pytest
-from conftest import QUIET, load_streamed
+from conftest import QUIET, demo_texts, load_streamed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import make_prompt_cache
@@ -32,7 +31,7 @@ def test_counts_equal_the_live_cache_on_the_shipped_model(
     """With 2 and 5 slots even one token's eight experts pass in waves; with 16 the prompt's do."""
     folder = demo_model()
     tokenizer = mlx_lm.utils.load_tokenizer(folder)
-    texts = [p["prompt"] for p in json.loads((folder / "prompts.json").read_text())]
+    texts = demo_texts()
     model = load_streamed(folder, 1 << 40, replace(QUIET, policy=policy))
     with stream(model) as expert_stream:
         expert_stream.resize(slots * sum(n.expert_bytes for n in expert_stream.needs()))

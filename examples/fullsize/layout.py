@@ -143,3 +143,11 @@ class _Shard:
                 self._entries_bytes += entry
                 return begin
         return None
+
+
+def shard_sizes(folder: Path) -> str:
+    """What a written stand-in comes to, in a line."""
+    files = list(folder.glob("*.safetensors"))
+    apparent = sum(f.stat().st_size for f in files)
+    on_disk = sum(f.stat().st_blocks * 512 for f in files)
+    return f"{len(files)} shards, {apparent / 1e9:.1f} GB apparent, {on_disk / 1e9:.2f} GB on disk"

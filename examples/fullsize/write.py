@@ -26,7 +26,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
 import numpy as np
-from layout import HERE, Place, describe, header_text, layer_of, require, shard_layout
+from layout import HERE, Place, describe, header_text, layer_of, require, shard_layout, shard_sizes
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from tqdm import tqdm
@@ -273,10 +273,7 @@ def main(argv: list[str] | None = None) -> int:
     except (StreamError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
-    files = list(args.folder.glob("*.safetensors"))
-    apparent = sum(f.stat().st_size for f in files)
-    on_disk = sum(f.stat().st_blocks * 512 for f in files)
-    print(f"{len(files)} shards, {apparent / 1e9:.1f} GB apparent, {on_disk / 1e9:.2f} GB on disk")
+    print(shard_sizes(args.folder))
     return 0
 
 

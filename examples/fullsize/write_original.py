@@ -22,7 +22,7 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm.utils
 import numpy as np
-from layout import HERE
+from layout import HERE, shard_sizes
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
 
@@ -287,10 +287,7 @@ def main(argv: list[str] | None = None) -> int:
     except (StreamError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
-    files = list(args.folder.glob("*.safetensors"))
-    apparent = sum(f.stat().st_size for f in files)
-    on_disk = sum(f.stat().st_blocks * 512 for f in files)
-    print(f"{len(files)} shards, {apparent / 1e9:.1f} GB apparent, {on_disk / 1e9:.2f} GB on disk")
+    print(shard_sizes(args.folder))
     return 0
 
 
