@@ -63,12 +63,14 @@ class ExpertCache:
     Attributes:
         slot_of: int32 [experts], the expert's slot or -1.
         stats: what happened so far.
+        version: changes whenever the map does.
     """
 
     def __init__(self, experts: int, slots: int, policy: str | PolicyMaker = "lru") -> None:
         self.experts, self.slots = experts, min(slots, experts)
         self.slot_of = np.full(experts, -1, np.int32)
         self.stats = CacheStats()
+        self.version = 0
         self._policy = (POLICIES[policy] if isinstance(policy, str) else policy)(
             experts, self.slots
         )
@@ -104,6 +106,7 @@ class ExpertCache:
             keep: resident experts that must stay although this call does not need them.
         """
         missing = [e for e in needed if self.slot_of[e] < 0]
+        self.version += bool(missing)
         pinned = {*needed, *keep} if missing else ()
         if len(pinned) > self.slots:
             raise ValueError(f"{len(pinned)} experts needed at once, {self.slots} slots")
@@ -165,6 +168,7 @@ class ExpertCache:
             self.slot_of[expert] = self._free.pop()
             self._policy.admit(expert)
             self._ahead[expert] = None
+            self.version += 1
             placed.append(expert)
         return placed
 
@@ -212,6 +216,7 @@ class ExpertCache:
         """Empty the expert's slot: its bytes never arrived."""
         self._free.append(int(self.slot_of[expert]))
         self.slot_of[expert] = -1
+        self.version += 1
         self._policy.remove(expert)
         self._ahead.pop(expert, None)
 

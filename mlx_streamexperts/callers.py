@@ -14,11 +14,15 @@ _PATIENCE_SECONDS = 2.0
 
 
 class Callers:
-    """The threads that call one model's layers."""
+    """The threads that call one model's layers.
+
+    Attributes:
+        shared: more than one does.
+    """
 
     def __init__(self) -> None:
         self._first: int | None = None
-        self._shared = False
+        self.shared = False
         self._caught_up = threading.Event()
         self._lock = threading.Lock()
 
@@ -31,12 +35,12 @@ class Callers:
         """
         me = threading.get_ident()
         if me == self._first:
-            return self._shared
+            return self.shared
         with self._lock:
             if self._first is None:
                 self._first = me
                 return False
-        self._shared = True
+        self.shared = True
         if not self._caught_up.is_set():
             if any(t.ident == self._first for t in threading.enumerate()):  # it lives
                 self._caught_up.wait(_PATIENCE_SECONDS)

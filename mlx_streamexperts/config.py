@@ -85,6 +85,12 @@ class StreamConfig:
         choices=("auto", "on", "off"),
     )
     prefetch_depth: int = _option(1, "how many expert layers ahead --prefetch asks")
+    run_ahead: str = _option(
+        "auto",
+        "map experts to slots on the device and check afterwards, instead of waiting for each "
+        "layer's router. auto: on a GPU, in each layer while it is measured to pay; on: always",
+        choices=("auto", "on", "off"),
+    )
     context_tokens: int = _option(
         4096, "tokens of KV cache that --memory leaves room for (prompt and reply together)"
     )

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,6 +28,9 @@ from .slots import Arrivals, ExpertSlots, ExpertTensor
 from .split import SORTED_ROWS, SplitCall
 from .timeline import PHASES
 from .trial import Pace, Trial
+
+if TYPE_CHECKING:
+    from .runahead import RunAhead
 
 # Ways to run a call some of whose experts are still being read: wait and run it whole; run those
 # that are there meanwhile; run each lot as it arrives as well. Every part costs a set of kernel
@@ -92,6 +96,9 @@ class ExpertLayer:
         ahead: asks the next layers' routers; None where that cannot be done.
         awaited: the layer before, if it looks ahead to this one.
         guessed: what others guessed that this layer wants next: precision, rank, expert.
+        run_ahead: runs steps that do not wait for this layer; None where there are none.
+        chosen: the last call's experts.
+        lacked: one of them was not there when the layer was asked.
     """
 
     def __init__(
@@ -107,6 +114,9 @@ class ExpertLayer:
         self.ahead: Lookahead | None = None
         self.awaited: Lookahead | None = None
         self.guessed: list[tuple[Precision, int, int]] = []
+        self.run_ahead: RunAhead | None = None
+        self.chosen: list[int] = []
+        self.lacked = False
         self.closed = True
         self._pace = Pace(Trial(WAYS, WAYS[0]))
         # A GPU backend may choose its kernel by the number of rows (MLX's CUDA backend does at 8),
@@ -192,37 +202,43 @@ class ExpertLayer:
             return self.switch(x, indices)
         if self.closed:
             raise StreamError(f"{self.name}: this model's expert stream is closed")
+        run_ahead = self.run_ahead
+        if run_ahead is not None and run_ahead.thread == threading.get_ident():
+            return run_ahead.through(self, x, indices)
+        return self.ask(x, indices)
+
+    def ask(self, x: mx.array, indices: mx.array, look_ahead: bool = True) -> mx.array:
+        """Wait for the indices, see to it that their experts are there, and run them.
+
+        Args:
+            look_ahead: ask the next layers' routers meanwhile, where that pays.
+        """
         start = time.perf_counter()
         guesses = None
-        if self.ahead is not None and indices.size < SORTED_ROWS:
+        if look_ahead and self.ahead is not None and indices.size < SORTED_ROWS:
             mx.async_eval(indices)  # the device works while we ask
-            start = self._spent("sync", start)
+            start = self.spent("sync", start)
             guesses = self.ahead.ask(x)
-            start = self._spent("map", start)
+            start = self.spent("map", start)
             if guesses is not None:
                 mx.eval(indices, *guesses.arrays)
         experts = np.array(indices)  # [..., K], the call's only host sync
-        began = self._spent("sync", start)
+        began = self.spent("sync", start)
         self._pace.tick(began)
-        if self.record is not None:
-            self.record(experts)
         shared = self._callers.note()
         with self.lock:
-            self.stats.calls += 1
-            needed = self.cache.wanted(experts)
-            if self.guessed:
-                for precision, rank, expert in self.guessed:
-                    precision.note(rank, expert in needed)
-                self.guessed.clear()
+            needed = self.count(experts)
             if len(needed) > self.cache.slots:
+                self.lacked = True
                 y = self._in_waves(x, experts, sorted(needed))
             else:
                 arrivals = self.slots.begin(needed)
+                self.lacked = bool(arrivals.left)
                 if arrivals.left and indices.size < SORTED_ROWS:
                     self._pace.mark(began)
                 if guesses is not None:
                     guesses.read_ahead()
-                self._spent("map", began)
+                self.spent("map", began)
                 y = self._at_once(x, experts, needed, arrivals)
                 if self.awaited is not None:
                     self.awaited.arrived()
@@ -230,6 +246,23 @@ class ExpertLayer:
         if shared:
             self._callers.evaluated()
         return y
+
+    def count(self, experts: np.ndarray) -> list[int]:
+        """Account for a call that chose these experts [..., K]; returns the distinct ones."""
+        if self.record is not None:
+            self.record(experts)
+        self.stats.calls += 1
+        needed = self.chosen = self.cache.wanted(experts)
+        if self.guessed:
+            for precision, rank, expert in self.guessed:
+                precision.note(rank, expert in needed)
+            self.guessed.clear()
+        return needed
+
+    def complete(self, x: mx.array, experts: np.ndarray, arrivals: Arrivals) -> mx.array:
+        """Run a call's experts [..., K], known and accounted for, once they have arrived."""
+        with self.lock:
+            return self.slots.bank.reading(self._at_once(x, experts, self.chosen, arrivals))
 
     def _at_once(
         self, x: mx.array, experts: np.ndarray, needed: list[int], arrivals: Arrivals
@@ -247,21 +280,21 @@ class ExpertLayer:
                 while arrivals.left:
                     if ready:
                         mx.async_eval(split.run(split.rows_of(ready)))
-                    start = self._spent("build", start)
+                    start = self.spent("build", start)
                     ready = arrivals.some() if way == "lots" else arrivals.all()
-                    start = self._spent("wait", start)
+                    start = self.spent("wait", start)
             except BaseException:
                 arrivals.abandon()
                 raise
             if split.begun:
                 split.run(split.rows_of(ready))
                 y = split.joined()
-                self._spent("build", start)
+                self.spent("build", start)
                 return y
         arrivals.all()
-        start = self._spent("wait", start)
+        start = self.spent("wait", start)
         y = self.switch(x, mx.array(self.cache.slot_of[experts].astype(np.uint32)))
-        self._spent("build", start)
+        self.spent("build", start)
         return y
 
     def _in_waves(self, x: mx.array, experts: np.ndarray, needed: list[int]) -> mx.array:
@@ -280,23 +313,23 @@ class ExpertLayer:
         arrivals = self.slots.begin(*waves[0])
         for i, (wave, _) in enumerate(waves):
             arrivals.all()
-            start = self._spent("wait", start)
+            start = self.spent("wait", start)
             y = split.run(split.rows_of(wave))
             mx.async_eval(y)
-            start = self._spent("build", start)
+            start = self.spent("build", start)
             if i + 1 < len(waves):
                 # The next wave overwrites slots of waves before this one: they must have run.
                 if slots == 1:
                     mx.eval(y)
                 elif before is not None:
                     mx.eval(before)
-                start = self._spent("sync", start)
+                start = self.spent("sync", start)
                 arrivals = self.slots.begin(*waves[i + 1])
-                start = self._spent("map", start)
+                start = self.spent("map", start)
             before = y
         return split.joined()
 
-    def _spent(self, phase: str, start: float) -> float:
+    def spent(self, phase: str, start: float) -> float:
         """Account for the time since `start`; returns now."""
         now = time.perf_counter()
         self.stats.seconds[phase] += now - start

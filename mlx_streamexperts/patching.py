@@ -31,6 +31,7 @@ from .locate import locate, mentions_experts, original_load_model
 from .planner import Plan
 from .prefetch import link
 from .progress import progress_bar
+from .runahead import install
 from .stream import ExpertStream, attach, flatten, is_streamed, stream
 
 _original_load_adapters = mlx_lm.utils.load_adapters
@@ -190,6 +191,8 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
             link(model, located.layers, self.config.prefetch_depth, always)
         expert_stream = ExpertStream(located.layers, plan, self.config, model_config)
         attach(model, expert_stream)
+        if expert_stream.run_ahead is not None:
+            install(model, expert_stream.run_ahead)
         self.streams.append(expert_stream)
         return model, model_config
 

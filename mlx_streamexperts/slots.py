@@ -12,6 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from .bank import Bank, SlotTensor, total_bytes
 from .cache import ExpertCache
 from .checkpoint import ExpertTable
@@ -177,6 +179,22 @@ class ExpertSlots:
                 return
             self.ahead.issued += len(placed)
             self._flying.update(dict.fromkeys(placed, ticket))
+
+    def landed(self) -> np.ndarray:
+        """Which experts are in their slots, bool [experts]: not those on their way."""
+        if self._flying:
+            self._note_landed()
+        here = self.cache.slot_of >= 0
+        here[[*self._flying, *(self._begun.left if self._begun is not None else ())]] = False
+        return here
+
+    def await_ahead(self) -> None:
+        """Wait for everything that was read ahead."""
+        for expert, ticket in self._flying.items():
+            with suppress(ExpertReadError):  # `_note_landed` drops it
+                ticket.wait_for_any([expert])
+        if self._flying:
+            self._note_landed()
 
     def land(self) -> None:
         """Take back what was read ahead and is queued; wait for what is under way."""

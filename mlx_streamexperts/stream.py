@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,7 @@ from .platform import available_memory_bytes
 from .prefetch import SMALL_EXPERT_BYTES
 from .progress import progress_bar
 from .reader import ExpertReader, ReadStats
+from .runahead import RunAhead, RunAheadStats
 from .slots import AheadStats
 from .timeline import PHASES, Timeline
 from .trace import Trace
@@ -51,6 +53,7 @@ class StreamStats:
             reads; `wait` for reads; `build` the graph.
         calls, waves, overlapped: see `LayerStats`.
         resident_layers: layers whose experts are all in memory; they count no hits.
+        run_ahead: what became of steps that did not wait for each layer's indices.
     """
 
     cache: CacheStats
@@ -63,6 +66,7 @@ class StreamStats:
     waves: int
     overlapped: int
     resident_layers: int
+    run_ahead: RunAheadStats
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain numbers, for JSON."""
@@ -81,6 +85,7 @@ class ExpertStream:
         config: the options in force.
         bypasses_page_cache: whether reads go past the system's page cache.
         in_place: whether reads go straight into MLX's memory.
+        run_ahead: runs steps that do not wait for each layer; None where that is off.
     """
 
     def __init__(
@@ -98,6 +103,7 @@ class ExpertStream:
         self._reader = ExpertReader(
             config.threads, parse_size(config.read_size), self.bypasses_page_cache
         )
+        self.run_ahead: RunAhead | None = None
         self._closed = False
         self._callers = Callers()
         self._paces: dict[int, Pace] = {}  # by the size of an expert
@@ -108,6 +114,7 @@ class ExpertStream:
         self._old_cache_limit = mx.set_cache_limit(max(_KEPT_BYTES, plan.work // 16))
         try:
             self._open(plan.slots)
+            self.run_ahead = self._make_run_ahead()
             if hot:
                 read_in(layers, hot, config.progress)
                 self._reader.stats = ReadStats()
@@ -132,12 +139,15 @@ class ExpertStream:
             waves=sum(x.stats.waves for x in self.layers),
             overlapped=sum(x.stats.overlapped for x in self.layers),
             resident_layers=sum(x.resident for x in self.layers),
+            run_ahead=RunAheadStats(**asdict(self.run_ahead.stats) if self.run_ahead else {}),
         )
 
     def reset(self) -> None:
         """Set every counter to zero; cached experts stay."""
         for layer in self.layers:
             layer.reset()
+        if self.run_ahead is not None:
+            self.run_ahead.stats = RunAheadStats()
         self._reader.stats = ReadStats()
 
     def trace(self, path: str | os.PathLike[str]) -> Trace:
@@ -179,14 +189,15 @@ class ExpertStream:
         """
         self._check_open()
         slots = share_slots(parse_size(cache), self.needs())
-        for layer, count in zip(self.layers, slots, strict=True):
-            if count < layer.cache.slots:
-                self._open_layer(layer, count)
-        mx.clear_cache()  # shrink first, and give it back, so that growing stays in the budget
-        for layer, count in zip(self.layers, slots, strict=True):
-            if count > layer.cache.slots:
-                self._open_layer(layer, count)
-        self._load_resident()
+        with self.run_ahead.paused() if self.run_ahead else nullcontext():
+            for layer, count in zip(self.layers, slots, strict=True):
+                if count < layer.cache.slots:
+                    self._open_layer(layer, count)
+            mx.clear_cache()  # shrink first, and give it back, so that growing stays in the budget
+            for layer, count in zip(self.layers, slots, strict=True):
+                if count > layer.cache.slots:
+                    self._open_layer(layer, count)
+            self._load_resident()
 
     def close(self) -> None:
         """Stop reading, free slots, files and threads. Later calls of the model raise."""
@@ -239,6 +250,17 @@ class ExpertStream:
                 for nbytes in layer.load_all():
                     bar.update(nbytes)
         self._reader.stats = ReadStats()
+
+    def _make_run_ahead(self) -> RunAhead | None:
+        """None where it cannot be, or where the host is the device and waits for nobody."""
+        wanted = {"auto": mx.default_device() != mx.cpu, "on": True, "off": False}
+        if not (wanted[self.config.run_ahead] and self.in_place):
+            return None
+        top_k = max(need.top_k for need in self.needs())
+        always = self.config.run_ahead == "on"
+        return RunAhead(
+            self.layers, top_k, self._callers, lambda: self._reader.stats.wait_seconds, always
+        )
 
     def _decide_bypass(self) -> bool:
         if self.config.bypass_page_cache == "off":

@@ -1,0 +1,415 @@
+"""Run-ahead decoding: a whole token in one graph, checked afterwards.
+
+To read a router's indices the host must wait for the device, once a layer: on an H100 a layer of
+Qwen3.5-397B's shape takes 365 us without that wait and 900 us with it. Here a layer may instead be
+*trusted*: its experts are mapped to slots on the device, by a table whose memory the host keeps up
+to date, and all trusted layers' indices are checked later. If every expert was in its slot, the
+pass was exact. If one was not, the pass has told which experts the token will want in all later
+layers; they are read at once, the caches are taken back (rewind.py) and the pass is run again,
+layers that were exact standing as they are. Only an exact pass is ever returned.
+
+Which layers are trusted, and whether a pass should go on for the sake of what it tells, is decided
+by what was measured (trust.py). The idea is a processor's run-ahead execution (Dundas and Mudge,
+"Improving data cache performance by pre-executing instructions under a cache miss", ICS 1997).
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .bank import byte_view
+from .callers import Callers
+from .rewind import Undo, remember
+from .split import SORTED_ROWS
+from .trust import Trust
+
+if TYPE_CHECKING:
+    from .cache import ExpertCache
+    from .layer import ExpertLayer
+    from .slots import Arrivals
+
+# Layers whose indices are sent to the device together. Host and device work side by side, so the
+# device should start early, and be interrupted seldom.
+_GROUP = 4
+
+_PASSES = 3
+"""Passes of a step after which nothing is trusted any more that is not known."""
+
+_RUN_AHEAD = "_run_ahead"
+
+
+@dataclass(slots=True)
+class RunAheadStats:
+    """What run-ahead decoding did. A step is a forward pass of few tokens, as in decoding.
+
+    Attributes:
+        steps: steps that trusted at least one layer.
+        exact_at_once: of those, the ones whose first pass was exact.
+        passes: passes that these steps took.
+        trusted: layers mapped on the device and found exact: waits for the device saved.
+        asked: layers of all steps whose indices the host waited for.
+        wrong: layers found to lack an expert after they had been trusted.
+        foretold: experts that wrong passes told about layers behind the first that was wrong.
+        came_true: of those, the ones that the exact pass used.
+    """
+
+    steps: int = 0
+    exact_at_once: int = 0
+    passes: int = 0
+    trusted: int = 0
+    asked: int = 0
+    wrong: int = 0
+    foretold: int = 0
+    came_true: int = 0
+
+
+class Astray(Exception):  # noqa: N818, it is no error
+    """Ends a pass that is known to be wrong."""
+
+
+class _Unsuitable(Exception):  # noqa: N818
+    """The model calls its layers otherwise than once a pass: it is left alone."""
+
+
+@dataclass(slots=True)
+class _State:
+    """What a step knows of one layer.
+
+    Attributes:
+        called: in this pass.
+        indices, tried: [..., K] and [..., K, D] of this pass, not known to be exact.
+        y: [..., K, D], exact.
+        experts: [..., K], known for certain while `y` is not.
+        arrivals: what of `experts` is on its way; None where they have no slots.
+        foretold: experts that a wrong pass chose.
+    """
+
+    called: bool = False
+    indices: mx.array | None = None
+    tried: mx.array | None = None
+    y: mx.array | None = None
+    experts: np.ndarray | None = None
+    arrivals: Arrivals | None = None
+    foretold: set[int] = field(default_factory=set)
+
+
+class RunAhead:
+    """Runs the steps of one model.
+
+    Args:
+        layers: the model's expert layers, in the order of their calls.
+        top_k: the most experts that a layer's token has.
+        callers: which threads call the model.
+        waited: seconds that were waited for reads so far.
+        always: trust every layer whatever was measured.
+
+    Attributes:
+        thread: the thread whose step is under way, or None.
+        stats: counters.
+        trust: what was learned about the layers.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[ExpertLayer],
+        top_k: int,
+        callers: Callers,
+        waited: Callable[[], float],
+        always: bool,
+    ) -> None:
+        self.layers, self.always = list(layers), always
+        self.thread: int | None = None
+        self.stats, self.trust = RunAheadStats(), Trust(len(self.layers))
+        self._rows = (SORTED_ROWS - 1) // top_k  # tokens of a call that counts as decoding
+        self._callers, self._waited = callers, waited
+        self._lock = threading.Lock()
+        self._usable = True
+        self._number = {id(x): i for i, x in enumerate(self.layers)}
+        self._tables = _Tables(self.layers)
+        # Of the step and the pass under way:
+        self._states: list[_State] = []
+        self._trusts = np.zeros(len(self.layers), bool)
+        self._again = self._masked = self._goes_on = False
+        self._unsent: list[int] = []  # trusted layers that the device does not know of
+        self._unchecked: list[int] = []  # and those whose indices it has been sent
+        self._wrong: int | None = None  # the first layer that lacked an expert
+        for layer in self.layers:
+            layer.run_ahead = self
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No step is under way meanwhile."""
+        with self._lock:
+            yield
+
+    def step(self, call: Callable[[], Any], rows: int, caches: Any) -> Any:
+        """Run a forward pass of the model, trusting what it pays to trust.
+
+        Args:
+            call: the model's own forward pass.
+            rows: tokens of the call.
+            caches: the caches that it changes, or None.
+
+        Returns:
+            What `call` returns; exact.
+
+        Raises: whatever `call` raises; a step that it raised from has left the caches as they were.
+        """
+        if self._callers.note():
+            with self._lock:  # a step of the first thread ends before anybody else begins
+                pass
+            return call()
+        undo = remember(caches) if self._usable and rows <= self._rows else None
+        if undo is None:
+            return call()
+        with self._lock:
+            if not self._callers.shared:
+                try:
+                    return self._step(call, undo)
+                except _Unsuitable:
+                    self._usable = False
+        return call()
+
+    def through(self, layer: ExpertLayer, x: mx.array, indices: mx.array) -> mx.array:
+        """A layer's part of the pass under way: x [..., D], indices [..., K] -> [..., K, D]."""
+        i = self._number[id(layer)]
+        state = self._states[i]
+        if state.called:
+            raise _Unsuitable
+        state.called = True
+        if state.y is not None:
+            return state.y
+        if state.arrivals is not None and state.experts is not None:
+            state.y = layer.complete(x, state.experts, state.arrivals)
+            state.arrivals = None
+            return state.y
+        if not self._trusts[i]:
+            self._check()
+        if self._trusts[i] or self._wrong is not None:
+            return self._try(i, x, indices)
+        state.y = layer.ask(x, indices, look_ahead=not self._again)
+        self.stats.asked += 1
+        self.trust.note(i, layer.lacked, self._again)
+        self._compare(i, layer.chosen)
+        return state.y
+
+    def _step(self, call: Callable[[], Any], undo: Undo) -> Any:
+        began, waited = time.perf_counter(), self._waited()
+        self._states = [_State() for _ in self.layers]
+        self._again = False
+        scout = self.always or self.trust.scout
+        self._trusts = np.ones(len(self.layers), bool) if scout else self._choose()
+        trusted = int(self._trusts.sum())
+        self._masked = scout or self._expected(0) >= 1
+        self.thread = threading.get_ident()
+        passes = 0
+        try:
+            for passes in itertools.count(1):
+                self._begin_pass(passes, scout and passes == 1)
+                try:
+                    result = call()
+                    self._check(result)
+                    break
+                except Astray:
+                    undo()
+        except BaseException:
+            undo()
+            raise
+        finally:
+            self.thread = None
+            self._states = []
+        if trusted:
+            self.stats.steps += 1
+            self.stats.passes += passes
+            self.stats.exact_at_once += passes == 1
+        self.trust.timed(time.perf_counter() - began, self._waited() - waited, trusted, passes)
+        return result
+
+    def _begin_pass(self, number: int, scout: bool) -> None:
+        self._again, self._wrong, self._goes_on = number > 1, None, scout or self.always
+        self._unsent, self._unchecked = [], []
+        for state in self._states:
+            state.called = False
+        if self._again:
+            self._masked = True
+            if number > _PASSES:
+                self._trusts[:] = False
+            elif not self.always:
+                self._trusts &= self._choose()
+
+    def _choose(self) -> np.ndarray:
+        """Which layers to trust, bool [layers]; it does not matter for those known to be exact."""
+        if not self._again:
+            return self.trust.choose(self.trust.lacking)
+        known = np.array([s.y is not None or s.arrivals is not None for s in self._states])
+        lacking = np.where(known, 0.0, self.trust.lacking_again)
+        return self.trust.choose(lacking)
+
+    def _expected(self, first: int) -> float:
+        """How many layers from this one on are likely to lack an expert."""
+        if self._again:
+            return self.trust.lacking_again * (len(self.layers) - first)
+        return float(self.trust.lacking[first:].sum())
+
+    def _try(self, i: int, x: mx.array, indices: mx.array) -> mx.array:
+        """Map experts to slots on the device."""
+        layer, state = self.layers[i], self._states[i]
+        start = time.perf_counter()
+        with layer.lock:
+            if self._again:
+                layer.slots.await_ahead()
+                start = layer.spent("wait", start)
+            slots, absent = self._tables.of(i)
+            start = layer.spent("map", start)
+            y = layer.switch(x, slots[indices])  # [..., K, D]
+            if self._masked:  # what is not there contributes nothing
+                y = mx.where(absent[indices][..., None] > 0, 0, y)
+            state.indices, state.tried = indices, layer.slots.bank.reading(y)
+        self._unsent.append(i)
+        layer.spent("build", start)
+        if len(self._unsent) == _GROUP:
+            self._send()
+        return y
+
+    def _send(self) -> None:
+        """Let the device begin with what was built; check what it has had time for."""
+        sent, self._unsent = self._unsent, []
+        if sent:
+            mx.async_eval([self._states[i].indices for i in sent])
+        before, self._unchecked = self._unchecked, sent
+        for i in before:
+            self._judge(i)
+
+    def _check(self, result: Any = None) -> None:
+        """Check every layer that was trusted so far.
+
+        Args:
+            result: of the pass, if it is over: the device goes on with that meanwhile.
+
+        Raises:
+            Astray: one of them lacked an expert, and the pass need not go on or is over.
+        """
+        if self._unsent:
+            self._send()
+        if isinstance(result, mx.array) and self._wrong is None and self._unchecked:
+            mx.async_eval(result)
+        self._send()
+        if self._wrong is not None and (result is not None or not self._goes_on):
+            raise Astray
+
+    def _judge(self, i: int) -> None:
+        """See whether a layer that was trusted had every expert."""
+        layer, state = self.layers[i], self._states[i]
+        start = time.perf_counter()
+        experts = np.array(state.indices)  # [..., K]
+        start = layer.spent("sync", start)
+        with layer.lock:
+            held = self._tables.held(i, experts)
+            self.trust.note(i, not held, self._again)
+            if self._wrong is not None:  # a guess, then
+                chosen = list(dict.fromkeys(experts.ravel().tolist()))
+                state.foretold = set(chosen)
+                layer.slots.read_ahead(chosen, i - self._wrong)
+            elif len(np.unique(experts)) > layer.cache.slots:
+                self._wrong, self._trusts[i] = i, False
+            else:
+                needed = layer.count(experts)
+                self._compare(i, needed)
+                arrivals = layer.slots.begin(needed)
+                if held:
+                    state.y = state.tried
+                    self.stats.trusted += 1
+                else:
+                    self._wrong, state.experts, state.arrivals = i, experts, arrivals
+                    self.stats.wrong += 1
+                    self._goes_on = self._goes_on or self._expected(i + 1) >= 1
+        layer.spent("map", start)
+        if self._wrong is not None and not self._goes_on:
+            raise Astray
+
+    def _compare(self, i: int, needed: Sequence[int]) -> None:
+        """Hold what was foretold of a layer against what it wants."""
+        state = self._states[i]
+        if state.foretold:
+            self.stats.foretold += len(state.foretold)
+            self.stats.came_true += len(state.foretold.intersection(needed))
+            state.foretold = set()
+
+
+class _Tables:
+    """Every layer's expert -> slot table, on the device.
+
+    One array for all layers: on a GPU whose memory moves by pages it is fetched at once.
+    """
+
+    def __init__(self, layers: Sequence[ExpertLayer]) -> None:
+        self._layers = layers
+        most = max(x.experts for x in layers)
+        self._array = mx.zeros((len(layers), 2, most), mx.uint32)  # slot; 1 where there is none
+        mx.eval(self._array)
+        self._host = np.frombuffer(byte_view(self._array), np.uint32).reshape(self._array.shape)
+        self._views = [(self._array[i, 0], self._array[i, 1]) for i in range(len(layers))]
+        mx.eval(self._views)  # the same memory
+        self._made_of: list[tuple[ExpertCache, int] | None] = [None] * len(layers)
+        self._partial = [False] * len(layers)  # some of the map's experts were on their way
+
+    def of(self, i: int) -> tuple[mx.array, mx.array]:
+        """A layer's slots and whether they are missing, uint32 [experts] each, as things are now.
+
+        To be called with the layer's lock.
+        """
+        slots = self._layers[i].slots
+        cache = slots.cache
+        if self._partial[i] or self._made_of[i] != (cache, cache.version):
+            slots.bank.settle()  # whatever was built with the table as it is has run
+            here = slots.landed()  # bool [experts]
+            count = len(here)
+            self._host[i, 0, :count] = np.where(here, cache.slot_of, 0)
+            self._host[i, 1, :count] = ~here
+            self._made_of[i] = (cache, cache.version)
+            self._partial[i] = not np.array_equal(here, cache.slot_of >= 0)
+        return self._views[i]
+
+    def held(self, i: int, experts: np.ndarray) -> bool:
+        """Did a layer's table name the slots of all these, and are they there still?"""
+        cache = self._layers[i].cache
+        return self._made_of[i] == (cache, cache.version) and not self._host[i, 1][experts].any()
+
+
+def install(model: nn.Module, run_ahead: RunAhead) -> None:
+    """Let this model's forward passes go through `RunAhead.step`.
+
+    Only this instance changes: it gets a class of its own, derived from the one it had.
+    """
+    kind = type(model)
+    parameters = list(inspect.signature(kind.__call__).parameters)[1:]
+    place = parameters.index("cache") if "cache" in parameters else None
+    stock_call = kind.__call__
+
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        steps: RunAhead = self.__dict__[_RUN_AHEAD]
+        tokens = kwargs.get("input_embeddings")
+        if tokens is None:
+            tokens = args[0] if args else kwargs.get(parameters[0])
+        if place is None or tokens is None or tokens.ndim < 2:
+            return stock_call(self, *args, **kwargs)
+        caches = args[place] if len(args) > place else kwargs.get("cache")
+        rows = tokens.shape[0] * tokens.shape[1]
+        return steps.step(lambda: stock_call(self, *args, **kwargs), rows, caches)
+
+    __call__.__signature__ = inspect.signature(stock_call)  # type: ignore[attr-defined]
+    __call__.__doc__ = stock_call.__doc__
+    own = type(kind.__name__, (kind,), {"__call__": __call__, "__module__": kind.__module__})
+    object.__setattr__(model, _RUN_AHEAD, run_ahead)
+    model.__class__ = own
