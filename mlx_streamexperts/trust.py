@@ -6,6 +6,9 @@ an expert costs the pass. Both are measured, and how often each layer lacks one 
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
+
 import numpy as np
 
 from .trial import Trial
@@ -13,8 +16,13 @@ from .trial import Trial
 # Until measured: a layer of a large model on a fast GPU, and what waiting for its indices adds.
 _LAYER_SECONDS, _WAIT_SECONDS = 0.4e-3, 0.5e-3
 
+# Of the moving averages.
 _RATE = 0.05
-"""Of the moving averages."""
+
+WAYS = ("trust", "ask", "scout")
+"""Ways to begin a step: trust the layers that it pays to trust; ask every layer; or trust all of
+them in a pass that is only to tell what the token will want, so that it is read in one go.
+"""
 
 
 class Trust:
@@ -32,50 +40,67 @@ class Trust:
         self.lacking = np.ones(layers)
         self.lacking_again = 0.5
         self._seen = np.zeros(layers)
-        self._trusting: float | None = None  # seconds a layer in steps that trust nearly all
-        self._asking: float | None = None  # and in those that ask nearly all
-        self._trial: Trial[bool] = Trial((False, True), False)
+        # Seconds a layer, of steps that trusted nearly all and of those that asked nearly all.
+        self._trusting: deque[float] = deque(maxlen=15)
+        self._asking: deque[float] = deque(maxlen=15)
+        self._trial: Trial[str] = Trial(WAYS, WAYS[0])
 
     @property
-    def scout(self) -> bool:
-        """Should a step begin with a pass that is only to tell what the token will want?
-
-        Decided by trial. Makes no sense where little is missing.
-        """
-        return self._trial.way and float(self.lacking.sum()) >= 1
+    def way(self) -> str:
+        """How to begin the next step, decided by trial; see `WAYS`."""
+        if self._trial.way == "scout" and float(self.lacking.sum()) < 1:
+            return "trust"  # there is nothing to find out
+        return self._trial.way
 
     @property
     def layer_seconds(self) -> float:
         """A layer's share of a pass that trusts everything."""
-        if self._trusting is not None:
-            return self._trusting
-        return _LAYER_SECONDS if self._asking is None else self._asking / 2
+        if self._trusting:
+            return statistics.median(self._trusting)
+        return _LAYER_SECONDS if not self._asking else statistics.median(self._asking) / 2
 
     @property
     def wait_seconds(self) -> float:
-        """What asking a layer adds."""
-        if self._asking is None:
-            return _WAIT_SECONDS
-        return max(0.0, self._asking - self.layer_seconds)
+        """What asking a layer adds; no less than a tenth of the layer: few steps tell little."""
+        least = 0.1 * self.layer_seconds
+        if not self._asking:
+            return max(least, _WAIT_SECONDS)
+        return max(least, statistics.median(self._asking) - self.layer_seconds)
 
-    def choose(self, lacking: np.ndarray) -> np.ndarray:
+    def choose(self, lacking: np.ndarray, again: bool = False) -> np.ndarray:
         """The layers to trust: those for which the expected time is least.
 
         Args:
-            lacking: float [N], the probability that each layer lacks an expert.
+            lacking: float [layers], the probability that each lacks an expert.
+            again: a pass of this step was in vain already.
 
         Returns:
-            bool [N].
+            bool [layers].
         """
         order = np.argsort(lacking)
-        # Trusting the n least likely to fail: that all are right, n = 0 to N.
-        right = np.concatenate([[1.0], np.cumprod(1 - lacking[order])])  # [N + 1]
-        asked = np.arange(len(lacking), -1, -1)
-        again = len(self.lacking) * self.layer_seconds  # a pass in vain
-        count = int(np.argmin(asked * self.wait_seconds + (1 - right) * again))
+        count = int(np.argmin(self._seconds(lacking[order], self.in_vain_seconds(again))))
         trusted = np.zeros(len(lacking), bool)
         trusted[order[:count]] = True
         return trusted
+
+    def in_vain_seconds(self, again: bool) -> float:
+        """What a pass costs that turns out to be wrong: itself and what follows.
+
+        Args:
+            again: asking every layer follows. Otherwise a second pass, which trusts as it pays.
+        """
+        layers = len(self.lacking)
+        pass_seconds = layers * self.layer_seconds
+        if again:
+            return pass_seconds + layers * self.wait_seconds
+        lacking = np.full(layers, self.lacking_again)
+        return pass_seconds + float(self._seconds(lacking, self.in_vain_seconds(True)).min())
+
+    def _seconds(self, lacking: np.ndarray, in_vain: float) -> np.ndarray:
+        """Seconds that trusting the first n layers adds to a pass, float [N + 1] for n = 0 to N."""
+        right = np.concatenate([[1.0], np.cumprod(1 - lacking)])
+        asked = np.arange(len(lacking), -1, -1)
+        return asked * self.wait_seconds + (1 - right) * in_vain
 
     def note(self, layer: int, lacked: bool, again: bool) -> None:
         """A layer's turn came; it lacked an expert or did not."""
@@ -95,17 +120,12 @@ class Trust:
             trusted: layers of its first pass.
             passes: that it took.
         """
-        if float(self.lacking.sum()) >= 1:
-            self._trial.note(seconds)
+        self._trial.note(seconds)
         if passes > 1:
             return
         layers = len(self.lacking)
         each = (seconds - waited) / layers
         if trusted >= 0.9 * layers:
-            self._trusting = _averaged(self._trusting, each)
+            self._trusting.append(each)
         elif trusted <= 0.1 * layers:
-            self._asking = _averaged(self._asking, each)
-
-
-def _averaged(before: float | None, new: float) -> float:
-    return new if before is None else before + _RATE * (new - before)
+            self._asking.append(each)
