@@ -59,7 +59,7 @@ def fill(layer: ExpertLayer) -> None:
     for name, t in layer.tensors.items():
         shape = (layer.cache.slots, *t.slot.shape)
         if t.slot.dtype == mx.uint32:
-            array = mx.random.bits(shape)
+            array = mx.random.randint(0, (1 << 31) - 1, shape).astype(mx.uint32)
         else:
             columns = shape[-1] * t.slot.module.group_size
             scale = columns**-0.5 / 4.6
@@ -160,9 +160,11 @@ def main() -> None:
     parser.add_argument("--drives", default=",".join(DRIVES), help="GB/s")
     parser.add_argument("--ways", default="ask,trust,scout")
     parser.add_argument("--tokens", type=int, default=16, help="timed steps of each setting")
+    parser.add_argument("--warm-up", type=int, default=120, help="tokens that fill the cache")
+    parser.add_argument("--layers", type=int, help="default: as many as the device holds")
     parser.add_argument("--words", type=int, default=300, help="different tokens in the text")
     args = parser.parse_args()
-    room = mx.device_info()["memory_size"] - KEPT_BYTES
+    room = platform.device_memory_bytes() - KEPT_BYTES
     experts, nbytes = EXPERT_BYTES[args.model]
     order = np.random.default_rng(0)
     weights = 1 / np.arange(1, args.words + 1)
@@ -170,32 +172,33 @@ def main() -> None:
     rows: dict[str, Any] = {}
     for share in map(float, args.shares.split(",")):
         slots = int(share * experts)
-        layers = min(LAYERS[args.model], int(room / (slots * nbytes)))
-        with tempfile.TemporaryDirectory() as work:
-            folder = Path(work)
-            cut = None if layers == LAYERS[args.model] else layers + DENSE[args.model]
-            fullsize.write(args.model, folder / "model", trunk=True, layers=cut, seed=0)
-            least = layers * max(2, slots // 8) * nbytes  # opened anew below, filled
-            config = replace(PLAIN, run_ahead="auto", prefetch="on", cache=least)
-            with patch(config=config):
-                model, _ = mlx_lm.utils.load_model(folder / "model")
+        layers = args.layers or min(LAYERS[args.model], int(room / (slots * nbytes)) // 4 * 4)
+        work = tempfile.TemporaryDirectory()
+        folder = Path(work.name)
+        cut = None if layers == LAYERS[args.model] else layers + DENSE[args.model]
+        fullsize.write(args.model, folder / "model", trunk=True, layers=cut, seed=0)
+        least = layers * max(2, slots // 8) * nbytes  # opened anew below, filled
+        config = replace(PLAIN, run_ahead="on", prefetch="on", cache=least)
+        with patch(config=config):
+            model, _ = mlx_lm.utils.load_model(folder / "model")
         s = stream(model)
         with s:
             run_ahead = s.run_ahead
-            assert run_ahead is not None, "needs a GPU"
+            assert run_ahead is not None
+            run_ahead.always = False
             s._open((slots,) * layers)
             for layer in s.layers:
                 fill(layer)
             platform.read_into = Played(1e15)
             run_ahead.trust = Fixed(layers)
             compute = compute_seconds(model, s, text[:16].tolist())
-            steps(model, make_prompt_cache(model), text[:120].tolist())  # fills the cache
+            steps(model, make_prompt_cache(model), text[: args.warm_up].tolist())  # fills the cache
             whole = LAYERS[args.model] / layers  # from what was run to the whole model
             for drive in args.drives.split(","):
                 for way in args.ways.split(","):
                     name = f"{share:.0%}, {drive}, {way}"
                     rows[name] = measure(
-                        model, s, run_ahead, way, DRIVES[drive], text[120:], args.tokens,
+                        model, s, run_ahead, way, DRIVES[drive], text[args.warm_up :], args.tokens,
                         compute, whole,
                     )  # fmt: skip
                     rows[name] |= {"layers": layers, "compute_ms": 1e3 * compute * whole}
@@ -206,6 +209,7 @@ def main() -> None:
                         f"{r['passes']:.2f} passes, {r['asked']:.1f} asked",
                         flush=True,
                     )
+        work.cleanup()
         del model, s
         mx.clear_cache()
         report(args.out, f"standin-{args.model}", {"rows": rows})
