@@ -19,9 +19,10 @@ _LAYER_SECONDS, _WAIT_SECONDS = 0.4e-3, 0.5e-3
 # Of the moving averages.
 _RATE = 0.05
 
-WAYS = ("trust", "ask", "scout")
-"""Ways to begin a step: trust the layers that it pays to trust; ask every layer; or trust all of
-them in a pass that is only to tell what the token will want, so that it is read in one go.
+WAYS = ("trust", "at once", "ask", "scout")
+"""Ways to begin a step: trust the layers that it pays to trust, checked a third of the model at a
+time or all at once; ask every layer; or trust all of them in a pass that is only to tell what the
+token will want, so that it is read in one go.
 """
 
 
