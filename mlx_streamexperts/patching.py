@@ -19,12 +19,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm.tuner.utils
 import mlx_lm.utils
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from .checkpoint import read_header
 from .config import StreamConfig
 from .errors import CheckpointError, UnsupportedModelError
+from .guards import GUARDS
 from .hub import headers_only
 from .layer import StreamedSwitch
 from .locate import locate, mentions_experts, original_load_model
@@ -33,7 +35,7 @@ from .prefetch import link
 from .progress import progress_bar
 from .stream import ExpertStream, attach, flatten, is_streamed, stream
 
-_original_load_adapters = mlx_lm.utils.load_adapters
+_original_load_adapters = mlx_lm.tuner.utils.load_adapters  # mlx_lm.utils' own calls it
 _SIGNATURE = inspect.signature(original_load_model)
 _TRUNK_STEP_BYTES = 256 << 20
 
@@ -235,6 +237,7 @@ def _bind() -> None:
     for original, ours in (
         (original_load_model, _patched_load_model),
         (_original_load_adapters, _patched_load_adapters),
+        *GUARDS,
     ):
         name = original.__name__
         for module in list(sys.modules.values()):
