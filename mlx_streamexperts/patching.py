@@ -23,6 +23,7 @@ import mlx_lm.tuner.utils
 import mlx_lm.utils
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from .accounts import alive, held
 from .checkpoint import read_header
 from .config import StreamConfig
 from .errors import CheckpointError, UnsupportedModelError
@@ -181,7 +182,11 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
             if self.streams and not mentions_experts(folder):
                 return original_load_model(folder, lazy, **arguments)
             raise
-        plan = located.plan(self.config)  # before anything is evaluated
+        # What was reserved for other models is theirs to take, these among them.
+        others, config = held(), self.config
+        if any(alive(s) for s in self.streams):
+            config = replace(config, reserve=None)
+        plan = located.plan(config, others)  # before anything is evaluated
         model, model_config = located.model, located.model_config
         for layer in located.layers:
             _replace(model, layer.name, StreamedSwitch(layer))

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from .accounts import enter, leave, limit_freed, unlimit_freed
 from .bank import in_place_works
 from .cache import CacheStats, LayerNeed, share_slots
 from .callers import Callers
@@ -105,7 +106,7 @@ class ExpertStream:
         # differ in size from call to call and are seldom of use again. Were all of the work space
         # allowed: 0.29 instead of 0.20 GB resident after 512 tokens of the embedded model, at the
         # same speed.
-        self._old_cache_limit = mx.set_cache_limit(max(_KEPT_BYTES, plan.work // 16))
+        limit_freed(self, max(_KEPT_BYTES, plan.work // 16))
         try:
             self._open(plan.slots)
             if hot:
@@ -196,8 +197,15 @@ class ExpertStream:
         for layer in self.layers:
             layer.close()
         self._reader.close()
-        mx.set_cache_limit(self._old_cache_limit)
+        unlimit_freed(self)
         mx.clear_cache()
+
+    def held_bytes(self) -> int:
+        """What this model holds, and may yet take by its plan, in bytes."""
+        if self._closed:
+            return self.plan.trunk
+        cache = sum(x.cache.slots * x.expert_bytes for x in self.layers)
+        return self.plan.trunk + cache + self.plan.kv + self.plan.work
 
     def needs(self) -> list[LayerNeed]:
         """What each layer asks of a budget."""
@@ -285,7 +293,13 @@ def flatten(module: nn.Module) -> list[tuple[str, mx.array]]:
 def attach(model: nn.Module, expert_stream: ExpertStream) -> None:
     """Remember the stream on its model; it closes when the model is collected."""
     object.__setattr__(model, _STREAM, expert_stream)
-    weakref.finalize(model, expert_stream.close)
+    enter(expert_stream)
+    weakref.finalize(model, _gone, expert_stream)
+
+
+def _gone(expert_stream: ExpertStream) -> None:
+    leave(expert_stream)
+    expert_stream.close()
 
 
 def stream(model: nn.Module) -> ExpertStream:
