@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +21,16 @@ from conftest import QUIET
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-from mlx_streamexperts import UnsupportedModelError, demo_model, generate, load, run, stream
+from mlx_streamexperts import (
+    CheckpointError,
+    UnsupportedModelError,
+    demo_model,
+    generate,
+    load,
+    plan,
+    run,
+    stream,
+)
 
 DEMO = str(demo_model())
 PROMPT = "In the beginning God created the heaven and the earth. And"
@@ -199,3 +209,47 @@ def test_threads_of_a_host_generate_at_once(pair: tuple[nn.Module, nn.Module, An
         t.join()
     assert not failed
     assert [got[i] for i in range(4)] == expected
+
+
+CUSTOM = """
+import mlx.nn as nn
+from mlx_lm.models import qwen3_moe
+
+class ModelArgs(qwen3_moe.ModelArgs):
+    pass
+
+class Model(qwen3_moe.Model):
+    def sanitize(self, weights):
+        return super().sanitize({k.removeprefix("own."): w for k, w in weights.items()})
+"""
+
+
+def test_a_checkpoints_own_model_file_on_every_way_to_load(capsys: Capture, tmp_path: Path) -> None:
+    """Its classes, its names of tensors; never without being asked to trust it."""
+    folder = tmp_path / "own"
+    shutil.copytree(DEMO, folder)
+    (folder / "model.safetensors.index.json").unlink()
+    for file in folder.glob("*.safetensors"):
+        weights = {f"own.{k}": mx.array(w) for k, w in mx.load(str(file)).items()}
+        mx.eval(weights)
+        mx.save_safetensors(str(file), weights)
+    (folder / "own_model.py").write_text(CUSTOM)
+    config = json.loads((folder / "config.json").read_text())
+    config.update(model_file="own_model.py", model_type="of_nobody_else")
+    (folder / "config.json").write_text(json.dumps(config))
+    model, tokenizer = load(str(folder), cache="10MB", config=QUIET, trust_remote_code=True)
+    with stream(model):
+        assert type(model).__module__ == "custom_model"
+        stock, _ = mlx_lm.load(DEMO)
+        got = tokens(model, tokenizer, max_tokens=6)[0]
+        assert got == tokens(stock, tokenizer, max_tokens=6)[0]
+    planned = plan(str(folder), cache="10MB", trust_remote_code=True)
+    assert planned.cache == plan(DEMO, cache="10MB").cache
+    for refuse in (load, plan):
+        with pytest.raises(CheckpointError, match="trust_remote_code"):
+            refuse(str(folder), cache="10MB", config=QUIET)
+    arguments = ["--model", str(folder), "-p", PROMPT, "-m", "6", "--cache", "10MB"]
+    assert generate.main(arguments) == 1
+    assert "trust_remote_code" in capsys.readouterr().err.splitlines()[-1]
+    assert generate.main([*arguments, "--trust-remote-code"]) == 0
+    assert "hit rate" in capsys.readouterr().out
