@@ -75,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
                 status = 0
             except SystemExit as e:
                 status = _status(e)
+            session.note_phases()
         session.print_summary(sys.stderr)
         return status
     except StreamError as e:

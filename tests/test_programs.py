@@ -119,11 +119,16 @@ def test_run_leaves_a_programs_output_alone(
     arguments = ["--model", DEMO, "--data", str(tmp_path), "--test", "--batch-size", "2"]
     arguments += ["--adapter-path", ""]
     expected = stock_output("mlx_lm.lora", arguments, monkeypatch, capsys)
-    assert run.main([*SMALL, "mlx_lm.lora", *arguments]) == 0
+    record = ["--trace", str(tmp_path / "t.jsonl"), "--timeline", str(tmp_path / "t.json")]
+    assert run.main([*SMALL, *record, "mlx_lm.lora", *arguments]) == 0
     out, err = capsys.readouterr()
     assert "Test loss" in out
     assert out == expected
     assert "hit rate" in err
+    assert re.search(r"^Timeline: .* wait \d", err, re.M)
+    head, *calls = (tmp_path / "t.jsonl").read_text().splitlines()
+    assert calls and len(calls) % len(json.loads(head)["layers"]) == 0
+    assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
 
 
 def test_run_gives_perplexity_to_the_last_digit(capsys: Capture, monkeypatch: Patch) -> None:
