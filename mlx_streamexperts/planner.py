@@ -265,6 +265,31 @@ def _number(config: dict[str, Any], *keys: str, default: int) -> int:
     return default
 
 
+def check_resize(plan: Plan, cache: int, reserve: int, others: int) -> None:
+    """Does a memory promise still hold with another cache?
+
+    Args:
+        plan: of the model; one without `memory` allows anything.
+        cache: bytes that its slots shall take.
+        reserve: bytes kept free for other models.
+        others: bytes that other streamed models hold, out of the reserve where there is one.
+
+    Raises:
+        BudgetError: no; says the smallest memory that would do.
+    """
+    if plan.memory is None:
+        return
+    fixed = plan.trunk + plan.kv + plan.work + max(reserve, others)
+    needed = _with_process(fixed + cache)
+    if needed > plan.memory:
+        raise BudgetError(
+            f"a cache of {format_size(cache)} would break the promise of "
+            f"memory={format_size(plan.memory)}, of which trunk, KV cache, work space and other "
+            f"models take {format_size(fixed)}; it needs {needed:,} bytes ({format_size(needed)})",
+            needed_bytes=needed,
+        )
+
+
 def _with_process(nbytes: int) -> int:
     """The smallest memory of which `nbytes` are left beside the process itself."""
     return min(nbytes + _PROCESS_BYTES, -(-nbytes * _PROCESS_SHARE // (_PROCESS_SHARE - 1)))

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .accounts import enter, leave, limit_freed, unlimit_freed
+from .accounts import enter, held, leave, limit_freed, unlimit_freed
 from .bank import in_place_works
 from .cache import CacheStats, LayerNeed, share_slots
 from .callers import Callers
@@ -23,7 +23,7 @@ from .errors import StreamError, UnsupportedModelError
 from .files import direct_works
 from .hotset import read_hot_set, read_in, save_hot_set
 from .layer import WAYS, ExpertLayer
-from .planner import Plan, experts_per_token
+from .planner import Plan, check_resize, experts_per_token
 from .platform import available_memory_bytes
 from .prefetch import SMALL_EXPERT_BYTES
 from .progress import progress_bar
@@ -176,10 +176,14 @@ class ExpertStream:
             cache: bytes, or a string such as "24GB".
 
         Raises:
-            BudgetError: too small; nothing has changed.
+            BudgetError: too small, or more than the `memory` stated at load allows beside what else
+                is held; nothing has changed.
         """
         self._check_open()
         slots = share_slots(parse_size(cache), self.needs())
+        taken = sum(n * x.expert_bytes for n, x in zip(slots, self.layers, strict=True))
+        reserve = parse_size(self.config.reserve) if self.config.reserve else 0
+        check_resize(self.plan, taken, reserve, held() - self.held_bytes())
         for layer, count in zip(self.layers, slots, strict=True):
             if count < layer.cache.slots:
                 self._open_layer(layer, count)

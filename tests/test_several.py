@@ -75,6 +75,25 @@ def test_without_a_reserve_the_error_says_what_to_do(checkpoint: Callable[..., P
     assert accounts.held() < before
 
 
+def test_resizing_keeps_the_promise() -> None:
+    """With the other model's share, and up to the last byte."""
+    memory = accounts.held() + 75 * MB
+    one, _ = load(DEMO, memory=memory, config=replace(ROOM, reserve=35 * MB))
+    other, _ = load(DEMO, memory=memory, config=ROOM)
+    first, second = stream(one), stream(other)
+    whole = second.plan.cache
+    second.resize(whole)
+    with pytest.raises(BudgetError, match="break the promise") as e:
+        second.resize("39MB")
+    assert e.value.needed_bytes > memory
+    assert sum(x.cache.slots * x.expert_bytes for x in second.layers) == whole
+    first.resize(3 * MB)  # makes room
+    second.resize(whole + 5 * MB)
+    with pytest.raises(BudgetError):
+        first.resize(first.plan.cache + 10 * MB)
+    assert accounts.held() <= memory
+
+
 def test_a_model_that_nobody_can_reach_holds_nothing() -> None:
     before = accounts.held()
     model, _ = load(DEMO, cache="10MB", config=ROOM)
