@@ -6,7 +6,7 @@
 Each program runs twice, in processes of its own: as mlx-lm has it, and by `mlx_streamexperts.run`
 with a quarter of the experts in the cache (`--cache 10MB`). What it prints or writes is compared,
 timings left out. Data sets are made of the prompts that come with the model; nothing is downloaded.
-Programs that `run` refuses must say so and write nothing. Takes about 4 minutes.
+Programs that `run` refuses must say so and write nothing. Takes about 5 minutes on two cores.
 """
 
 from __future__ import annotations
