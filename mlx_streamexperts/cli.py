@@ -50,6 +50,7 @@ def make_parser(
                 "Number of prompt tokens to process at a time; the same as --prefill-tokens."
             )
         if action.dest == "model":
+            action.default = None
             action.help = (
                 "model folder or Hugging Face repository with routed experts. Default: the small "
                 "demonstration model that comes with the package."
@@ -77,10 +78,10 @@ def stream_settings(args: argparse.Namespace) -> tuple[StreamConfig, str | None]
         print(notice, file=sys.stderr)
     if model is not None:
         model = str(resolve(model))
-    return _following_stock_options(config, args), model
+    return following_stock_options(config, args), model
 
 
-def _following_stock_options(config: StreamConfig, args: argparse.Namespace) -> StreamConfig:
+def following_stock_options(config: StreamConfig, args: argparse.Namespace) -> StreamConfig:
     """Let mlx-lm's own options say what ours would otherwise assume about memory."""
     defaults = StreamConfig()
     step, kv_size = getattr(args, "prefill_step_size", None), getattr(args, "max_kv_size", None)

@@ -65,14 +65,14 @@ class Located:
     item_bytes: int
     shards: list[Path]
 
-    def plan(self, config: StreamConfig) -> Plan:
-        """Divide the budget that `config` states.
+    def plan(self, config: StreamConfig, held: int = 0) -> Plan:
+        """Divide the budget that `config` states, less `held` bytes that other models have.
 
         Raises:
             BudgetError: it is too small; says the smallest that works.
         """
         needs = layer_needs(self.layers, self.model_config)
-        return divide(self.sizes, needs, self.item_bytes, self.model_config, config)
+        return divide(self.sizes, needs, self.item_bytes, self.model_config, config, held)
 
 
 def locate(

@@ -19,12 +19,15 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm.tuner.utils
 import mlx_lm.utils
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from .accounts import alive, held
 from .checkpoint import read_header
 from .config import StreamConfig
 from .errors import CheckpointError, UnsupportedModelError
+from .guards import GUARDS
 from .hub import headers_only
 from .layer import StreamedSwitch
 from .locate import locate, mentions_experts, original_load_model
@@ -34,7 +37,7 @@ from .progress import progress_bar
 from .runahead import install
 from .stream import ExpertStream, attach, flatten, is_streamed, stream
 
-_original_load_adapters = mlx_lm.utils.load_adapters
+_original_load_adapters = mlx_lm.tuner.utils.load_adapters  # mlx_lm.utils' own calls it
 _SIGNATURE = inspect.signature(original_load_model)
 _TRUNK_STEP_BYTES = 256 << 20
 
@@ -180,7 +183,11 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
             if self.streams and not mentions_experts(folder):
                 return original_load_model(folder, lazy, **arguments)
             raise
-        plan = located.plan(self.config)  # before anything is evaluated
+        # What was reserved for other models is theirs to take, these among them.
+        others, config = held(), self.config
+        if any(alive(s) for s in self.streams):
+            config = replace(config, reserve=None)
+        plan = located.plan(config, others)  # before anything is evaluated
         model, model_config = located.model, located.model_config
         for layer in located.layers:
             _replace(model, layer.name, StreamedSwitch(layer))
@@ -238,6 +245,7 @@ def _bind() -> None:
     for original, ours in (
         (original_load_model, _patched_load_model),
         (_original_load_adapters, _patched_load_adapters),
+        *GUARDS,
     ):
         name = original.__name__
         for module in list(sys.modules.values()):

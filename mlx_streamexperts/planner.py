@@ -116,6 +116,7 @@ def divide(
     item_bytes: int,
     model_config: dict[str, Any],
     config: StreamConfig,
+    held: int = 0,
 ) -> Plan:
     """Divide the budget that `config` states over a model.
 
@@ -125,15 +126,16 @@ def divide(
         item_bytes: bytes of one activation (2 for bfloat16 and float16, 4 for float32).
         model_config: the checkpoint's config.json.
         config: states `memory` or `cache`, or neither.
+        held: bytes of `memory` that other models of this process have.
 
     Raises:
         BudgetError: it is too small; says the smallest that works.
     """
     experts = sum(n.experts * n.expert_bytes for n in layers)
     kv = item_bytes * config.context_tokens * kv_items_per_token(model_config)
-    reserve = 0 if config.reserve is None else parse_size(config.reserve)
+    reserve = held + (0 if config.reserve is None else parse_size(config.reserve))
     memory = (
-        int(_DEFAULT_SHARE * device_memory_bytes())
+        int(_DEFAULT_SHARE * device_memory_bytes(held))
         if config.memory is None
         else parse_size(config.memory)
     )
@@ -150,7 +152,7 @@ def divide(
     )
     work = work_bytes(prefill)
     fixed = sizes.trunk + kv + work + reserve
-    parts = _parts(sizes.trunk, kv, work, reserve)
+    parts = _parts(sizes.trunk, kv, work, reserve - held, held)
     least = _with_process(fixed - work + work_bytes(shortest) + fewest)
     if config.cache is not None:
         cache = parse_size(config.cache)
@@ -263,14 +265,45 @@ def _number(config: dict[str, Any], *keys: str, default: int) -> int:
     return default
 
 
+def check_resize(plan: Plan, cache: int, reserve: int, others: int) -> None:
+    """Does a memory promise still hold with another cache?
+
+    Args:
+        plan: of the model; one without `memory` allows anything.
+        cache: bytes that its slots shall take.
+        reserve: bytes kept free for other models.
+        others: bytes that other streamed models hold, out of the reserve where there is one.
+
+    Raises:
+        BudgetError: no; says the smallest memory that would do.
+    """
+    if plan.memory is None:
+        return
+    fixed = plan.trunk + plan.kv + plan.work + max(reserve, others)
+    needed = _with_process(fixed + cache)
+    if needed > plan.memory:
+        raise BudgetError(
+            f"a cache of {format_size(cache)} would break the promise of "
+            f"memory={format_size(plan.memory)}, of which trunk, KV cache, work space and other "
+            f"models take {format_size(fixed)}; it needs {needed:,} bytes ({format_size(needed)})",
+            needed_bytes=needed,
+        )
+
+
 def _with_process(nbytes: int) -> int:
     """The smallest memory of which `nbytes` are left beside the process itself."""
     return min(nbytes + _PROCESS_BYTES, -(-nbytes * _PROCESS_SHARE // (_PROCESS_SHARE - 1)))
 
 
-def _parts(trunk: int, kv: int, work: int, reserve: int) -> str:
+def _parts(trunk: int, kv: int, work: int, reserve: int, held: int) -> str:
     return (
         f"the trunk ({format_size(trunk)}), KV cache ({format_size(kv)}), "
         f"work space ({format_size(work)})"
         + (f", the reserve ({format_size(reserve)})" if reserve else "")
+        + (
+            f", the other streamed models of this process ({format_size(held)}: free or resize "
+            "them, or load them with a reserve)"
+            if held
+            else ""
+        )
     )

@@ -139,11 +139,15 @@ def available_memory_bytes() -> int:
     return total_memory_bytes() // 2
 
 
-def device_memory_bytes() -> int:
+def device_memory_bytes(held: int = 0) -> int:
     """Memory that MLX's default device can use, in bytes.
 
     On Metal the recommended working set (`iogpu.wired_limit_mb` raises it), on other GPUs the
     device's own memory, on the CPU what the system has available.
+
+    Args:
+        held: what this process has taken of it already; it counts where the system no longer
+            has it available.
     """
     if mx.default_device() == mx.gpu:
         info = mx.device_info()
@@ -151,7 +155,7 @@ def device_memory_bytes() -> int:
             value = info.get(key)
             if isinstance(value, int) and value > 0:
                 return value
-    return available_memory_bytes()
+    return min(available_memory_bytes() + held, total_memory_bytes())
 
 
 def free_disk_bytes(folder: Path) -> int:

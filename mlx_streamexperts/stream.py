@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from .accounts import enter, held, leave, limit_freed, unlimit_freed
 from .bank import in_place_works
 from .cache import CacheStats, LayerNeed, share_slots
 from .callers import Callers
@@ -23,7 +24,7 @@ from .errors import StreamError, UnsupportedModelError
 from .files import direct_works
 from .hotset import read_hot_set, read_in, save_hot_set
 from .layer import WAYS, ExpertLayer
-from .planner import Plan, experts_per_token
+from .planner import Plan, check_resize, experts_per_token
 from .platform import available_memory_bytes
 from .prefetch import SMALL_EXPERT_BYTES
 from .progress import progress_bar
@@ -111,7 +112,7 @@ class ExpertStream:
         # differ in size from call to call and are seldom of use again. Were all of the work space
         # allowed: 0.29 instead of 0.20 GB resident after 512 tokens of the embedded model, at the
         # same speed.
-        self._old_cache_limit = mx.set_cache_limit(max(_KEPT_BYTES, plan.work // 16))
+        limit_freed(self, max(_KEPT_BYTES, plan.work // 16))
         try:
             self._open(plan.slots)
             self.run_ahead = self._make_run_ahead()
@@ -185,10 +186,14 @@ class ExpertStream:
             cache: bytes, or a string such as "24GB".
 
         Raises:
-            BudgetError: too small; nothing has changed.
+            BudgetError: too small, or more than the `memory` stated at load allows beside what else
+                is held; nothing has changed.
         """
         self._check_open()
         slots = share_slots(parse_size(cache), self.needs())
+        taken = sum(n * x.expert_bytes for n, x in zip(slots, self.layers, strict=True))
+        reserve = parse_size(self.config.reserve) if self.config.reserve else 0
+        check_resize(self.plan, taken, reserve, held() - self.held_bytes())
         with self.run_ahead.paused() if self.run_ahead else nullcontext():
             for layer, count in zip(self.layers, slots, strict=True):
                 if count < layer.cache.slots:
@@ -207,8 +212,15 @@ class ExpertStream:
         for layer in self.layers:
             layer.close()
         self._reader.close()
-        mx.set_cache_limit(self._old_cache_limit)
+        unlimit_freed(self)
         mx.clear_cache()
+
+    def held_bytes(self) -> int:
+        """What this model holds, and may yet take by its plan, in bytes."""
+        if self._closed:
+            return self.plan.trunk
+        cache = sum(x.cache.slots * x.expert_bytes for x in self.layers)
+        return self.plan.trunk + cache + self.plan.kv + self.plan.work
 
     def needs(self) -> list[LayerNeed]:
         """What each layer asks of a budget."""
@@ -307,7 +319,13 @@ def flatten(module: nn.Module) -> list[tuple[str, mx.array]]:
 def attach(model: nn.Module, expert_stream: ExpertStream) -> None:
     """Remember the stream on its model; it closes when the model is collected."""
     object.__setattr__(model, _STREAM, expert_stream)
-    weakref.finalize(model, expert_stream.close)
+    enter(expert_stream)
+    weakref.finalize(model, _gone, expert_stream)
+
+
+def _gone(expert_stream: ExpertStream) -> None:
+    leave(expert_stream)
+    expert_stream.close()
 
 
 def stream(model: nn.Module) -> ExpertStream:

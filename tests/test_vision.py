@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import families
+import mlx.core as mx
 import mlx_lm.utils
 import originals
 import pytest
@@ -71,3 +73,40 @@ def test_an_original_is_converted_as_mlx_lm_does_it(
     assert not [n for n in tensors(out) if "vis" in n or "mm_" in n or "mtp" in n]
     tokens = families.token_stream(families.VOCAB, 24, 0)
     assert_streams(out, families.run(mlx_lm.utils.load_model(expected)[0], tokens, 12), tokens)
+
+
+EXPORTS = {
+    "qwen3_vl_moe": "vision_tower", "kimi_vl": "vision_tower", "llama4": "vision_model",
+    "gemma4": "vision_tower", "minimax_m3_vl": "vision_tower", "mistral3": "vision_tower",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", EXPORTS)
+def test_an_export_of_mlx_vlm_streams_as_mlx_lm_loads_it(
+    family: str, checkpoint: Build, tmp_path: Path
+) -> None:
+    """The language model under a prefix, a quantized tower beside it, settings for both."""
+    built = checkpoint(family, quantize=families.FOUR_BITS)
+    tower = f"{EXPORTS[family]}.blocks.0.mlp.experts"
+
+    def with_tower(weights: originals.Weights) -> originals.Weights:
+        out = dict(weights)
+        for name in (tower, "multi_modal_projector.linear_1"):
+            if family == "qwen3_vl_moe" and not name.startswith(tower):
+                continue
+            table = mx.random.normal((8, 64, 64), key=mx.random.key(5))
+            for part, array in zip(("weight", "scales", "biases"), mx.quantize(table), strict=True):
+                out[f"{name}.{part}"] = array
+        assert any(n.startswith("language_model.") for n in weights)
+        return out
+
+    config = json.loads((built / "config.json").read_text())
+    quantization = {**config["quantization"], tower: {"group_size": 64, "bits": 8}}
+    folder = originals.write(
+        built, tmp_path / "export", with_tower, quantization=quantization, **VISION
+    )
+    tokens = families.token_stream(families.VOCAB, 24, 0)
+    expected = families.run(mlx_lm.utils.load_model(folder)[0], tokens, 12)
+    seen = plan(folder, "400MB", config=QUIET)
+    assert seen.trunk + seen.experts < seen.disk == read_checkpoint(folder).nbytes
+    assert_streams(folder, expected, tokens)

@@ -1,0 +1,64 @@
+"""Stream Mixture-of-Experts models larger than memory, with mlx-lm: one command for all of ours.
+
+Each subcommand is a module of this package with a `main`, imported only when it is asked for.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import sys
+from pathlib import Path
+
+_HELP = """usage: streamexperts COMMAND [options]
+
+Run Mixture-of-Experts models that are larger than memory: mlx-lm, with the experts on the drive.
+
+commands:
+{commands}
+
+  streamexperts generate                      the embedded model; nothing is downloaded
+  streamexperts doctor --model ORG/MODEL --memory 90GB     before a download: will it fit, how fast
+  streamexperts chat --model ORG/MODEL --memory 90GB       every option of mlx_lm.chat, and a budget
+  streamexperts run --memory 90GB mlx_lm.perplexity --model ORG/MODEL    any other mlx-lm program
+
+--memory bounds everything that MLX holds, --cache the experts alone.
+streamexperts COMMAND --help shows a command's options; streamexperts --version the version.
+python -m mlx_streamexperts.COMMAND is the same as streamexperts COMMAND."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand; returns its exit status, 2 if there is none of that name."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help", "help"):
+        lines = (f"  {name:12} {text}" for name, text in commands().items())
+        print(_HELP.format(commands="\n".join(lines)))
+        return 0
+    if name in ("-V", "--version"):
+        from . import __version__
+
+        print(f"mlx-streamexperts {__version__}")
+        return 0
+    if name not in (known := commands()):
+        alike = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {alike[0]}?" if alike else f"commands: {', '.join(known)}"
+        print(f"error: no command {name!r}; {hint}", file=sys.stderr)
+        return 2
+    status = importlib.import_module(f"{__package__}.{name}").main(rest)
+    return int(status or 0)
+
+
+def commands() -> dict[str, str]:
+    """Every module here that has a `main`, and the first line of what it says of itself."""
+    found = {}
+    for file in sorted(Path(__file__).parent.glob("[a-z]*.py")):
+        source = file.read_text()
+        if "\ndef main(" in source:
+            text = ast.get_docstring(ast.parse(source)) or ""
+            found[file.stem] = text.partition("\n\n")[0].replace("\n", " ").rstrip(".:")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

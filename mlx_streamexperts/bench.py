@@ -1,0 +1,56 @@
+"""Benchmark a streamed model: `mlx_lm.benchmark` with every one of its options, and ours.
+
+python -m mlx_streamexperts.bench --prompt-tokens 128 --generation-tokens 64 --num-trials 3
+python -m mlx_streamexperts.bench --model ./my-model --memory 24GB -p 512 -g 128 -n 3
+
+The summary is of the timed trials, without the warm-up. mlx-lm's benchmark repeats one random
+prompt, whose routing is neither that of text nor new in each trial: no hit rate of real use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from dataclasses import replace
+
+from .cli import make_parser, stream_settings
+from .config import StreamConfig
+from .errors import StreamError
+from .wrap import add_report_arguments, print_error, program
+
+stock = importlib.import_module("mlx_lm.benchmark")
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    """mlx-lm's options and ours."""
+    parser = make_parser(stock.setup_arg_parser(), "python -m mlx_streamexperts.bench", __doc__)
+    add_report_arguments(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = setup_arg_parser()
+    args = parser.parse_args(argv)
+    try:
+        config, model = stream_settings(args)
+        parser.set_defaults(model=model)
+        with program(stock, parser, argv, args, _with_room(config, args), warm_up=1) as session:
+            stock.main()
+        session.print_summary()
+    except StreamError as e:
+        return print_error(e)
+    return 0
+
+
+def _with_room(config: StreamConfig, args: argparse.Namespace) -> StreamConfig:
+    """KV room for all sequences at once, unless the command line states it."""
+    if config.context_tokens != StreamConfig().context_tokens:
+        return config
+    tokens = args.batch_size * (args.prompt_tokens + args.generation_tokens)
+    return replace(config, context_tokens=max(1, tokens))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

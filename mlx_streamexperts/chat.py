@@ -1,0 +1,70 @@
+"""Chat with a streamed model: `mlx_lm.chat` with every one of its options, and ours.
+
+python -m mlx_streamexperts.chat --model mlx-community/Qwen3.5-397B-A17B-4bit --memory 90GB
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+from .cli import make_parser, stream_settings
+from .errors import StreamError
+from .wrap import add_report_arguments, print_error, program
+
+stock = importlib.import_module("mlx_lm.chat")
+
+_PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    """mlx-lm's options and ours."""
+    parser = make_parser(stock.setup_arg_parser(), "python -m mlx_streamexperts.chat", __doc__)
+    add_report_arguments(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = setup_arg_parser()
+    args = parser.parse_args(argv)
+    try:
+        config, model = stream_settings(args)
+        parser.set_defaults(model=model)
+        with program(stock, parser, argv, args, config) as session, _templates():
+            try:
+                stock.main()
+            except (EOFError, KeyboardInterrupt):  # Ctrl-D, Ctrl-C: the end of a chat, no failure
+                print()
+        session.print_summary()
+    except StreamError as e:
+        return print_error(e)
+    return 0
+
+
+@contextmanager
+def _templates() -> Iterator[None]:
+    """Give base models, which have no chat template, one that adds nothing: mlx-lm needs one."""
+    original = stock.load
+
+    def load(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        model, tokenizer, *rest = original(*args, **kwargs)
+        if not tokenizer.has_chat_template:
+            print(
+                "This model has no chat template: it goes on from what you write", file=sys.stderr
+            )
+            tokenizer.chat_template = _PLAIN_TEMPLATE
+            tokenizer.has_chat_template = True
+        return model, tokenizer, *rest
+
+    with mock.patch.object(stock, "load", load):
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())

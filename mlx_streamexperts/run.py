@@ -1,0 +1,214 @@
+"""Run any other program that uses mlx-lm with its model streamed, unchanged.
+
+python -m mlx_streamexperts.run --memory 24GB mlx_lm.perplexity --model ./my-model
+python -m mlx_streamexperts.run --cache 8GB my_script.py --whatever it takes
+
+Our options come before the program; everything after it belongs to the program. A program is one
+of mlx-lm's, any module that `python -m` runs, or a file. The first model that it loads must have
+routed experts. It decides itself how many tokens it runs at once: --prefill-tokens tells how many
+to leave room for (default: the program's --prefill-step-size, else mlx-lm's own 2048), --reserve
+keeps more. The summary goes to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import runpy
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.machinery import ModuleSpec
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import mlx.nn as nn
+
+from .__main__ import commands
+from .cli import following_stock_options
+from .config import StreamConfig, add_arguments, from_arguments
+from .errors import StreamError
+from .guards import REFUSED_PROGRAMS, check_program
+from .patching import patch
+from .stream import is_streamed, stream
+from .wrap import Session, add_report_arguments, print_error
+
+_NO_MODEL = ("mlx_lm.manage", "mlx_lm.share", "mlx_lm.upload")
+_OURS = {
+    "mlx_lm.benchmark": "bench", "mlx_lm.chat": "chat", "mlx_lm.generate": "generate",
+    "mlx_lm.server": "server",
+}  # fmt: skip
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    """Our options, a program, and its arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mlx_streamexperts.run",
+        usage="%(prog)s [options] PROGRAM [arguments of the program]",
+        description=__doc__,
+        epilog=_known(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("program", metavar="PROGRAM", help="module or file to run")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    add_arguments(parser)
+    add_report_arguments(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the program's exit status, 1 if it was refused."""
+    args = setup_arg_parser().parse_args(argv)
+    try:
+        module, run = find_program(args.program, args.arguments)
+        check_program(module, args.arguments)
+        patched = _RecordedPatch(_config(args))
+        session = patched.session = Session(args, patched)
+        command = mock.patch.object(sys, "argv", [module, *args.arguments])
+        with patched, session.recordings, command:
+            try:
+                run()
+                status = 0
+            except SystemExit as e:
+                status = _status(e)
+            session.note_phases()
+        session.print_summary(sys.stderr)
+        return status
+    except StreamError as e:
+        return print_error(e)
+
+
+def programs() -> dict[str, str]:
+    """mlx-lm's programs in the installed release: name on the command line, and module."""
+    try:
+        scripts = distribution("mlx-lm").entry_points.select(group="console_scripts")
+    except PackageNotFoundError:  # mlx-lm from a folder on the path
+        return {}
+    return {s.name: s.module for s in scripts if s.name.startswith("mlx_lm.")}
+
+
+def find_program(name: str, arguments: list[str]) -> tuple[str, Callable[[], Any]]:
+    """What `name` is, and a function that runs it with `sys.argv` as it stands.
+
+    Args:
+        name: a module, one of mlx-lm's programs, or a file.
+        arguments: the program's; `mlx_lm perplexity` takes its subcommand from here.
+
+    Raises:
+        StreamError: there is no such program, or it is not one.
+    """
+    if name.endswith(".py"):
+        if not Path(name).is_file():
+            raise StreamError(f"{name}: no such file")
+        return name, lambda: _run_file(Path(name))
+    known = programs()
+    if name == "mlx_lm" and arguments and f"mlx_lm.{arguments[0]}" in known:
+        name = f"mlx_lm.{arguments.pop(0)}"
+    if f"mlx_lm.{name}" in known:
+        name = f"mlx_lm.{name}"
+    module = known.get(name, name)
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None:
+        raise StreamError(
+            f"there is no module or program {name!r}. mlx-lm's programs: {', '.join(known)}"
+        )
+    if module in known.values():  # some of these do nothing when run as __main__
+        return module, lambda: _import(module).main()
+    if not _is_program(spec):
+        raise StreamError(
+            f"{module} is a module, but not a program: python -m {module} would do nothing. "
+            f"mlx-lm's programs: {', '.join(known)}"
+        )
+    return module, lambda: runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _run_file(file: Path) -> None:
+    """As `python file`: what lies beside it can be imported."""
+    with mock.patch.object(sys, "path", [str(file.resolve().parent), *sys.path]):
+        runpy.run_path(str(file), run_name="__main__")
+
+
+def _import(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        if e.name is None or e.name.startswith("mlx_lm"):
+            raise
+        raise StreamError(f"{module} needs {e.name}, which is not installed") from e
+
+
+def _is_program(spec: ModuleSpec) -> bool:
+    """Does `python -m` run it?"""
+    if spec.submodule_search_locations is not None:
+        return importlib.util.find_spec(f"{spec.name}.__main__") is not None
+    source = getattr(spec.loader, "get_source", lambda name: None)(spec.name)
+    return source is not None and "__main__" in source
+
+
+def _config(args: argparse.Namespace) -> StreamConfig:
+    """Our options; room for the passes that the program makes."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--prefill-step-size", type=int)
+    parser.add_argument("--max-kv-size", type=int)
+    parser.add_argument("--draft-model")
+    program_options, _ = parser.parse_known_args(args.arguments)
+    config = following_stock_options(from_arguments(args), program_options)
+    if config.prefill_tokens is None:
+        stock = importlib.import_module("mlx_lm.generate")
+        config = replace(config, prefill_tokens=stock.DEFAULT_PREFILL_STEP_SIZE)
+    return config
+
+
+class _RecordedPatch(patch):
+    """A patch that begins to record when the first streamed model has been loaded."""
+
+    def __init__(self, config: StreamConfig) -> None:
+        super().__init__(config=config)
+        self.session: Session | None = None
+
+    def _load_model(self, arguments: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+        model, model_config = super()._load_model(arguments)
+        if self.session is not None and is_streamed(model):
+            self.session.record(stream(model))
+        return model, model_config
+
+
+def _status(end: SystemExit) -> int:
+    """The exit status that a program ended with."""
+    if end.code is None or isinstance(end.code, int):
+        return end.code or 0
+    print(end.code, file=sys.stderr)
+    return 1
+
+
+def _known() -> str:
+    """mlx-lm's programs and what becomes of them, for --help."""
+    lines, ours = ["mlx-lm's programs:"], commands()
+    for name, module in programs().items():
+        if _OURS.get(name) in ours:
+            note = (
+                f"runs; python -m mlx_streamexperts.{_OURS[name]} has its options and ours together"
+            )
+        elif name in _NO_MODEL:
+            note = "loads no model: nothing to stream"
+        elif module == "mlx_lm.quant.dwq":
+            note = "with --targets-only"
+        elif module in REFUSED_PROGRAMS:
+            note = "refused: writes a model, which needs its experts in memory"
+        elif name == "mlx_lm.lora":
+            note = "with --test; training is refused"
+        else:
+            note = "runs"
+        lines.append(f"  {name:22} {note}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
