@@ -26,6 +26,8 @@ from typing import Any
 
 import markdown_it
 
+from mlx_streamexperts import CheckpointError
+
 ROOT = Path(__file__).parent.parent
 _SCRIPTS = re.search(
     r"\[project\.scripts\]\n(.*?)\n\[", (ROOT / "pyproject.toml").read_text(), re.S
@@ -141,8 +143,11 @@ class Page:
         }.get(snippet.language)
         assert run is not None, f"{snippet}: how are blocks of {snippet.language!r} checked?"
         out = io.StringIO()
-        with contextlib.redirect_stdout(out):
-            run(snippet)
+        try:
+            with contextlib.redirect_stdout(out):
+                run(snippet)
+        except CheckpointError as e:
+            raise AssertionError(f"{snippet}: no stand-in in tests/snippets.py? {e}") from e
         self.printed = out.getvalue()
 
     def _python(self, snippet: Snippet) -> None:
@@ -176,7 +181,8 @@ class Page:
         elif program in ("python", "python3"):
             python(arguments, run=True)
         elif _SCRIPTS is not None and re.search(rf"^{program} *=", _SCRIPTS[1], re.M):
-            ours(arguments[0], arguments[1:], run=True)
+            if arguments and not arguments[0].startswith("-"):
+                ours(arguments[0], arguments[1:], run=True)
         elif program == "mlx.launch":
             check_launched(arguments)
         else:
@@ -275,3 +281,9 @@ def links(file: Path) -> Iterator[str]:
         for child in token.children or ():
             if target := child.attrs.get("href") or child.attrs.get("src"):
                 yield str(target)
+
+
+def inline_code(file: Path) -> Iterator[str]:
+    """What a page's prose and tables have between backquotes."""
+    for token in parse(file):
+        yield from (t.content for t in token.children or () if t.type == "code_inline")

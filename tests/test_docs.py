@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib
 import importlib.util
 import inspect
+import pkgutil
 import re
 from collections.abc import Callable
 from dataclasses import fields
@@ -15,8 +17,19 @@ import huggingface_hub.constants
 import mlx.core as mx
 import originals
 import pytest
-from snippets import ROOT, Page, Snippet, anchors, commands, links, python, snippets
+from snippets import (
+    ROOT,
+    Page,
+    Snippet,
+    anchors,
+    commands,
+    inline_code,
+    links,
+    python,
+    snippets,
+)
 
+import mlx_streamexperts
 from mlx_streamexperts import StreamConfig, StreamStats, demo_model, doctor, errors
 from mlx_streamexperts.cache import CacheStats
 from mlx_streamexperts.reader import ReadStats
@@ -92,6 +105,25 @@ def test_links_lead_somewhere(file: Path) -> None:
         if anchor:
             assert anchor in anchors(target), f"{name(file)}: {link}"
         assert target.is_relative_to(ROOT), f"{name(file)}: {link}"
+
+
+def test_commands_and_options_named_in_the_text_are_there() -> None:
+    """In the prose and its tables, outside of blocks: nothing runs these."""
+    known = set()
+    for module in pkgutil.iter_modules(mlx_streamexperts.__path__, "mlx_streamexperts."):
+        make = getattr(importlib.import_module(module.name), "setup_arg_parser", None)
+        if make is not None:
+            known |= {o for action in make()._actions for o in action.option_strings}
+    for script in [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/*/*.py")]:
+        known |= set(re.findall(r'"(--[\w-]+)"', script.read_text()))
+    unknown = []
+    for file in RUN:
+        for text in inline_code(file):
+            words = text.split()
+            unknown += [(name(file), w) for w in words if w.startswith("--") and w not in known]
+            if words[:2] == ["python", "-m"] and importlib.util.find_spec(words[2]) is None:
+                unknown.append((name(file), words[2]))
+    assert not unknown
 
 
 def test_indices_are_complete() -> None:
