@@ -126,6 +126,14 @@ def test_commands_and_options_named_in_the_text_are_there() -> None:
     assert not unknown
 
 
+def test_the_readme_opens_with_the_two_commands() -> None:
+    """Install and stream; install and test, which is what continuous integration runs."""
+    first, second = snippets(ROOT / "README.md")[:2]
+    for block, what in ((first, "-m mlx_streamexperts.generate"), (second, "-m pytest")):
+        assert block.text.count("\n") == 1
+        assert re.search(rf"pip install .* && .* {what}", block.text)
+
+
 def test_indices_are_complete() -> None:
     for index, members in (
         (ROOT / "docs" / "README.md", (ROOT / "docs").glob("*.md")),
