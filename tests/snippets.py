@@ -1,9 +1,10 @@
 """The documentation's snippets: found, and run as a reader would, on small stand-ins.
 
-Python blocks run in order, those of a page in one namespace; so do shell commands, in a folder
-that the page's blocks share. Nothing is fetched: models of the Hub are exchanged for small ones,
-and then GB become MB, which is about the proportion. What cannot run here has its options parsed by
-the real parser instead, so that a renamed option fails.
+Blocks run in the order of their page: Python in one namespace for each section, so that models of
+one section do not live on in the next; shell commands in a folder that the whole page shares.
+Nothing is fetched: models of the Hub are exchanged for small ones, and then GB become MB, which is
+about the proportion. What cannot run here has its options parsed by the real parser instead, so
+that a renamed option fails.
 
 What a fence says after its language: `python signature` is not run, `text output` is what the block
 before it prints.
@@ -12,6 +13,7 @@ before it prints.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import importlib.util
 import io
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import markdown_it
+import mlx.core as mx
 
 from mlx_streamexperts import CheckpointError
 
@@ -46,6 +49,7 @@ checkpoint with experts one by one."""
 
 PARSED_ONLY = {
     "chat": "asks at a terminal",
+    "run": "another program, which may need anything",
     "server": "serves until it is stopped",
 }
 """Our commands that are not run, and why. Their options are parsed."""
@@ -58,19 +62,31 @@ NOT_OURS = {
 }  # fmt: skip
 """Programs that are not run, and why. JSON that `curl` sends is parsed."""
 
-UNLESS_STATED = {"generate": ["--max-tokens", "20"]}
-"""Options that a command gets here if it does not state them: 100 tokens take seconds."""
+SHORTER = {
+    "bench": ["-p", "16", "-g", "4", "-n", "1"],
+    "generate": ["--max-tokens", "20"],
+}
+"""What our commands get at their end, where the last of an option counts: less to wait for."""
 
 _SEPARATORS = set("&|;\n")
-_SIZE = re.compile(r"\b(\d+(?:\.\d+)?) ?G(i?B)\b")
+_SIZE = re.compile(r"(memory ?= ?)?(\"?)\b(\d+(?:\.\d+)?) ?G(i?B)\b")
+_LEAST_MEMORY_MB = 90  # of the embedded model with the default options, so that it streams
 
 
 @dataclass(frozen=True)
 class Snippet:
-    """One fenced block: its language, what else the fence says, and where its text begins."""
+    """One fenced block.
+
+    Attributes:
+        file, line: where its fence is.
+        section: headings before it in the page.
+        language, info: what the fence says: the first word, and the rest.
+        text: its content.
+    """
 
     file: Path
     line: int
+    section: int
     language: str
     info: str
     text: str
@@ -86,11 +102,12 @@ def parse(file: Path) -> list[Any]:
 
 def snippets(file: Path) -> list[Snippet]:
     """A page's fenced blocks in order."""
-    found = []
+    found, section = [], 0
     for token in parse(file):
+        section += token.type == "heading_open"
         if token.type == "fence":
             language, _, info = token.info.strip().partition(" ")
-            found.append(Snippet(file, token.map[0] + 1, language, info, token.content))
+            found.append(Snippet(file, token.map[0] + 1, section, language, info, token.content))
     return found
 
 
@@ -123,8 +140,16 @@ class Page:
     """
 
     models: dict[str, Path]
-    namespace: dict[str, Any] = field(default_factory=lambda: {"__name__": "snippet"})
+    namespace: dict[str, Any] = field(default_factory=dict)
+    section: int = -1
     printed: str = ""
+
+    def leave_section(self) -> None:
+        """Let go of its models."""
+        if self.namespace:
+            self.namespace = {}
+            gc.collect()
+            mx.clear_cache()
 
     def run(self, snippet: Snippet) -> None:
         """Run a block, or check what can be checked of it."""
@@ -142,6 +167,9 @@ class Page:
             "": lambda _: None,
         }.get(snippet.language)
         assert run is not None, f"{snippet}: how are blocks of {snippet.language!r} checked?"
+        if snippet.section != self.section:
+            self.leave_section()
+            self.section = snippet.section
         out = io.StringIO()
         try:
             with contextlib.redirect_stdout(out):
@@ -156,9 +184,10 @@ class Page:
             if f'"{name}"' in text:
                 text, named = text.replace(f'"{name}"', repr(str(self.models[kind]))), True
         if named:
-            text = _SIZE.sub(r"\1M\2", text)
+            text = _scaled(text)
         # As many lines before it as in the page: tracebacks then name the page's lines.
         code = compile("\n" * snippet.line + text, snippet.file, "exec")
+        self.namespace.setdefault("__name__", "snippet")
         exec(code, self.namespace)
 
     def _shell(self, snippet: Snippet) -> None:
@@ -170,7 +199,13 @@ class Page:
 
     def _mapped(self, words: list[str]) -> list[str]:
         mapped = [str(self.models[STAND_INS[w]]) if w in STAND_INS else w for w in words]
-        return [_SIZE.sub(r"\1M\2", w) for w in mapped] if mapped != words else words
+        if mapped == words:
+            return words
+        before = ["", *mapped]
+        return [
+            _scaled(f"memory={w}").removeprefix("memory=") if flag == "--memory" else _scaled(w)
+            for flag, w in zip(before, mapped, strict=False)
+        ]
 
     def _command(self, words: list[str]) -> None:
         if words[0] == "sudo":
@@ -190,6 +225,18 @@ class Page:
             for word in words if program == "curl" else ():
                 if word.startswith("{"):
                     json.loads(word)
+
+
+def _scaled(text: str) -> str:
+    """Sizes in GB as MB."""
+
+    def scale(match: re.Match[str]) -> str:
+        memory, quote, number, unit = match.groups()
+        if memory and float(number) < _LEAST_MEMORY_MB:
+            number = str(_LEAST_MEMORY_MB)
+        return f"{memory or ''}{quote}{number}M{unit}"
+
+    return _SIZE.sub(scale, text)
 
 
 def python(arguments: list[str], run: bool) -> None:
@@ -213,9 +260,7 @@ def ours(command: str, arguments: list[str], run: bool) -> None:
     """One of our commands, run in this process unless that cannot be."""
     module = importlib.import_module(f"mlx_streamexperts.{command}")
     if run and command not in PARSED_ONLY:
-        option, *value = UNLESS_STATED.get(command, [""])
-        if option and option not in arguments and "-m" not in arguments:
-            arguments = [*arguments, option, *value]
+        arguments = [*arguments, *SHORTER.get(command, ())]
         status = module.main(arguments)
         assert not status, f"{command} {shlex.join(arguments)}: exit status {status}"
     else:

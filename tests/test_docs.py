@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import importlib
 import importlib.util
 import inspect
@@ -14,7 +13,6 @@ from dataclasses import fields
 from pathlib import Path
 
 import huggingface_hub.constants
-import mlx.core as mx
 import originals
 import pytest
 from snippets import (
@@ -78,9 +76,7 @@ def test_snippets_run(
         for snippet in snippets(file):
             page.run(snippet)
     finally:
-        page.namespace.clear()
-        gc.collect()
-        mx.clear_cache()
+        page.leave_section()
 
 
 @pytest.mark.parametrize("file", [f for f in CHECKED if snippets(f)], ids=name)
@@ -121,7 +117,11 @@ def test_commands_and_options_named_in_the_text_are_there() -> None:
         for text in inline_code(file):
             words = text.split()
             unknown += [(name(file), w) for w in words if w.startswith("--") and w not in known]
-            if words[:2] == ["python", "-m"] and importlib.util.find_spec(words[2]) is None:
+            if (
+                words[:2] == ["python", "-m"]
+                and words[2:]
+                and importlib.util.find_spec(words[2]) is None
+            ):
                 unknown.append((name(file), words[2]))
     assert not unknown
 
@@ -200,7 +200,7 @@ def test_what_is_wrong_in_a_snippet_is_found(
     language: str, info: str, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    snippet = Snippet(ROOT / "README.md", 1, language, info, text)
+    snippet = Snippet(ROOT / "README.md", 1, 0, language, info, text)
     with pytest.raises((AssertionError, ImportError, ValueError)):
         Page({}).run(snippet)
 
@@ -208,9 +208,18 @@ def test_what_is_wrong_in_a_snippet_is_found(
 def test_stand_ins_take_the_place_of_models_with_budgets_in_proportion() -> None:
     page = Page({"demo": demo_model()})
     text = 'from mlx_streamexperts import plan\np = plan("mlx-community/Kimi-K2.5", memory="96GB")'
-    page.run(Snippet(ROOT / "README.md", 1, "python", "", text))
+    page.run(Snippet(ROOT / "README.md", 1, 0, "python", "", text))
     assert page.namespace["p"].memory == 96_000_000
     assert 0 < page.namespace["p"].resident_share < 1
+
+
+def test_a_section_does_not_see_what_the_one_before_had() -> None:
+    page = Page({})
+    page.run(Snippet(ROOT / "README.md", 1, 1, "python", "", "x = 1"))
+    page.run(Snippet(ROOT / "README.md", 3, 1, "python", "", "print(x)"))
+    page.run(Snippet(ROOT / "README.md", 5, 1, "text", "output", "1"))
+    with pytest.raises(NameError):
+        page.run(Snippet(ROOT / "README.md", 7, 2, "python", "", "print(x)"))
 
 
 def test_shell_blocks_are_taken_apart_as_a_shell_does() -> None:
