@@ -37,6 +37,7 @@ class CacheStats:
 
     @property
     def misses(self) -> int:
+        """Needed experts that had to be read while a layer waited."""
         return self.compulsory + self.capacity
 
     @property
@@ -49,6 +50,11 @@ class CacheStats:
         return self.hits / seen if seen else 1.0
 
     def add(self, other: CacheStats) -> None:
+        """Add another cache's counts to these.
+
+        Args:
+            other: the counts to be added; unchanged.
+        """
         self.hits += other.hits
         self.prefetched += other.prefetched
         self.compulsory += other.compulsory
@@ -227,7 +233,7 @@ class LayerNeed:
 
     Attributes:
         experts: routed experts in the layer.
-        expert_bytes: bytes of one of them.
+        expert_bytes: bytes of one of them, all its tensors together.
         minimum: slots the layer cannot work without.
         top_k: experts of one token; with fewer slots they pass through in waves.
     """

@@ -48,7 +48,14 @@ def _option(default: Any, help: str, **extra: Any) -> Any:
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """How experts are streamed. Sizes are bytes, or strings such as "24GB" or "24GiB"."""
+    """How experts are streamed. Sizes are bytes, or strings such as "24GB" or "24GiB".
+
+    Frozen: `dataclasses.replace` makes a changed one. Command lines take the same options, `memory`
+    as `--memory` and so on. None of them changes a result.
+
+    Raises:
+        StreamError: a value is not understood, or options contradict each other.
+    """
 
     memory: int | str | None = _option(
         None,

@@ -15,5 +15,8 @@ def demo_model() -> Path:
 
     An ordinary mlx-lm checkpoint (`qwen3_moe`, 64 experts a layer, top-8, 4-bit): `mlx_lm.load`
     takes it too. Its model card is README.md in the folder.
+
+    Returns:
+        The folder, 45 MB.
     """
     return _FOLDER

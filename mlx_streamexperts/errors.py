@@ -11,15 +11,26 @@ from pathlib import Path
 
 
 class StreamError(Exception):
-    """Base of all errors raised by mlx-streamexperts."""
+    """Base of all errors raised by mlx-streamexperts.
+
+    Raised itself where none of the others says more: an option or a size that is not understood, a
+    stream that is closed, a folder that another process is writing, a library that is missing.
+    """
 
 
 class CheckpointError(StreamError, ValueError):
-    """The files on disk are not what a safetensors checkpoint must be."""
+    """The files on disk are not what they must be.
+
+    A checkpoint that is missing, damaged or incomplete, or a store or a hot set of another one.
+    Found before anything is loaded; the message names file and tensor.
+    """
 
 
 class UnsupportedModelError(StreamError, ValueError):
-    """The model has no routed experts, or holds them in a layout that cannot be streamed."""
+    """The model has no routed experts, or holds them in a layout that cannot be streamed.
+
+    Nothing was loaded. The message says which table it is, and whether `convert` makes it stream.
+    """
 
 
 class BudgetError(StreamError):

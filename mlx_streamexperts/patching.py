@@ -54,8 +54,8 @@ def load(
 
     Args:
         path_or_hf_repo: model folder or Hugging Face repository, as `mlx_lm.load` takes it.
-        memory: bound for all of MLX's memory, bytes or a string such as "96GB".
-        cache: bound for the expert cache alone.
+        memory: bound for all of MLX's memory: bytes, or a string such as "96GB".
+        cache: bound for the expert cache alone: bytes, or a string.
         config: further options; `memory` and `cache` override its own.
         *args, **kwargs: everything else `mlx_lm.load` takes.
 
@@ -66,6 +66,8 @@ def load(
         BudgetError: the memory is too small; says the smallest that works.
         CheckpointError: the files are damaged or incomplete.
         UnsupportedModelError: no routed experts, or a layout that cannot be streamed.
+        ExpertReadError: a layer that fits whole, or a hot set, could not be read in.
+        StreamError: an option or a size is not understood.
     """
     folder = resolve(path_or_hf_repo, kwargs.get("revision"))
     with patch(memory, cache, config)._for_this_thread():
@@ -84,7 +86,19 @@ def plan(
     Of a Hub repository only the headers are fetched. An original checkpoint that has to be
     converted first is planned as it will be then; `conversion` of the plan says so.
 
-    Raises: as `load`.
+    Args:
+        path_or_hf_repo: model folder or Hugging Face repository.
+        memory, cache, config: as for `load`.
+        trust_remote_code: run the model code that the checkpoint brings, if it does.
+
+    Returns:
+        The plan; as text it is one line.
+
+    Raises:
+        BudgetError: the memory is too small; says the smallest that works.
+        CheckpointError: the files are damaged or incomplete, or there is no such model.
+        UnsupportedModelError: no routed experts, or a layout that neither streams nor converts.
+        StreamError: an option or a size is not understood.
     """
     with headers_only(str(path_or_hf_repo)) as (folder, _):
         merged = _merged(memory, cache, config)
@@ -119,7 +133,11 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         memory, cache, config: as for `load`.
 
     Attributes:
-        streams: the `ExpertStream` of every model loaded through this patch.
+        config: the options, `memory` and `cache` included.
+        streams: the `ExpertStream` of every model loaded through this patch, in order.
+
+    Raises:
+        StreamError: an option or a size is not understood. Loading raises what `load` raises.
     """
 
     def __init__(
@@ -132,7 +150,11 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         self.streams: list[ExpertStream] = []
 
     def install(self) -> patch:
-        """Patch mlx-lm from now on, for all threads."""
+        """Patch mlx-lm from now on, for all threads. Of several patches the last one counts.
+
+        Returns:
+            Itself.
+        """
         with _lock:
             _installed.append(self)
             _bind()

@@ -58,7 +58,7 @@ class Plan:
         conversion: disk that `convert` takes beside the checkpoint before the model can be
             streamed; 0 where it streams as it is.
         model_type: the checkpoint's.
-        resident_share: part of all expert bytes that fits into the cache.
+        resident_share: part of all expert bytes that fits into the cache, 0 to 1.
     """
 
     memory: int | None

@@ -46,13 +46,15 @@ class StreamStats:
     Attributes:
         cache: hits and misses over all layers.
         read: bytes, reads and seconds of the reader.
-        layer_hit_rates: hit rate by layer name.
+        layer_hit_rates: hit rate by layer name, 0 to 1.
         ahead: what became of experts read before they were asked for.
         looking_ahead: layers that do so at present.
-        seconds: the caller's time in expert layers by phase (see `timeline.py`): `sync` waiting for
-            routers' indices, the device's own work included; `map` experts to slots and queueing
-            reads; `wait` for reads; `build` the graph.
-        calls, waves, overlapped: see `LayerStats`.
+        seconds: the caller's seconds in expert layers by phase: `sync` waiting for routers'
+            indices, the device's own work included; `map` experts to slots and queueing reads;
+            `wait` for reads; `build` the graph.
+        calls: of expert layers, summed over layers; wholly resident ones are not counted.
+        waves: extra passes of calls that needed more experts than a layer has slots.
+        overlapped: calls that ran resident experts while missing ones were read.
         resident_layers: layers whose experts are all in memory; they count no hits.
         run_ahead: what became of steps that did not wait for each layer's indices.
     """
@@ -81,7 +83,10 @@ class StreamStats:
 class ExpertStream:
     """What `stream(model)` returns. A context manager: leaving it closes the stream.
 
+    Close it, or let the model go, to free slots, files and threads.
+
     Attributes:
+        layers: the expert layers in model order, for diagnosis; no part of the stable interface.
         plan: how the budget was divided.
         config: the options in force.
         bypasses_page_cache: whether reads go past the system's page cache.
@@ -154,9 +159,19 @@ class ExpertStream:
     def trace(self, path: str | os.PathLike[str]) -> Trace:
         """Record every routing decision into a file of JSON lines, until the trace is closed.
 
+        Layers that are wholly resident are asked for their indices too while it runs, which costs
+        them their freedom from syncs.
+
+        Args:
+            path: the file. Its first line describes the layers, each further one is one call of one
+                layer: its number, and for each token the experts that its router chose.
+
         Returns:
-            A context manager; see `trace.py` for the format. Layers that are wholly resident are
-            asked for their indices too while it runs, which costs them their freedom from syncs.
+            A context manager; the file is there when it is closed.
+
+        Raises:
+            StreamError: this stream is closed.
+            OSError: the file cannot be written.
         """
         self._check_open()
         return Trace(path, self.layers, self.plan)
@@ -164,8 +179,15 @@ class ExpertStream:
     def timeline(self, path: str | os.PathLike[str]) -> Timeline:
         """Record where time goes, until the timeline is closed, for Perfetto or chrome://tracing.
 
+        Args:
+            path: the file, in Chrome's trace-event format (JSON).
+
         Returns:
             A context manager; its `summary()` gives seconds by phase.
+
+        Raises:
+            StreamError: this stream is closed.
+            OSError: the file cannot be written.
         """
         self._check_open()
         return Timeline(path, self.layers, self._reader)
@@ -173,7 +195,11 @@ class ExpertStream:
     def save_hot_set(self, path: str | os.PathLike[str]) -> None:
         """Write which experts are cached now, for `StreamConfig(hot_set=path)` at a later load.
 
+        Args:
+            path: the file (JSON).
+
         Raises:
+            StreamError: this stream is closed.
             CheckpointError: the checkpoint's files cannot be read.
         """
         self._check_open()
@@ -188,6 +214,8 @@ class ExpertStream:
         Raises:
             BudgetError: too small, or more than the `memory` stated at load allows beside what else
                 is held; nothing has changed.
+            StreamError: the size is not understood, or this stream is closed.
+            ExpertReadError: a layer that is now wholly resident could not be read in.
         """
         self._check_open()
         slots = share_slots(parse_size(cache), self.needs())
@@ -223,7 +251,7 @@ class ExpertStream:
         return self.plan.trunk + cache + self.plan.kv + self.plan.work
 
     def needs(self) -> list[LayerNeed]:
-        """What each layer asks of a budget."""
+        """What each layer asks of a budget, in model order."""
         return layer_needs(self.layers, self._model_config)
 
     def __enter__(self) -> ExpertStream:
@@ -330,6 +358,12 @@ def _gone(expert_stream: ExpertStream) -> None:
 
 def stream(model: nn.Module) -> ExpertStream:
     """The `ExpertStream` behind a model that `load` or `patch` made.
+
+    Args:
+        model: what `load`, or `mlx_lm.load` under `patch`, returned.
+
+    Returns:
+        The same object at each call, closed or not.
 
     Raises:
         UnsupportedModelError: the model is not streamed.

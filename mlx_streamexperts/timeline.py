@@ -64,7 +64,11 @@ class Timeline:
         reader.on_read = self._read
 
     def summary(self) -> dict[str, float]:
-        """Seconds by phase, with `elapsed` and `between` (outside of expert layers)."""
+        """Seconds by phase so far: `sync`, `map`, `wait`, `build`.
+
+        Returns:
+            Those, `elapsed` (of all), and `between` (outside of expert layers).
+        """
         seconds = dict.fromkeys(PHASES, 0.0)
         first, last = self._start, self._start
         for phase, _, begin, end in self._spans:
@@ -74,7 +78,11 @@ class Timeline:
         return {**seconds, "between": elapsed - sum(seconds.values()), "elapsed": elapsed}
 
     def close(self) -> None:
-        """End the recording and put the file in place."""
+        """End the recording and put the file in place.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         if self._closed:
             return
         self._closed = True
