@@ -19,7 +19,7 @@ from unittest import mock
 import mlx.core as mx
 import mlx.nn as nn
 
-from .cli import make_parser, stream_settings
+from .cli import failed, join_ranks, make_parser, only_rank_0_prints, stream_settings
 from .config import format_size
 from .demo import DEMO_PROMPT, demo_model
 from .errors import StreamError
@@ -47,25 +47,52 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = setup_arg_parser()
     args = parser.parse_args(argv)
+    streams: list[ExpertStream] = []
     try:
-        config, model = stream_settings(args)
-        parser.set_defaults(model=model)
-        if model == str(demo_model()):
-            parser.set_defaults(prompt=DEMO_PROMPT)  # it knows no answer to mlx-lm's "hello"
-        recordings = ExitStack()
-        with (
-            recordings,
-            patch(config=config) as patched,
-            _watched(args, recordings) as timing,
-            _arguments(parser, argv),
-        ):
-            stock.main()
-        if args.verbose:
-            print(summary(patched.streams[0], timing))
+        group = join_ranks()
+        if group.size() > 1:
+            _for_several(args)
+        with only_rank_0_prints(group):
+            config, model = stream_settings(args)
+            parser.set_defaults(model=model)
+            if model == str(demo_model()):
+                parser.set_defaults(prompt=DEMO_PROMPT)  # it knows no answer to mlx-lm's "hello"
+            recordings = ExitStack()
+            patched = patch(config=config)
+            streams = patched.streams
+            with (
+                recordings,
+                patched,
+                _watched(args, recordings) as timing,
+                _arguments(parser, argv),
+            ):
+                stock.main()
+            if args.verbose:
+                print(summary(streams[0], timing))
     except StreamError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
+        return failed(e, streams)
+    except RuntimeError as e:
+        if not any(s.ranks for s in streams):
+            raise
+        return failed(e, streams)
     return 0
+
+
+def _for_several(args: argparse.Namespace) -> None:
+    """Share the model with the other ranks, as far as mlx-lm can.
+
+    Raises:
+        StreamError: an option that it cannot.
+    """
+    args.pipeline = True
+    for option in ("draft_model", "adapter_path", "prompt_cache_file"):
+        if getattr(args, option) is not None:
+            flag = "--" + option.replace("_", "-")
+            raise StreamError(f"{flag} does not work with several machines; run without")
+    rank = str(mx.distributed.init().rank())
+    for option in ("timeline", "trace"):
+        if (file := getattr(args, option)) is not None:
+            setattr(args, option, file.replace("{rank}", rank))
 
 
 @dataclass
@@ -89,6 +116,19 @@ class Timing:
 
 def summary(expert_stream: ExpertStream, timing: Timing) -> str:
     """The lines that follow mlx-lm's own: what streaming cost."""
+    mine = _summary(expert_stream, timing)
+    if (ranks := expert_stream.ranks) is None:
+        return "\n".join(mine)
+    everybody = ranks.exchange([str(expert_stream.stage), mine])
+    return "\n".join(
+        line
+        for (stage, lines), name in zip(everybody, ranks.names, strict=True)
+        for line in (f"{name}: {stage.partition(', ')[2]}", *("  " + text for text in lines))
+    )
+
+
+def _summary(expert_stream: ExpertStream, timing: Timing) -> list[str]:
+    """Of one process."""
     stats, plan = expert_stream.stats(), expert_stream.plan
     lines = []
     if timing.first_token is not None:
@@ -131,7 +171,7 @@ def summary(expert_stream: ExpertStream, timing: Timing) -> str:
         + ("" if plan.memory is None else f" of {format_size(plan.memory)}")
         + f" (trunk {format_size(plan.trunk)}, expert cache {format_size(plan.cache)})"
     )
-    return "\n".join(lines)
+    return lines
 
 
 @contextmanager
@@ -150,9 +190,14 @@ def _watched(args: argparse.Namespace, recordings: ExitStack) -> Iterator[Timing
     """Time the generation, record it if asked to, and let prompts go in chunks as planned."""
     timing = Timing()
     original = stock.stream_generate
+    local = ("help", "model", "verbose", "pipeline")  # all else decides which text there is
+    shared = [a for a in stock.setup_arg_parser()._actions if a.dest not in local]
 
     def watched(model: nn.Module, *rest: Any, **options: Any) -> Iterator[Any]:
         streamed = stream(model)
+        if streamed.ranks is not None:
+            said = {a.dest: str(getattr(args, a.dest, None)) for a in shared}
+            streamed.ranks.agree({"the option": said})
         if options.get("prefill_step_size") is None:
             options["prefill_step_size"] = streamed.plan.prefill_tokens
         timeline = None

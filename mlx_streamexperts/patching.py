@@ -69,11 +69,8 @@ def load(
         UnsupportedModelError: no routed experts, or a layout that cannot be streamed.
     """
     patched = patch(memory, cache, config)
-    if (group := _group(patched.config)) is not None:
-        trust = kwargs.get("trust_remote_code", False)
-        folder = part_of_repository(path_or_hf_repo, patched.config, group, trust)
-    else:
-        folder = resolve(path_or_hf_repo, kwargs.get("revision"))
+    trust = kwargs.get("trust_remote_code", False)
+    folder = local_folder(path_or_hf_repo, patched.config, kwargs.get("revision"), trust)
     with patched._for_this_thread():
         return mlx_lm.utils.load(str(folder), *args, **kwargs)
 
@@ -96,6 +93,18 @@ def plan(
         merged = _merged(memory, cache, config)
         trust = {"trust_remote_code": trust_remote_code}
         return locate(folder, merged, trust, as_converted=True).plan(merged)
+
+
+def local_folder(
+    path_or_hf_repo: str, config: StreamConfig, revision: str | None = None, trust: bool = False
+) -> Path:
+    """The local folder of a model, or of one rank's part of it.
+
+    Raises: as `resolve`.
+    """
+    if (group := _group(config)) is not None:
+        return part_of_repository(path_or_hf_repo, config, group, trust)
+    return resolve(path_or_hf_repo, revision)
 
 
 def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
@@ -256,6 +265,11 @@ def _patched_load_model(*args: Any, **kwargs: Any) -> tuple[nn.Module, dict[str,
 def _patched_load_adapters(model: nn.Module, adapter_path: str) -> nn.Module:
     """Refuse adapters on streamed experts: mlx-lm would drop their weights without a word."""
     if is_streamed(model):
+        if stream(model).stage is not None:
+            raise UnsupportedModelError(
+                f"{adapter_path}: mlx-lm has no adapters for a model that several machines share; "
+                "fuse this one into the checkpoint first (mlx_lm.fuse)"
+            )
         for entry in read_header(Path(adapter_path) / "adapters.safetensors"):
             for layer in stream(model).layers:
                 if entry.name.startswith(layer.name + "."):

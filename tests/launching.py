@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +12,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-LIMIT_SECONDS = 120  # a hang is a failure, not a wait
+PROGRAMS = Path(__file__).with_name("rank_programs.py")
+LIMIT_SECONDS = 60  # a hang is a failure, not a wait
 
 
 @dataclass(frozen=True)
@@ -55,32 +55,41 @@ def start(arguments: Sequence[Sequence[str]], folder: Path) -> list[subprocess.P
     ]
 
 
-def finish(processes: Sequence[subprocess.Popen[str]]) -> list[Ended]:
-    """Wait for all; none outlives this, however it ends."""
+def finish(processes: Sequence[subprocess.Popen[str]], frozen: int | None) -> list[Ended]:
+    """Wait for all but those that stop for ever; none outlives this, however it ends."""
+    ended: list[Ended] = []
     try:
-        ended = []
-        for process in processes:
+        for rank, process in sorted(enumerate(processes), key=lambda p: p[0] == frozen):
+            if rank == frozen:
+                process.kill()
             out, err = process.communicate(timeout=LIMIT_SECONDS)
-            ended.append(Ended(process.returncode, out, err))
+            ended.insert(rank, Ended(process.returncode, out, err))
         return ended
     finally:
         for process in processes:
             if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
+                process.kill()
                 process.communicate()
 
 
 def run_ranks(
-    script: str, ranks: int, folder: Path, *arguments: str, own: Sequence[str] = ()
+    program: str,
+    ranks: int,
+    folder: Path,
+    *arguments: object,
+    own: Sequence[object] = (),
+    frozen: int | None = None,
 ) -> list[Ended]:
-    """Run a script on every rank.
+    """Run one of `rank_programs.py` on every rank.
 
     Args:
-        script: Python; its `sys.argv[1:]` are `arguments`, then the rank's entry of `own`.
+        program: its name.
         ranks: how many processes.
         folder: for the hostfile.
+        *arguments: of all ranks.
+        own: one more argument for each rank.
+        frozen: a rank that stops and does not end by itself; killed when the others have ended.
     """
-    each = [
-        ["-c", script, *arguments, *(own[rank : rank + 1] if own else ())] for rank in range(ranks)
-    ]
-    return finish(start(each, folder))
+    shared = [str(PROGRAMS), program, *map(str, arguments)]
+    each = [[*shared, *map(str, own[rank : rank + 1])] for rank in range(ranks)]
+    return finish(start(each, folder), frozen)

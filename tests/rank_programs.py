@@ -1,0 +1,154 @@
+"""What the ranks of distributed tests run: `python rank_programs.py NAME ARGUMENTS`.
+
+Each program prints one JSON line at its end, and lets errors end the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import families
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import mlx_lm.utils
+import numpy as np
+from conftest import QUIET, smallest_cache
+
+from mlx_streamexperts import StreamConfig, generate, load, patch, ranks, stream, watch
+
+TOKENS, PREFILL = 20, 14
+SHARED = StreamConfig(progress=False, prefetch="off", pipeline=True)
+
+
+def rank() -> int:
+    return int(mx.distributed.init().rank())
+
+
+def load_part(folder: str, **options: Any) -> nn.Module:
+    """This rank's part of a model, without tokenizer."""
+    with patch(config=StreamConfig(**{"progress": False, "pipeline": True, **options})):
+        return mlx_lm.utils.load_model(Path(folder))[0]
+
+
+def save_logits(model: nn.Module, file: Path) -> None:
+    vocab = families.VOCAB
+    np.savez(file, *families.run(model, families.token_stream(vocab, TOKENS, 0), PREFILL))
+
+
+def logits(out: str, *folders: str) -> None:
+    """Logits of each model, with the smallest cache in which a token's experts fit."""
+    layers, misses = [], []
+    for number, folder in enumerate(folders):
+        model = load_part(folder, cache=1 << 40, prefetch="off")
+        with stream(model) as s:
+            s.resize(smallest_cache(s))
+            save_logits(model, Path(out) / f"{number}-{rank()}.npz")
+            layers.append([x.name for x in s.layers])
+            assert set(s.stats().layer_hit_rates) == set(layers[-1])
+            misses.append(s.stats().cache.misses)
+    print(json.dumps({"layers": layers, "misses": misses}))
+
+
+def measured(folder: str, options: str) -> None:
+    """The same, with options; and what memory and reading it took."""
+    model = load_part(folder, **json.loads(options))
+    with stream(model) as s:
+        loaded = mx.get_peak_memory()
+        save_logits(model, Path(folder) / f"measured-{rank()}.npz")
+        report = {
+            "stage": str(s.stage),
+            "plan": {"trunk": s.plan.trunk, "cache": s.plan.cache, "experts": s.plan.experts},
+            "loaded": loaded,
+            "peak": mx.get_peak_memory(),
+            "stats": s.stats().as_dict(),
+            "prefill_tokens": s.plan.prefill_tokens,
+        }
+    print(json.dumps(report))
+
+
+def logits_here(folder: str) -> None:
+    """Logits of this rank's own copy."""
+    save_logits(load_part(folder, cache="150kB"), Path(folder) / "logits.npz")
+    print(json.dumps("done"))
+
+
+def only_load(folder: str) -> None:
+    """Load; the folder may differ from rank to rank."""
+    load_part(folder, cache="1MB")
+    print(json.dumps("loaded"))
+
+
+def other_options(folder: str, options: str) -> None:
+    """Load with this rank's own options."""
+    load_part(folder, **json.loads(options))
+    print(json.dumps("loaded"))
+
+
+def other_versions(folder: str, version: str) -> None:
+    """Load with another mlx-lm, so to say."""
+    own = ranks.libraries()
+    ranks.libraries.__globals__["version"] = lambda name: version if name == "mlx-lm" else own[name]
+    only_load(folder)
+
+
+def sampled(folder: str) -> None:
+    """Text drawn without a seed, through mlx-lm's own way to load a part."""
+    group = mx.distributed.init()
+    with patch(config=QUIET, cache="5MB"):
+        try:
+            mlx_lm.utils.sharded_load(folder, None, group)
+            refused = ""
+        except ValueError as e:
+            refused = str(e)
+        model, tokenizer = mlx_lm.utils.sharded_load(folder, group)
+    sampler = mlx_lm.sample_utils.make_sampler(temp=1.0)
+    text = mlx_lm.generate(model, tokenizer, prompt="The", max_tokens=15, sampler=sampler)
+    print(json.dumps({"text": text, "refused": refused}))
+
+
+def greedy(folder: str) -> None:
+    """Text through `load`, in chunks of a prompt."""
+    model, tokenizer = load(folder, cache="5MB", config=SHARED)
+    prompt = tokenizer.encode("In the beginning " * 10)
+    text = mlx_lm.generate(model, tokenizer, prompt=prompt, max_tokens=15, prefill_step_size=16)
+    print(json.dumps({"text": text, "ahead": stream(model).stats().ahead.issued}))
+
+
+def one_ends(victim: str, how: str) -> None:
+    """The command line, of which one rank is killed, stops or cannot read while it generates."""
+    watch.SILENCE_SECONDS, watch.GRACE_SECONDS = 3.0, 1.0
+    original, steps = generate.stock.generate_step, 0
+
+    def stepping(*args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        for answer in original(*args, **kwargs):
+            steps += 1
+            if steps == 3 and rank() == int(victim):
+                if how == "read":
+                    raise mlx_streamexperts_error()
+                os.kill(os.getpid(), getattr(signal, how))
+            yield answer
+
+    generate.stock.generate_step = stepping
+    sys.exit(generate.main(["-m", "50", "--no-progress", "--cache", "5MB"]))
+
+
+def mlx_streamexperts_error() -> Exception:
+    from mlx_streamexperts import ExpertReadError
+
+    return ExpertReadError("model.layers.1.mlp", 7, "weight", Path("model.safetensors"), 0, 5)
+
+
+def command(*arguments: str) -> None:
+    """The command line of `generate`."""
+    sys.exit(generate.main(list(arguments)))
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
