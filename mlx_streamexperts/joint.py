@@ -22,7 +22,7 @@ from .config import StreamConfig
 from .errors import CheckpointError
 from .locate import Located, locate, original_load_model
 from .pipeline import Part, cut, parse_split
-from .planner import Plan
+from .planner import Plan, default_memory
 from .ranks import Ranks, libraries
 
 _SAMPLE_BYTES = 4096
@@ -52,6 +52,8 @@ def meet(
 
     def prepare() -> tuple[Located, Plan, StreamConfig]:
         own = config.for_rank(ranks.rank, ranks.size)
+        if own.memory is None and own.cache is None and ranks.on_this_host > 1:
+            own = replace(own, memory=default_memory() // ranks.on_this_host)
         part = Part(ranks.rank, ranks.size, parse_split(config.split, ranks.size))
         located = locate(folder, own, arguments, part=part)
         return located, located.plan(own), own
@@ -60,10 +62,18 @@ def meet(
     located, plan, own = ranks.all_or_none(prepare)
     ranks.agree({"the digest of": digests(folder)})
     # A prompt goes through all ranks in the same chunks, those of the rank with the least room.
-    own = replace(own, prefill_tokens=min(ranks.exchange(plan.prefill_tokens)))
+    plan = in_chunks(located, own, plan, min(ranks.exchange(plan.prefill_tokens)))
     if ranks.rank != 0:
         own = replace(own, progress=False)
-    return located, located.plan(own), own
+    return located, plan, own
+
+
+def in_chunks(located: Located, config: StreamConfig, plan: Plan, tokens: int) -> Plan:
+    """The plan of a rank with chunks of a prompt no longer than another rank can take."""
+    if tokens == plan.prefill_tokens:
+        return plan
+    shorter = located.plan(replace(config, prefill_tokens=tokens))
+    return replace(shorter, minimum=plan.minimum)  # that is with the shortest chunks there are
 
 
 def digests(folder: Path) -> dict[str, str]:

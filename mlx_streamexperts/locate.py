@@ -123,7 +123,7 @@ def locate(
             )
         raise UnsupportedModelError(nothing_found(folder, model, model_config))
     if config.store is not None:
-        use_store(layers, Path(config.store), config.verify_reads)
+        use_store(layers, Path(config.store), config.verify_reads, in_part=stage is not None)
     expert_bytes = sum(x.experts * x.expert_bytes for x in layers)
     parameters = [array for _, array in flatten(model)]
     unwritten = any(not t.stored.files for x in layers for t in x.tensors.values())

@@ -29,6 +29,7 @@ class Ranks:
         rank: this process's.
         size: how many there are.
         names: each rank as messages call it, for example `rank 1 (mini.local)`.
+        on_this_host: how many of them run on this rank's machine and share its memory.
     """
 
     def __init__(self, group: mx.distributed.Group) -> None:
@@ -37,6 +38,7 @@ class Ranks:
         self.names = [f"rank {r}" for r in range(self.size)]
         hosts = self.exchange(socket.gethostname())
         self.names = [f"rank {r} ({host})" for r, host in enumerate(hosts)]
+        self.on_this_host = hosts.count(hosts[self.rank])
 
     def exchange(self, statement: Any) -> list[Any]:
         """Every rank's statement, in rank order; what JSON can hold.

@@ -19,8 +19,19 @@ import mlx_lm
 import mlx_lm.utils
 import numpy as np
 from conftest import QUIET, smallest_cache
+from mlx_lm.sample_utils import make_sampler
 
-from mlx_streamexperts import StreamConfig, generate, load, patch, ranks, stream, watch
+from mlx_streamexperts import (
+    ExpertReadError,
+    StreamConfig,
+    StreamError,
+    generate,
+    joint,
+    load,
+    patch,
+    stream,
+    watch,
+)
 
 TOKENS, PREFILL = 20, 14
 SHARED = StreamConfig(progress=False, prefetch="off", pipeline=True)
@@ -72,33 +83,54 @@ def measured(folder: str, options: str) -> None:
     print(json.dumps(report))
 
 
-def logits_here(folder: str) -> None:
-    """Logits of this rank's own copy."""
-    save_logits(load_part(folder, cache="150kB"), Path(folder) / "logits.npz")
-    print(json.dumps("done"))
+def parts_of_a_copy(folders: str, stores: str, shard: str) -> None:
+    """Logits of this rank's own copy of its part, of its part of a store, and without a shard."""
+    folder = folders.replace("{rank}", str(rank()))
+    for name, store in (("in-place", None), ("packed", stores)):
+        model = load_part(folder, cache="150kB", store=store)
+        save_logits(model, Path(folder) / f"{name}.npz")
+        stream(model).close()
+    mx.eval(mx.distributed.all_sum(mx.ones(1), stream=mx.cpu))  # nobody deletes before all read
+    if rank() == 1:
+        (Path(folder) / shard).unlink()
+    print(json.dumps(error_of(folder, cache="150kB")))
 
 
-def only_load(folder: str) -> None:
-    """Load; the folder may differ from rank to rank."""
-    load_part(folder, cache="1MB")
-    print(json.dumps("loaded"))
+def failures(folder: str, other: str) -> None:
+    """Load in ways that cannot work, one after the other, and in one that does."""
+    second = rank() == 1
+    found = [
+        error_of(folder, memory="1GB,1MB", context_tokens=64),
+        error_of(other if second else folder, cache="1MB"),
+        error_of(folder, cache="1MB", context_tokens=64 if second else 4096),
+        error_of(folder, cache="1MB", split="7,2"),
+    ]
+    libraries = joint.libraries
+    joint.libraries = lambda: libraries() | {"mlx-lm": "1.0" if second else "2.0"}
+    found.append(error_of(folder, cache="1MB"))
+    joint.libraries = libraries
+    found.append(error_of(folder, cache="1MB"))
+    print(json.dumps(found))
 
 
-def other_options(folder: str, options: str) -> None:
-    """Load with this rank's own options."""
-    load_part(folder, **json.loads(options))
-    print(json.dumps("loaded"))
+def error_of(folder: str, **options: Any) -> str:
+    """What loading raises."""
+    try:
+        model = load_part(folder, **options)
+    except StreamError as e:
+        return f"{type(e).__name__}: {e}"
+    stream(model).close()
+    return ""
 
 
-def other_versions(folder: str, version: str) -> None:
-    """Load with another mlx-lm, so to say."""
-    own = ranks.libraries()
-    ranks.libraries.__globals__["version"] = lambda name: version if name == "mlx-lm" else own[name]
-    only_load(folder)
-
-
-def sampled(folder: str) -> None:
-    """Text drawn without a seed, through mlx-lm's own way to load a part."""
+def texts(folder: str) -> None:
+    """Greedy text of a long prompt through `load`; one drawn without a seed, through mlx-lm's own
+    way to load a part.
+    """
+    model, tokenizer = load(folder, cache="5MB", config=SHARED)
+    prompt = tokenizer.encode("In the beginning " * 10)
+    greedy = mlx_lm.generate(model, tokenizer, prompt=prompt, max_tokens=15, prefill_step_size=16)
+    stream(model).close()
     group = mx.distributed.init()
     with patch(config=QUIET, cache="5MB"):
         try:
@@ -107,17 +139,9 @@ def sampled(folder: str) -> None:
         except ValueError as e:
             refused = str(e)
         model, tokenizer = mlx_lm.utils.sharded_load(folder, group)
-    sampler = mlx_lm.sample_utils.make_sampler(temp=1.0)
-    text = mlx_lm.generate(model, tokenizer, prompt="The", max_tokens=15, sampler=sampler)
-    print(json.dumps({"text": text, "refused": refused}))
-
-
-def greedy(folder: str) -> None:
-    """Text through `load`, in chunks of a prompt."""
-    model, tokenizer = load(folder, cache="5MB", config=SHARED)
-    prompt = tokenizer.encode("In the beginning " * 10)
-    text = mlx_lm.generate(model, tokenizer, prompt=prompt, max_tokens=15, prefill_step_size=16)
-    print(json.dumps({"text": text, "ahead": stream(model).stats().ahead.issued}))
+    sampler = make_sampler(temp=1.0)
+    drawn = mlx_lm.generate(model, tokenizer, prompt="The", max_tokens=15, sampler=sampler)
+    print(json.dumps({"greedy": greedy, "drawn": drawn, "refused": refused}))
 
 
 def one_ends(victim: str, how: str) -> None:
@@ -131,18 +155,13 @@ def one_ends(victim: str, how: str) -> None:
             steps += 1
             if steps == 3 and rank() == int(victim):
                 if how == "read":
-                    raise mlx_streamexperts_error()
+                    file = Path("model.safetensors")
+                    raise ExpertReadError("model.layers.1.mlp", 7, "weight", file, 0, 5)
                 os.kill(os.getpid(), getattr(signal, how))
             yield answer
 
     generate.stock.generate_step = stepping
     sys.exit(generate.main(["-m", "50", "--no-progress", "--cache", "5MB"]))
-
-
-def mlx_streamexperts_error() -> Exception:
-    from mlx_streamexperts import ExpertReadError
-
-    return ExpertReadError("model.layers.1.mlp", 7, "weight", Path("model.safetensors"), 0, 5)
 
 
 def command(*arguments: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import shutil
 import signal
@@ -16,13 +17,27 @@ import mlx_lm
 import mlx_lm.utils
 import numpy as np
 import pytest
-from conftest import assert_same
-from launching import Ended, run_ranks
+from conftest import QUIET, assert_same
+from launching import run_ranks
 from mlx_lm.utils import _get_classes
 from rank_programs import PREFILL, TOKENS
 
-from mlx_streamexperts import StreamConfig, StreamError, UnsupportedModelError, demo_model
+from mlx_streamexperts import (
+    BudgetError,
+    StreamConfig,
+    StreamError,
+    UnsupportedModelError,
+    demo_model,
+    doctor,
+    generate,
+    patch,
+    plan,
+)
+from mlx_streamexperts.locate import locate
+from mlx_streamexperts.machines import Link, plan_ranks, predict_ranks
 from mlx_streamexperts.pipeline import Part, Stage, cut, parse_split
+from mlx_streamexperts.predict import NAMED_MACHINES, predict
+from mlx_streamexperts.store import write_store
 from mlx_streamexperts.watch import address_of_rank_0
 
 HOST = socket.gethostname()
@@ -109,8 +124,12 @@ def test_four_ranks_with_guesses_and_unequal_parts(deep: Path, tmp_path: Path) -
         "rank 0 of 4, layers 5 to 7", "rank 1 of 4, layers 4 to 4",
         "rank 2 of 4, layers 3 to 3", "rank 3 of 4, layers 0 to 2",
     ]  # fmt: skip
+    planned = plan_ranks(str(deep), 4, StreamConfig(**options))  # type: ignore[arg-type]
     for rank, report in enumerate(reports):
         assert_same(expected, read_logits(deep / f"measured-{rank}.npz"), f"rank {rank}")
+        p = planned[rank].plan
+        assert report["plan"] == {"trunk": p.trunk, "cache": p.cache, "experts": p.experts}
+        assert report["prefill_tokens"] == p.prefill_tokens
         assert report["stats"]["misses"] > 0
     numbers = [
         sorted(name.split(".")[2] for name in r["stats"]["layer_hit_rates"]) for r in reports
@@ -156,6 +175,7 @@ def by_layer(whole: Path, folder: Path) -> Path:
 
 
 def test_a_machine_needs_only_the_shards_of_its_layers(deep: Path, tmp_path: Path) -> None:
+    """And, of a packed store, only the files of its layers."""
     whole = by_layer(deep, tmp_path / "whole")
     expected = stock_logits(whole)
     weight_map = json.loads((whole / "model.safetensors.index.json").read_text())["weight_map"]
@@ -168,40 +188,36 @@ def test_a_machine_needs_only_the_shards_of_its_layers(deep: Path, tmp_path: Pat
     assert sorted(f.name for f in parts[0].glob("*.safetensors")) == [
         *(f"model-{i}.safetensors" for i in (4, 5, 6, 7)), "model-rest.safetensors",
     ]  # fmt: skip
-    for folder, ended in zip(parts, run_ranks("logits_here", 2, tmp_path, own=parts), strict=True):
-        ended.json()
-        assert_same(expected, read_logits(folder / "logits.npz"), folder.name)
-    (parts[1] / "model-2.safetensors").unlink()
-    for ended in run_ranks("only_load", 2, tmp_path, own=parts):
-        assert ended.status != 0
-        assert "part-1/model-2.safetensors is missing: rank 1 of 2, layers 0 to 3" in ended.err
+    store = tmp_path / "store"
+    list(write_store(locate(whole, QUIET, {}).layers, store))
+    for rank, numbers in enumerate(((3, 4, 5, 6), (0, 1, 2))):
+        (tmp_path / f"store-{rank}").mkdir()
+        for file in ("manifest.json", *(f"layer-{n:05d}.experts" for n in numbers)):
+            shutil.copy(store / file, tmp_path / f"store-{rank}")
+    stores = str(tmp_path / "store-{rank}")
+    shard = "model-2.safetensors"
+    ended = run_ranks("parts_of_a_copy", 2, tmp_path, tmp_path / "part-{rank}", stores, shard)
+    for e, folder in zip(ended, parts, strict=True):
+        said = e.json()
+        assert f"part-1/{shard} is missing: rank 1 of 2, layers 0 to 3" in said
+        for name in ("in-place", "packed"):
+            assert_same(expected, read_logits(folder / f"{name}.npz"), f"{folder.name} {name}")
 
 
-def all_say(ended: list[Ended], *words: str) -> None:
-    for e in ended:
-        assert e.status != 0
-        for word in words:
-            assert word in e.err, e.err
-
-
-def test_a_budget_too_small_on_one_rank_fails_on_all(deep: Path, tmp_path: Path) -> None:
-    options = {"memory": "1GB,1MB", "context_tokens": 64}
-    ended = run_ranks("measured", 2, tmp_path, deep, json.dumps(options))
-    all_say(ended, "memory=1 MB is too small")
-    assert f"RankError: rank 1 ({HOST}): memory=1 MB is too small" in ended[0].err
-    assert "BudgetError" in ended[1].err
-
-
-def test_ranks_that_disagree_are_named(deep: Path, tmp_path: Path) -> None:
-    names = (f"on rank 0 ({HOST})", f"on rank 1 ({HOST})", "the ranks disagree")
+def test_what_is_wrong_on_one_rank_fails_on_all_and_is_named(deep: Path, tmp_path: Path) -> None:
+    """Nobody is left waiting: the same processes try again, and succeed."""
     with pytest.MonkeyPatch.context() as m:
         other = build_deep("qwen3_moe", tmp_path / "other", m, layers=8, seed=1)
-    ended = run_ranks("only_load", 2, tmp_path, own=[deep, other])
-    all_say(ended, *names, "the digest of tensor lm_head")
-    ended = run_ranks("other_options", 2, tmp_path, deep, own=["{}", '{"context_tokens": 64}'])
-    all_say(ended, *names, "the option context_tokens is 4096", "and 64 on rank 1")
-    ended = run_ranks("other_versions", 2, tmp_path, deep, own=["1.0", "2.0"])
-    all_say(ended, *names, "the version of mlx-lm is '1.0'", "and '2.0' on rank 1")
+    first, second = (e.json() for e in run_ranks("failures", 2, tmp_path, deep, other))
+    small, unlike, options, split, versions, nothing = first
+    assert small.startswith(f"RankError: rank 1 ({HOST}): memory=1 MB is too small")
+    assert second[0].startswith("BudgetError: memory=1 MB is too small")
+    assert "the ranks disagree: the digest of tensor lm_head" in unlike
+    assert f"the option context_tokens is 4096 on rank 0 ({HOST}) and 64 on rank 1" in options
+    assert "adds up to 9 layers, but the model has 8" in split
+    assert "the version of mlx-lm is '2.0' on rank 0" in versions
+    assert second[1:] == [unlike, options, split, versions, ""]
+    assert nothing == ""
 
 
 @pytest.mark.parametrize(
@@ -226,12 +242,10 @@ def test_text_is_the_same_on_all_ranks_and_on_one(tmp_path: Path) -> None:
     model, tokenizer = mlx_lm.load(str(demo_model()))
     prompt = tokenizer.encode("In the beginning " * 10)
     expected = mlx_lm.generate(model, tokenizer, prompt=prompt, max_tokens=15)
-    assert [e.json()["text"] for e in run_ranks("greedy", 2, tmp_path, demo_model())] == 2 * [
-        expected
-    ]
-    drawn = [e.json() for e in run_ranks("sampled", 2, tmp_path, demo_model())]
-    assert drawn[0]["text"] == drawn[1]["text"]
-    assert "use --pipeline" in drawn[0]["refused"]
+    first, second = (e.json() for e in run_ranks("texts", 2, tmp_path, demo_model()))
+    assert first["greedy"] == second["greedy"] == expected
+    assert first["drawn"] == second["drawn"]
+    assert "use --pipeline" in first["refused"]
 
 
 def test_the_command_line_prints_once(tmp_path: Path) -> None:
@@ -243,10 +257,12 @@ def test_the_command_line_prints_once(tmp_path: Path) -> None:
     assert second.out == ""
     for words in (f"rank 0 ({HOST}): layers 4 to 7", f"rank 1 ({HOST}): layers 0 to 3"):
         assert words in first.out
-    ended = run_ranks("command", 2, tmp_path, *arguments, "-m", own=["10", "11"])
-    all_say(ended, "the option max_tokens is '10' on rank 0")
-    ended = run_ranks("command", 2, tmp_path, *arguments, "--draft-model", "x")
-    all_say(ended, "--draft-model does not work with several machines")
+    for ended in run_ranks("command", 2, tmp_path, *arguments, "-m", own=["10", "11"]):
+        assert ended.status == 1
+        assert "the option max_tokens is '10' on rank 0" in ended.err
+    args = generate.setup_arg_parser().parse_args(["--draft-model", "x"])
+    with pytest.raises(StreamError, match="--draft-model does not work with several machines"):
+        generate._for_several(args)
 
 
 def test_a_model_that_cannot_be_divided_is_refused_by_name(checkpoint: Callable[..., Path]) -> None:
@@ -282,3 +298,71 @@ def test_where_rank_0_is(tmp_path: Path) -> None:
     assert address_of_rank_0({"MLX_HOSTFILE": str(hosts)}) == "10.0.0.1"
     assert address_of_rank_0({"MLX_JACCL_COORDINATOR": "10.0.0.7:5000"}) == "10.0.0.7"
     assert address_of_rank_0({}) == HOST
+
+
+def test_the_plan_of_several_machines_divides_that_of_one(deep: Path) -> None:
+    whole = plan(str(deep), cache="1GB", config=QUIET)
+    parts = plan_ranks(str(deep), 3, StreamConfig(cache="1GB"))
+    assert [(p.stage.start, p.stage.end) for p in parts] == [(5, 8), (2, 5), (0, 2)]
+    assert sum(p.plan.experts for p in parts) == whole.experts
+    assert sum(p.plan.kv for p in parts) == whole.kv
+    assert all(whole.trunk / 3 < p.plan.trunk < whole.trunk for p in parts)
+    assert [len(p.plan.slots) for p in parts] == [3, 3, 1]
+    needed = max(p.plan.minimum for p in plan_ranks(str(deep), 3, QUIET))
+    assert needed < plan(str(deep), config=QUIET).minimum
+    tight = plan_ranks(str(deep), 3, StreamConfig(memory=needed))
+    assert all(p.plan.memory == needed for p in tight)
+    assert len({p.plan.prefill_tokens for p in tight}) == 1
+    with pytest.raises(BudgetError, match="rank 0: memory=") as caught:
+        plan_ranks(str(deep), 3, StreamConfig(memory=needed - 1))
+    assert caught.value.needed_bytes == needed
+
+
+def test_the_prediction_for_several_machines_follows_its_formula(deep: Path) -> None:
+    machine = NAMED_MACHINES["M4 Max 128 GB"]
+    (one,) = plan_ranks(str(deep), 1, StreamConfig(cache="400kB"))
+    tokens, first, (alone,) = predict_ranks([one], [machine])
+    assert tokens.likely == pytest.approx(predict(one.plan, machine).tokens_per_s.likely)
+    assert first.likely == pytest.approx(alone.first_token.likely)
+    two = plan_ranks(str(deep), 2, StreamConfig(cache="400kB"))
+    assert two[0].hidden_bytes == 4 * families.HIDDEN
+    link = Link(rate=1e6, latency=0.01)
+    tokens, _, alone_of_two = predict_ranks(two, [machine] * 2, link)
+    seconds = sum(1 / p.tokens_per_s.likely for p in alone_of_two) + 2 * (0.01 + 256 / 1e6)
+    assert 1 / tokens.likely == pytest.approx(seconds)
+    assert alone_of_two[0].hit_rate.likely > alone.hit_rate.likely  # of a larger cache
+
+
+def test_doctor_shows_the_split(deep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--model", str(deep), "--ranks", "2", "--machine", "M4 Max 128 GB"]
+    assert doctor.main([*command, "--split", "3,5"]) == 0
+    text = capsys.readouterr().out
+    for words in ("rank 0 on M4 Max 128 GB: layers 5 to 7 of 8", "rank 1", "layers 0 to 4 of 8"):
+        assert words in text
+    assert "predicted decode" in text and "together" in text
+    assert doctor.main([*command, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [r["stage"]["end"] for r in report["ranks"]] == [8, 4]
+    assert doctor.main([*command, "--files", "1"]) == 0
+    files = capsys.readouterr().out.split()
+    assert {"config.json", "model-00001-of-00002.safetensors"} <= set(files)
+    assert doctor.main([*command, "--memory", "1GB,1MB"]) == 2
+    assert "does not fit: rank 1: memory=1 MB" in capsys.readouterr().err
+    for wrong, words in (
+        (["--split", "3,4"], "adds up to 7 layers"),
+        (["--machine", "Cray"], "unknown machine 'Cray'"),
+        (["--machine", "M2 Max 96 GB", "--machine", "M2 Max 96 GB"], "3 machines for 2 ranks"),
+        (["--link", "slow"], "not a size"),
+        (["--files", "2"], "there are ranks 0 to 1"),
+    ):
+        assert doctor.main([*command, *wrong]) == 1
+        assert words in capsys.readouterr().err
+
+
+def test_mlx_lm_s_own_programs_load_parts_through_the_patch() -> None:
+    """chat and server import `sharded_load` by name; without the patch they have mlx-lm's."""
+    chat = importlib.import_module("mlx_lm.chat")
+    original = mlx_lm.utils.sharded_load
+    with patch(cache="1MB"):
+        assert chat.sharded_load is mlx_lm.utils.sharded_load is not original
+    assert chat.sharded_load is mlx_lm.utils.sharded_load is original
