@@ -71,7 +71,7 @@ class RankError(StreamError):
     """Something is wrong on another machine of a distributed run, or between two of them.
 
     Attributes:
-        rank: the rank that it is about.
+        rank: the rank that it is about; -1 where MLX does not say which was lost.
     """
 
     def __init__(self, message: str, rank: int) -> None:

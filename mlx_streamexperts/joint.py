@@ -20,6 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from .checkpoint import INDEX, header_identity, read_checkpoint, read_json_object
 from .config import StreamConfig
 from .errors import CheckpointError
+from .hub import SMALL_FILES
 from .locate import Located, locate, original_load_model
 from .pipeline import Part, cut, parse_split
 from .planner import Plan, default_memory
@@ -107,9 +108,8 @@ def part_of_repository(
     """
     if Path(path_or_hf_repo).exists():
         return Path(path_or_hf_repo)
-    patterns = [p for p in mlx_lm.utils.DEFAULT_ALLOW_PATTERNS if "safetensors" not in p]
+    patterns = [f"*{end}" for end in SMALL_FILES]  # the index among them
     try:
-        # Patterns of file names: "*.json" covers the index.
         folder: Path = mlx_lm.utils._download(path_or_hf_repo, allow_patterns=patterns)
         if (folder / INDEX).is_file():
             model, _ = original_load_model(folder, True, strict=False, trust_remote_code=trust)

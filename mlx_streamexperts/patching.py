@@ -24,7 +24,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from .checkpoint import read_header
 from .config import StreamConfig
-from .errors import CheckpointError, UnsupportedModelError
+from .errors import CheckpointError, RankError, UnsupportedModelError
 from .hub import headers_only
 from .joint import meet, part_of_repository
 from .layer import StreamedSwitch
@@ -216,6 +216,10 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
                 lambda: self._put_in_place(located, plan, config, lazy)
             )
             ranks.share_random_state()
+        except RankError as e:
+            lost = watch.why() if e.rank < 0 else None  # MLX does not say which it was
+            watch.close(lost or str(e))
+            raise RankError(lost, e.rank) if lost else e from e.__cause__
         except BaseException as e:
             watch.close(str(e))
             raise

@@ -122,7 +122,7 @@ class Ranks:
             gathered = mx.distributed.all_gather(mx.array(row), group=self._group, stream=mx.cpu)
             mx.eval(gathered)
         except RuntimeError as e:
-            raise RankError(f"the connection to another rank was lost: {e}", self.rank) from e
+            raise RankError(f"the connection to another rank was lost: {e}", -1) from e
         return np.array(gathered)
 
 

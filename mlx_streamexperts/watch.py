@@ -99,7 +99,7 @@ class Watch:
                 try:
                     connection = listener.accept()[0]
                     connection.settimeout(max(0.1, until - time.monotonic()))
-                    said, rank = connection.makefile().readline().split()
+                    said, rank = connection.makefile().readline(100).split()
                     if not secrets.compare_digest(said, token):
                         raise ValueError("a stranger")
                     self._peers[int(rank)] = connection

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import families
@@ -24,6 +25,7 @@ from rank_programs import PREFILL, TOKENS
 
 from mlx_streamexperts import (
     BudgetError,
+    CheckpointError,
     StreamConfig,
     StreamError,
     UnsupportedModelError,
@@ -33,6 +35,7 @@ from mlx_streamexperts import (
     patch,
     plan,
 )
+from mlx_streamexperts.joint import part_of_repository
 from mlx_streamexperts.locate import locate
 from mlx_streamexperts.machines import Link, plan_ranks, predict_ranks
 from mlx_streamexperts.pipeline import Part, Stage, cut, parse_split
@@ -204,6 +207,31 @@ def test_a_machine_needs_only_the_shards_of_its_layers(deep: Path, tmp_path: Pat
             assert_same(expected, read_logits(folder / f"{name}.npz"), f"{folder.name} {name}")
 
 
+def test_of_a_repository_each_rank_downloads_its_own_shards(
+    deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote, cache = by_layer(deep, tmp_path / "remote"), tmp_path / "cache"
+    cache.mkdir()
+
+    def download(repo: str, allow_patterns: list[str], revision: str | None = None) -> Path:
+        if repo != "some/repo":
+            raise FileNotFoundError(f"no repository {repo}")
+        for file in remote.iterdir():
+            if any(fnmatch(file.name, p) for p in allow_patterns):
+                shutil.copy(file, cache)
+        return cache
+
+    monkeypatch.setattr(mlx_lm.utils, "_download", download)
+    config = StreamConfig(split="6,2")
+    assert part_of_repository("some/repo", config, Part(1, 2), False) == cache  # type: ignore[arg-type]
+    assert sorted(f.name for f in cache.iterdir()) == [
+        "config.json", "model-0.safetensors", "model-1.safetensors", "model-rest.safetensors",
+        "model.safetensors.index.json",
+    ]  # fmt: skip
+    with pytest.raises(CheckpointError, match="other/repo cannot be downloaded: no repository"):
+        part_of_repository("other/repo", config, Part(1, 2), False)  # type: ignore[arg-type]
+
+
 def test_what_is_wrong_on_one_rank_fails_on_all_and_is_named(deep: Path, tmp_path: Path) -> None:
     """Nobody is left waiting: the same processes try again, and succeed."""
     with pytest.MonkeyPatch.context() as m:
@@ -224,6 +252,7 @@ def test_what_is_wrong_on_one_rank_fails_on_all_and_is_named(deep: Path, tmp_pat
     ("how", "why"),
     [
         ("SIGKILL", "its process or its connection ended"),
+        ("loading", "its process or its connection ended"),
         ("SIGSTOP", "not a sign of life for 3 s"),
         ("read", "cannot read expert 7 of model.layers.1.mlp"),
     ],
