@@ -38,7 +38,7 @@ from mlx_streamexperts import (
 from mlx_streamexperts.joint import part_of_repository
 from mlx_streamexperts.locate import locate
 from mlx_streamexperts.machines import Link, plan_ranks, predict_ranks
-from mlx_streamexperts.pipeline import Part, Stage, cut, parse_split
+from mlx_streamexperts.pipeline import Part, Stage, cut, parse_split, wait_on_host
 from mlx_streamexperts.predict import NAMED_MACHINES, predict
 from mlx_streamexperts.store import write_store
 from mlx_streamexperts.watch import address_of_rank_0
@@ -395,3 +395,29 @@ def test_mlx_lm_s_own_programs_load_parts_through_the_patch() -> None:
     with patch(cache="1MB"):
         assert chat.sharded_load is mlx_lm.utils.sharded_load is not original
     assert chat.sharded_load is mlx_lm.utils.sharded_load is original
+
+
+def test_the_host_waits_for_other_ranks_and_not_the_device(
+    deep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was received is evaluated before a layer uses it, and the last hidden state of one
+    token; of a prompt's chunk it is not, so that ranks can work on two chunks at once.
+    """
+    (model, _), (last, _) = mlx_lm.utils.load_model(deep), mlx_lm.utils.load_model(deep)
+    names = [name for name, _ in model.named_modules()]
+    stage = cut(model, Part(1, 3))
+    wait_on_host(model, stage)
+    evaluated: list[tuple[int, ...]] = []
+    monkeypatch.setattr(mx, "eval", lambda x: evaluated.append(x.shape))
+    width = families.HIDDEN
+    for tokens in (1, 4):
+        x = mx.ones((1, tokens, width))
+        for layer in model.model.layers[stage.start : stage.end]:
+            x = layer(x)
+        model.model.norm(x)
+    assert evaluated == [(1, 1, width), (1, 1, width), (1, 4, width)]
+    wait_on_host(last, cut(last, Part(2, 3)))
+    evaluated.clear()
+    last.model.layers[0](mx.ones((1, 1, width)))
+    assert evaluated == []  # it has the first layers and receives nothing
+    assert {name for name, _ in model.named_modules()} < set(names)
