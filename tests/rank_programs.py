@@ -146,7 +146,8 @@ def texts(folder: str) -> None:
 
 def one_ends(victim: str, how: str) -> None:
     """The command line, of which one rank is killed, stops or cannot read while it generates."""
-    watch.SILENCE_SECONDS, watch.GRACE_SECONDS = 3.0, 1.0
+    if how == "SIGSTOP":  # else longer than a loaded machine keeps a thread from running
+        watch.SILENCE_SECONDS, watch.GRACE_SECONDS = 4.0, 1.0
     if how == "loading" and rank() == int(victim):
         joint.locate = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
     original, steps = generate.stock.generate_step, 0
