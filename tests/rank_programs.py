@@ -110,6 +110,7 @@ def failures(folder: str, other: str) -> None:
     found.append(error_of(folder, cache="1MB"))
     joint.libraries = libraries
     found.append(error_of(folder, cache="1MB"))
+    found.append(str(stream(load_part(folder)).plan.memory))
     print(json.dumps(found))
 
 
