@@ -254,7 +254,7 @@ def test_what_is_wrong_on_one_rank_fails_on_all_and_is_named(deep: Path, tmp_pat
 @pytest.mark.parametrize(
     ("how", "ranks", "why"),
     [
-        ("SIGKILL", 3, "its process or its connection ended"),
+        ("SIGKILL", 2, "its process or its connection ended"),
         ("SIGSTOP", 3, "not a sign of life for 4 s"),
         ("loading", 2, "its process or its connection ended"),
         ("read", 2, "cannot read expert 7 of model.layers.1.mlp"),
