@@ -6,9 +6,11 @@ from .errors import (
     BudgetError,
     CheckpointError,
     ExpertReadError,
+    RankError,
     StreamError,
     UnsupportedModelError,
 )
+from .machines import RankPlan, plan_ranks
 from .patching import load, patch, plan
 from .planner import Plan
 from .stream import ExpertStream, StreamStats, stream
@@ -21,6 +23,8 @@ __all__ = [
     "ExpertReadError",
     "ExpertStream",
     "Plan",
+    "RankError",
+    "RankPlan",
     "StreamConfig",
     "StreamError",
     "StreamStats",
@@ -29,5 +33,6 @@ __all__ = [
     "load",
     "patch",
     "plan",
+    "plan_ranks",
     "stream",
 ]

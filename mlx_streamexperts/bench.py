@@ -14,10 +14,10 @@ import importlib
 import sys
 from dataclasses import replace
 
-from .cli import make_parser, stream_settings
+from .cli import failed, make_parser, stream_settings
 from .config import StreamConfig
 from .errors import StreamError
-from .wrap import add_report_arguments, print_error, program
+from .wrap import add_report_arguments, program
 
 stock = importlib.import_module("mlx_lm.benchmark")
 
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
             stock.main()
         session.print_summary()
     except StreamError as e:
-        return print_error(e)
+        return failed(e)
     return 0
 
 

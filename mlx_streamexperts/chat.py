@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from .cli import make_parser, stream_settings
+from .cli import failed, make_parser, stream_settings
 from .errors import StreamError
-from .wrap import add_report_arguments, print_error, program
+from .wrap import add_report_arguments, program
 
 stock = importlib.import_module("mlx_lm.chat")
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
                 print()
         session.print_summary()
     except StreamError as e:
-        return print_error(e)
+        return failed(e)
     return 0
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -116,10 +116,13 @@ class Checkpoint:
     Attributes:
         folder: the model folder.
         tensors: every tensor of every `model*.safetensors` file in it.
+        absent: tensors of shards that are not there, with the shard's name; only in part of a
+            checkpoint.
     """
 
     folder: Path
     tensors: dict[str, TensorEntry]
+    absent: dict[str, str] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -127,8 +130,12 @@ class Checkpoint:
         return sum(t.nbytes for t in self.tensors.values())
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path, in_part: bool = False) -> Checkpoint:
     """Index the `model*.safetensors` files of `folder`, which is what mlx-lm loads.
+
+    Args:
+        folder: the model folder.
+        in_part: shards that the index file names need not all be there.
 
     Raises:
         CheckpointError: a shard is missing, truncated or malformed, tensors overlap or appear
@@ -141,7 +148,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     files = sorted(folder.glob("model*.safetensors"))
     promised = _read_index(folder)
     missing = sorted(set(promised.values()) - {f.name for f in files})
-    if missing:
+    if missing and not in_part:
         raise CheckpointError(
             f"{folder / missing[0]} is missing ({len(missing)} of {len(set(promised.values()))} "
             f"shards named in {INDEX} are): download the checkpoint again or complete it"
@@ -157,13 +164,14 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                     "remove the shard that does not belong to this checkpoint"
                 )
             tensors[entry.name] = entry
-    absent = sorted(set(promised) - set(tensors))
+    elsewhere = {t: f for t, f in promised.items() if f in missing}
+    absent = sorted(set(promised) - set(tensors) - set(elsewhere))
     if absent:
         raise CheckpointError(
             f"tensor {absent[0]} should be in {folder / promised[absent[0]]} according to "
             f"{INDEX}, but no shard has it"
         )
-    return Checkpoint(folder, tensors)
+    return Checkpoint(folder, tensors, elsewhere)
 
 
 def check_model_folder(folder: Path) -> None:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
+import os
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+
+import mlx.core as mx
 
 from .checkpoint import read_checkpoint
 from .config import StreamConfig, add_arguments, format_size, from_arguments
 from .demo import demo_model
-from .patching import resolve
+from .errors import StreamError
+from .patching import local_folder, resolve
+from .stream import ExpertStream
 
+_JOIN_SECONDS = 120
 _DEMO_CACHE = "10MB"  # about a quarter of its experts, so that there is something to see
 
 
@@ -59,6 +68,52 @@ def make_parser(
     return parser
 
 
+def join_ranks() -> mx.distributed.Group:
+    """The processes that `mlx.launch` started with this one; a group of one where it did not.
+
+    Ends this process with a traceback where they do not all come within `_JOIN_SECONDS`: rank 0 of
+    MLX's ring backend would wait for ever, in C++ and holding Python's lock.
+
+    Raises:
+        StreamError: the others cannot be reached.
+    """
+    if (rank := os.environ.get("MLX_RANK")) is not None:
+        faulthandler.dump_traceback_later(_JOIN_SECONDS, exit=True)
+    try:
+        return mx.distributed.init()
+    except RuntimeError as e:
+        raise StreamError(
+            f"rank {rank} cannot reach the other processes of this run: {e}. Have all of them "
+            "been started, with the same hostfile?"
+        ) from e
+    finally:
+        if rank is not None:
+            faulthandler.cancel_dump_traceback_later()
+
+
+@contextmanager
+def only_rank_0_prints(group: mx.distributed.Group) -> Iterator[None]:
+    """All ranks compute the same text."""
+    if group.rank() == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
+def failed(error: Exception, streams: Sequence[ExpertStream] = ()) -> int:
+    """Say what went wrong, to the other ranks of a distributed run too; returns the exit status."""
+    reason = str(error)
+    for s in streams:
+        if isinstance(error, StreamError):
+            s.leave(reason)
+        else:  # MLX noticed that the connection is gone; which rank it is, the watch knows
+            reason = s.lost_rank() or reason
+            s.close()
+    print(f"error: {reason}", file=sys.stderr)
+    return 1
+
+
 def stream_settings(args: argparse.Namespace) -> tuple[StreamConfig, str | None]:
     """The streaming options of a parsed command line, and the model to load.
 
@@ -75,9 +130,11 @@ def stream_settings(args: argparse.Namespace) -> tuple[StreamConfig, str | None]
             notice += (
                 f", with an expert cache of {_DEMO_CACHE} so that it streams (--cache changes it)"
             )
-        print(notice, file=sys.stderr)
+        if mx.distributed.init().rank() == 0:
+            print(notice, file=sys.stderr)
     if model is not None:
-        model = str(resolve(model))
+        trust = bool(getattr(args, "trust_remote_code", False))
+        model = str(local_folder(model, config, trust=trust))
     return following_stock_options(config, args), model
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from .cache import POLICIES
@@ -123,6 +123,16 @@ class StreamConfig:
         None,
         "file of ExpertStream.save_hot_set: its experts are read at load, before the first prompt",
     )
+    pipeline: bool = _option(
+        False,
+        "share the model with the other processes of mlx.launch: each has some of the layers, and "
+        "streams only their experts. --memory and --cache are for each process",
+    )
+    split: str | None = _option(
+        None,
+        "with --pipeline: how many layers each rank has, rank 0 (the last layers) first, for "
+        "example 31,30. Default: evenly",
+    )
     in_place: str = _option(
         "auto",
         "read straight into MLX's memory. auto: when the start-up check on this device passes; "
@@ -142,8 +152,32 @@ class StreamConfig:
             if (count := getattr(self, name)) is not None and count < 1:
                 raise StreamError(f"{name} must be at least 1")
         for name in ("memory", "cache", "read_size", "reserve"):
+            value = getattr(self, name)
+            for size in value.split(",") if isinstance(value, str) else [value]:
+                if size is not None:
+                    parse_size(size)
+
+    def for_rank(self, rank: int, ranks: int) -> StreamConfig:
+        """What one rank of several goes by.
+
+        A budget may be stated for each rank ("96GB,64GB"), and `{rank}` in the name of a file is
+        its number.
+
+        Raises:
+            StreamError: another number of budgets than ranks.
+        """
+        own: dict[str, Any] = {}
+        for name in ("memory", "cache"):
+            value = getattr(self, name)
+            if isinstance(value, str) and "," in value:
+                sizes = value.split(",")
+                if len(sizes) != ranks:
+                    raise StreamError(f"{name}={value!r}: {len(sizes)} sizes for {ranks} ranks")
+                own[name] = sizes[rank]
+        for name in ("store", "hot_set"):
             if (value := getattr(self, name)) is not None:
-                parse_size(value)
+                own[name] = value.replace("{rank}", str(rank))
+        return replace(self, **own)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,7 +197,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             kind = {"action": "store_true"}
         if "choices" in f.metadata:
             kind["choices"] = f.metadata["choices"]
-        group.add_argument(flag, default=f.default, help=text, **kind)
+        if flag not in parser._option_string_actions:  # mlx-lm has it, and means the same
+            group.add_argument(flag, default=f.default, help=text, **kind)
 
 
 def from_arguments(args: argparse.Namespace) -> StreamConfig:

@@ -26,10 +26,18 @@ from .errors import BudgetError, StreamError
 from .files import direct_works
 from .hub import headers_only
 from .locate import Located, locate
+from .machines import Link, other_files, plan_ranks, predict_ranks, report_lines
 from .measure import DriveRate, drive_rates, layer_seconds, memory_rate, sync_seconds
 from .planner import Plan
 from .platform import device_memory_bytes, free_disk_bytes
-from .predict import NAMED_MACHINES, REPORTED, Machine, predict, replayed_hit_rate
+from .predict import (
+    NAMED_MACHINES,
+    REPORTED,
+    Machine,
+    parse_rate,
+    predict,
+    replayed_hit_rate,
+)
 from .stream import expert_files
 
 _DEPTHS = (1, 4, 8, 16)
@@ -48,6 +56,24 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--prompt-tokens", type=int, default=1000, help="for time to first token")
     parser.add_argument("--trace", type=Path, help="a recorded trace: its hit rate is used")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        default=1,
+        help="judge the model on so many machines together (--pipeline); --memory and --machine "
+        "are then for each, or one for each: --memory 96GB,64GB, and --machine as often as ranks",
+    )
+    parser.add_argument(
+        "--link",
+        default="1GB/s:300us",
+        help="with --ranks: the network's rate and latency (default: 1GB/s:300us)",
+    )
+    parser.add_argument(
+        "--files",
+        type=int,
+        metavar="RANK",
+        help="with --ranks: print only the names of the files that this rank needs",
+    )
     parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     return make_parser(parser, "python -m mlx_streamexperts.doctor", __doc__)
@@ -57,6 +83,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 1 on an error, 2 if the model does not fit."""
     args = setup_arg_parser().parse_args(argv)
     try:
+        if args.ranks > 1:
+            print("\n".join(_several(args)))
+            return 0
         report = examine(args)
     except BudgetError as e:
         print(f"does not fit: {e}", file=sys.stderr)
@@ -97,6 +126,51 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
             "measured": measured,
             "machines": [_result(plan, here, args)],
         }
+
+
+def _several(args: argparse.Namespace) -> list[str]:
+    """What `--ranks` prints."""
+    config = from_arguments(args)
+    name = args.model or str(demo_model())
+    names = args.machine or []
+    if len(names) == 1:
+        names *= args.ranks
+    machines: list[Machine] = []
+    if names:
+        if unknown := [m for m in names if m not in NAMED_MACHINES]:
+            raise StreamError(
+                f"unknown machine {unknown[0]!r}: choose of {', '.join(NAMED_MACHINES)}"
+            )
+        if len(names) != args.ranks:
+            raise StreamError(f"{len(names)} machines for {args.ranks} ranks")
+        machines = [NAMED_MACHINES[m] for m in names]
+    memories = [int(0.75 * m.memory) for m in machines]
+    ranks = plan_ranks(name, args.ranks, config, args.trust_remote_code, memories)
+    if args.files is not None:
+        if not 0 <= args.files < args.ranks:
+            raise StreamError(f"--files {args.files}: there are ranks 0 to {args.ranks - 1}")
+        with headers_only(name) as (folder, _):
+            return [*other_files(folder), *ranks[args.files].files]
+    if not machines:
+        with headers_only(name) as (folder, downloaded):
+            trust = {"trust_remote_code": args.trust_remote_code}
+            whole = locate(folder, config.for_rank(0, args.ranks), trust, as_converted=True)
+            machines = [_this_machine(whole, downloaded)[0]] * args.ranks
+    slots = [s for r in reversed(ranks) for s in r.plan.slots]  # rank 0 has the last layers
+    hits = None if args.trace is None else replayed_hit_rate(args.trace, slots, args.policy)
+    link = Link(*parse_rate(args.link, Link.latency))
+    if args.json:
+        tokens, first, alone = predict_ranks(ranks, machines, link, args.prompt_tokens, hits)
+        result = {
+            "ranks": [
+                {"stage": asdict(r.stage), "plan": asdict(r.plan), "files": r.files,
+                 "hidden_bytes": r.hidden_bytes, "machine": asdict(m), "prediction": asdict(p)}
+                for r, m, p in zip(ranks, machines, alone, strict=True)
+            ],
+            "tokens_per_s": asdict(tokens), "first_token": asdict(first), "link": asdict(link),
+        }  # fmt: skip
+        return [json.dumps({"model": name, **result}, indent=1)]
+    return [f"Model: {name}", *report_lines(ranks, machines, link, args.prompt_tokens, hits)]
 
 
 def _named(

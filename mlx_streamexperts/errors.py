@@ -76,3 +76,15 @@ class ExpertReadError(StreamError):
         )
         self.layer, self.expert, self.tensor = layer, expert, tensor
         self.file, self.offset, self.errno = file, offset, errno
+
+
+class RankError(StreamError):
+    """Something is wrong on another machine of a distributed run, or between two of them.
+
+    Attributes:
+        rank: the rank that it is about; -1 where MLX does not say which was lost.
+    """
+
+    def __init__(self, message: str, rank: int) -> None:
+        super().__init__(message)
+        self.rank = rank

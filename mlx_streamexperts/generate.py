@@ -10,10 +10,13 @@ import argparse
 import importlib
 import sys
 
-from .cli import make_parser, stream_settings
+import mlx.core as mx
+
+from .cli import failed, join_ranks, make_parser, only_rank_0_prints, stream_settings
 from .demo import DEMO_PROMPT, demo_model
 from .errors import StreamError
-from .wrap import add_report_arguments, print_error, program
+from .stream import ExpertStream
+from .wrap import add_report_arguments, program
 
 # Not `import mlx_lm.generate`: the package binds that name to a function.
 stock = importlib.import_module("mlx_lm.generate")
@@ -30,18 +33,45 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = setup_arg_parser()
     args = parser.parse_args(argv)
+    streams: list[ExpertStream] = []
     try:
-        config, model = stream_settings(args)
-        parser.set_defaults(model=model)
-        if model == str(demo_model()):
-            parser.set_defaults(prompt=DEMO_PROMPT)  # it knows no answer to mlx-lm's "hello"
-        with program(stock, parser, argv, args, config) as session:
-            stock.main()
-        if args.verbose:
-            session.print_summary()
+        group = join_ranks()
+        if group.size() > 1:
+            _for_several(args)
+        with only_rank_0_prints(group):
+            config, model = stream_settings(args)
+            parser.set_defaults(model=model)
+            if model == str(demo_model()):
+                parser.set_defaults(prompt=DEMO_PROMPT)  # it knows no answer to mlx-lm's "hello"
+            with program(stock, parser, argv, args, config) as session:
+                streams = session.patched.streams
+                stock.main()
+            if args.verbose:
+                session.print_summary()
     except StreamError as e:
-        return print_error(e)
+        return failed(e, streams)
+    except RuntimeError as e:
+        if not any(s.ranks for s in streams):
+            raise
+        return failed(e, streams)
     return 0
+
+
+def _for_several(args: argparse.Namespace) -> None:
+    """Share the model with the other ranks, as far as mlx-lm can.
+
+    Raises:
+        StreamError: an option that it cannot.
+    """
+    args.pipeline = True
+    for option in ("draft_model", "adapter_path", "prompt_cache_file"):
+        if getattr(args, option) is not None:
+            flag = "--" + option.replace("_", "-")
+            raise StreamError(f"{flag} does not work with several machines; run without")
+    rank = str(mx.distributed.init().rank())
+    for option in ("timeline", "trace"):
+        if (file := getattr(args, option)) is not None:
+            setattr(args, option, file.replace("{rank}", rank))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from mlx_lm.utils import hf_repo_to_path
 from .checkpoint import MAX_HEADER_BYTES
 from .errors import CheckpointError
 
-_SMALL_FILES = (".json", ".py", ".jinja", ".txt", ".model", ".tiktoken")
+SMALL_FILES = (".json", ".py", ".jinja", ".txt", ".model", ".tiktoken")
 
 
 @contextmanager
@@ -84,5 +84,5 @@ def _fetch(repo: str, folder: Path) -> None:
             with (folder / name).open("wb") as local:
                 local.write(start + header)
                 local.truncate(size)
-        elif name.endswith(_SMALL_FILES) and size < MAX_HEADER_BYTES:
+        elif name.endswith(SMALL_FILES) and size < MAX_HEADER_BYTES:
             (folder / name).write_bytes(hub.cat_file(entry["name"]))

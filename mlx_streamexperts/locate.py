@@ -34,6 +34,7 @@ from .checkpoint import Checkpoint, ExpertTable, TensorEntry, check_model_folder
 from .config import StreamConfig
 from .errors import CheckpointError, StreamError, UnsupportedModelError
 from .layer import ExpertLayer
+from .pipeline import Part, Stage, cut
 from .planner import Plan, Sizes, divide, text_config
 from .slots import ExpertTensor
 from .store import use_store
@@ -56,6 +57,7 @@ class Located:
         sizes: bytes of the model's parts.
         item_bytes: bytes of one activation.
         shards: the checkpoint's files.
+        stage: the decoder layers that are this rank's, where several machines share the model.
     """
 
     model: nn.Module
@@ -64,6 +66,7 @@ class Located:
     sizes: Sizes
     item_bytes: int
     shards: list[Path]
+    stage: Stage | None = None
 
     def plan(self, config: StreamConfig, held: int = 0) -> Plan:
         """Divide the budget that `config` states, less `held` bytes that other models have.
@@ -72,11 +75,21 @@ class Located:
             BudgetError: it is too small; says the smallest that works.
         """
         needs = layer_needs(self.layers, self.model_config)
-        return divide(self.sizes, needs, self.item_bytes, self.model_config, config, held)
+        model_config = self.model_config
+        if self.stage is not None:  # only its own layers have a KV cache
+            own = self.stage.end - self.stage.start
+            model_config = {**text_config(model_config), "num_hidden_layers": own}
+            model_config["text_config"] = None
+            model_config["model_type"] = self.model_config.get("model_type")
+        return divide(self.sizes, needs, self.item_bytes, model_config, config, held)
 
 
 def locate(
-    folder: Path, config: StreamConfig, arguments: dict[str, Any], as_converted: bool = False
+    folder: Path,
+    config: StreamConfig,
+    arguments: dict[str, Any],
+    as_converted: bool = False,
+    part: Part | None = None,
 ) -> Located:
     """Check the checkpoint, build the model without evaluating it, and find its experts.
 
@@ -86,31 +99,61 @@ def locate(
         arguments: of mlx-lm's `load_model`.
         as_converted: for planning: experts that mlx-lm computes while loading are nowhere, and have
             the size that a conversion gives them.
+        part: of several machines, the one whose layers are wanted. The others' are left out, and
+            shards that hold nothing else need not be there.
 
     Raises:
         CheckpointError: the files are damaged or incomplete.
         UnsupportedModelError: no routed experts, or a layout that cannot be streamed.
     """
     check_model_folder(folder)
-    checkpoint = read_checkpoint(folder)
+    checkpoint = read_checkpoint(folder, in_part=part is not None)
+    if checkpoint.absent:
+        arguments = {**arguments, "strict": False}
     model, model_config, seen = load_remembering(folder, arguments)
+    stage = None if part is None else cut(model, part)
+    if stage is not None:
+        _check_whole(model, stage, checkpoint, seen)
     layers = _find_layers(model, checkpoint, seen, as_converted and config.store is None)
     if not layers:
+        if stage is not None:
+            raise UnsupportedModelError(
+                f"{folder}: {stage}: none of these has routed experts; use fewer machines or "
+                "another --split"
+            )
         raise UnsupportedModelError(nothing_found(folder, model, model_config))
     if config.store is not None:
-        use_store(layers, Path(config.store), config.verify_reads)
+        use_store(layers, Path(config.store), config.verify_reads, in_part=stage is not None)
     expert_bytes = sum(x.experts * x.expert_bytes for x in layers)
     parameters = [array for _, array in flatten(model)]
     unwritten = any(not t.stored.files for x in layers for t in x.tensors.values())
     sizes = Sizes(
         trunk=sum(a.nbytes for a in parameters) - expert_bytes,
         looked_up=_embedding_bytes(model, model_config),
-        disk=checkpoint.nbytes,
+        disk=checkpoint.nbytes if stage is None else _needed_bytes(checkpoint, stage),
         conversion=sum(a.nbytes for a in parameters) if unwritten else 0,
     )
     item_bytes = max(a.dtype.size for a in parameters if mx.issubdtype(a.dtype, mx.floating))
     shards = sorted({t.file for t in checkpoint.tensors.values()})
-    return Located(model, model_config, layers, sizes, item_bytes, shards)
+    return Located(model, model_config, layers, sizes, item_bytes, shards, stage)
+
+
+def _check_whole(model: nn.Module, stage: Stage, checkpoint: Checkpoint, seen: Seen) -> None:
+    """Is everything there that a rank's layers need?"""
+    for tensor, shard in checkpoint.absent.items():
+        if stage.needs(tensor):
+            raise CheckpointError(
+                f"{checkpoint.folder / shard} is missing: {stage}, needs tensor {tensor} of it"
+            )
+    for name, _ in flatten(model):
+        if name not in seen.given:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {stage}: no shard that is here has what {name} is made of"
+            )
+
+
+def _needed_bytes(checkpoint: Checkpoint, stage: Stage) -> int:
+    return sum(t.nbytes for name, t in checkpoint.tensors.items() if stage.needs(name))
 
 
 @dataclass
@@ -121,11 +164,13 @@ class Seen:
         as_stored: by name in the checkpoint.
         stacks: by identity of the result (kept, so that no other array gets its identity).
         skeleton: makes another such model, without weights.
+        given: names of the parameters that the model was given arrays for.
     """
 
     as_stored: dict[str, mx.array] = field(default_factory=dict)
     stacks: dict[int, tuple[mx.array, list[mx.array]]] = field(default_factory=dict)
     skeleton: Callable[[], nn.Module] = nn.Module
+    given: set[str] = field(default_factory=set)
 
 
 def load_remembering(
@@ -156,7 +201,8 @@ def _not_loaded(folder: Path, error: Exception) -> StreamError:
     """Why mlx-lm cannot load a checkpoint; foreign quantization is named."""
     method = _quantized_by(folder)
     # AutoAWQ and GPTQ store `qweight`, which mlx-lm rewrites too late for experts to be joined.
-    if alien := [n for n in read_checkpoint(folder).tensors if re.search(r"\.experts\..*\.qw", n)]:
+    stored = read_checkpoint(folder, in_part=True).tensors
+    if alien := [n for n in stored if re.search(r"\.experts\..*\.qw", n)]:
         found = f"its experts are quantized with {method or 'AWQ or GPTQ'} (tensor {alien[0]})"
     elif method and "not in model" in str(error):
         found = f"it is quantized with {method}, which mlx-lm does not read for this kind of model"
@@ -217,7 +263,13 @@ def _remembering(
             with _recording_stacks(seen):
                 return sanitize(weights) if sanitize is not None else weights
 
+        def note(weights: list[tuple[str, mx.array]], strict: bool = True) -> nn.Module:
+            object.__delattr__(model, "load_weights")
+            seen.given.update(name for name, _ in weights)
+            return model.load_weights(weights, strict=strict)
+
         object.__setattr__(model, "sanitize", remember)
+        object.__setattr__(model, "load_weights", note)
         return model
 
     return build, arguments_class
@@ -335,4 +387,4 @@ def _embedding_bytes(model: nn.Module, model_config: dict[str, Any]) -> int:
 
 
 def mentions_experts(folder: Path) -> bool:
-    return any("expert" in name for name in read_checkpoint(folder).tensors)
+    return any("expert" in name for name in read_checkpoint(folder, in_part=True).tensors)

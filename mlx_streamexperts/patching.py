@@ -26,18 +26,23 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from .accounts import alive, held
 from .checkpoint import read_header
 from .config import StreamConfig
-from .errors import CheckpointError, UnsupportedModelError
+from .errors import CheckpointError, RankError, UnsupportedModelError
 from .guards import GUARDS
 from .hub import headers_only
+from .joint import meet, part_of_repository
 from .layer import StreamedSwitch
-from .locate import locate, mentions_experts, original_load_model
+from .locate import Located, locate, mentions_experts, original_load_model
+from .pipeline import wait_on_host
 from .planner import Plan
 from .prefetch import link
 from .progress import progress_bar
+from .ranks import Ranks
 from .runahead import install
 from .stream import ExpertStream, attach, flatten, is_streamed, stream
+from .watch import Watch
 
 _original_load_adapters = mlx_lm.tuner.utils.load_adapters  # mlx_lm.utils' own calls it
+_original_sharded_load = mlx_lm.utils.sharded_load
 _SIGNATURE = inspect.signature(original_load_model)
 _TRUNK_STEP_BYTES = 256 << 20
 
@@ -69,8 +74,10 @@ def load(
         ExpertReadError: a layer that fits whole, or a hot set, could not be read in.
         StreamError: an option or a size is not understood.
     """
-    folder = resolve(path_or_hf_repo, kwargs.get("revision"))
-    with patch(memory, cache, config)._for_this_thread():
+    patched = patch(memory, cache, config)
+    trust = kwargs.get("trust_remote_code", False)
+    folder = local_folder(path_or_hf_repo, patched.config, kwargs.get("revision"), trust)
+    with patched._for_this_thread():
         return mlx_lm.utils.load(str(folder), *args, **kwargs)
 
 
@@ -104,6 +111,18 @@ def plan(
         merged = _merged(memory, cache, config)
         trust = {"trust_remote_code": trust_remote_code}
         return locate(folder, merged, trust, as_converted=True).plan(merged)
+
+
+def local_folder(
+    path_or_hf_repo: str, config: StreamConfig, revision: str | None = None, trust: bool = False
+) -> Path:
+    """The local folder of a model, or of one rank's part of it.
+
+    Raises: as `resolve`.
+    """
+    if (group := _group(config)) is not None:
+        return part_of_repository(path_or_hf_repo, config, group, trust)
+    return resolve(path_or_hf_repo, revision)
 
 
 def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
@@ -199,6 +218,9 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         """`mlx_lm.utils.load_model` with the expert layers streamed."""
         folder = Path(arguments.pop("model_path"))
         lazy = arguments.pop("lazy", False)
+        group = _group(self.config)
+        if group is not None:
+            return self._load_part(Ranks(group), folder, lazy, arguments)
         try:
             located = locate(folder, self.config, arguments)
         except UnsupportedModelError:
@@ -210,24 +232,55 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         if any(alive(s) for s in self.streams):
             config = replace(config, reserve=None)
         plan = located.plan(config, others)  # before anything is evaluated
-        model, model_config = located.model, located.model_config
+        self._put_in_place(located, plan, config, lazy)
+        return located.model, located.model_config
+
+    def _load_part(
+        self, ranks: Ranks, folder: Path, lazy: bool, arguments: dict[str, Any]
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """The same for one rank of several: every step succeeds on all of them, or on none."""
+        watch = Watch(ranks)
+        try:
+            located, plan, config = meet(ranks, folder, self.config, arguments)
+            expert_stream = ranks.all_or_none(
+                lambda: self._put_in_place(located, plan, config, lazy)
+            )
+            ranks.share_random_state()
+        except RankError as e:
+            lost = watch.why() if e.rank < 0 else None  # MLX does not say which it was
+            watch.close(lost or str(e))
+            raise RankError(lost, e.rank) if lost else e from e.__cause__
+        except BaseException as e:
+            watch.close(str(e))
+            raise
+        expert_stream.accompany(ranks, watch)
+        return located.model, located.model_config
+
+    def _put_in_place(
+        self, located: Located, plan: Plan, config: StreamConfig, lazy: bool
+    ) -> ExpertStream:
+        """Load the trunk and stream the experts of a model that was located."""
+        model = located.model
         for layer in located.layers:
             _replace(model, layer.name, StreamedSwitch(layer))
         if not lazy:
-            _load_trunk(model, self.config.progress)
-        if self.config.prefetch != "off":
-            always = self.config.prefetch == "on"
-            link(model, located.layers, self.config.prefetch_depth, always)
-        expert_stream = ExpertStream(located.layers, plan, self.config, model_config)
+            _load_trunk(model, config.progress)
+        if config.prefetch != "off":
+            link(model, located.layers, config.prefetch_depth, config.prefetch == "on")
+        expert_stream = ExpertStream(located.layers, plan, config, located.model_config)
+        if located.stage is not None:
+            wait_on_host(model, located.stage)
+            expert_stream.stage = located.stage
         attach(model, expert_stream)
         if expert_stream.run_ahead is not None:
             install(model, expert_stream.run_ahead)
         self.streams.append(expert_stream)
-        return model, model_config
+        return expert_stream
 
 
 _lock = threading.Lock()
-_local = threading.local()  # .patch: the one that this thread's `load` is using
+# .patch: the one that this thread's `load` is using; .group: the one that it divides a model over
+_local = threading.local()
 _installed: list[patch] = []
 _scoped = 0  # `load` calls under way
 
@@ -248,6 +301,11 @@ def _patched_load_model(*args: Any, **kwargs: Any) -> tuple[nn.Module, dict[str,
 def _patched_load_adapters(model: nn.Module, adapter_path: str) -> nn.Module:
     """Refuse adapters on streamed experts: mlx-lm would drop their weights without a word."""
     if is_streamed(model):
+        if stream(model).stage is not None:
+            raise UnsupportedModelError(
+                f"{adapter_path}: mlx-lm has no adapters for a model that several machines share; "
+                "fuse this one into the checkpoint first (mlx_lm.fuse)"
+            )
         for entry in read_header(Path(adapter_path) / "adapters.safetensors"):
             for layer in stream(model).layers:
                 if entry.name.startswith(layer.name + "."):
@@ -259,6 +317,53 @@ def _patched_load_adapters(model: nn.Module, adapter_path: str) -> nn.Module:
     return _original_load_adapters(model, adapter_path)
 
 
+@functools.wraps(_original_sharded_load)
+def _patched_sharded_load(
+    repo: str,
+    pipeline_group: mx.distributed.Group | None = None,
+    tensor_group: mx.distributed.Group | None = None,
+    return_config: bool = False,
+    *,
+    tokenizer_config: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, ...]:
+    """mlx-lm's way to load a rank's part, which its chat and server use."""
+    if (active := _active()) is None:
+        return _original_sharded_load(
+            repo,
+            pipeline_group,
+            tensor_group,
+            return_config,
+            tokenizer_config=tokenizer_config,
+            trust_remote_code=trust_remote_code,
+        )
+    if pipeline_group is None and tensor_group is not None and tensor_group.size() > 1:
+        raise UnsupportedModelError(
+            f"{repo}: tensor parallelism would have every machine read a piece of every expert; "
+            "streamed models are divided by layers: use --pipeline"
+        )
+    group = pipeline_group or tensor_group or mx.distributed.init()
+    folder = part_of_repository(repo, active.config, group, trust_remote_code)
+    _local.group = group
+    try:
+        return mlx_lm.utils.load(
+            str(folder),
+            tokenizer_config or {"trust_remote_code": True},
+            return_config=return_config,
+            trust_remote_code=trust_remote_code,
+        )
+    finally:
+        _local.group = None
+
+
+def _group(config: StreamConfig) -> mx.distributed.Group | None:
+    """The ranks that a model is to be divided over, if there are several."""
+    group = getattr(_local, "group", None)
+    if group is None and config.pipeline:
+        group = mx.distributed.init()
+    return group if group is not None and group.size() > 1 else None
+
+
 def _bind() -> None:
     """Put the right functions into every module that has imported them."""
     # `mlx_lm.load` looks these up in its module at each call, so that they cover every way to load
@@ -268,6 +373,7 @@ def _bind() -> None:
         (original_load_model, _patched_load_model),
         (_original_load_adapters, _patched_load_adapters),
         *GUARDS,
+        (_original_sharded_load, _patched_sharded_load),
     ):
         name = original.__name__
         for module in list(sys.modules.values()):

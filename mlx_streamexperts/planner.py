@@ -134,11 +134,7 @@ def divide(
     experts = sum(n.experts * n.expert_bytes for n in layers)
     kv = item_bytes * config.context_tokens * kv_items_per_token(model_config)
     reserve = held + (0 if config.reserve is None else parse_size(config.reserve))
-    memory = (
-        int(_DEFAULT_SHARE * device_memory_bytes(held))
-        if config.memory is None
-        else parse_size(config.memory)
-    )
+    memory = default_memory(held) if config.memory is None else parse_size(config.memory)
     process = min(memory // _PROCESS_SHARE, _PROCESS_BYTES)
     fewest = sum(n.minimum * n.expert_bytes for n in layers)
     room = memory - process - sizes.trunk - kv - reserve
@@ -195,6 +191,11 @@ def divide(
         model_type=str(model_config.get("model_type", "")),
         conversion=sizes.conversion,
     )
+
+
+def default_memory(held: int = 0) -> int:
+    """The budget where none is stated, in bytes; `held` of them other models have already."""
+    return int(_DEFAULT_SHARE * device_memory_bytes(held))
 
 
 def _longest(work_bytes: Callable[[int], int], room_bytes: int, shortest: int, longest: int) -> int:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .config import parse_size
+from .errors import StreamError
 from .planner import Plan
 from .replay import replay
 
@@ -206,6 +208,22 @@ def predict(
         read_seconds=parts["drive"],
         limit=max(parts, key=lambda k: parts[k]),
     )
+
+
+def parse_rate(text: str, latency: float) -> tuple[float, float]:
+    """Bytes/s, and seconds of latency: of `7GB/s:100us`, or of `7GB/s` with the stated latency.
+
+    Raises:
+        StreamError: not understood.
+    """
+    rate, _, stated = text.partition(":")
+    try:
+        units = {"us": 1e-6, "ms": 1e-3}
+        if stated:
+            latency = float(stated[:-2]) * units[stated[-2:]]
+        return float(parse_size(rate.removesuffix("/s"))), latency
+    except (KeyError, ValueError) as e:
+        raise StreamError(f"{text!r}: write for example 7GB/s or 7GB/s:100us") from e
 
 
 def _touched(plan: Plan, tokens: int) -> float:

@@ -28,13 +28,13 @@ from unittest import mock
 import mlx.nn as nn
 
 from .__main__ import commands
-from .cli import following_stock_options
+from .cli import failed, following_stock_options
 from .config import StreamConfig, add_arguments, from_arguments
 from .errors import StreamError
 from .guards import REFUSED_PROGRAMS, check_program
 from .patching import patch
 from .stream import is_streamed, stream
-from .wrap import Session, add_report_arguments, print_error
+from .wrap import Session, add_report_arguments
 
 _NO_MODEL = ("mlx_lm.manage", "mlx_lm.share", "mlx_lm.upload")
 _OURS = {
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         session.print_summary(sys.stderr)
         return status
     except StreamError as e:
-        return print_error(e)
+        return failed(e)
 
 
 def programs() -> dict[str, str]:

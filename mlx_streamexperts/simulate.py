@@ -27,7 +27,7 @@ from .config import parse_size
 from .errors import StreamError
 from .planner import Plan
 from .policies import LRFU, POLICIES, PolicyMaker
-from .predict import NAMED_MACHINES, Machine, Range, predict
+from .predict import NAMED_MACHINES, Machine, Range, parse_rate, predict
 from .replay import BEST, LayerReplay, replay_routing, total
 from .sharing import hot_experts, keep_whole, miss_curves, share_by_gain
 from .trace import Routing, read_trace
@@ -269,15 +269,8 @@ def parse_ssd(text: str, machine: Machine) -> Machine:
     Raises:
         StreamError: not understood.
     """
-    rate, _, latency = text.partition(":")
-    drive = replace(machine, drive_rate=float(parse_size(rate.removesuffix("/s"))))
-    if latency:
-        try:
-            units = {"us": 1e-6, "ms": 1e-3}
-            drive = replace(drive, drive_latency=float(latency[:-2]) * units[latency[-2:]])
-        except (KeyError, ValueError) as e:
-            raise StreamError(f"--ssd {text!r}: write for example 7GB/s or 7GB/s:100us") from e
-    return drive
+    rate, latency = parse_rate(text, machine.drive_latency)
+    return replace(machine, drive_rate=rate, drive_latency=latency)
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:

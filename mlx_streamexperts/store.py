@@ -103,13 +103,16 @@ def _write_store(layers: Sequence[ExpertLayer], folder: Path, overwrite: bool) -
         _sidecar(folder, plan).unlink(missing_ok=True)
 
 
-def use_store(layers: Sequence[ExpertLayer], folder: Path, verify_reads: bool = False) -> None:
+def use_store(
+    layers: Sequence[ExpertLayer], folder: Path, verify_reads: bool = False, in_part: bool = False
+) -> None:
     """Read the experts of `layers` from a store from now on.
 
     Args:
         layers: as located in their checkpoint.
         folder: the store.
         verify_reads: compare each expert's checksum after each of its reads.
+        in_part: `layers` are some of the model's; files of the others need not be there.
 
     Raises:
         CheckpointError: it is not a finished store, is damaged, or was made of another checkpoint.
@@ -117,8 +120,14 @@ def use_store(layers: Sequence[ExpertLayer], folder: Path, verify_reads: bool = 
     """
     file = folder / _MANIFEST
     source, stored = _read_manifest(file)
-    _compare_sources(file, source, _source(layers))
-    expected = [_describe(number, layer) for number, layer in enumerate(layers)]
+    own, numbers = _source(layers), list(range(len(layers)))
+    if in_part and isinstance(source, dict):
+        source = {shard: source[shard] for shard in source if shard in own}
+        at = {entry["name"]: number for number, entry in enumerate(stored)}
+        numbers = [at[layer.name] for layer in layers if layer.name in at]
+        stored = [stored[number] for number in numbers]
+    _compare_sources(file, source, own)
+    expected = [_describe(n, layer) for n, layer in zip(numbers, layers, strict=False)]
     if len(stored) != len(layers):
         raise CheckpointError(f"{file}: does not describe {len(layers)} layers: pack again")
     for layer, mine, theirs in zip(layers, expected, stored, strict=True):

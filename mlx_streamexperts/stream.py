@@ -24,16 +24,19 @@ from .errors import StreamError, UnsupportedModelError
 from .files import direct_works
 from .hotset import read_hot_set, read_in, save_hot_set
 from .layer import WAYS, ExpertLayer
+from .pipeline import Stage
 from .planner import Plan, check_resize, experts_per_token
 from .platform import available_memory_bytes
 from .prefetch import SMALL_EXPERT_BYTES
 from .progress import progress_bar
+from .ranks import Ranks
 from .reader import ExpertReader, ReadStats
 from .runahead import RunAhead, RunAheadStats
 from .slots import AheadStats
 from .timeline import PHASES, Timeline
 from .trace import Trace
 from .trial import Pace, Trial
+from .watch import Watch
 
 _STREAM = "_expert_stream"
 _KEPT_BYTES = 16 << 20
@@ -92,7 +95,13 @@ class ExpertStream:
         bypasses_page_cache: whether reads go past the system's page cache.
         in_place: whether reads go straight into MLX's memory.
         run_ahead: runs steps that do not wait for each layer; None where that is off.
+        stage: the decoder layers that are this rank's, where several machines share the model.
+        ranks: those machines.
     """
+
+    stage: Stage | None = None
+    ranks: Ranks | None = None
+    _watch: Watch | None = None
 
     def __init__(
         self,
@@ -237,6 +246,8 @@ class ExpertStream:
         if self._closed:
             return
         self._closed = True
+        if self._watch is not None:
+            self._watch.close()
         for layer in self.layers:
             layer.close()
         self._reader.close()
@@ -249,6 +260,20 @@ class ExpertStream:
             return self.plan.trunk
         cache = sum(x.cache.slots * x.expert_bytes for x in self.layers)
         return self.plan.trunk + cache + self.plan.kv + self.plan.work
+
+    def accompany(self, ranks: Ranks, watch: Watch) -> None:
+        """Know the other ranks of a distributed run, until closed."""
+        self.ranks, self._watch = ranks, watch
+
+    def lost_rank(self) -> str | None:
+        """Why a distributed run cannot go on, naming the rank; None while nothing is known."""
+        return None if self._watch is None else self._watch.why()
+
+    def leave(self, reason: str) -> None:
+        """Close, and tell the other ranks of a distributed run why it cannot go on."""
+        if self._watch is not None:
+            self._watch.close(reason)
+        self.close()
 
     def needs(self) -> list[LayerNeed]:
         """What each layer asks of a budget, in model order."""

@@ -98,6 +98,18 @@ def rows(streams: Sequence[ExpertStream], timing: Timing, layers: bool = False) 
     return lines
 
 
+def of_all_ranks(expert_stream: ExpertStream, lines: list[Row]) -> list[Row]:
+    """The lines of every rank, where several machines share the model."""
+    if (ranks := expert_stream.ranks) is None:
+        return lines
+    everybody = ranks.exchange([str(expert_stream.stage).partition(", ")[2], lines])
+    return [
+        row
+        for (stage, theirs), name in zip(everybody, ranks.names, strict=True)
+        for row in [(name, stage), *((f"  {label}", text) for label, text in theirs)]
+    ]
+
+
 def _prompt(timing: Timing) -> list[Row]:
     """Of the time until the first token; nothing where there was none."""
     if timing.first_token is None:

@@ -19,10 +19,9 @@ from unittest import mock
 import mlx.nn as nn
 
 from .config import StreamConfig
-from .errors import StreamError
 from .patching import patch
 from .stream import ExpertStream, stream
-from .summary import Timing, experts_read, rows
+from .summary import Timing, experts_read, of_all_ranks, rows
 from .terminal import print_rows
 from .timeline import Timeline
 
@@ -81,6 +80,7 @@ class Session:
         """What streaming cost; nothing where no model was loaded."""
         if self.patched.streams:
             lines = rows(self.patched.streams, self.timing, self.args.layer_hits)
+            lines = of_all_ranks(self.patched.streams[0], lines)
             print_rows(lines, "Expert streaming", file)
 
 
@@ -109,12 +109,6 @@ def program(
             yield session
 
 
-def print_error(error: StreamError) -> int:
-    """One clear line; returns the exit status."""
-    print(f"error: {error}", file=sys.stderr)
-    return 1
-
-
 @contextmanager
 def _arguments(
     stock: ModuleType, parser: argparse.ArgumentParser, argv: list[str] | None
@@ -132,6 +126,9 @@ def _arguments(
 def _watched(stock: ModuleType, session: Session, warm_up: int) -> Iterator[None]:
     """Time generations, record them if asked to, and let prompts go in chunks as planned."""
     original, done = stock.stream_generate, 0
+    local = ("help", "model", "verbose", "pipeline")  # all else decides which text there is
+    shared = [a.dest for a in stock.setup_arg_parser()._actions if a.dest not in local]
+    said = {name: str(getattr(session.args, name, None)) for name in shared}
     original_batch: Any = getattr(stock, "batch_generate", None)
 
     def ended(streamed: ExpertStream) -> None:
@@ -146,6 +143,8 @@ def _watched(stock: ModuleType, session: Session, warm_up: int) -> Iterator[None
     def watched(model: nn.Module, *rest: Any, **options: Any) -> Iterator[Any]:
         streamed = stream(model)
         session.record(streamed)
+        if streamed.ranks is not None:
+            streamed.ranks.agree({"the option": said})
         if options.get("prefill_step_size") is None:
             options["prefill_step_size"] = streamed.plan.prefill_tokens
         timing, before = session.timing, session.timing.total
