@@ -1,0 +1,135 @@
+"""Keeps a server that answers many requests at once within the memory that was promised.
+
+A plan has room for the KV cache of `context_tokens` tokens and for passes over `prefill_tokens`
+tokens. mlx-lm's server batches requests, which pads each to the longest, and keeps the KV caches of
+replies for later prompts, neither within any bound. Here both are held to the plan's: a request
+that does not fit beside the others waits, and kept caches make room for running ones.
+
+Everything here belongs to the generation thread.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.models.cache import LRUPromptCache
+
+from .planner import Plan
+
+_KV_STEP = 256  # mlx-lm's caches grow by so many tokens
+# Logits, their logarithms and the sampler's copies, of this step and the next, in float32.
+_LOGIT_BYTES = 24
+
+
+class Room:
+    """Tokens of KV cache that may be taken, and who has taken them.
+
+    Attributes:
+        plan: of the model that is loaded; None before.
+        active: tokens (prompt and reply) of each sequence that is being generated.
+        pending: tokens of the request that was admitted last and has not begun.
+    """
+
+    def __init__(self) -> None:
+        self.plan: Plan | None = None
+        self.vocabulary = 1
+        self.active: dict[int, int] = {}
+        self.pending = 0
+
+    @property
+    def bounded(self) -> bool:
+        """Whether memory was promised; with a bound for the expert cache alone it was not."""
+        return self.plan is not None and self.plan.memory is not None
+
+    def longest_reply(self, prompt_tokens: int) -> int | None:
+        """Tokens that a reply to a prompt may have; None where nothing bounds it."""
+        if not self.bounded or self.plan is None:
+            return None
+        return self.plan.context_tokens - prompt_tokens
+
+    def admits(self, tokens: int) -> bool:
+        """Does a request of so many tokens fit beside the active ones? One alone always does."""
+        if not self.active or self.plan is None or not self.bounded:
+            return True
+        sequences = len(self.active) + 1
+        if _LOGIT_BYTES * self.vocabulary * sequences > self.plan.work:
+            return False
+        return self._padded(tokens, *self.active.values()) <= self.plan.context_tokens
+
+    def kept_bytes(self) -> int:
+        """What the caches of earlier replies may take now."""
+        if self.plan is None or not self.bounded:
+            return 1 << 62
+        taken = [t for t in (*self.active.values(), self.pending) if t]
+        left = self.plan.context_tokens - (self._padded(*taken) if taken else 0)
+        return max(0, left) * self.plan.kv // self.plan.context_tokens
+
+    def chunk_tokens(self, stated: int, prompts: int) -> int:
+        """Tokens of each of `prompts` prompts that go into one pass together."""
+        if self.plan is None or not self.bounded:
+            return stated
+        return max(1, min(stated, self.plan.prefill_tokens // max(1, prompts)))
+
+    @staticmethod
+    def _padded(*tokens: int) -> int:
+        """Tokens of KV cache that a batch takes: as many for each sequence as for the longest."""
+        return len(tokens) * -(-max(tokens) // _KV_STEP) * _KV_STEP
+
+
+class Batch(BatchGenerator):
+    """mlx-lm's batch, whose sequences take room and whose prompts share a pass's tokens."""
+
+    def __init__(self, model: Any, room: Room, **options: Any) -> None:
+        super().__init__(model, **options)
+        self._room = room
+        self._stated_step = self.prefill_step_size
+        room.active.clear()
+
+    def insert_segments(self, *args: Any, **options: Any) -> Any:
+        uids = super().insert_segments(*args, **options)
+        for uid in uids:
+            self._room.active[uid] = self._room.pending
+        self._room.pending = 0
+        return uids
+
+    def remove(self, uids: Any, *args: Any, **options: Any) -> Any:
+        removed = super().remove(uids, *args, **options)
+        for uid in uids:
+            self._room.active.pop(uid, None)
+        return removed
+
+    def next(self) -> Any:
+        waiting = len(self._prompt_batch) + len(self._unprocessed_sequences)
+        prompts = min(waiting, self.prefill_batch_size)
+        self.prefill_step_size = self._room.chunk_tokens(self._stated_step, prompts)
+        prompt_responses, responses = super().next()
+        for r in responses:
+            if r.finish_reason is not None:
+                self._room.active.pop(r.uid, None)
+        return prompt_responses, responses
+
+
+class PromptCache(LRUPromptCache):
+    """mlx-lm's cache of earlier prompts and replies, no larger than the room that is left."""
+
+    def __init__(self, room: Room, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._room = room
+
+    def fetch_nearest_cache(self, *args: Any, **options: Any) -> Any:
+        # What is fetched shares its memory with what it was fetched from until either is written.
+        # So first fetch, then let go of what there is no more room for.
+        found = super().fetch_nearest_cache(*args, **options)
+        self.trim_to(n_bytes=self._room.kept_bytes())
+        return found
+
+    def insert_cache(
+        self, model: Any, tokens: list[int], prompt_cache: list[Any], **options: Any
+    ) -> None:
+        # A cache taken out of a batch is a slice that was not computed yet: it would keep the KV
+        # cache of the whole batch in memory, unseen by any count.
+        mx.eval([c.state for c in prompt_cache])
+        super().insert_cache(model, tokens, prompt_cache, **options)
+        self.trim_to(n_bytes=self._room.kept_bytes())
