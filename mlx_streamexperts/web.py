@@ -12,17 +12,17 @@ import hmac
 import io
 import json
 import logging
-import math
 import re
 import time
 from functools import cached_property
 from http import HTTPStatus
 from importlib.resources import files
-from typing import Any, TypeGuard
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from mlx_lm import server as stock
 
+from .bodies import checked
 from .metrics import live, prometheus
 from .serving import Client, ClientGone, Generator, Refused, failed
 
@@ -31,6 +31,7 @@ MOST_REQUESTS = 256
 
 _SOCKET_SECONDS = 60.0  # a client that neither sends nor takes anything for so long has left
 _DRAIN_BYTES = 256 << 20  # read of a body that is too long, so that the client sees the answer
+_MOST_DRAFTED = 64  # the pass that checks them is as long, and no plan knows of it
 _TEXT_PATHS = ("/v1/chat/completions", "/chat/completions", "/v1/completions")
 
 
@@ -112,7 +113,7 @@ class Handler(stock.APIHandler):
             self._authorize()
             if self.path not in _TEXT_PATHS:
                 raise Refused(404, f"there is nothing at {self.path[:200]}", "not_found")
-            body = json.dumps(self._checked(self._body())).encode()
+            body = json.dumps(checked(self._body(), self.options.fetch_images)).encode()
             if not traffic.begin(MOST_REQUESTS):
                 raise Refused(503, f"{MOST_REQUESTS} requests are under way", "overloaded")
         except Refused as e:
@@ -137,7 +138,8 @@ class Handler(stock.APIHandler):
         except (ConnectionError, TimeoutError):  # ClientGone among them
             outcome = "cancelled"
             self.close_connection = True
-            logging.info("the client has left")
+            if self.generator.stopping:
+                self._refuse(Refused(503, "the server is stopping", "stopping"))
         except Exception as e:
             logging.exception("a request failed")
             self._refuse(failed(e))
@@ -185,53 +187,13 @@ class Handler(stock.APIHandler):
             raise Refused(400, "the body must be a JSON object", "invalid_json")
         return body
 
-    def _checked(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Refuse what mlx-lm does not look at before its one generation thread fails on it."""
-
-        def check(key: str, good: bool, must: str) -> None:
-            if key in body and not good:
-                raise Refused(400, f"{key} {must}", "invalid_request")
-
-        # A null means the default, but for draft_model.
-        body = {k: v for k, v in body.items() if v is not None or k == "draft_model"}
-        for key, value in body.items():
-            check(key, not isinstance(value, float) or math.isfinite(value), "must be finite")
-        stop = body.get("stop")
-        stops = [stop] if isinstance(stop, str) else stop
-        check("stop", _are(stops, str) and "" not in stops, "must be a string or a list of them")
-        check("stop", not isinstance(stops, list) or len(stops) <= 64, "has more than 64 strings")
-        prompt = body.get("prompt")
-        if isinstance(prompt, list) and len(prompt) == 1:
-            body["prompt"] = prompt = prompt[0]
-        check("prompt", isinstance(prompt, str), "must be one string")
-        messages: Any = body.get("messages")
-        good = bool(messages) and _are(messages, dict)
-        good = good and all(isinstance(m.get("role"), str) for m in messages)
-        check("messages", good, "must be a list of objects with a role")
-        check("tools", _are(body.get("tools"), dict), "must be a list of objects")
-        options = body.get("stream_options")
-        check("stream_options", isinstance(options, dict), "must be an object")
-        if isinstance(options, dict):
-            body["stream_options"] = {"include_usage": bool(options.get("include_usage"))}
-        template = body.get("chat_template_kwargs")
-        good = isinstance(template, dict) and "chat_template" not in template
-        check("chat_template_kwargs", good, "must be an object, without a template of its own")
-        seed = body.get("seed")
-        check("seed", isinstance(seed, int) and 0 <= seed < 1 << 64, "must be below 2**64")
-        if isinstance(messages, list) and not self.options.fetch_images:
-            for url in _image_urls(messages):
-                if not url.startswith("data:"):
-                    raise Refused(
-                        400, "images must be data: URLs (--fetch-images allows others)",
-                        "invalid_request",
-                    )  # fmt: skip
-        return body
-
     def validate_model_parameters(self) -> None:
         try:
             super().validate_model_parameters()
             words = self.generator.room.vocabulary
             self._validate("top_k", int, max_val=max(0, words - 1))
+            drafted = max(_MOST_DRAFTED, self.options.num_draft_tokens)
+            self._validate("num_draft_tokens", int, max_val=drafted)
             for token in self.logit_bias or ():
                 if not 0 <= token < words:
                     raise ValueError(f"logit_bias: there is no token {token}, only {words}")
@@ -326,18 +288,7 @@ class Handler(stock.APIHandler):
     def log_request(self, code: Any = "-", size: Any = "-") -> None:
         """One line a request, but none for those that ask every second."""
         if self.path not in ("/live.json", "/metrics", "/health"):
-            logging.info(f'{self.address_string()} "{self.command} {self.path}" {int(code)}')
+            logging.info(f"{self.address_string()} {self.command} {self.path!r} {int(code)}")
 
     def log_message(self, format: str, *args: Any) -> None:
         logging.info(format % args)
-
-
-def _are(values: Any, kind: type) -> TypeGuard[list[Any]]:
-    return isinstance(values, list) and all(isinstance(v, kind) for v in values)
-
-
-def _image_urls(messages: list[dict[str, Any]]) -> list[str]:
-    try:
-        return [str(stock._image_url(p)) for p in stock._image_parts(messages)]
-    except Exception as e:
-        raise Refused(400, "messages: an image part without a URL", "invalid_request") from e

@@ -201,6 +201,15 @@ def test_a_failed_read_fails_its_request_and_no_later_one(
         assert "ExpertReadError" in answer["error"]["message"]
         assert str(demo_model()) not in answer["error"]["message"]
         assert running.text(prompt, LENGTH) == text
+    # In the middle of a stream, whose status was sent: as an event that the client understands.
+    stream = running.client().completions.create(
+        model="demo", prompt="In the beginning", max_tokens=3000, stream=True
+    )
+    next(iter(stream))
+    with monkeypatch.context() as patched, pytest.raises(openai.APIError, match="ExpertReadError"):
+        patched.setattr(platform, "read_into", broken)
+        list(stream)
+    assert running.text(prompt, LENGTH) == text
     assert running.request("GET", "/health")[0] == 200
 
 
