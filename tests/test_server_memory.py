@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import signal
@@ -9,14 +10,18 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
+import families
 import mlx.core as mx
 import openai
 import pytest
 from serving import serving
 
-from mlx_streamexperts import demo_model, server
+from mlx_streamexperts import StreamConfig, demo_model, plan, server
+from mlx_streamexperts.room import Room
 from mlx_streamexperts.serving import stock
 
 
@@ -46,28 +51,59 @@ def test_a_second_model_takes_the_place_of_the_first(tmp_path: Path) -> None:
         assert running.figures()["model"] in ("demo", "twin")
 
 
-def test_memory_holds_under_load() -> None:
-    memory = 50_000_000
-    limits = ["--context-tokens", "512", "--prefill-tokens", "128"]
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose KV cache is most of its memory: 64 kB a token."""
+    folder = tmp_path_factory.mktemp("wide")
+    changes = {"vocab_size": 12288, "num_hidden_layers": 4, "head_dim": 128}
+    changes |= {"num_attention_heads": 16, "num_key_value_heads": 16}
+    with mock.patch.dict(families.FAMILIES["qwen3_moe"], changes):
+        families.build("qwen3_moe", folder, quantize=None)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).symlink_to(demo_model() / name)
+    return folder
+
+
+def test_memory_holds_under_load(wide: Path) -> None:
+    """With as little as works: 33 MB of KV cache, where eight requests at once would take 134."""
+    config = StreamConfig(memory="2GB", context_tokens=512, prefill_tokens=64)
+    memory = plan(str(wide), config=config).minimum
+    limits = ["--context-tokens", "512", "--prefill-tokens", "64"]
+    prompts = [f"{i} The system call " * 8 for i in range(8)]
+    texts, peaks = [], []
+    for bounded in (True, False):
+        gc.collect()
+        base = mx.get_active_memory()
+        with (
+            mock.patch.object(Room, "bounded", bounded) if not bounded else nullcontext(),
+            serving("--model", str(wide), "--memory", str(memory), *limits) as running,
+        ):
+            mx.reset_peak_memory()
+            with ThreadPoolExecutor(len(prompts)) as pool:
+                texts.append(list(pool.map(lambda p: running.text(p, 4), prompts)))
+            peaks.append(mx.get_peak_memory() - base)
+            if bounded:
+                assert texts[0] == [running.text(p, 4) for p in prompts]
+                room = running.generator.room
+                assert running.generator.prompt_cache.nbytes <= room.kept_bytes()
+    assert texts[0] == texts[1]
+    assert peaks[0] <= memory < peaks[1]
+
+
+def test_a_reply_is_no_longer_than_the_room_and_what_was_said_is_reused(wide: Path) -> None:
     stocks = importlib.import_module("mlx_lm.generate").BatchGenerator
-    base = mx.get_active_memory()
-    with serving("--memory", str(memory), *limits) as running:
+    limits = ["--context-tokens", "48", "--prefill-tokens", "16"]
+    with serving("--model", str(wide), "--memory", "200MB", *limits) as running:
         assert stock.BatchGenerator is not stocks
-        mx.reset_peak_memory()
-        prompts = [f"{i} The system call " * 8 for i in range(5)]
-        with ThreadPoolExecutor(5) as pool:
-            together = list(pool.map(lambda p: running.text(p, 3), prompts))
-        assert mx.get_peak_memory() - base <= memory
-        assert together == [running.text(p, 3) for p in prompts]
-        kept = running.generator.prompt_cache.nbytes
-        assert kept <= running.generator.room.kept_bytes()
-        # No reply is longer than the room that was promised; no prompt is cut to fit.
-        status, answer = running.post({"prompt": "the " * 500, "max_tokens": 4000})
-        assert status == 200
-        assert answer["usage"]["total_tokens"] == 512
-        status, answer = running.post({"prompt": "word " * 3000})
+        prompt = "The system call " * 4
+        _, first = running.post({"prompt": prompt, "max_tokens": 4000})
+        assert first["usage"]["total_tokens"] == 48
+        assert first["choices"][0]["finish_reason"] == "length"
+        status, refused = running.post({"prompt": "word " * 100})
         assert status == 400
-        assert "--context-tokens" in answer["error"]["message"]
+        assert "--context-tokens" in refused["error"]["message"]
+        _, again = running.post({"prompt": prompt + "is", "max_tokens": 1})
+        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= 12
     assert stock.BatchGenerator is stocks
 
 
