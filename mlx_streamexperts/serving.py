@@ -319,6 +319,9 @@ class Client:
             if progress_callback is not None:
                 progress_callback(done, total)
 
+        # By one name, whichever was used: mlx-lm's batches take requests of one name only.
+        args.model.model = self.generator.model_provider.served[args.model.model]
+        args.model.draft = "default_model"
         self.generator.expect(request, self)
         try:
             context, responses = self.generator.generate(request, args, progress)

@@ -132,6 +132,20 @@ def test_pausing_stops_asking(running: Running, browser: Any) -> None:
     assert browser.execute_script("return document.querySelector('#pause').innerText") == "Go on"
 
 
+def test_the_page_asks_for_the_key(
+    running: Running, browser: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running.generator.cli_args, "api_key", "open sesame")
+    browser.get(running.url)
+    form = browser.find_element("id", "ask")
+    until(form.is_displayed)
+    assert browser.find_element("id", "model").text == "Streamed experts"
+    browser.find_element("id", "key").send_keys("open sesame")
+    browser.find_element("css selector", "#ask button").click()
+    until(lambda: browser.find_element("id", "model").text == "demo")
+    assert not form.is_displayed()
+
+
 # The contrast of each text with what lies behind it, by WCAG's formula.
 CONTRASTS = """
 const channel = c => (c /= 255) <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4;
