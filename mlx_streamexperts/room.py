@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
-from mlx_lm.models.cache import LRUPromptCache
+from mlx_lm.models.cache import ArraysCache, LRUPromptCache
 
 from .planner import Plan
 
@@ -30,13 +30,21 @@ class Room:
         plan: of the model that is loaded; None before.
         active: tokens (prompt and reply) of each sequence that is being generated.
         pending: tokens of the request that was admitted last and has not begun.
+        state: bytes that each sequence keeps whatever its length (linear attention, Mamba). As
+            planned, or None where the plan knows of none, until a sequence was seen.
     """
 
     def __init__(self) -> None:
         self.plan: Plan | None = None
+        self.state: int | None = None
         self.vocabulary = 1
         self.active: dict[int, int] = {}
         self.pending = 0
+
+    def open(self, plan: Plan, vocabulary: int) -> None:
+        """A model has been loaded."""
+        self.plan, self.vocabulary = plan, vocabulary
+        self.state = plan.state or None
 
     @property
     def bounded(self) -> bool:
@@ -54,17 +62,16 @@ class Room:
         if not self.active or self.plan is None or not self.bounded:
             return True
         sequences = len(self.active) + 1
-        if _LOGIT_BYTES * self.vocabulary * sequences > self.plan.work:
+        if _LOGIT_BYTES * self.vocabulary * sequences > self.plan.work or self.state is None:
             return False
-        return self._padded(tokens, *self.active.values()) <= self.plan.context_tokens
+        return self._bytes(tokens, *self.active.values()) <= self.plan.kv
 
     def kept_bytes(self) -> int:
         """What the caches of earlier replies may take now."""
         if self.plan is None or not self.bounded:
             return 1 << 62
         taken = [t for t in (*self.active.values(), self.pending) if t]
-        left = self.plan.context_tokens - (self._padded(*taken) if taken else 0)
-        return max(0, left) * self.plan.kv // self.plan.context_tokens
+        return max(0, self.plan.kv - (self._bytes(*taken) if taken else 0))
 
     def chunk_tokens(self, stated: int, prompts: int) -> int:
         """Tokens of each of `prompts` prompts that go into one pass together."""
@@ -72,10 +79,12 @@ class Room:
             return stated
         return max(1, min(stated, self.plan.prefill_tokens // max(1, prompts)))
 
-    @staticmethod
-    def _padded(*tokens: int) -> int:
-        """Tokens of KV cache that a batch takes: as many for each sequence as for the longest."""
-        return len(tokens) * -(-max(tokens) // _KV_STEP) * _KV_STEP
+    def _bytes(self, *tokens: int) -> int:
+        """KV cache that a batch takes: as much for each sequence as for the longest."""
+        assert self.plan is not None
+        of_tokens = (self.plan.kv - self.plan.state) / self.plan.context_tokens
+        longest = -(-max(tokens) // _KV_STEP) * _KV_STEP
+        return len(tokens) * (int(longest * of_tokens) + (self.state or 0))
 
 
 class Batch(BatchGenerator):
@@ -105,10 +114,18 @@ class Batch(BatchGenerator):
         prompts = min(waiting, self.prefill_batch_size)
         self.prefill_step_size = self._room.chunk_tokens(self._stated_step, prompts)
         prompt_responses, responses = super().next()
+        if self._room.state is None and (sequences := len(self._generation_batch)):
+            self._room.state = state_bytes(self._generation_batch.prompt_cache) // sequences
         for r in responses:
             if r.finish_reason is not None:
                 self._room.active.pop(r.uid, None)
         return prompt_responses, responses
+
+
+def state_bytes(caches: list[Any]) -> int:
+    """Bytes of those caches that do not grow with their sequences."""
+    inner = [c for cache in caches for c in getattr(cache, "caches", [cache])]
+    return sum(c.nbytes for c in inner if isinstance(c, ArraysCache))
 
 
 class PromptCache(LRUPromptCache):

@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from queue import Queue
 from typing import Any
 
@@ -69,6 +70,7 @@ class Provider(stock.ModelProvider):
         self.room, self.listed = room, list(served)
         default = next(iter(served))
         self.served = {**served, **{path: path for path in served.values()}}
+        self.served |= {str(Path(path).resolve()): path for path in served.values()}
         self.served["default_model"] = served[default]
         for name, path in self.served.items():
             self._model_map[name] = path
@@ -108,8 +110,7 @@ class Provider(stock.ModelProvider):
         self.unload()
         super()._load(*args, **options)
         if (expert_stream := self.expert_stream) is not None:
-            self.room.plan = expert_stream.plan
-            self.room.vocabulary = len(self.tokenizer)
+            self.room.open(expert_stream.plan, len(self.tokenizer))
             self.cli_args.prefill_step_size = stated or expert_stream.plan.prefill_tokens
             logging.info(f"Loaded {args[0]}: {expert_stream.plan}")
 

@@ -23,6 +23,7 @@ from urllib.parse import unquote, urlsplit
 from mlx_lm import server as stock
 
 from .bodies import checked
+from .errors import StreamError
 from .metrics import live, prometheus
 from .serving import Client, ClientGone, Generator, Refused, failed
 
@@ -141,7 +142,8 @@ class Handler(stock.APIHandler):
             if self.generator.stopping:
                 self._refuse(Refused(503, "the server is stopping", "stopping"))
         except Exception as e:
-            logging.exception("a request failed")
+            if not isinstance(e, StreamError):
+                logging.exception("a request failed")
             self._refuse(failed(e))
         finally:
             self.rfile = rfile

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
+import mlx.core as mx
 import pytest
+from conftest import load_streamed
+from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_streamexperts import demo_model, plan
-from mlx_streamexperts.room import Room
+from mlx_streamexperts import demo_model, plan, stream
+from mlx_streamexperts.room import Room, state_bytes
 from mlx_streamexperts.traffic import FIRST_TOKEN_BOUNDS, Traffic
 
 
 @pytest.fixture
 def room() -> Room:
     room = Room()
-    room.plan = replace(plan(str(demo_model()), memory="1GB"), context_tokens=4096, kv=4096 * 100)
-    room.vocabulary = 1000
+    planned = plan(str(demo_model()), memory="1GB")
+    room.open(replace(planned, context_tokens=4096, kv=4096 * 100), vocabulary=1000)
+    room.state = 0  # a sequence was seen
     return room
 
 
@@ -29,6 +35,27 @@ def test_each_sequence_takes_as_much_as_the_longest(room: Room) -> None:
     assert not room.admits(1025)
     room.active[3] = 1
     assert not room.admits(1)  # 5 x 1024
+
+
+def test_what_a_sequence_keeps_whatever_its_length_counts(room: Room) -> None:
+    assert room.plan is not None
+    room.open(replace(room.plan, kv=4096 * 100 + 50_000, state=50_000), vocabulary=1000)
+    room.active = {0: 1000}
+    assert room.admits(1000)  # 2 x (1024 tokens and a state)
+    assert not room.admits(2000)  # two of 2048 tokens take the room, and one state
+    assert room.kept_bytes() == 3072 * 100
+    room.open(replace(room.plan, state=0), vocabulary=1000)  # a model of whose states it knows none
+    assert not room.admits(1)  # until the first sequence was looked at
+
+
+def test_states_of_a_model_are_planned_as_they_come(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint("qwen3_5_moe")
+    model = load_streamed(folder, 1 << 40)
+    with stream(model) as expert_stream:
+        caches = make_prompt_cache(model)
+        mx.eval(model(mx.array([[1, 2, 3, 4, 5]]), cache=caches))
+        measured = state_bytes(caches)
+        assert 0 < measured <= expert_stream.plan.state <= 1.5 * measured
 
 
 def test_one_alone_is_always_admitted(room: Room) -> None:
