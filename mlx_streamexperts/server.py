@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         config, model = stream_settings(args)
         assert model is not None
         served = _served(args.model, model, args.also_serve)
+        args.given = [args.model or model, *args.also_serve]  # as typed: requests may say so too
         if len(served) > 1:
             config = _one_budget(served, config, args.trust_remote_code)
         args.model = model
@@ -107,8 +108,9 @@ class Server(ThreadingHTTPServer):
             self._generator.ready.wait()
             if self._generator.failure is not None:
                 raise self._generator.failure
-            host, port = self.server_address[:2]
-            print(f"Serving at http://{host!s}:{port}", file=sys.stderr, flush=True)
+            host, port = str(self.server_address[0]), self.server_address[1]
+            host = f"[{host}]" if ":" in host else host
+            print(f"Serving at http://{host}:{port}", file=sys.stderr, flush=True)
             super().serve_forever(poll_interval)
         finally:
             self._generator.stopping = True

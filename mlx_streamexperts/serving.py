@@ -71,6 +71,7 @@ class Provider(stock.ModelProvider):
         default = next(iter(served))
         self.served = {**served, **{path: path for path in served.values()}}
         self.served |= {str(Path(path).resolve()): path for path in served.values()}
+        self.served |= dict(zip(args.given, served.values(), strict=True))
         self.served["default_model"] = served[default]
         for name, path in self.served.items():
             self._model_map[name] = path

@@ -100,7 +100,7 @@ def test_a_second_model_takes_the_place_of_the_first(
     limits = ["--memory", "60MB", "--context-tokens", "64", "--prefill-tokens", "16"]
     gc.collect()
     base = mx.get_active_memory()
-    with serving("--model", str(wide), "--also-serve", str(twin), *limits) as running:
+    with serving("--model", str(wide), "--also-serve", f"{tmp_path}/./twin", *limits) as running:
         assert [m.id for m in running.client().models.list()] == [wide.name, "twin"]
         first = running.text("The system call", 3)
         opened = running.generator.model_provider.expert_stream
@@ -109,7 +109,7 @@ def test_a_second_model_takes_the_place_of_the_first(
         assert opened is not running.generator.model_provider.expert_stream
         assert opened._closed
         with ThreadPoolExecutor(4) as pool:
-            names = ["twin", wide.name, "default_model", str(twin)]
+            names = ["twin", wide.name, "default_model", f"{tmp_path}/./twin"]
             texts = pool.map(lambda n: running.text("The system call", 3, model=n), names)
             assert list(texts) == [first] * 4
         assert running.figures()["model"] in (wide.name, "twin")
