@@ -99,9 +99,7 @@ def main(argv: list[str] | None = None) -> int:
 class Server(ThreadingHTTPServer):
     """Takes connections at once, and answers them when the model is loaded."""
 
-    def __init__(self, generator: Generator, *args: Any, **options: Any) -> None:
-        self._generator = generator
-        super().__init__(*args, **options)
+    _generator: Generator  # of a subclass: mlx-lm sets the address family on the class
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         try:
@@ -165,7 +163,8 @@ def _assembled(args: argparse.Namespace, served: dict[str, str]) -> Iterator[Non
 
     def run_http_server(host: str, port: int, generator: Generator, **_: Any) -> None:
         try:
-            original(host, port, generator, partial(Server, generator), Handler)
+            bound = type("Bound", (Server,), {"_generator": generator})
+            original(host, port, generator, bound, Handler)
         finally:  # mlx-lm does so after Ctrl-C alone
             generator.stop_and_join()
 

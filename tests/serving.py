@@ -13,6 +13,7 @@ from http.server import ThreadingHTTPServer
 from typing import Any
 from unittest import mock
 
+import mlx.core as mx
 import openai
 
 from mlx_streamexperts import server
@@ -74,6 +75,7 @@ def serving(*argv: str) -> Iterator[Running]:
         status.append(
             server.main(["--port", "0", "--log-level", "WARNING", "--no-progress", *argv])
         )
+        mx.clear_streams()  # of this thread, which planned: with them left, MLX aborts at exit
         begun.put(None)
 
     with mock.patch.object(server, "Server", Told):
@@ -84,8 +86,10 @@ def serving(*argv: str) -> Iterator[Running]:
     try:
         yield Running(httpd.server_address[1], httpd._generator)
     finally:
+        opened = httpd._generator.model_provider.expert_stream
         ThreadingHTTPServer.shutdown(httpd)
         thread.join(60)
+        assert opened is None or opened._closed
         assert not thread.is_alive()
         assert status == [0]
 
