@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -211,6 +212,16 @@ def test_a_failed_read_fails_its_request_and_no_later_one(
         list(stream)
     assert running.text(prompt, LENGTH) == text
     assert running.request("GET", "/health")[0] == 200
+
+
+def test_metrics_without_their_library_say_what_to_install(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    status, _, body = running.request("GET", "/metrics")
+    assert status == 501
+    assert "mlx-streamexperts[server]" in json.loads(body)["error"]["message"]
+    assert running.figures()["model"] == "demo"  # the live page needs none
 
 
 def test_metrics_are_the_streams_own(running: Running) -> None:
