@@ -29,6 +29,8 @@ _DEFAULT_SHARE = 0.85  # of what the device recommends; the rest is the host pro
 _PREFILL_SHARE = 10
 _LEAST_PREFILL_TOKENS = 256
 
+_STATE_ITEM_BYTES = 4  # mlx-lm keeps the states of linear attention in float32
+
 _TOP_K_KEYS = (
     "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k",
     "moe_k", "num_selected_experts", "experts_per_token", "top_k",
@@ -44,7 +46,8 @@ class Plan:
         trunk: weights that stay resident: everything but routed experts.
         experts: all routed experts on disk.
         cache: what the slots take.
-        kv: room for the KV cache of `context_tokens` tokens.
+        kv: room for the KV cache of `context_tokens` tokens, `state` included.
+        state: of that, what a sequence keeps whatever its length (linear attention does).
         work: room for activations of `prefill_tokens` tokens.
         slots: slots of each expert layer, in model order.
         layer_experts: routed experts of each layer.
@@ -78,6 +81,7 @@ class Plan:
     minimum: int
     model_type: str
     conversion: int = 0
+    state: int = 0
 
     @property
     def resident_share(self) -> float:
@@ -132,7 +136,8 @@ def divide(
         BudgetError: it is too small; says the smallest that works.
     """
     experts = sum(n.experts * n.expert_bytes for n in layers)
-    kv = item_bytes * config.context_tokens * kv_items_per_token(model_config)
+    state = _STATE_ITEM_BYTES * state_items(model_config)
+    kv = item_bytes * config.context_tokens * kv_items_per_token(model_config) + state
     reserve = held + (0 if config.reserve is None else parse_size(config.reserve))
     memory = default_memory(held) if config.memory is None else parse_size(config.memory)
     process = min(memory // _PROCESS_SHARE, _PROCESS_BYTES)
@@ -190,6 +195,7 @@ def divide(
         minimum=least,
         model_type=str(model_config.get("model_type", "")),
         conversion=sizes.conversion,
+        state=state,
     )
 
 
@@ -239,6 +245,22 @@ def kv_items_per_token(model_config: dict[str, Any]) -> int:
         head_dim = _number(c, "head_dim", default=max(1, hidden // heads))
         width = 2 * _number(c, "num_key_value_heads", default=heads) * head_dim
     return width * -(-layers // interval)
+
+
+def state_items(model_config: dict[str, Any]) -> int:
+    """Numbers that a sequence keeps whatever its length: the states of gated linear attention.
+
+    0.19 GB a sequence of Qwen3.5-397B, more than its KV cache of 4,096 tokens.
+    """
+    c = text_config(model_config)
+    heads = _number(c, "linear_num_value_heads", default=0)
+    layers = _number(c, "num_hidden_layers", default=1)
+    full = layers // _number(c, "full_attention_interval", default=4)
+    key = _number(c, "linear_key_head_dim", default=0)
+    value = _number(c, "linear_value_head_dim", default=0)
+    channels = 2 * key * _number(c, "linear_num_key_heads", default=heads) + heads * value
+    convolved = _number(c, "linear_conv_kernel_dim", default=1) * channels
+    return (layers - full) * (heads * key * value + convolved) if heads else 0
 
 
 def work_items(model_config: dict[str, Any], tokens: int) -> int:

@@ -1,0 +1,296 @@
+"""What may come in from the network, and what goes out: limits, keys, routes, error replies.
+
+Requests for text are checked here and then answered by mlx-lm's own handler. Nothing in a request
+ever names a file that is opened.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import io
+import json
+import logging
+import re
+import time
+from functools import cached_property
+from http import HTTPStatus
+from importlib.resources import files
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from mlx_lm import server as stock
+
+from .bodies import checked
+from .errors import StreamError
+from .metrics import live, prometheus
+from .serving import Client, ClientGone, Generator, Refused, failed
+
+MOST_REQUESTS = 256
+"""Requests that may be under way or waiting; more are refused with status 503."""
+
+_SOCKET_SECONDS = 60.0  # a client that neither sends nor takes anything for so long has left
+_DRAIN_BYTES = 256 << 20  # read of a body that is too long, so that the client sees the answer
+_MOST_DRAFTED = 64  # the pass that checks them is as long, and no plan knows of it
+_TEXT_PATHS = ("/v1/chat/completions", "/chat/completions", "/v1/completions")
+
+
+class LivePage:
+    """The page, and the policy under which a browser runs nothing but it."""
+
+    @cached_property
+    def body(self) -> bytes:
+        return files(__package__).joinpath("data", "live.html").read_bytes()
+
+    @cached_property
+    def policy(self) -> str:
+        """Content-Security-Policy: this style, this script, and requests to this server."""
+        sources = {}
+        for tag in (b"style", b"script"):
+            match = re.search(b"<%b>(.*?)</%b>" % (tag, tag), self.body, re.DOTALL)
+            digest = hashlib.sha256(match[1] if match else b"").digest()
+            sources[tag.decode()] = f"'sha256-{base64.b64encode(digest).decode()}'"
+        return (
+            f"default-src 'none'; style-src {sources['style']}; script-src {sources['script']}; "
+            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'"
+        )
+
+
+_page = LivePage()
+
+
+class Handler(stock.APIHandler):
+    """mlx-lm's handler behind checks; see the module."""
+
+    path: str
+    response_generator: Any
+    rfile: Any
+    timeout = _SOCKET_SECONDS
+    server_version, sys_version = "mlx-streamexperts", ""
+
+    def __init__(self, generator: Generator, request: Any, *args: Any, **options: Any) -> None:
+        self.generator = generator
+        self.options = generator.cli_args
+        self.began = False  # the reply has
+        view: Any = Client(generator, request)
+        super().__init__(view, request, *args, **options)
+
+    # Routes
+
+    def do_GET(self) -> None:  # noqa: N802
+        """Figures, the live page, the models; the rest is mlx-lm's."""
+        self.path = urlsplit(self.path).path
+        try:
+            if self.path in ("/", "/live"):
+                self._send(
+                    _page.body, "text/html; charset=utf-8",
+                    {"Content-Security-Policy": _page.policy, "Cache-Control": "no-cache"},
+                )  # fmt: skip
+            elif self.path == "/health":
+                super().do_GET()
+            elif self.path == "/live.json":
+                self._authorize()
+                self._send_json(live(self.generator))
+            elif self.path == "/metrics":
+                self._authorize()
+                self._send(*prometheus(self.generator))
+            elif self.path == "/v1/models" or self.path.startswith("/v1/models/"):
+                self._authorize()
+                self._send_models(unquote(self.path.removeprefix("/v1/models").lstrip("/")))
+            else:
+                raise Refused(404, f"there is nothing at {self.path[:200]}", "not_found")
+        except Refused as e:
+            self._refuse(e)
+        except (ConnectionError, TimeoutError):
+            self.close_connection = True
+
+    def do_POST(self) -> None:  # noqa: N802
+        """Check a request for text, then let mlx-lm answer it."""
+        self.path = urlsplit(self.path).path
+        traffic = self.generator.traffic
+        try:
+            self._authorize()
+            if self.path not in _TEXT_PATHS:
+                raise Refused(404, f"there is nothing at {self.path[:200]}", "not_found")
+            body = json.dumps(checked(self._body(), self.options.fetch_images)).encode()
+            if not traffic.begin(MOST_REQUESTS):
+                raise Refused(503, f"{MOST_REQUESTS} requests are under way", "overloaded")
+        except Refused as e:
+            traffic.refused()
+            self._refuse(e)
+            return
+        except (ConnectionError, TimeoutError):
+            traffic.refused()
+            self.close_connection = True
+            return
+        outcome, rfile = "failed", self.rfile
+        try:
+            del self.headers["Content-Length"]
+            self.headers["Content-Length"] = str(len(body))
+            self.rfile = io.BytesIO(body)
+            super().do_POST()
+            outcome = "completed"
+        except Refused as e:
+            outcome = {4: "refused"}.get(e.status // 100, "failed")
+            outcome = "cancelled" if e.status == 499 else outcome
+            self._refuse(e)
+        except (ConnectionError, TimeoutError):  # ClientGone among them
+            outcome = "cancelled"
+            self.close_connection = True
+            if self.generator.stopping:
+                self._refuse(Refused(503, "the server is stopping", "stopping"))
+        except Exception as e:
+            if not isinstance(e, StreamError):
+                logging.exception("a request failed")
+            self._refuse(failed(e))
+        finally:
+            self.rfile = rfile
+            self.response_generator.ended = True
+            traffic.end(outcome)
+
+    # Checks
+
+    def _authorize(self) -> None:
+        """Compare the key, where the server has one."""
+        if not self.options.api_key:
+            return
+        scheme, _, key = self.headers.get("Authorization", "").partition(" ")
+        given = key.strip() if scheme.lower() == "bearer" else self.headers.get("X-API-Key", "")
+        if not hmac.compare_digest(given.encode(), self.options.api_key.encode()):
+            raise Refused(401, "this server wants its API key as a bearer token", "invalid_api_key")
+
+    def _body(self) -> dict[str, Any]:
+        """The request's JSON object, no longer than the limit."""
+        stated = self.headers.get("Content-Length")
+        if stated is None or self.headers.get("Transfer-Encoding"):
+            raise Refused(411, "a Content-Length is needed")
+        if not re.fullmatch(r"\d{1,15}", stated.strip()):
+            raise Refused(400, "Content-Length is not a number")
+        length, limit = int(stated), self.options.max_body
+        if length > limit:
+            left = min(length, _DRAIN_BYTES)
+            until = time.monotonic() + 5.0
+            while left > 0 and time.monotonic() < until:
+                got = len(self.rfile.read(min(left, 1 << 16)))
+                left = left - got if got else 0
+            raise Refused(
+                413, f"the body has {length} bytes, more than {limit} (--max-body)", "too_large"
+            )
+        raw = self.rfile.read(length)
+        if len(raw) < length:
+            raise ClientGone
+        try:
+            body = json.loads(raw)
+        except (ValueError, RecursionError) as e:
+            raise Refused(400, f"the body is not JSON: {e}", "invalid_json") from e
+        if not isinstance(body, dict):
+            raise Refused(400, "the body must be a JSON object", "invalid_json")
+        return body
+
+    def validate_model_parameters(self) -> None:
+        try:
+            super().validate_model_parameters()
+            words = self.generator.room.vocabulary
+            self._validate("top_k", int, max_val=max(0, words - 1))
+            drafted = max(_MOST_DRAFTED, self.options.num_draft_tokens)
+            self._validate("num_draft_tokens", int, max_val=drafted)
+            for token in self.logit_bias or ():
+                if not 0 <= token < words:
+                    raise ValueError(f"logit_bias: there is no token {token}, only {words}")
+        except (TypeError, ValueError, OverflowError) as e:
+            raise Refused(400, str(e), "invalid_request") from e
+        self.generator.model_provider.check(
+            self.requested_model, self.adapter, self.requested_draft_model
+        )
+
+    def handle_chat_completions(self) -> Any:
+        return self._made(super().handle_chat_completions)
+
+    def handle_text_completions(self) -> Any:
+        return self._made(super().handle_text_completions)
+
+    def _made(self, make: Any) -> Any:
+        try:
+            return make()
+        except Exception as e:
+            raise Refused(400, str(e) or type(e).__name__, "invalid_request") from e
+
+    def handle_completion(self, request: Any, *args: Any) -> None:
+        try:
+            super().handle_completion(request, *args)
+        finally:
+            self.generator.forget(request)
+
+    # Replies
+
+    def _send_models(self, name: str) -> None:
+        provider = self.generator.model_provider
+        models = [
+            {"id": n, "object": "model", "created": self.created, "owned_by": "local"}
+            for n in provider.listed
+        ]
+        if not name:
+            self._send_json({"object": "list", "data": models})
+            return
+        if name not in provider.listed:
+            raise Refused(404, f"this server does not serve {name[:200]!r}", "model_not_found")
+        self._send_json(next(m for m in models if m["id"] == name))
+
+    def _send(
+        self, body: bytes, kind: str, headers: dict[str, str] | None = None, status: int = 200
+    ) -> None:
+        self.send_response(status)
+        for key, value in {
+            "Content-Type": kind,
+            "Content-Length": str(len(body)),
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-store",
+            **(headers or {}),
+        }.items():
+            self.send_header(key, value)
+        if self.path.startswith("/v1/") or self.path.startswith("/chat/"):
+            self._set_cors_headers()
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _send_json(self, value: Any, status: int = 200) -> None:
+        self._send(json.dumps(value).encode(), "application/json", status=status)
+
+    def _refuse(self, refused: Refused) -> None:
+        """An error reply, as OpenAI's API has them; in a reply that has begun, its last event."""
+        kind = "invalid_request_error" if refused.status < 500 else "server_error"
+        error = {"message": refused.message, "type": kind, "param": None, "code": refused.code}
+        self.close_connection = True
+        try:
+            if self.began:
+                self.wfile.write(f"data: {json.dumps({'error': error})}\n\n".encode())
+            else:
+                self._headers_buffer: list[bytes] = []  # of a reply that will not be sent
+                self._send_json({"error": error}, refused.status)
+        except (OSError, ValueError):
+            pass  # nobody is there
+
+    def end_headers(self) -> None:
+        self.began = True
+        super().end_headers()
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What http.server itself refuses, in the same form."""
+        self.path, self.command = getattr(self, "path", ""), getattr(self, "command", None) or ""
+        if not hasattr(self, "requestline"):
+            self.requestline = ""
+        if not hasattr(self, "request_version"):
+            self.request_version = "HTTP/1.0"
+        self._refuse(Refused(int(code), message or HTTPStatus(code).phrase))
+
+    def log_request(self, code: Any = "-", size: Any = "-") -> None:
+        """One line a request, but none for those that ask every second."""
+        if self.path not in ("/live.json", "/metrics", "/health"):
+            logging.info(f"{self.address_string()} {self.command} {self.path!r} {int(code)}")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        logging.info(format % args)

@@ -1,0 +1,102 @@
+"""A server in this process for a test, and requests to it."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import ThreadingHTTPServer
+from typing import Any
+from unittest import mock
+
+import mlx.core as mx
+import openai
+
+from mlx_streamexperts import server
+from mlx_streamexperts.serving import Generator
+
+
+class Running:
+    """A server that answers, and its inside."""
+
+    def __init__(self, port: int, generator: Generator) -> None:
+        self.port, self.generator = port, generator
+        self.url = f"http://127.0.0.1:{port}"
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        options = {"api_key": "none", "max_retries": 0, "timeout": 60, **options}
+        return openai.OpenAI(base_url=self.url + "/v1", **options)
+
+    def request(
+        self, method: str, path: str, body: bytes | None = None, **headers: str
+    ) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers (names in lower case) and body of the answer to one request."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request(method, path, body, headers)
+            answer = connection.getresponse()
+            return answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read()
+        finally:
+            connection.close()
+
+    def post(self, body: Any, path: str = "/v1/completions") -> tuple[int, Any]:
+        """Status and JSON of the answer to a JSON body (or to bytes as they are)."""
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        status, _, answer = self.request("POST", path, raw)
+        return status, json.loads(answer)
+
+    def text(self, prompt: str, max_tokens: int, **options: Any) -> str:
+        status, answer = self.post({"prompt": prompt, "max_tokens": max_tokens, **options})
+        assert status == 200, answer
+        return answer["choices"][0]["text"]
+
+    def figures(self) -> dict[str, Any]:
+        return json.loads(self.request("GET", "/live.json")[2])
+
+
+@contextmanager
+def serving(*argv: str) -> Iterator[Running]:
+    """The command line at a free port, until the block ends; then everything must be gone."""
+    begun: queue.Queue[Any] = queue.Queue()
+
+    class Told(server.Server):
+        def serve_forever(self, poll_interval: float = 0.5) -> None:
+            self._generator.ready.wait()
+            begun.put(self)
+            super().serve_forever(0.05)
+
+    status: list[int] = []
+
+    def run() -> None:
+        status.append(
+            server.main(["--port", "0", "--log-level", "WARNING", "--no-progress", *argv])
+        )
+        mx.clear_streams()  # of this thread, which planned: with them left, MLX aborts at exit
+        begun.put(None)
+
+    with mock.patch.object(server, "Server", Told):
+        thread = threading.Thread(target=run)
+        thread.start()
+        httpd = begun.get(timeout=60)
+    assert httpd is not None, f"the server ended with status {status}"
+    try:
+        yield Running(httpd.server_address[1], httpd._generator)
+    finally:
+        opened = httpd._generator.model_provider.expert_stream
+        ThreadingHTTPServer.shutdown(httpd)
+        thread.join(60)
+        assert opened is None or opened._closed
+        assert not thread.is_alive()
+        assert status == [0]
+
+
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    """Wait for something that must come."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.01)

@@ -1,0 +1,156 @@
+"""What a server holds in memory, and how it begins and ends."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from unittest import mock
+
+import families
+import mlx.core as mx
+import openai
+import pytest
+from serving import serving
+
+from mlx_streamexperts import StreamConfig, demo_model, plan, server
+from mlx_streamexperts.room import Room
+from mlx_streamexperts.serving import Provider, stock
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose KV cache is most of its memory: 64 kB a token."""
+    folder = tmp_path_factory.mktemp("wide")
+    changes = {"vocab_size": 12288, "num_hidden_layers": 4, "head_dim": 128}
+    changes |= {"num_attention_heads": 16, "num_key_value_heads": 16}
+    with mock.patch.dict(families.FAMILIES["qwen3_moe"], changes):
+        families.build("qwen3_moe", folder, quantize=None)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).symlink_to(demo_model() / name)
+    return folder
+
+
+def test_memory_holds_under_load(wide: Path) -> None:
+    """With as little as works: 33 MB of KV cache, where eight requests at once would take 134."""
+    config = StreamConfig(memory="2GB", context_tokens=512, prefill_tokens=64)
+    memory = plan(str(wide), config=config).minimum
+    limits = ["--context-tokens", "512", "--prefill-tokens", "64"]
+    prompts = [f"{i} The system call " * 8 for i in range(8)]
+    texts, peaks = [], []
+    for bounded in (True, False):
+        gc.collect()
+        base = mx.get_active_memory()
+        with (
+            mock.patch.object(Room, "bounded", bounded) if not bounded else nullcontext(),
+            serving("--model", str(wide), "--memory", str(memory), *limits) as running,
+        ):
+            mx.reset_peak_memory()
+            with ThreadPoolExecutor(len(prompts)) as pool:
+                texts.append(list(pool.map(lambda p: running.text(p, 4), prompts)))
+            peaks.append(mx.get_peak_memory() - base)
+            if bounded:
+                assert texts[0] == [running.text(p, 4) for p in prompts]
+                room = running.generator.room
+                assert running.generator.prompt_cache.nbytes <= room.kept_bytes()
+    assert texts[0] == texts[1]
+    assert peaks[0] <= memory < peaks[1]
+
+
+def test_a_reply_is_no_longer_than_the_room_and_what_was_said_is_reused(wide: Path) -> None:
+    stocks = importlib.import_module("mlx_lm.generate").BatchGenerator
+    limits = ["--context-tokens", "48", "--prefill-tokens", "16"]
+    with serving("--model", str(wide), "--memory", "200MB", *limits) as running:
+        assert stock.BatchGenerator is not stocks
+        prompt = "The system call " * 4
+        _, first = running.post({"prompt": prompt, "max_tokens": 4000})
+        assert first["usage"]["total_tokens"] == 48
+        assert first["choices"][0]["finish_reason"] == "length"
+        status, refused = running.post({"prompt": "word " * 100})
+        assert status == 400
+        assert "--context-tokens" in refused["error"]["message"]
+        _, again = running.post({"prompt": prompt + "is", "max_tokens": 1})
+        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= 12
+    assert stock.BatchGenerator is stocks
+
+
+def test_a_second_model_takes_the_place_of_the_first(
+    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks: list[int] = []
+    original = Provider._load
+
+    def measured(*args: object) -> None:
+        mx.reset_peak_memory()
+        original(*args)  # type: ignore[arg-type]
+        peaks.append(mx.get_peak_memory() - base)
+
+    monkeypatch.setattr(Provider, "_load", measured)
+    twin = tmp_path / "twin"
+    twin.mkdir()
+    for file in wide.iterdir():
+        (twin / file.name).symlink_to(file.resolve())
+    limits = ["--memory", "60MB", "--context-tokens", "64", "--prefill-tokens", "16"]
+    gc.collect()
+    base = mx.get_active_memory()
+    with serving("--model", str(wide), "--also-serve", f"{tmp_path}/./twin", *limits) as running:
+        assert [m.id for m in running.client().models.list()] == [wide.name, "twin"]
+        first = running.text("The system call", 3)
+        opened = running.generator.model_provider.expert_stream
+        assert opened is not None
+        assert running.text("The system call", 3, model="twin") == first
+        assert opened is not running.generator.model_provider.expert_stream
+        assert opened._closed
+        with ThreadPoolExecutor(4) as pool:
+            names = ["twin", wide.name, "default_model", f"{tmp_path}/./twin"]
+            texts = pool.map(lambda n: running.text("The system call", 3, model=n), names)
+            assert list(texts) == [first] * 4
+        assert running.figures()["model"] in (wide.name, "twin")
+    # Never two: the trunk is three quarters of what one takes.
+    assert len(peaks) >= 2
+    assert max(peaks) < 2 * opened.plan.trunk
+
+
+def test_sigterm_ends_a_server_in_the_middle_of_a_reply() -> None:
+    command = [sys.executable, "-m", "mlx_streamexperts.server", "--port", "0", "--no-progress"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    try:
+        assert process.stderr is not None
+        line = next(x for x in process.stderr if x.startswith("Serving at "))
+        url = line.split()[-1]
+        client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+        stream = client.completions.create(
+            model="demo", prompt="In the", max_tokens=3000, stream=True
+        )
+        next(iter(stream))
+        process.send_signal(signal.SIGTERM)
+        _, rest = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert "Traceback" not in rest
+
+
+def test_what_cannot_start_says_why_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    quiet = ["--no-progress", "--log-level", "ERROR"]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert server.main(["--port", port, *quiet]) == 1
+    assert f"127.0.0.1:{port}" in capsys.readouterr().err.splitlines()[-1]
+    for arguments, message in (
+        (["--memory", "1MB"], "too small"),
+        (["--also-serve", str(demo_model())], "already"),
+        (["--max-body", "much"], "not a size"),
+        (["--model", "/no/such/folder"], "neither a model folder"),
+    ):
+        assert server.main(["--port", "0", *quiet, *arguments]) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ")
+        assert message in error
