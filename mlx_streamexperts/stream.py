@@ -262,7 +262,12 @@ class ExpertStream:
         return self.plan.trunk + cache + self.plan.kv + self.plan.work
 
     def accompany(self, ranks: Ranks, watch: Watch) -> None:
-        """Know the other ranks of a distributed run, until closed."""
+        """Know the other ranks of a distributed run, until closed.
+
+        Args:
+            ranks: all of them.
+            watch: notices when one is lost.
+        """
         self.ranks, self._watch = ranks, watch
 
     def lost_rank(self) -> str | None:
@@ -270,7 +275,11 @@ class ExpertStream:
         return None if self._watch is None else self._watch.why()
 
     def leave(self, reason: str) -> None:
-        """Close, and tell the other ranks of a distributed run why it cannot go on."""
+        """Close, and tell the other ranks of a distributed run why it cannot go on.
+
+        Args:
+            reason: one sentence, which they show their users.
+        """
         if self._watch is not None:
             self._watch.close(reason)
         self.close()
