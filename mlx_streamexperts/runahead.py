@@ -298,12 +298,38 @@ class RunAhead:
         if before:
             start = time.perf_counter()
             experts = np.array(indices)
-            self.layers[before[0]].spent("sync", start)
+            start = self.layers[before[0]].spent("sync", start)
+            if self._all_held(before, experts):
+                self.layers[before[0]].spent("map", start)
+                return
             for i in before:
                 shape = self._states[i].indices.shape
                 count = math.prod(shape)
                 self._judge(i, experts[:count].reshape(shape))
                 experts = experts[count:]
+
+    def _all_held(self, layers: list[int], experts: np.ndarray) -> bool:
+        """Account for layers of a pass of one token, if all of them had every expert.
+
+        Args:
+            layers: N of them.
+            experts: int [N * K].
+        """
+        shape = self._states[layers[0]].indices.shape
+        if self._wrong is not None or len(experts) != len(layers) * shape[-1]:
+            return False
+        rows = experts.reshape(len(layers), *shape)
+        if not self._tables.all_held(layers, rows.reshape(len(layers), -1)):
+            return False
+        for i, row in zip(layers, rows, strict=True):
+            state = self._states[i]
+            if state.foretold:
+                self._compare(i, row.ravel().tolist())
+            self.layers[i].hit(row)
+            state.y = state.tried
+        self.trust.note_held(layers, self._again)
+        self.stats.trusted += len(layers)
+        return True
 
     def _check(self, result: Any = None) -> None:
         """Check every layer that was trusted so far.

@@ -34,7 +34,7 @@ class SlotTables:
         mx.eval(self._array)
         self._memory = np.frombuffer(byte_view(self._array), np.uint32).reshape(self._array.shape)
         # Looked at here: where memory moves by pages, looking at the device's costs 36 us a layer.
-        self._absent = [np.ones(x.experts, bool) for x in layers]
+        self._absent = np.ones((len(layers), most), bool)
         self._views = [(self._array[i, 0], self._array[i, 1]) for i in range(len(layers))]
         mx.eval(self._views)  # the same memory
         self._made_of: list[tuple[ExpertCache, int] | None] = [None] * len(layers)
@@ -52,7 +52,7 @@ class SlotTables:
             here = slots.landed()  # bool [experts]
             count = len(here)
             self._memory[i, 0, :count] = np.where(here, cache.slot_of, 0)
-            self._memory[i, 1, :count] = self._absent[i] = ~here
+            self._memory[i, 1, :count] = self._absent[i, :count] = ~here
             self._made_of[i] = (cache, cache.version)
             self._partial[i] = not np.array_equal(here, cache.slot_of >= 0)
         return self._views[i]
@@ -60,4 +60,12 @@ class SlotTables:
     def held(self, i: int, experts: np.ndarray) -> bool:
         """Did a layer's table name the slots of all these, and are they there still?"""
         cache = self._layers[i].cache
-        return self._made_of[i] == (cache, cache.version) and not self._absent[i][experts].any()
+        return self._made_of[i] == (cache, cache.version) and not self._absent[i, experts].any()
+
+    def all_held(self, layers: Sequence[int], experts: np.ndarray) -> bool:
+        """The same of several layers at once: experts [layers, K]."""
+        for i in layers:
+            cache = self._layers[i].cache
+            if self._made_of[i] != (cache, cache.version):
+                return False
+        return not self._absent[np.array(layers)[:, None], experts].any()
