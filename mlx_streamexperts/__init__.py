@@ -13,7 +13,8 @@ from .errors import (
 from .machines import RankPlan, plan_ranks
 from .patching import load, patch, plan
 from .planner import Plan
-from .stream import ExpertStream, StreamStats, stream
+from .stats import StreamStats
+from .stream import ExpertStream, stream
 
 __version__ = "0.1.0"
 

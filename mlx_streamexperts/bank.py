@@ -13,7 +13,7 @@ whatever the slot holds when it runs. The bank therefore remembers the outputs t
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -152,43 +152,108 @@ _verdict_lock = threading.Lock()
 
 
 def in_place_works() -> bool:
-    """Do kernels on the default device see bytes written through an array's buffer?
+    """Do kernels on the default device see what is written into arrays' memory?
 
-    Writes patterns from another thread, as the reader does, into arrays of the element types in
-    use, from one page to a quarter of a megabyte, and reads them back with kernels, twice, so that
-    a stale device copy is noticed. The verdict is kept per device.
+    What `in_place_fault` found; kept per device.
     """
     device = str(mx.default_device())
     with _verdict_lock:
         if device not in _verdicts:
-            _verdicts[device] = all(
-                _check_in_place(dtype, rows)
-                for dtype in (mx.uint32, mx.bfloat16, mx.float32, mx.uint8)
-                for rows in (2, 128)
-            )
+            _verdicts[device] = in_place_fault() is None
         return _verdicts[device]
 
 
-def _check_in_place(dtype: mx.Dtype, rows: int) -> bool:
+def in_place_fault(rounds: int = 3) -> str | None:
+    """What is wrong with writing into arrays' memory on the default device; None if nothing is.
+
+    Another thread writes, as the reader does, and kernels read, again and again, so that a stale
+    copy on the device is noticed: arrays of the element types in use, from one page to a quarter of
+    a megabyte; slices of an array, written through the whole array's memory (as run-ahead's tables
+    are); one part of an array while kernels that read another part run.
+
+    Args:
+        rounds: how often each of them is written.
+    """
+    for dtype in (mx.uint32, mx.bfloat16, mx.float32, mx.uint8):
+        for rows in (2, 128):
+            if not _survives(_check_in_place, dtype, rows, rounds):
+                return f"kernels do not see bytes written into an array of {rows} rows of {dtype}"
+    if not _survives(_check_slices, rounds):
+        return "slices of an array do not see bytes written into the array"
+    if not _survives(_check_beside, rounds):
+        return "writing into an array while kernels read another part of it goes wrong"
+    return None
+
+
+def _survives(check: Callable[..., bool], *args: Any) -> bool:
     try:
-        array = mx.zeros((rows, 512), dtype)
-        mx.eval(array)
-        view = byte_view(array)
-        if view.readonly or view.nbytes != array.nbytes:
-            return False
-        for seed in (3, 5):
-            # Bytes below 64 keep every floating-point pattern finite.
-            pattern = np.random.default_rng(seed).integers(0, 64, view.nbytes, dtype=np.uint8)
-            writer = threading.Thread(target=_write, args=(view, pattern))
-            writer.start()
-            writer.join()
-            expected = mx.array(pattern).view(dtype).reshape(array.shape)
-            order = mx.arange(rows - 1, -1, -1)
-            if not mx.array_equal(array[order], expected[order]).item():
-                return False
+        return check(*args)
     except (BufferError, TypeError, ValueError, RuntimeError):
         return False
+
+
+def _check_in_place(dtype: mx.Dtype, rows: int, rounds: int) -> bool:
+    array = mx.zeros((rows, 512), dtype)
+    mx.eval(array)
+    view = byte_view(array)
+    if view.readonly or view.nbytes != array.nbytes:
+        return False
+    order = mx.arange(rows - 1, -1, -1)
+    for seed in range(rounds):
+        # Bytes below 64 keep every floating-point pattern finite.
+        pattern = np.random.default_rng(seed).integers(0, 64, view.nbytes, dtype=np.uint8)
+        _write_elsewhere(view, pattern).join()
+        expected = mx.array(pattern).view(dtype).reshape(array.shape)
+        if not mx.array_equal(array[order], expected[order]).item():
+            return False
     return True
+
+
+def _check_slices(rounds: int) -> bool:
+    array = mx.zeros((3, 2, 512), mx.uint32)
+    mx.eval(array)
+    view = byte_view(array)
+    slices = [array[i, j] for i in range(3) for j in range(2)]  # [512] each
+    mx.eval(slices)
+    order = mx.arange(511, -1, -1)
+    for seed in range(rounds):
+        numbers = np.random.default_rng(seed).integers(0, 1 << 32, array.shape, dtype=np.uint32)
+        _write_elsewhere(view, numbers.view(np.uint8).ravel()).join()
+        for mine, expected in zip(slices, numbers.reshape(6, 512), strict=True):
+            if not np.array_equal(np.array(mine[order]), expected[::-1]):
+                return False
+    return True
+
+
+def _check_beside(rounds: int) -> bool:
+    """Follow pointers through one half of a table while the other half is written."""
+    size, hops = 4096, 60
+    table = mx.zeros((2, size), mx.uint32)
+    mx.eval(table)
+    view = byte_view(table)
+    halves = [view[: view.nbytes // 2], view[view.nbytes // 2 :]]
+    chance = np.random.default_rng(0)
+    pointers = chance.permutation(size).astype(np.uint32)
+    _write_elsewhere(halves[0], pointers.view(np.uint8)).join()
+    for i in range(2 * rounds):
+        at, expected = mx.arange(size), np.arange(size, dtype=np.uint32)
+        for _ in range(hops):
+            at, expected = table[i % 2][at], pointers[expected]
+        mx.async_eval(at)
+        pointers = chance.permutation(size).astype(np.uint32)
+        writer = _write_elsewhere(halves[1 - i % 2], pointers.view(np.uint8))
+        seen = np.array(at)
+        writer.join()
+        if not np.array_equal(seen, expected):
+            return False
+    return True
+
+
+def _write_elsewhere(view: memoryview, pattern: np.ndarray) -> threading.Thread:
+    """Write in another thread, which is returned."""
+    writer = threading.Thread(target=_write, args=(view, pattern))
+    writer.start()
+    return writer
 
 
 def _write(view: memoryview, pattern: np.ndarray) -> None:

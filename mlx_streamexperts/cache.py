@@ -82,6 +82,7 @@ class ExpertCache:
         )
         self._free = list(range(self.slots - 1, -1, -1))  # popped from the end: slot 0 first
         self._seen = np.zeros(experts, bool)
+        self._hits: list[np.ndarray] = []  # calls that the policy does not know of yet
         self._ahead: dict[int, None] = {}  # placed by speculation and not used since, oldest first
 
     @property
@@ -96,10 +97,33 @@ class ExpertCache:
             experts: int [..., K], the choices of each token. The policy learns how often a call of
                 several tokens chose each, so call this once a call, before `place`.
         """
+        self._catch_up()
         chosen = experts.ravel()
         if len(chosen) > experts.shape[-1]:
             self._policy.prompt(chosen)
         return list(dict.fromkeys(chosen.tolist()))
+
+    def hit(self, experts: np.ndarray) -> None:
+        """A call of one token, whose experts [K] were all resident: `wanted` and `place` in one.
+
+        The policy is told before it decides anything, of many calls at once: on a GPU 20 us a layer
+        would be a tenth of its time.
+        """
+        ahead = [e for e in experts.tolist() if e in self._ahead] if self._ahead else []
+        for expert in ahead:
+            del self._ahead[expert]
+            self._seen[expert] = True
+        self.stats.prefetched += len(ahead)
+        self.stats.hits += len(experts) - len(ahead)
+        self._hits.append(experts)
+        if len(self._hits) == 64:
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Tell the policy what it has not been told."""
+        if self._hits:
+            self._policy.touch_all(np.concatenate(self._hits))
+            self._hits.clear()
 
     def place(self, needed: Sequence[int], keep: Iterable[int] = ()) -> list[int]:
         """Give every needed expert a slot; returns those whose bytes must now be read into it.
@@ -111,6 +135,7 @@ class ExpertCache:
             needed: distinct experts; with `keep` no more of them than there are slots.
             keep: resident experts that must stay although this call does not need them.
         """
+        self._catch_up()
         missing = [e for e in needed if self.slot_of[e] < 0]
         self.version += bool(missing)
         pinned = {*needed, *keep} if missing else ()
@@ -153,6 +178,7 @@ class ExpertCache:
         Returns:
             Those whose bytes must now be read; the caller reads them or calls `drop`.
         """
+        self._catch_up()
         count = len(candidates)
         unused = min(2 * count, max(count, (self.slots - count) // 2))
         pinned = {*candidates, *keep}
@@ -220,6 +246,7 @@ class ExpertCache:
 
     def drop(self, expert: int) -> None:
         """Empty the expert's slot: its bytes never arrived."""
+        self._catch_up()
         self._free.append(int(self.slot_of[expert]))
         self.slot_of[expert] = -1
         self.version += 1

@@ -2,9 +2,11 @@
 
 python -m mlx_streamexperts.doctor --model mlx-community/Kimi-K2.5 --memory 96GB
 python -m mlx_streamexperts.doctor --model ./my-model --machine "M4 Max 128 GB"
+python -m mlx_streamexperts.doctor --selftest
 
 Of a Hub repository only headers are fetched (a few megabytes), never weights. Speeds are
-predictions, with a range (the formula is in predict.py); what is measured here is marked.
+predictions, with a range (the formula is in predict.py); what is measured here is marked. The
+self-test tries on this machine what streaming promises (selftest.py).
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from .predict import (
     predict,
     replayed_hit_rate,
 )
+from .selftest import Finding, as_dict, describe_device, lines, selftest
 from .stream import expert_files
 
 _DEPTHS = (1, 4, 8, 16)
@@ -75,14 +78,26 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         help="with --ranks: print only the names of the files that this rank needs",
     )
     parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument(
+        "--selftest",
+        action="store_true",
+        help="try on this machine what streaming promises, with small models that are here already "
+        "(a minute or two); --model FOLDER also names files to read",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     return make_parser(parser, "python -m mlx_streamexperts.doctor", __doc__)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 1 on an error, 2 if the model does not fit."""
+    """Run the command line.
+
+    Returns:
+        The exit status: 1 on an error or where the self-test fails, 2 if the model does not fit.
+    """
     args = setup_arg_parser().parse_args(argv)
     try:
+        if args.selftest:
+            return _selftest(args)
         if args.ranks > 1:
             print("\n".join(_several(args)))
             return 0
@@ -95,6 +110,33 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print(json.dumps(report, indent=1) if args.json else "\n".join(_lines(report)))
     return 0
+
+
+def _selftest(args: argparse.Namespace) -> int:
+    """Print what comes of each check as it is known; returns the exit status."""
+    out = sys.stderr if args.json else sys.stdout
+    about = describe_device()
+    print(f"Self-test on {about['device']} {about['name']}, MLX {about['mlx']}", file=out)
+    findings: list[Finding] = []
+
+    def begin(name: str, count: int) -> None:
+        print(f"{len(findings) + 1:2d}/{count} {name} ...", end=" ", flush=True, file=out)
+
+    for finding in selftest(from_arguments(args), args.model and Path(args.model), begin):
+        findings.append(finding)
+        print("\n".join(lines(finding)), flush=True, file=out)
+    report = as_dict(findings)
+    failed = sum(not f.passed for f in findings)
+    seconds = sum(f.seconds for f in findings)
+    print(
+        f"FAIL: {failed} of {len(findings)} checks did not pass; see above what avoids them"
+        if failed
+        else f"PASS: all {len(findings)} checks, in {seconds:.0f} s",
+        file=out,
+    )
+    if args.json:
+        print(json.dumps(report, indent=1))
+    return int(failed > 0)
 
 
 def examine(args: argparse.Namespace) -> dict[str, Any]:

@@ -247,6 +247,17 @@ class ExpertLayer:
             self._callers.evaluated()
         return y
 
+    def hit(self, experts: np.ndarray) -> None:
+        """Account for a call of one token, whose experts [1, ..., K] were all there."""
+        with self.lock:
+            if self.guessed:
+                self.count(experts)
+            else:
+                self.stats.calls += 1
+                if self.record is not None:
+                    self.record(experts)
+            self.cache.hit(experts.ravel())
+
     def count(self, experts: np.ndarray) -> list[int]:
         """Account for a call that chose these experts [..., K]; returns the distinct ones."""
         if self.record is not None:

@@ -67,6 +67,7 @@ def plan_ranks(
     Args:
         path_or_hf_repo: as `plan` takes it; of a Hub repository only headers are fetched.
         ranks: how many machines.
+        trust_remote_code: run the model code that the checkpoint brings, if it does.
         config: `memory` and `cache` are for each rank, or one for each ("96GB,64GB").
         memories: each rank's memory in bytes, where `config` states no budget.
 

@@ -69,12 +69,19 @@ class Stage:
 
         By name, as mlx-lm does it; layers past the model's own (multi-token prediction) are no
         rank's.
+
+        Args:
+            tensor: its name in the checkpoint.
         """
         match = _LAYER.search(tensor)
         return match is None or self.start <= int(match[1]) < self.end
 
     def files(self, weight_map: Mapping[str, str]) -> tuple[str, ...]:
-        """The shards that this rank needs, of tensor name -> shard name."""
+        """The shards that this rank needs, by name.
+
+        Args:
+            weight_map: the shard of each tensor, as a checkpoint's index has it.
+        """
         return tuple(sorted({f for tensor, f in weight_map.items() if self.needs(tensor)}))
 
 

@@ -28,6 +28,9 @@ class Policy(Protocol):
     def touch(self, expert: int) -> None:
         """A resident expert was used."""
 
+    def touch_all(self, experts: np.ndarray) -> None:
+        """Resident experts, int [N], were used one after the other; some more than once."""
+
     def insert(self, expert: int) -> None:
         """An expert became resident, and is used."""
 
@@ -41,7 +44,18 @@ class Policy(Protocol):
         """A resident expert was dropped for another reason (its read failed)."""
 
 
-class LRU:
+class _OneByOne:
+    """Uses in a row are uses one by one."""
+
+    def touch(self, expert: int) -> None:
+        raise NotImplementedError
+
+    def touch_all(self, experts: np.ndarray) -> None:
+        for expert in experts.tolist():
+            self.touch(expert)
+
+
+class LRU(_OneByOne):
     """Evicts the expert whose last use lies furthest back."""
 
     def __init__(self, experts: int, slots: int) -> None:
@@ -67,7 +81,7 @@ class LRU:
         del self._order[expert]
 
 
-class S3FIFO:
+class S3FIFO(_OneByOne):
     """Three FIFO queues: one-hit wonders leave early through a small probation queue.
 
     Source: Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023. A tenth of
@@ -178,6 +192,22 @@ class LRFU:
             return
         self._count[expert] += self._weight
         self._weight *= self._growth
+        if self._weight > self._LARGEST:
+            self._rescale()
+
+    def touch_all(self, experts: np.ndarray) -> None:
+        if self._counted or len(experts) * self._halving > 400:  # seldom, and safe from overflow
+            for expert in experts.tolist():
+                self.touch(expert)
+            return
+        # The same products and sums in the same order as one by one: the same floats.
+        weights = np.full(len(experts) + 1, self._growth)
+        weights[0] = self._weight
+        weights = np.multiply.accumulate(weights)
+        count = np.array(self._count)
+        np.add.at(count, experts, weights[:-1])
+        self._count = count.tolist()
+        self._weight = float(weights[-1])
         if self._weight > self._LARGEST:
             self._rescale()
 

@@ -29,14 +29,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .bank import byte_view
 from .callers import Callers
 from .rewind import Undo, remember
 from .split import SORTED_ROWS
+from .tables import SlotTables
 from .trust import Trust
 
 if TYPE_CHECKING:
-    from .cache import ExpertCache
     from .layer import ExpertLayer
     from .slots import Arrivals
 
@@ -138,7 +137,7 @@ class RunAhead:
         self._lock = threading.Lock()
         self._usable = True
         self._number = {id(x): i for i, x in enumerate(self.layers)}
-        self._tables = _Tables(self.layers)
+        self._tables = SlotTables(self.layers)
         # Of the step and the pass under way:
         self._states: list[_State] = []
         self._trusts = np.zeros(len(self.layers), bool)
@@ -299,12 +298,38 @@ class RunAhead:
         if before:
             start = time.perf_counter()
             experts = np.array(indices)
-            self.layers[before[0]].spent("sync", start)
+            start = self.layers[before[0]].spent("sync", start)
+            if self._all_held(before, experts):
+                self.layers[before[0]].spent("map", start)
+                return
             for i in before:
                 shape = self._states[i].indices.shape
                 count = math.prod(shape)
                 self._judge(i, experts[:count].reshape(shape))
                 experts = experts[count:]
+
+    def _all_held(self, layers: list[int], experts: np.ndarray) -> bool:
+        """Account for layers of a pass of one token, if all of them had every expert.
+
+        Args:
+            layers: N of them.
+            experts: int [N * K].
+        """
+        shape = self._states[layers[0]].indices.shape
+        if self._wrong is not None or len(experts) != len(layers) * shape[-1]:
+            return False
+        rows = experts.reshape(len(layers), *shape)
+        if not self._tables.all_held(layers, rows.reshape(len(layers), -1)):
+            return False
+        for i, row in zip(layers, rows, strict=True):
+            state = self._states[i]
+            if state.foretold:
+                self._compare(i, row.ravel().tolist())
+            self.layers[i].hit(row)
+            state.y = state.tried
+        self.trust.note_held(layers, self._again)
+        self.stats.trusted += len(layers)
+        return True
 
     def _check(self, result: Any = None) -> None:
         """Check every layer that was trusted so far.
@@ -358,48 +383,6 @@ class RunAhead:
             self.stats.foretold += len(state.foretold)
             self.stats.came_true += len(state.foretold.intersection(needed))
             state.foretold = set()
-
-
-class _Tables:
-    """Every layer's expert -> slot table, on the device.
-
-    One array for all layers: on a GPU whose memory moves by pages it is fetched at once.
-    """
-
-    def __init__(self, layers: Sequence[ExpertLayer]) -> None:
-        self._layers = layers
-        most = max(x.experts for x in layers)
-        self._array = mx.zeros((len(layers), 2, most), mx.uint32)  # slot; 1 where there is none
-        mx.eval(self._array)
-        self._memory = np.frombuffer(byte_view(self._array), np.uint32).reshape(self._array.shape)
-        # Looked at here: where memory moves by pages, looking at the device's costs 36 us a layer.
-        self._absent = [np.ones(x.experts, bool) for x in layers]
-        self._views = [(self._array[i, 0], self._array[i, 1]) for i in range(len(layers))]
-        mx.eval(self._views)  # the same memory
-        self._made_of: list[tuple[ExpertCache, int] | None] = [None] * len(layers)
-        self._partial = [False] * len(layers)  # some of the map's experts were on their way
-
-    def of(self, i: int) -> tuple[mx.array, mx.array]:
-        """A layer's slots and whether they are missing, uint32 [experts] each, as things are now.
-
-        To be called with the layer's lock.
-        """
-        slots = self._layers[i].slots
-        cache = slots.cache
-        if self._partial[i] or self._made_of[i] != (cache, cache.version):
-            slots.bank.settle()  # whatever was built with the table as it is has run
-            here = slots.landed()  # bool [experts]
-            count = len(here)
-            self._memory[i, 0, :count] = np.where(here, cache.slot_of, 0)
-            self._memory[i, 1, :count] = self._absent[i] = ~here
-            self._made_of[i] = (cache, cache.version)
-            self._partial[i] = not np.array_equal(here, cache.slot_of >= 0)
-        return self._views[i]
-
-    def held(self, i: int, experts: np.ndarray) -> bool:
-        """Did a layer's table name the slots of all these, and are they there still?"""
-        cache = self._layers[i].cache
-        return self._made_of[i] == (cache, cache.version) and not self._absent[i][experts].any()
 
 
 def install(model: nn.Module, run_ahead: RunAhead) -> None:

@@ -6,7 +6,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -34,6 +34,7 @@ from .ranks import Ranks
 from .reader import ExpertReader, ReadStats
 from .runahead import RunAhead, RunAheadStats
 from .slots import AheadStats
+from .stats import StreamStats
 from .timeline import PHASES, Timeline
 from .trace import Trace
 from .trial import Pace, Trial
@@ -41,47 +42,6 @@ from .watch import Watch
 
 _STREAM = "_expert_stream"
 _KEPT_BYTES = 16 << 20
-
-
-@dataclass(frozen=True)
-class StreamStats:
-    """Counters since the last `reset`.
-
-    Attributes:
-        cache: hits and misses over all layers.
-        read: bytes, reads and seconds of the reader.
-        layer_hit_rates: hit rate by layer name, 0 to 1.
-        ahead: what became of experts read before they were asked for.
-        looking_ahead: layers that do so at present.
-        seconds: the caller's seconds in expert layers by phase: `sync` waiting for routers'
-            indices, the device's own work included; `map` experts to slots and queueing reads;
-            `wait` for reads; `build` the graph.
-        calls: of expert layers, summed over layers; wholly resident ones are not counted.
-        waves: extra passes of calls that needed more experts than a layer has slots.
-        overlapped: calls that ran resident experts while missing ones were read.
-        resident_layers: layers whose experts are all in memory; they count no hits.
-        run_ahead: what became of steps that did not wait for each layer's indices.
-    """
-
-    cache: CacheStats
-    read: ReadStats
-    layer_hit_rates: dict[str, float]
-    ahead: AheadStats
-    looking_ahead: int
-    seconds: dict[str, float]
-    calls: int
-    waves: int
-    overlapped: int
-    resident_layers: int
-    run_ahead: RunAheadStats
-
-    def as_dict(self) -> dict[str, Any]:
-        """The same as plain numbers, for JSON."""
-        return {
-            **asdict(self),
-            "misses": self.cache.misses,
-            "hit_rate": self.cache.hit_rate,
-        }
 
 
 class ExpertStream:
@@ -265,7 +225,12 @@ class ExpertStream:
         return self.plan.trunk + cache + self.plan.kv + self.plan.work
 
     def accompany(self, ranks: Ranks, watch: Watch) -> None:
-        """Know the other ranks of a distributed run, until closed."""
+        """Know the other ranks of a distributed run, until closed.
+
+        Args:
+            ranks: all of them.
+            watch: notices when one is lost.
+        """
         self.ranks, self._watch = ranks, watch
 
     def lost_rank(self) -> str | None:
@@ -273,7 +238,11 @@ class ExpertStream:
         return None if self._watch is None else self._watch.why()
 
     def leave(self, reason: str) -> None:
-        """Close, and tell the other ranks of a distributed run why it cannot go on."""
+        """Close, and tell the other ranks of a distributed run why it cannot go on.
+
+        Args:
+            reason: one sentence, which they show their users.
+        """
         if self._watch is not None:
             self._watch.close(reason)
         self.close()

@@ -147,6 +147,14 @@ def _experts(expert_stream: ExpertStream, timing: Timing) -> list[Row]:
             f"waited {waited:.3f} s{share}",
         ),
     ]
+    if (ran := stats.run_ahead).steps:
+        lines.append(
+            (
+                "Run-ahead",
+                f"{ran.trusted} waits for the device saved, {ran.asked} left; {ran.exact_at_once} "
+                f"of {ran.steps} steps exact at once, {ran.passes / ran.steps:.2f} passes a step",
+            )
+        )
     if stats.ahead.issued:
         lines.append(
             (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -111,6 +112,14 @@ class Trust:
         self._seen[layer] += 1
         rate = max(_RATE, 1 / self._seen[layer])
         self.lacking[layer] += rate * (lacked - self.lacking[layer])
+
+    def note_held(self, layers: Sequence[int], again: bool) -> None:
+        """The turns of these layers came, and none of them lacked an expert."""
+        if again:
+            self.lacking_again *= (1 - _RATE) ** len(layers)
+            return
+        self._seen[layers] += 1
+        self.lacking[layers] *= 1 - np.maximum(_RATE, 1 / self._seen[layers])
 
     def timed(self, seconds: float, waited: float, trusted: int, passes: int) -> None:
         """A step is over.

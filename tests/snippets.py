@@ -28,6 +28,7 @@ from typing import Any
 
 import markdown_it
 import mlx.core as mx
+from serving import serving
 
 from mlx_streamexperts import CheckpointError
 
@@ -132,6 +133,10 @@ def commands(text: str) -> Iterator[list[str]]:
             words.append(word)
 
 
+_ADDRESS = "127.0.0.1:8080"
+"""Of the server in snippets; a running one takes its place."""
+
+
 @dataclass
 class Page:
     """The blocks of one page, run one after the other in the current folder.
@@ -187,9 +192,13 @@ class Page:
         if named:
             text = _scaled(text)
         # As many lines before it as in the page: tracebacks then name the page's lines.
-        code = compile("\n" * snippet.line + text, snippet.file, "exec")
-        self.namespace.setdefault("__name__", "snippet")
-        exec(code, self.namespace)
+        with contextlib.ExitStack() as running:
+            if _ADDRESS in text:  # a client, then
+                port = running.enter_context(serving("--cache", "10MB")).port
+                text = text.replace(_ADDRESS, f"127.0.0.1:{port}")
+            code = compile("\n" * snippet.line + text, snippet.file, "exec")
+            self.namespace.setdefault("__name__", "snippet")
+            exec(code, self.namespace)
 
     def _shell(self, snippet: Snippet) -> None:
         for words in commands(snippet.text):

@@ -637,3 +637,24 @@ def test_minima_of_uneven_layers_come_first() -> None:
 
 def test_no_layers_take_nothing() -> None:
     assert share_slots(100, []) == []
+
+
+@every_policy
+@pytest.mark.parametrize("seed", range(20))
+def test_hits_told_late_change_nothing(policy: str, seed: int) -> None:
+    """`hit` defers what `wanted` and `place` do at once: the same victims, the same counts."""
+    order = np.random.default_rng(seed)
+    at_once, late = ExpertCache(24, 10, policy), ExpertCache(24, 10, policy)
+    for step in range(400):
+        # Mostly of a few: many calls in a row then hit.
+        experts = order.choice(24 if order.random() < 0.1 else 8, 4, replace=False)
+        if order.random() < 0.02:
+            guesses = order.choice(24, 3, replace=False).tolist()
+            assert at_once.place_ahead(guesses) == late.place_ahead(guesses)
+        if (late.slot_of[experts] >= 0).all():
+            late.hit(experts)
+        else:
+            late.place(late.wanted(experts))
+        at_once.place(at_once.wanted(experts))
+        assert np.array_equal(at_once.slot_of, late.slot_of), step
+        assert at_once.stats == late.stats

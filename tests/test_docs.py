@@ -33,6 +33,7 @@ import mlx_streamexperts
 from mlx_streamexperts import StreamConfig, StreamStats, demo_model, doctor, errors
 from mlx_streamexperts.cache import CacheStats
 from mlx_streamexperts.reader import ReadStats
+from mlx_streamexperts.runahead import RunAheadStats
 from mlx_streamexperts.slots import AheadStats
 
 RUN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -149,7 +150,12 @@ def test_indices_are_complete() -> None:
 
 def test_every_statistic_is_explained() -> None:
     """A row of the guide's table for each field, those of the parts with the part's name."""
-    parts = {"cache": CacheStats, "read": ReadStats, "ahead": AheadStats}
+    parts = {
+        "cache": CacheStats,
+        "read": ReadStats,
+        "ahead": AheadStats,
+        "run_ahead": RunAheadStats,
+    }
     wanted = [f.name for f in fields(StreamStats) if f.name not in parts]
     wanted += [f"{part}.{f.name}" for part, kind in parts.items() for f in fields(kind)]
     text = GUIDE.read_text()

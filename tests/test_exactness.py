@@ -19,6 +19,7 @@ from conftest import QUIET, all_experts, assert_same, demo_tokens, load_streamed
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_streamexperts import StreamConfig, demo_model, stream
+from mlx_streamexperts.exactness import PREFILL_BOUND, prefill_difference
 from mlx_streamexperts.locate import locate
 
 HEADLINE = (
@@ -29,17 +30,12 @@ OTHERS = tuple(f for f in families.FAMILIES if f not in HEADLINE)
 ON_CPU = mx.default_device() == mx.cpu
 # From 64 (token, expert) rows on mlx-lm sorts them: short prompts stay below on a GPU.
 PREFILL = 24 if ON_CPU else 7
-PREFILL_BOUND = {mx.float32: 1e-4, mx.float16: 1e-2, mx.bfloat16: 5e-2}
-"""Largest difference of prefill logits, relative to the largest logit, on devices but the CPU."""
 
 
 def assert_prefill(expected: mx.array, got: mx.array, what: str) -> None:
     """Equal bits on the CPU, else within the stated bound."""
-    a, b = (np.array(v.astype(mx.float32)) for v in (expected, got))
-    if ON_CPU:
-        assert np.array_equal(a, b), what
-    else:
-        assert np.abs(a - b).max() <= PREFILL_BOUND[expected.dtype] * np.abs(a).max(), what
+    bound = 0.0 if ON_CPU else PREFILL_BOUND[expected.dtype]
+    assert prefill_difference(expected, got) <= bound, what
 
 
 def compare(

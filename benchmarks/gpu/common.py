@@ -11,28 +11,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mlx_streamexperts import StreamConfig
+from mlx_streamexperts.exactness import PLAIN as PLAIN
 from mlx_streamexperts.output import write_json
-
-# Everything off that chooses by trial: a script says what it wants.
-PLAIN = StreamConfig(cache=1 << 60, progress=False, prefetch="off", run_ahead="off")
-
-
-def decode(model: nn.Module, tokens: list[int]) -> tuple[list[np.ndarray], float]:
-    """Logits [V] of one-token steps, each evaluated, and the median seconds of a step."""
-    cache, logits, seconds = make_prompt_cache(model), [], []
-    for t in tokens:
-        start = time.perf_counter()
-        step = model(mx.array([[t]]), cache=cache)
-        mx.eval(step)
-        seconds.append(time.perf_counter() - start)
-        logits.append(np.array(step.astype(mx.float32))[0, -1])
-    return logits, statistics.median(seconds[len(seconds) // 3 :])
 
 
 def generate(model: nn.Module, first: int, count: int) -> tuple[list[int], float]:
@@ -49,13 +33,6 @@ def generate(model: nn.Module, first: int, count: int) -> tuple[list[int], float
         token = following
         seconds.append(time.perf_counter() - start)
     return out, statistics.median(seconds[count // 3 :])
-
-
-def same(expected: list[np.ndarray], got: list[np.ndarray]) -> bool:
-    """Are all logits the same bits, and numbers?"""
-    return all(
-        np.array_equal(a, b) and np.isfinite(a).all() for a, b in zip(expected, got, strict=True)
-    )
 
 
 def report(out: Path, name: str, content: dict[str, Any]) -> None:

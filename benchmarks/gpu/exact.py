@@ -9,32 +9,18 @@ GPU kernels: MLX's CUDA backend gave NaN for stock models of 64 columns.
 from __future__ import annotations
 
 import argparse
-import random
 import tempfile
-import time
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-import mlx_lm.utils
-import numpy as np
-from common import PLAIN, decode, report, same
-from mlx_lm.models.cache import make_prompt_cache
-from random_model import write_random_model
+from common import report
 
-from mlx_streamexperts import ExpertStream, demo_model, patch, stream
+from mlx_streamexperts import demo_model
 from mlx_streamexperts.bank import in_place_works
-
-WAYS = {
-    "asked": PLAIN,
-    "asked, reading ahead": replace(PLAIN, prefetch="on"),
-    "asked, in lots": replace(PLAIN, overlap="on"),
-    "run ahead": replace(PLAIN, run_ahead="on"),
-    "run ahead, as it pays": replace(PLAIN, run_ahead="auto", prefetch="auto"),
-}
-SHARES = (1.0, 0.9, 0.5, 0.25)
+from mlx_streamexperts.exactness import decoding, random_tokens, reference, schedules, ways
+from mlx_streamexperts.random_model import write_random_model
 
 
 def models(folder: Path) -> dict[str, Path]:
@@ -47,92 +33,25 @@ def models(folder: Path) -> dict[str, Path]:
     }
 
 
-def load(folder: Path, config: Any) -> tuple[nn.Module, ExpertStream]:
-    with patch(config=config):
-        model, _ = mlx_lm.utils.load_model(folder)
-    return model, stream(model)
-
-
-def resize(s: ExpertStream, share: float) -> None:
-    """Leave room for a share of the experts, at least one token's."""
-    slots = [max(n.top_k, int(share * n.experts)) for n in s.needs()]
-    s.resize(sum(n * x.expert_bytes for n, x in zip(slots, s.layers, strict=True)))
-
-
-def decoding(folder: Path, steps: int) -> dict[str, Any]:
+def every_way(folder: Path, steps: int) -> dict[str, Any]:
     """Decode at every cache size, every way."""
-    tokens = np.random.default_rng(0).integers(0, 400, steps).tolist()
-    stock, _ = mlx_lm.utils.load_model(folder)
-    expected, _ = decode(stock, tokens)
-    again, _ = decode(stock, tokens)
-    if not same(expected, again):
+    tokens = random_tokens(steps)
+    expected = reference(folder, tokens)
+    if expected is None:
         return {"skipped": "stock mlx-lm does not repeat its own numbers here, or they are NaN"}
-    rows = {}
-    for name, config in WAYS.items():
-        model, s = load(folder, config)
-        with s:
-            for share in SHARES:
-                resize(s, share)
-                s.reset()
-                got, _ = decode(model, tokens)
-                stats = s.stats()
-                rows[f"{name}, {share:.0%}"] = {
-                    "identical": same(expected, got),
-                    "misses": stats.cache.misses + stats.cache.prefetched,
-                    "passes": stats.run_ahead.passes,
-                    "steps": stats.run_ahead.steps,
-                }
-    return rows
-
-
-def schedules(folder: Path, count: int, seconds: float, seed: int) -> dict[str, Any]:
-    """Random schedules until one differs, `count` were run, or the time is up."""
-    stock, _ = mlx_lm.utils.load_model(folder)
-    ways = {name: WAYS[name] for name in ("run ahead", "run ahead, as it pays", "asked, in lots")}
-    loaded = {name: load(folder, config) for name, config in ways.items()}
-    chance = random.Random(seed)
-    done = steps = compared = passes = taken_back = 0
-    different: list[str] = []
-    start = time.perf_counter()
-    while done < count and not different and time.perf_counter() - start < seconds:
-        name = chance.choice(list(loaded))
-        model, s = loaded[name]
-        s.reset()
-        if chance.random() < 0.3:
-            resize(s, chance.choice(SHARES[1:]) * chance.random())
-        sequences = [(make_prompt_cache(stock), make_prompt_cache(model)) for _ in range(3)]
-        pending: list[tuple[mx.array, mx.array]] = []
-        for _ in range(chance.randrange(4, 16)):
-            mine, theirs = sequences[chance.randrange(3)]
-            tokens = mx.array([[chance.randrange(400)]])
-            pending.append((stock(tokens, cache=mine), model(tokens, cache=theirs)))
-            steps += 1
-            if chance.random() < 0.1:  # as speculative decoding rejects a draft
-                for cache in (*mine, *theirs):
-                    cache.trim(1)
-                taken_back += 1
-            if chance.random() < 0.1:
-                pending.clear()  # an abandoned pass
-            chance.shuffle(pending)
-            while len(pending) > chance.randrange(4):
-                expected, got = pending.pop()
-                compared += 1
-                if not mx.array_equal(expected, got).item():
-                    different.append(f"schedule {done} of seed {seed}: {name}")
-        passes += s.stats().run_ahead.passes
-        done += 1
-    for _, s in loaded.values():
-        s.close()
     return {
-        "schedules": done, "steps": steps, "compared": compared, "passes": passes,
-        "taken_back": taken_back, "different": different,
-    }  # fmt: skip
+        f"{name}, {share:.0%}": asdict(row)
+        for name, config in ways().items()
+        for share, row in decoding(folder, tokens, expected, config).items()
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--steps", type=int, default=40, help="decode steps (default: 40)")
+    parser.add_argument(
+        "--steps", type=int, default=40, help="decode steps; 0: schedules only (default: 40)"
+    )
     parser.add_argument("--schedules", type=int, default=1000, help="(default: 1000)")
     parser.add_argument("--seconds", type=float, default=90, help="longest for them (default: 90)")
     parser.add_argument("--seed", type=int, default=0)
@@ -140,11 +59,15 @@ def main() -> int:
     result: dict[str, Any] = {"in_place": in_place_works(), "decoding": {}}
     with tempfile.TemporaryDirectory() as work:
         tried = models(Path(work))
-        for name, folder in tried.items():
-            result["decoding"][name] = rows = decoding(folder, args.steps)
+        for name, folder in tried.items() if args.steps else ():
+            result["decoding"][name] = rows = every_way(folder, args.steps)
             print(name, len(rows), "settings", flush=True)
-        folder = tried["4-bit, bfloat16"]
-        result["schedules"] = schedules(folder, args.schedules, args.seconds, args.seed)
+        # A CPU is ten times faster in float32.
+        on_cpu = mx.default_device() == mx.cpu
+        folder = tried["unquantized, float32" if on_cpu else "4-bit, bfloat16"]
+        tried_ways = {k: v for k, v in ways().items() if k.startswith("run ahead") or "lots" in k}
+        ran = schedules(folder, tried_ways, args.schedules, args.seconds, args.seed)
+        result["schedules"] = asdict(ran)
     report(args.out, "exact", result)
     wrong = [
         f"{model}: {row}"

@@ -182,7 +182,7 @@ def main() -> None:
     experts, nbytes = EXPERT_BYTES[args.model]
     order = np.random.default_rng(0)
     weights = 1 / np.arange(1, args.words + 1)
-    text = order.choice(args.words, 400, p=weights / weights.sum())
+    text = order.choice(args.words, 10_000, p=weights / weights.sum())
     rows: dict[str, Any] = {}
     for share in map(float, args.shares.split(",")):
         slots = int(share * experts)
@@ -209,13 +209,15 @@ def main() -> None:
             compute = compute_seconds(model, s, text[: min(16, args.warm_up)].tolist())
             steps(model, make_prompt_cache(model), text[: args.warm_up].tolist())  # fills the cache
             whole = LAYERS[args.model] / layers  # from what was run to the whole model
+            at = args.warm_up  # every setting goes on in the text: none has just seen its part
             for drive in args.drives.split(","):
                 for way in args.ways.split(","):
                     name = f"{share:.0%}, {drive}, {way}"
                     rows[name] = measure(
-                        model, s, run_ahead, way, DRIVES[drive], text[args.warm_up :], args.tokens,
+                        model, s, run_ahead, way, DRIVES[drive], text[at:], args.tokens,
                         compute, whole,
                     )  # fmt: skip
+                    at += 12 + args.tokens
                     rows[name] |= {"layers": layers, "compute_ms": 1e3 * compute * whole}
                     r = rows[name]
                     print(
