@@ -42,8 +42,26 @@ def format_size(nbytes: float) -> str:
     return f"{nbytes:,.4g} TB"
 
 
+class _Unstated:
+    """Marks a default: an option that has one was not stated, even if it equals what was."""
+
+
+class _UnstatedInt(_Unstated, int):
+    pass
+
+
+class _UnstatedStr(_Unstated, str):
+    pass
+
+
 def _option(default: Any, help: str, **extra: Any) -> Any:
     return field(default=default, metadata={"help": help, **extra})
+
+
+def _tuned(default: int | str, help: str, **extra: Any) -> Any:
+    """An option that a profile may set where it was not stated. No result may depend on it."""
+    marked = _UnstatedInt(default) if isinstance(default, int) else _UnstatedStr(default)
+    return _option(marked, help, tuned=True, **extra)
 
 
 @dataclass(frozen=True)
@@ -51,7 +69,8 @@ class StreamConfig:
     """How experts are streamed. Sizes are bytes, or strings such as "24GB" or "24GiB".
 
     Frozen: `dataclasses.replace` makes a changed one. Command lines take the same options, `memory`
-    as `--memory` and so on. None of them changes a result.
+    as `--memory` and so on. None of them changes a result. A value that is given, even if it is the
+    default's, is stated: no profile changes it.
 
     Raises:
         StreamError: a value is not understood, or options contradict each other.
@@ -66,33 +85,33 @@ class StreamConfig:
         None,
         "bound for the expert cache alone, for example 24GB; overrides what --memory would leave.",
     )
-    policy: str = _option(
+    policy: str = _tuned(
         "lrfu",
         "which expert makes room: least used of late (lrfu), least recently used (lru), or S3-FIFO",
         choices=tuple(POLICIES),
     )
-    threads: int = _option(8, "reads in flight at once")
-    read_size: int | str = _option("4MiB", "longest single read; longer ones are shared out")
-    bypass_page_cache: str = _option(
+    threads: int = _tuned(8, "reads in flight at once")
+    read_size: int | str = _tuned("4MiB", "longest single read; longer ones are shared out")
+    bypass_page_cache: str = _tuned(
         "auto",
         "read past the system's page cache. auto: when the page cache could not hold the experts "
         "anyway; on is an error where the file system cannot",
         choices=("auto", "on", "off"),
     )
-    overlap: str = _option(
+    overlap: str = _tuned(
         "auto",
         "run experts while others are read: those that are there (on: and each lot as it arrives). "
         "auto: whatever is measured to be fastest",
         choices=("auto", "on", "off"),
     )
-    prefetch: str = _option(
+    prefetch: str = _tuned(
         "auto",
         "ask the next layers' routers early and read what they would choose into spare slots. "
         "auto: in each layer only while its steps are measured to be faster for it",
         choices=("auto", "on", "off"),
     )
-    prefetch_depth: int = _option(1, "how many expert layers ahead --prefetch asks")
-    run_ahead: str = _option(
+    prefetch_depth: int = _tuned(1, "how many expert layers ahead --prefetch asks")
+    run_ahead: str = _tuned(
         "auto",
         "map experts to slots on the device and check afterwards, instead of waiting for each "
         "layer's router. auto: on a GPU, in each layer while it is measured to pay; on: always",
@@ -140,6 +159,11 @@ class StreamConfig:
         choices=("auto", "off"),
     )
     progress: bool = _option(True, "show progress bars while loading")
+    profile: str = _option(
+        "auto",
+        "settings that mlx_streamexperts.tune found. auto: those for this model, machine and "
+        "budget, if there are any; off; or a profile's file. Stated options count more",
+    )
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -156,6 +180,16 @@ class StreamConfig:
             for size in value.split(",") if isinstance(value, str) else [value]:
                 if size is not None:
                     parse_size(size)
+
+    def stated(self, option: str) -> bool:
+        """Was this option given, or is its value a default that nobody wrote?
+
+        Args:
+            option: the name of one that can be tuned; of any other, whether it differs from its
+                default.
+        """
+        value, default = getattr(self, option), type(self).__dataclass_fields__[option].default
+        return not isinstance(value, _Unstated) if option in TUNED else value != default
 
     def for_rank(self, rank: int, ranks: int) -> StreamConfig:
         """What one rank of several goes by.
@@ -180,6 +214,10 @@ class StreamConfig:
         return replace(self, **own)
 
 
+TUNED = tuple(f.name for f in fields(StreamConfig) if f.metadata.get("tuned"))
+"""Options that a profile may set: how bytes come to memory, never what is computed from them."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add every `StreamConfig` option to a command line."""
     group = parser.add_argument_group("expert streaming")
@@ -189,7 +227,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if f.default is not None and not isinstance(f.default, bool):
             text += f" (default: {f.default})"
         number = isinstance(f.default, int) or "type" in f.metadata
-        kind: dict[str, Any] = {"type": int if number else str}
+        # No type for text: argparse would make a plain string of the default, a stated one.
+        kind: dict[str, Any] = {"type": int} if number else {}
         if f.name == "progress":
             flag, kind = "--no-progress", {"action": "store_false", "dest": "progress"}
             text = "show no progress bars"
@@ -199,6 +238,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             kind["choices"] = f.metadata["choices"]
         if flag not in parser._option_string_actions:  # mlx-lm has it, and means the same
             group.add_argument(flag, default=f.default, help=text, **kind)
+        if f.name == "profile":
+            group.add_argument(
+                "--no-profile", action="store_const", const="off", dest="profile",
+                help="the same as --profile off",
+            )  # fmt: skip
 
 
 def from_arguments(args: argparse.Namespace) -> StreamConfig:

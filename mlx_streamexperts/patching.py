@@ -26,7 +26,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from .accounts import alive, held
 from .checkpoint import read_header
 from .config import StreamConfig
-from .errors import CheckpointError, RankError, UnsupportedModelError
+from .errors import CheckpointError, RankError, StreamError, UnsupportedModelError
 from .guards import GUARDS
 from .hub import headers_only
 from .joint import meet, part_of_repository
@@ -35,6 +35,7 @@ from .locate import Located, locate, mentions_experts, original_load_model
 from .pipeline import wait_on_host
 from .planner import Plan
 from .prefetch import link
+from .profiles import Profile, with_profile
 from .progress import progress_bar
 from .ranks import Ranks
 from .runahead import install
@@ -110,7 +111,10 @@ def plan(
     with headers_only(str(path_or_hf_repo)) as (folder, _):
         merged = _merged(memory, cache, config)
         trust = {"trust_remote_code": trust_remote_code}
-        return locate(folder, merged, trust, as_converted=True).plan(merged)
+        located = locate(folder, merged, trust, as_converted=True)
+        planned = located.plan(merged)
+        merged, profile = with_profile(located.layers, merged, planned)
+        return planned if profile is None else located.plan(merged)
 
 
 def local_folder(
@@ -232,13 +236,21 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         if any(alive(s) for s in self.streams):
             config = replace(config, reserve=None)
         plan = located.plan(config, others)  # before anything is evaluated
-        self._put_in_place(located, plan, config, lazy)
+        config, profile = with_profile(located.layers, config, plan)
+        if profile is not None:
+            plan = located.plan(config, others)
+        self._put_in_place(located, plan, config, lazy, profile)
         return located.model, located.model_config
 
     def _load_part(
         self, ranks: Ranks, folder: Path, lazy: bool, arguments: dict[str, Any]
     ) -> tuple[nn.Module, dict[str, Any]]:
         """The same for one rank of several: every step succeeds on all of them, or on none."""
+        if self.config.profile not in ("auto", "off"):
+            raise StreamError(
+                f"profile={self.config.profile!r}: profiles are for one machine alone; load "
+                "without one"
+            )
         watch = Watch(ranks)
         try:
             located, plan, config = meet(ranks, folder, self.config, arguments)
@@ -257,7 +269,12 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         return located.model, located.model_config
 
     def _put_in_place(
-        self, located: Located, plan: Plan, config: StreamConfig, lazy: bool
+        self,
+        located: Located,
+        plan: Plan,
+        config: StreamConfig,
+        lazy: bool,
+        profile: Profile | None = None,
     ) -> ExpertStream:
         """Load the trunk and stream the experts of a model that was located."""
         model = located.model
@@ -268,6 +285,7 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         if config.prefetch != "off":
             link(model, located.layers, config.prefetch_depth, config.prefetch == "on")
         expert_stream = ExpertStream(located.layers, plan, config, located.model_config)
+        expert_stream.profile = profile
         if located.stage is not None:
             wait_on_host(model, located.stage)
             expert_stream.stage = located.stage

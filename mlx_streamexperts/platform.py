@@ -173,6 +173,14 @@ def device_memory_bytes(held: int = 0) -> int:
     return min(available_memory_bytes() + held, total_memory_bytes())
 
 
+def config_folder() -> Path:
+    """Where this user's programs keep their settings, by the system's convention."""
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support"
+    stated = os.environ.get("XDG_CONFIG_HOME", "")
+    return Path(stated) if os.path.isabs(stated) else Path.home() / ".config"
+
+
 def free_disk_bytes(folder: Path) -> int:
     """Bytes that can still be written to the file system of `folder`."""
     return shutil.disk_usage(folder).free

@@ -28,6 +28,7 @@ from .pipeline import Stage
 from .planner import Plan, check_resize, experts_per_token
 from .platform import available_memory_bytes, file_mark
 from .prefetch import SMALL_EXPERT_BYTES
+from .profiles import Profile
 from .progress import progress_bar
 from .ranks import Ranks
 from .reader import ExpertReader, ReadStats
@@ -57,8 +58,10 @@ class ExpertStream:
         run_ahead: runs steps that do not wait for each layer; None where that is off.
         stage: the decoder layers that are this rank's, where several machines share the model.
         ranks: those machines.
+        profile: the settings of an earlier `tune` that are in use; None where there are none.
     """
 
+    profile: Profile | None = None
     stage: Stage | None = None
     ranks: Ranks | None = None
     _watch: Watch | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -52,6 +53,12 @@ def assert_same(expected: list[np.ndarray], got: list[np.ndarray], what: str) ->
     assert len(expected) == len(got)
     for step, (a, b) in enumerate(zip(expected, got, strict=True)):
         assert np.array_equal(a, b), f"{what}: call {step}, off by {np.abs(a - b).max()}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_profiles(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What whoever runs the tests has tuned is left alone, by programs that tests start too."""
+    os.environ["STREAMEXPERTS_PROFILES"] = str(tmp_path_factory.mktemp("profiles"))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,515 @@
+"""Tuning: what is tried, what counts as better, what is refused, and that a ledger lasts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_streamexperts import (
+    StreamConfig,
+    StreamError,
+    demo_model,
+    generate,
+    load,
+    runner,
+    search,
+    tune,
+    tuner,
+)
+from mlx_streamexperts import stream as stream_of
+from mlx_streamexperts.ledger import Ledger
+from mlx_streamexperts.tune import Outcome, Run, Tuner
+
+SPACE = {"threads": (8, 1, 4, 16), "prefetch": ("auto", "off", "on"), "prefetch_depth": (1, 2),
+         "policy": ("lrfu", "lru")}  # fmt: skip
+GAINS = {"threads": {16: 1.3, 4: 0.8, 1: 0.5}, "prefetch": {"on": 0.7, "off": 1.2}}
+QUIET = ["--no-progress"]
+
+
+class Machine:
+    """A made-up one: speeds by the settings, a clock that a run moves on by a second.
+
+    Args:
+        noise: rates vary by so much, up and down.
+        change: what of a run is otherwise, by the setting that is on.
+    """
+
+    def __init__(
+        self, noise: float = 0.01, change: Callable[[dict[str, Any]], Any] = lambda s: {}
+    ) -> None:
+        self.runs: list[dict[str, Any]] = []
+        self.now = 0.0
+        self._random, self._noise, self._change = random.Random(1), noise, change
+
+    def run(self, settings: dict[str, Any]) -> Run:
+        self.runs.append(settings)
+        self.now += 1
+        speed = 10.0
+        for name, value in settings.items():
+            speed *= GAINS.get(name, {}).get(value, 1.0)
+        given = {
+            "rates": tuple(
+                k * speed * (1 + self._random.uniform(-self._noise, self._noise)) for k in (1, 2, 3)
+            ),
+            "first_token": (0.1, 0.2, 0.3), "tokens": "t", "logits": "l", "peak_bytes": 10,
+            "promised_bytes": 20, "read_bytes": 1000, "hit_rate": 0.5,
+        }  # fmt: skip
+        return Run(**{**given, **(self._change(settings) or {})})
+
+    def clock(self) -> float:
+        return self.now
+
+    def tuner(self, ledger: Ledger | None = None, **options: Any) -> Tuner:
+        options = {"seconds": 1e9, "clock": self.clock, **options}
+        return Tuner(self.run, SPACE, ledger, **options)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "ledger.jsonl"
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_the_best_combination_is_found_and_wins_again(file: Path) -> None:
+    machine = Machine()
+    with Ledger(file, {"model": "m"}) as ledger:
+        outcome = machine.tuner(ledger).tune()
+    assert outcome.settings.items() >= {"threads": 16, "prefetch": "off"}.items()
+    assert outcome.gain == pytest.approx(1.3 * 1.2, rel=0.02)
+    assert outcome.verified
+    assert outcome.ended == "nothing left to try"
+    assert not outcome.disqualified
+    first, *records = lines(file)
+    assert first == {"ledger": 1, "model": "m"}
+    assert [r["trial"] for r in records] == list(range(len(records)))
+    tried = [r["settings"] for r in records if r["phase"] == "search"]
+    assert len({search.key(s) for s in tried}) == len(tried) == outcome.trials
+    # Every one of 4 x 2 combinations with prefetch off, whose depth means nothing, and 4 x 2 x 2 x
+    # 2 with it, but for the defaults.
+    assert len(tried) == 8 + 32 - 1
+    assert not any(s.get("prefetch") == "off" and "prefetch_depth" in s for s in tried)
+    singles = [{n: v} for n, values in SPACE.items() for v in values[1:]]
+    assert tried[: len(singles)] == singles  # each alone at first, so that the ledger tells
+    for r in records:
+        assert r["phase"] != "search" or r["kept"] == (r["ratio"] > 1 + r["noise"])
+
+
+def test_the_defaults_run_before_and_after_every_candidate() -> None:
+    machine = Machine()
+    machine.tuner(trials=5).tune()
+    assert machine.runs[:5] == [{}] * 4 + machine.runs[4:5]
+    for a, b in itertools.pairwise(machine.runs[3:]):
+        assert (a == {}) != (b == {})
+
+
+def test_noise_is_not_taken_for_a_gain() -> None:
+    """Sixty per cent up and down: no factor of 1.3 is beyond it."""
+    outcome = Machine(noise=0.6).tuner(trials=12).tune()
+    assert outcome.spread > 0.3
+    assert (outcome.settings, outcome.gain) == ({}, 1.0)
+
+
+def test_one_lucky_run_is_not_verified(file: Path) -> None:
+    lucky: list[int] = []
+
+    def luck(settings: dict[str, Any]) -> Any:
+        if settings == {"policy": "lru"}:
+            lucky.append(1)
+            return {"rates": (100, 200, 300)} if len(lucky) == 1 else None
+        return {"rates": (10, 20, 30)} if settings else None
+
+    with Ledger(file, {}) as ledger:
+        outcome = Machine(change=luck).tuner(ledger, trials=9).tune()
+    assert outcome.settings == {}
+    verify = [r for r in lines(file) if r.get("phase") == "verify"]
+    assert [r["settings"] for r in verify] == [{"policy": "lru"}] * 2
+    assert not any(r["kept"] for r in verify)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"tokens": "other"}, "other greedy tokens"),
+        ({"logits": "other"}, "other logits"),
+        ({"peak_bytes": 21}, "held 21 bytes, 20 were promised"),
+    ],
+)
+def test_other_results_or_too_much_memory_disqualify(
+    change: dict[str, Any], why: str, file: Path
+) -> None:
+    """However fast it is."""
+    told: list[dict[str, Any]] = []
+
+    def wrong(settings: dict[str, Any]) -> Any:
+        return change if settings.get("threads") == 16 else None
+
+    with Ledger(file, {}) as ledger:
+        outcome = Machine(change=wrong).tuner(ledger, on_record=told.append).tune()
+    assert "threads" not in outcome.settings
+    assert outcome.settings["prefetch"] == "off"
+    records = [r for r in lines(file)[1:] if r["settings"].get("threads") == 16]
+    assert outcome.disqualified == records
+    assert records
+    for r in records:
+        assert (r["kept"], r["disqualified"]) == (False, True)
+        assert why in r["why"]
+    assert told == lines(file)[1:]
+
+
+def test_a_slower_first_token_is_no_gain() -> None:
+    def slow(settings: dict[str, Any]) -> Any:
+        return {"first_token": (1, 2, 3)} if settings.get("threads") == 16 else None
+
+    machine = Machine(change=slow)
+    assert "10.00 times as long" in machine.tuner().once({"threads": 16})["why"]
+    assert "threads" not in machine.tuner().tune().settings
+
+
+def test_a_trial_that_fails_is_recorded_and_skipped(file: Path) -> None:
+    def fail(settings: dict[str, Any]) -> Any:
+        if settings.get("threads") == 16:
+            raise OSError("drive is gone")
+        return {}
+
+    with Ledger(file, {}) as ledger:
+        outcome = Machine(change=fail).tuner(ledger).tune()
+    assert outcome.settings.items() >= {"prefetch": "off"}.items()
+    assert not outcome.disqualified
+    failed = [r for r in lines(file)[1:] if r["settings"].get("threads") == 16]
+    assert failed
+    assert {r["why"] for r in failed} == {"failed: OSError: drive is gone"}
+    assert {r["kept"] for r in failed} == {False}
+
+
+@pytest.mark.parametrize(
+    "stock", [("other", "l"), ("t", "other"), ("other", None)], ids=["tokens", "logits", "device"]
+)
+def test_defaults_that_differ_from_stock_end_it(stock: tuple[str, str | None]) -> None:
+    with pytest.raises(StreamError, match="than mlx-lm without streaming"):
+        Machine().tuner(stock=lambda: stock).tune()
+
+
+def test_stock_may_say_nothing_of_logits() -> None:
+    assert Machine().tuner(stock=lambda: ("t", None), trials=1).tune().trials == 1
+
+
+def test_defaults_that_fail_end_it() -> None:
+    def fail(settings: dict[str, Any]) -> Any:
+        raise StreamError("no drive")
+
+    with pytest.raises(StreamError, match="no drive"):
+        Machine(change=fail).tuner().tune()
+
+
+def test_time_is_kept_verification_included() -> None:
+    machine = Machine()
+    outcome = machine.tuner(seconds=20).tune()
+    assert outcome.ended == "time"
+    assert outcome.verified
+    assert 14 < machine.now <= 20
+
+
+def test_ctrl_c_ends_with_what_was_found(file: Path) -> None:
+    def stop(settings: dict[str, Any]) -> Any:
+        if len(machine.runs) == 24:
+            raise KeyboardInterrupt
+        return {}
+
+    machine = Machine(change=stop)
+    with Ledger(file, {}) as ledger:
+        outcome = machine.tuner(ledger).tune()
+    assert outcome.ended == "interrupted"
+    assert outcome.gain > 1.25
+    assert not outcome.verified
+    with Ledger(file, {}, resume=True) as ledger:
+        assert Machine().tuner(ledger).tune().verified
+
+    def at_once(settings: dict[str, Any]) -> Any:
+        raise KeyboardInterrupt
+
+    assert Machine(change=at_once).tuner().tune() == Outcome(ended="interrupted")
+
+
+def test_a_run_goes_on_where_it_was(file: Path) -> None:
+    with Ledger(file, {}) as ledger:
+        assert Machine().tuner(ledger, trials=5).tune().trials == 5
+    whole = file.read_bytes()
+    with file.open("ab") as f:
+        f.write(whole.splitlines()[-1][:37])  # cut off in the middle of a line
+    machine = Machine()
+    with Ledger(file, {}, resume=True) as ledger:
+        assert ledger.torn
+        outcome = machine.tuner(ledger, trials=12).tune()
+    assert outcome.trials == 12
+    assert file.read_bytes().startswith(whole)
+    tried = [r["settings"] for r in lines(file)[1:] if r["phase"] == "search"]
+    assert len({search.key(s) for s in tried}) == 12
+    assert outcome.gain > 1.25  # threads=16, of the first session
+
+
+def test_results_of_an_earlier_session_must_come_again(file: Path) -> None:
+    with Ledger(file, {}) as ledger:
+        Machine().tuner(ledger, trials=1).tune()
+    changed = Machine(change=lambda s: {"tokens": "other"})
+    with (
+        Ledger(file, {}, resume=True) as ledger,
+        pytest.raises(StreamError, match="other greedy tokens"),
+    ):
+        changed.tuner(ledger).tune()
+
+
+def test_a_ledger_is_never_lost_or_mixed_up(file: Path) -> None:
+    with Ledger(file, {"model": "a", "tuple": (1, 2)}) as ledger:
+        ledger.append({"n": 1})
+    before = file.read_bytes()
+    with pytest.raises(StreamError, match=r"--resume goes on with it, --overwrite begins anew"):
+        Ledger(file, {"model": "a"})
+    with pytest.raises(StreamError, match="model was 'a', now it is 'b'"):
+        Ledger(file, {"model": "b", "tuple": (1, 2)}, resume=True)
+    assert file.read_bytes() == before
+    with Ledger(file, {"model": "a", "tuple": (1, 2)}, resume=True) as ledger:
+        assert (ledger.records, ledger.torn) == ([{"n": 1}], False)
+    with Ledger(file, {"model": "b"}, overwrite=True) as ledger:
+        assert ledger.records == []
+    assert lines(file) == [{"ledger": 1, "model": "b"}]
+    for text in ("no JSON\n{}\n", "[]\n{}\n", '{"ledger": 99}\n', '{"led', "", "\n"):
+        file.write_text(text)
+        if text:
+            with pytest.raises(StreamError, match="ledger of trials"):
+                Ledger(file, {}, resume=True)
+        else:  # made, and the power went before its first line
+            Ledger(file, {}, resume=True).close()
+
+
+def test_a_line_is_on_the_drive_when_its_trial_ends(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr("os.fsync", lambda fd: synced.append(len(lines(file))))
+    with Ledger(file, {}) as ledger:
+        Machine().tuner(ledger, trials=2).tune()
+    assert synced[0] == 1
+    assert sorted(set(synced)) == list(range(1, len(lines(file)) + 1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"context_tokens": 1}, "is no setting to tune"), ({"threads": "16"}, "such as 8"),
+     ({"threads": True}, "such as 8"), ({"policy": 3}, "such as 'lrfu'")],
+)  # fmt: skip
+def test_only_what_changes_no_result_can_be_tried(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(StreamError, match=message):
+        Machine().tuner().once(settings)
+
+
+def test_without_optuna_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(StreamError, match=r"mlx-streamexperts\[tune\]"):
+        Machine().tuner().tune()
+    assert Machine().tuner().once({"threads": 16})["kept"]  # needs no search
+
+
+def test_importing_the_package_and_its_commands_imports_no_optuna() -> None:
+    code = "import sys, mlx_streamexperts.tune as t; print(t.setup_arg_parser, *sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "mlx_streamexperts.tuner" in out.stdout
+    assert "optuna" not in out.stdout
+
+
+def test_prompts_of_a_file(tmp_path: Path) -> None:
+    text, jsonl = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    text.write_text("one\nline more\n\n\n\ntwo\n")
+    assert runner.read_prompts(text) == ["one\nline more", "two"]
+    jsonl.write_text('{"prompt": "one"}\n\n"two"\n')
+    assert runner.read_prompts(jsonl) == ["one", "two"]
+    for bad in ("\n", "{}\n", "3\n", "no JSON\n"):
+        jsonl.write_text(bad)
+        with pytest.raises(StreamError, match=r"line 1|no prompts"):
+            runner.read_prompts(jsonl)
+    with pytest.raises(StreamError, match="cannot be read"):
+        runner.read_prompts(tmp_path / "none.txt")
+    assert len(set(runner.shipped_prompts())) == 4
+
+
+SHORT = ["--tokens", "3", "--warm-up", "2", "--seed", "1", *QUIET]
+
+
+@pytest.fixture
+def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("STREAMEXPERTS_PROFILES", str(tmp_path / "profiles"))
+    return tmp_path / "profiles"
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> list[str]:
+    file = tmp_path / "prompts.txt"
+    file.write_text("In the beginning\n\ndef main(\n")
+    return ["--prompts", str(file)]
+
+
+def test_the_embedded_model_is_tuned_for_real(
+    profiles: Path, prompts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Within a budget, the cache's share included."""
+    arguments = ["--memory", "90MB", *SHORT, *prompts]
+    assert tune.main([*arguments, "--trials", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert "Trials: 2, as many as were asked for" in out
+    (ledger,) = profiles.glob("*.jsonl")
+    assert str(ledger) in err
+    first, baseline, *trials = lines(ledger)
+    assert first["place"]["budget"] == {"memory": 90_000_000, "cache": None}
+    assert first["page_cache"].startswith("kept")
+    assert baseline["same_as_stock"] is None  # that would not fit
+    assert [t["settings"] for t in trials[:2]] == [{"cache_share": 0.85}, {"cache_share": 0.7}]
+    for t in trials:
+        assert not t["disqualified"]
+        assert 0 < t["peak_bytes"] <= t["promised_bytes"] == 90_000_000
+        assert t["read_bytes"] > 0
+        assert 0 < t["hit_rate"] < 1
+        assert t["tokens_per_s"] > 0
+        assert t["first_token_seconds"] > 0
+    assert tune.main(arguments) == 1
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_what_wins_is_saved_and_picked_up(
+    profiles: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The speeds are made up, all else is real."""
+    machine = Machine()
+    monkeypatch.setattr(runner.Runner, "run", lambda self, settings: machine.run(settings))
+    monkeypatch.setattr(runner.Runner, "stock", lambda self: None)
+    assert tune.main([*SHORT, *prompts, "--policy", "lrfu", "--trials", "20"]) == 0
+    out = capsys.readouterr().out
+    (file,) = profiles.glob("*.json")
+    assert f"Profile: {file}" in out
+    assert "(verified)" in out
+    content = json.loads(file.read_text())
+    settings, measured = content["settings"], content["measured"]
+    assert settings["threads"] == 16
+    assert "policy" not in settings  # stated
+    assert measured["gain"] > 1.25
+    assert measured["verified"]
+    assert measured["prompts"] == 2
+    assert content["machine"]["cores"] >= 1
+    assert set(content["libraries"]) == {"mlx", "mlx-lm", "mlx-streamexperts"}
+    model, _ = load(str(demo_model()), cache="10MB", config=StreamConfig(progress=False))
+    with stream_of(model) as s, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert s.profile is not None
+        assert s.profile.settings == settings
+        assert s.config.threads == 16
+    assert generate.main(["-p", "In", "-m", "2", *QUIET]) == 0
+    assert f"Profile: {file.name}: " in capsys.readouterr().out
+
+
+def test_one_trial_is_one_line(
+    profiles: Path, prompts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = ["--once", '{"threads": 2, "overlap": "auto"}']
+    assert tune.main([*SHORT, *prompts, *one]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["settings"] == {"threads": 2}
+    assert record["ratio"] > 0
+    assert not record["disqualified"]
+    assert not profiles.exists()
+
+
+def test_the_results_are_compared_with_stock(
+    file: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it fits; one of its own tokens changed is noticed."""
+    arguments = [*SHORT, *prompts, "--ledger", str(file), "--once", '{"threads": 2}']
+    assert tune.main(arguments) == 0
+    assert lines(file)[1]["same_as_stock"] is True
+    assert lines(file)[2]["kept"] in (True, False)
+    before = runner.Runner._stock_digests
+    monkeypatch.setattr(
+        runner.Runner, "_stock_digests", lambda self: (before(self)[0], "one bit is another")
+    )
+    assert tune.main([*arguments, "--overwrite"]) == 1
+    assert len(lines(file)) == 1
+
+
+def test_a_dry_run_loads_nothing(
+    profiles: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runner.Runner, "run", None)
+    assert tune.main(["--memory", "90MB", "--threads", "8", "--dry-run", *QUIET]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert "threads" not in said["space"]
+    assert said["space"]["cache_share"][0] == 1.0
+    assert Path(said["profile"]).parent == profiles
+    assert not profiles.exists()
+    assert tune.main(["--cache", "10MB", "--dry-run", *QUIET]) == 0
+    assert "cache_share" not in json.loads(capsys.readouterr().out)["space"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--memory", "1GB"], "all experts are resident"),
+        (["--tokens", "1"], "at least 2"),
+        (["--pipeline"], "one machine"),
+        (["--once", '{"context_tokens": 1}'], "no setting to tune"),
+        (["--prompts", "/no/such/file"], "cannot be read"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    arguments: list[str], message: str, profiles: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tune.main([*QUIET, *arguments]) == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("arguments", [["--once", "[]"], ["--once", "{"], ["--time-limit", "soon"]])
+def test_what_cannot_be_parsed_is_refused(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        tune.main(arguments)
+
+
+def test_times() -> None:
+    assert [tune._seconds(t) for t in ("90", "90s", "1.5m", "2h")] == [90, 90, 90, 7200]
+
+
+def test_the_page_cache_is_dropped_before_each_run(
+    monkeypatch: pytest.MonkeyPatch, prompts: list[str]
+) -> None:
+    dropped: list[Path] = []
+
+    def drop(path: Path) -> bool:
+        dropped.append(path)
+        return True
+
+    monkeypatch.setattr(runner, "drop_page_cache", drop)
+    work = runner.Workload(("In the",), 2, 1, "drop")
+    r = runner.Runner(demo_model(), StreamConfig(cache="10MB"), work)
+    dropped.clear()
+    run = r.run({})
+    assert {p.name for p in dropped} == {Path(f).name for f in r._files}
+    assert run.tokens == r.stock()[0]  # type: ignore[index]
+    monkeypatch.setattr(runner, "drop_page_cache", lambda path: False)
+    with pytest.raises(StreamError, match="cannot be asked"):
+        runner.Runner(demo_model(), StreamConfig(cache="10MB"), work)
+
+
+def test_the_noise_is_what_nine_of_ten_pairs_stay_below() -> None:
+    t = Machine().tuner()
+    assert t.spread == float("inf")
+    t._noise = [0.01 * i for i in range(1, 11)]
+    assert t.spread == pytest.approx(0.09)
+    assert tuner._NOISE_SHARE == 0.9
