@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ _ITEM_BYTES = {
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
 _MAX_SIZE = 2**63 - 1  # no file is longer; larger numbers are refused unprinted
 _MOST_LAYERS = 1000  # Kimi K2.5 has 61
+# Not every "layer" in a key counts them: Gemma has vocab_size_per_layer_input of 262144.
+_LAYER_COUNT = re.compile(r"(n|num)_(\w+_)?layers?$")
 INDEX = "model.safetensors.index.json"
 CONVERSION = "convert.json"  # there from a conversion's start on, while config.json comes last
 
@@ -198,7 +201,7 @@ def _check_numbers(file: Path, config: dict[str, Any], depth: int = 0) -> None:
         if isinstance(value, dict) and depth < 4:
             _check_numbers(file, value, depth + 1)
         # mlx-lm builds as many layers as are asked for before it looks for their weights.
-        elif "layer" in key and isinstance(value, int) and value > _MOST_LAYERS:
+        elif _LAYER_COUNT.match(key) and isinstance(value, int) and value > _MOST_LAYERS:
             raise CheckpointError(f"{file}: {key} is {value}, more than any model has")
         # MLX 0.32 divides by it: the process ends with SIGFPE.
         elif key in ("bits", "group_size") and isinstance(value, int | float) and value < 1:

@@ -258,3 +258,14 @@ def test_mutated_files(name: str, targets: dict[str, Any]) -> None:
 
     run(seeds[0])  # the sound one is accepted
     once()
+
+
+def test_numbers_that_only_sound_like_layers(folder: Path) -> None:
+    """Gemma has vocab_size_per_layer_input of 262144."""
+    change(
+        folder / "config.json", vocab_size_per_layer_input=262_144, hidden_size_per_layer_input=2048
+    )
+    planned(folder)
+    change(folder / "config.json", num_hidden_layers=10**6)
+    with pytest.raises(CheckpointError, match="num_hidden_layers is 1000000"):
+        planned(folder)
