@@ -66,8 +66,15 @@ class Bank:
         self._staged: dict[tuple[str, int], np.ndarray] = {}
         self._readers: list[mx.array] = []
         for name, t in tensors.items():
-            array = mx.zeros((slots, *t.shape), t.dtype)  # [slots, ...]
-            mx.eval(array)
+            try:
+                array = mx.zeros((slots, *t.shape), t.dtype)  # [slots, ...]
+                mx.eval(array)
+            except (MemoryError, RuntimeError) as e:
+                needed = slots * total_bytes(list(tensors.values()))
+                raise StreamError(
+                    f"no memory for {needed:,} bytes of expert slots ({e}): give the cache less, "
+                    "or close what else uses memory; then resize the cache, or load again"
+                ) from e
             setattr(t.module, t.attribute, array)
             if in_place:
                 self._bytes[name] = byte_view(array)
@@ -99,6 +106,10 @@ class Bank:
             array = getattr(t.module, t.attribute)
             array[slot] = mx.array(staged).view(t.dtype).reshape(t.shape)
             mx.eval(array)
+        self._staged.clear()
+
+    def discard(self) -> None:
+        """Forget staged bytes."""
         self._staged.clear()
 
     def settle(self) -> None:

@@ -77,9 +77,8 @@ class ExpertCache:
         self.slot_of = np.full(experts, -1, np.int32)
         self.stats = CacheStats()
         self.version = 0
-        self._policy = (POLICIES[policy] if isinstance(policy, str) else policy)(
-            experts, self.slots
-        )
+        self._make_policy = POLICIES[policy] if isinstance(policy, str) else policy
+        self._policy = self._make_policy(experts, self.slots)
         self._free = list(range(self.slots - 1, -1, -1))  # popped from the end: slot 0 first
         self._seen = np.zeros(experts, bool)
         self._hits: list[np.ndarray] = []  # calls that the policy does not know of yet
@@ -243,6 +242,15 @@ class ExpertCache:
             return [(wave, []) for wave in waves]
         before: list[list[int]] = [[], *waves]
         return [(wave, [*stay, *last]) for wave, last in zip(waves, before, strict=False)]
+
+    def clear(self) -> None:
+        """Empty every slot, whatever state the map was left in."""
+        self.slot_of[:] = -1
+        self.version += 1
+        self._policy = self._make_policy(self.experts, self.slots)
+        self._free = list(range(self.slots - 1, -1, -1))
+        self._ahead.clear()
+        self._hits.clear()
 
     def drop(self, expert: int) -> None:
         """Empty the expert's slot: its bytes never arrived."""

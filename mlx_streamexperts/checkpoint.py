@@ -26,6 +26,7 @@ _ITEM_BYTES = {
 }  # fmt: skip
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
 _MAX_SIZE = 2**63 - 1  # no file is longer; larger numbers are refused unprinted
+_MOST_LAYERS = 1000  # Kimi K2.5 has 61
 INDEX = "model.safetensors.index.json"
 CONVERSION = "convert.json"  # there from a conversion's start on, while config.json comes last
 
@@ -179,13 +180,29 @@ def check_model_folder(folder: Path) -> None:
 
     Raises:
         CheckpointError: there is none; says so where a conversion into the folder is unfinished.
+            Or it is no JSON object, or of more layers than any model has.
     """
     if (folder / "config.json").is_file():
+        file = folder / "config.json"
+        _check_numbers(file, read_json_object(file, "a model's configuration"))
         return
     reason = "not a model folder"
     if (folder / CONVERSION).is_file():
         reason = "a conversion into this folder is unfinished; run the same command again to go on"
     raise CheckpointError(f"{folder / 'config.json'} is missing: {reason}")
+
+
+def _check_numbers(file: Path, config: dict[str, Any], depth: int = 0) -> None:
+    """Refuse what takes mlx-lm or MLX down, or up all memory, before they raise an error."""
+    for key, value in config.items():
+        if isinstance(value, dict) and depth < 4:
+            _check_numbers(file, value, depth + 1)
+        # mlx-lm builds as many layers as are asked for before it looks for their weights.
+        elif "layer" in key and isinstance(value, int) and value > _MOST_LAYERS:
+            raise CheckpointError(f"{file}: {key} is {value}, more than any model has")
+        # MLX 0.32 divides by it: the process ends with SIGFPE.
+        elif key in ("bits", "group_size") and isinstance(value, int | float) and value < 1:
+            raise CheckpointError(f"{file}: {key} is {value}")
 
 
 def read_header(file: Path) -> list[TensorEntry]:
@@ -212,7 +229,7 @@ def read_header(file: Path) -> list[TensorEntry]:
     except OSError as e:
         raise CheckpointError(f"{file}: cannot read the header: {e.strerror}") from e
     try:
-        header = json.loads(raw)
+        header = json.loads(raw, object_pairs_hook=_named_once)
     except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{file}: the header is not valid JSON: {e}") from e
     if not isinstance(header, dict):
@@ -237,12 +254,18 @@ def header_identity(file: Path) -> dict[str, Any]:
     """What tells one shard from another without reading its data: size, and digest of the header.
 
     Two fine-tunes of one model may have the same.
+
+    Raises:
+        CheckpointError: it cannot be read.
     """
-    with file.open("rb") as f:
-        start = f.read(8)
-        header = f.read(int.from_bytes(start, "little"))
-    digest = hashlib.sha256(start + header).hexdigest()
-    return {"bytes": file.stat().st_size, "header_sha256": digest}
+    try:
+        with file.open("rb") as f:
+            start = f.read(8)
+            header = f.read(min(int.from_bytes(start, "little"), MAX_HEADER_BYTES))
+        size = file.stat().st_size
+    except OSError as e:
+        raise CheckpointError(f"{file}: cannot read the header: {e.strerror}") from e
+    return {"bytes": size, "header_sha256": hashlib.sha256(start + header).hexdigest()}
 
 
 def _entry(file: Path, name: str, spec: Any, data_start: int) -> TensorEntry:
@@ -277,12 +300,24 @@ def read_json_object(file: Path, holding: str) -> dict[str, Any]:
         CheckpointError: it cannot be read, or holds something else.
     """
     try:
-        content = json.loads(file.read_text())
+        if (size := file.stat().st_size) > MAX_HEADER_BYTES:
+            raise ValueError(f"{size:,} bytes, more than {MAX_HEADER_BYTES:,}")
+        content = json.loads(file.read_text("utf-8"), object_pairs_hook=_named_once)
     except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(f"{file}: not readable as JSON: {e}") from e
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: not a JSON object with {holding}")
     return content
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; one that names a thing twice means one thing to us and another to others."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice[:200]!r} is there twice")
+    return found
 
 
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:

@@ -17,6 +17,8 @@ from . import platform
 from .errors import ExpertReadError
 from .ranges import ByteRange
 
+_REPLACED = "the file was replaced by another one after the model was loaded"
+
 _SHORT_COPY_BYTES = 32 << 10  # copied in the time it takes to let other threads run
 
 
@@ -25,19 +27,19 @@ class ShardFiles:
 
     Args:
         direct: bypass the page cache.
+        expected: which file each path was when the model was loaded; see `platform.file_mark`.
     """
 
-    def __init__(self, direct: bool) -> None:
-        self.direct = direct
+    def __init__(self, direct: bool, expected: dict[str, tuple[int, ...]]) -> None:
+        self.direct, self._expected = direct, expected
         self._files: dict[str, tuple[int, int]] = {}  # path -> (descriptor, alignment)
         self._lock = threading.Lock()
         self._local = threading.local()
 
     def close(self) -> None:
         """Close all descriptors; nobody may be reading."""
-        for fd, _ in self._files.values():
-            os.close(fd)
-        self._files.clear()
+        while self._files:
+            os.close(self._files.popitem()[1][0])
 
     def read(self, ranges: Sequence[ByteRange]) -> int:
         """Read ranges that lie side by side in one file; returns the number of system calls.
@@ -117,6 +119,10 @@ class ShardFiles:
                             known = platform.open_buffered(Path(first.file)), 1
                     except OSError as e:
                         raise ExpertReadError(*label(first), first.offset, e.errno) from e
+                    expected = self._expected.get(first.file)
+                    if expected and not platform.same_file(expected, platform.file_mark(known[0])):
+                        os.close(known[0])
+                        raise ExpertReadError(*label(first), first.offset, None, _REPLACED)
                     self._files[first.file] = known
         return known
 

@@ -37,6 +37,12 @@ if TYPE_CHECKING:
 # calls (100 to 200 us on a CPU), so that small experts are better run whole.
 WAYS = ("whole", "halves", "lots")
 
+_CLOSED = "this model's expert stream is closed"
+_FORKED = (
+    "this process was forked after the model was loaded, and threads and devices do not survive a "
+    "fork: load the model in the new process, or start it by multiprocessing's 'spawn'"
+)
+
 
 @dataclass(slots=True)
 class LayerStats:
@@ -99,6 +105,8 @@ class ExpertLayer:
         run_ahead: runs steps that do not wait for this layer; None where there are none.
         chosen: the last call's experts.
         lacked: one of them was not there when the layer was asked.
+        closed, why_closed: calls raise `StreamError`, and what that says.
+        calling: a call has the lock (or had, and raised): no time for guesses.
     """
 
     def __init__(
@@ -117,7 +125,8 @@ class ExpertLayer:
         self.run_ahead: RunAhead | None = None
         self.chosen: list[int] = []
         self.lacked = False
-        self.closed = True
+        self.closed, self.why_closed = True, _CLOSED
+        self.calling = False  # a call has the lock, or was interrupted
         self._pace = Pace(Trial(WAYS, WAYS[0]))
         # A GPU backend may choose its kernel by the number of rows (MLX's CUDA backend does at 8),
         # and another kernel sums in another order. The CPU backend computes row by row.
@@ -147,9 +156,11 @@ class ExpertLayer:
             callers: which threads call the model, for all of its layers.
         """
         with self.lock:
-            self.closed = self.resident = False
+            self.closed, self.resident = True, False  # until all is there
+            self.why_closed = "a change of its cache was interrupted; call resize again"
             self._pace, self._callers = pace, callers
             self.slots.open(slots, reader, policy, in_place)
+            self.closed = False
 
     def load_all(self) -> Iterator[int]:
         """Read every expert into the slot of its own index; yields bytes read as it goes.
@@ -174,8 +185,13 @@ class ExpertLayer:
     def close(self) -> None:
         """Free the slots; later calls raise `StreamError`."""
         with self.lock:
-            self.closed, self.resident = True, False
+            self.closed, self.resident, self.why_closed = True, False, _CLOSED
             self.slots.close()
+
+    def disown(self) -> None:
+        """In a process that was forked: never touch slots, reader or device again."""
+        self.closed, self.resident, self.why_closed = True, False, _FORKED
+        self.lock = threading.RLock()
 
     def reset(self) -> None:
         """Set every counter to zero."""
@@ -201,7 +217,7 @@ class ExpertLayer:
                 self.record(np.array(indices))
             return self.switch(x, indices)
         if self.closed:
-            raise StreamError(f"{self.name}: this model's expert stream is closed")
+            raise StreamError(f"{self.name}: {self.why_closed}")
         run_ahead = self.run_ahead
         if run_ahead is not None and run_ahead.thread == threading.get_ident():
             return run_ahead.through(self, x, indices)
@@ -227,6 +243,7 @@ class ExpertLayer:
         self._pace.tick(began)
         shared = self._callers.note()
         with self.lock:
+            self.calling = True
             needed = self.count(experts)
             if len(needed) > self.cache.slots:
                 self.lacked = True
@@ -243,6 +260,7 @@ class ExpertLayer:
                 if self.awaited is not None:
                     self.awaited.arrived()
             y = self.slots.bank.reading(y, eager=shared)
+            self.calling = False
         if shared:
             self._callers.evaluated()
         return y
@@ -294,7 +312,7 @@ class ExpertLayer:
                     start = self.spent("build", start)
                     ready = arrivals.some() if way == "lots" else arrivals.all()
                     start = self.spent("wait", start)
-            except BaseException:
+            except Exception:
                 arrivals.abandon()
                 raise
             if split.begun:

@@ -30,7 +30,14 @@ from mlx_lm.models.switch_layers import (
 )
 
 from .bank import SlotTensor
-from .checkpoint import Checkpoint, ExpertTable, TensorEntry, check_model_folder, read_checkpoint
+from .checkpoint import (
+    Checkpoint,
+    ExpertTable,
+    TensorEntry,
+    check_model_folder,
+    read_checkpoint,
+    read_json_object,
+)
 from .config import StreamConfig
 from .errors import CheckpointError, StreamError, UnsupportedModelError
 from .layer import ExpertLayer
@@ -73,15 +80,23 @@ class Located:
 
         Raises:
             BudgetError: it is too small; says the smallest that works.
+            CheckpointError: the model's configuration makes no sense.
         """
-        needs = layer_needs(self.layers, self.model_config)
-        model_config = self.model_config
-        if self.stage is not None:  # only its own layers have a KV cache
-            own = self.stage.end - self.stage.start
-            model_config = {**text_config(model_config), "num_hidden_layers": own}
-            model_config["text_config"] = None
-            model_config["model_type"] = self.model_config.get("model_type")
-        return divide(self.sizes, needs, self.item_bytes, model_config, config, held)
+        try:
+            needs = layer_needs(self.layers, self.model_config)
+            model_config = self.model_config
+            if self.stage is not None:  # only its own layers have a KV cache
+                own = self.stage.end - self.stage.start
+                model_config = {**text_config(model_config), "num_hidden_layers": own}
+                model_config["text_config"] = None
+                model_config["model_type"] = self.model_config.get("model_type")
+            return divide(self.sizes, needs, self.item_bytes, model_config, config, held)
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as e:
+            if isinstance(e, StreamError):
+                raise
+            raise CheckpointError(
+                f"{self.shards[0].parent / 'config.json'}: its numbers make no sense: {e!r}"
+            ) from e
 
 
 def locate(
@@ -190,10 +205,11 @@ def load_remembering(
         if custom is not None:
             arguments["model_config"] = overrides
             arguments["get_model_classes"] = lambda config: _remembering(custom, seen)
-        return *original_load_model(folder, True, **arguments), seen
+        with _quantize_lock, mock.patch.object(mx, "quantize", _checked_quantize):
+            return *original_load_model(folder, True, **arguments), seen
     except StreamError:
         raise
-    except (ValueError, KeyError, TypeError) as e:
+    except Exception as e:  # config.json may hold anything, and mlx-lm trusts it
         raise _not_loaded(folder, e) from e
 
 
@@ -209,7 +225,9 @@ def _not_loaded(folder: Path, error: Exception) -> StreamError:
     else:
         lines = str(error).splitlines()  # one for each of thousands of tensors, perhaps
         rest = f" (and {len(lines) - 4} more)" if len(lines) > 4 else ""
-        reason = " ".join(lines[:4]) + rest
+        reason = " ".join(lines[:4])[:2000] + rest
+        if not isinstance(error, ValueError):
+            reason = f"{type(error).__name__}: {reason}"
         return CheckpointError(f"{folder}: mlx-lm cannot load this checkpoint: {reason}")
     return UnsupportedModelError(
         f"{folder}: {found}. mlx-lm cannot load such a checkpoint, so that it can be neither "
@@ -220,14 +238,28 @@ def _not_loaded(folder: Path, error: Exception) -> StreamError:
 
 def _quantized_by(folder: Path) -> str | None:
     """The method that config.json names for a quantization that is not MLX's."""
-    config = mlx_lm.utils.load_config(folder)
-    for place in (config, config.get("text_config") or {}):
-        if isinstance(found := place.get("quantization_config"), dict):
+    config = read_json_object(folder / "config.json", "a model's configuration")
+    for place in (config, config.get("text_config")):
+        found = place.get("quantization_config") if isinstance(place, dict) else None
+        if isinstance(found, dict):
             return found.get("quant_method")
     return None
 
 
-_stack_lock = threading.Lock()
+_stack_lock, _quantize_lock = threading.Lock(), threading.Lock()
+_quantize = mx.quantize
+
+
+def _checked_quantize(
+    w: mx.array, group_size: int | None = None, bits: int | None = None, **kwargs: Any
+) -> Any:
+    """MLX 0.32 divides by the group size, and one of 0 ends the process with SIGFPE.
+
+    mlx-lm works it out from the widths in config.json, which may be anybody's.
+    """
+    if not all(n is None or n > 0 for n in (group_size, bits)):
+        raise ValueError(f"no table has groups of {group_size} with {bits} bits each")
+    return _quantize(w, group_size, bits, **kwargs)
 
 
 @contextmanager

@@ -99,6 +99,21 @@ def read_into(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
     return len(data)
 
 
+def file_mark(file: Path | int) -> tuple[int, ...]:
+    """What tells a file from another one that is put in its place: numbers, for `same_file`.
+
+    Raises:
+        OSError: there is none.
+    """
+    found = os.stat(file)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def same_file(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Do two marks stand for one file? Some network file systems number files anew."""
+    return a[:2] == b[:2] or a[2:] == b[2:]
+
+
 def drop_page_cache(path: Path) -> bool:
     """Ask the system to forget `path`'s cached pages (for cold measurements). False if it can't."""
     if not hasattr(os, "posix_fadvise"):

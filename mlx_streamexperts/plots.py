@@ -23,7 +23,7 @@ def plot_rates(rows: Sequence[Row], file: Path) -> None:
     Raises:
         StreamError: matplotlib is missing, or does not know the kind of file.
     """
-    plt = _pyplot()
+    plt = pyplot()
     name = rows[-1].trace  # all of them together, if there are several
     rows = [r for r in rows if r.trace == name and r.way == "even"]
     policies = list(dict.fromkeys(r.policy for r in rows))
@@ -54,11 +54,11 @@ def plot_rates(rows: Sequence[Row], file: Path) -> None:
     right.xaxis.get_major_locator().set_params(integer=True)
     right.legend(title="resident", loc="center left", bbox_to_anchor=(1, 0.5))  # hides no line
     right.grid(alpha=0.3)
-    _save(figure, file)
+    save_figure(figure, file)
     plt.close(figure)
 
 
-def _save(figure: Any, file: Path) -> None:
+def save_figure(figure: Any, file: Path) -> None:
     partial = file.with_name(f"{file.stem}.partial{file.suffix}")
     try:
         # No date and a fixed salt: the same rows give the same file.
@@ -68,7 +68,7 @@ def _save(figure: Any, file: Path) -> None:
     partial.replace(file)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as e:

@@ -70,28 +70,24 @@ class Router:
         self._gate = next((name for name in _GATES if name in block), None)
         self._lock = threading.Lock()
 
-    def choose(self, x: mx.array) -> tuple[mx.array, mx.array | None] | None:
+    def choose(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
         """Let the block choose for x [..., D].
 
         Returns:
-            indices [N, K], and the router's scores for them where they can be had; or None where
-            another thread is asking.
+            indices [N, K], and the router's scores for them where they can be had.
 
         Raises:
             Exception: whatever a block raises that cannot be asked so.
         """
         x = x.reshape(1, -1, x.shape[-1])  # blocks differ in what shapes they accept
-        if not self._lock.acquire(blocking=False):
-            return None
-        try:
-            return self._choose(x)
-        except (AttributeError, TypeError):
-            if self._gate is None:
-                raise
-            self._gate = None  # not called as a function: without scores, then
-            return self._choose(x)
-        finally:
-            self._lock.release()
+        with self._lock:
+            try:
+                return self._choose(x)
+            except (AttributeError, TypeError):
+                if self._gate is None:
+                    raise
+                self._gate = None  # not called as a function: without scores, then
+                return self._choose(x)
 
     def _choose(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
         said: list[Any] = []
@@ -101,10 +97,10 @@ class Router:
             said.append(gate(*args, **kwargs))
             return said[-1]
 
-        asking.layer = self.layer
-        if self._gate:
-            self._block[self._gate] = overheard
         try:
+            asking.layer = self.layer
+            if self._gate:
+                self._block[self._gate] = overheard
             self._block(x)
         except Heard as heard:
             indices = heard.indices
@@ -179,13 +175,12 @@ class Guesses:
             candidates = [e for rank, e in ranked if precision.of(rank) >= self.at_least]
             if not candidates:
                 continue
-            # Another thread may be in a call of that layer: then the guess is late anyway.
-            if layer.lock.acquire(blocking=False):
-                try:
+            # Another thread may be in a call of that layer: then the guess is late anyway. (Taking
+            # the lock only if it is free would let Ctrl-C keep it: `with` alone is whole.)
+            if not layer.calling:
+                with layer.lock:
                     if not (layer.resident or layer.closed):
                         layer.slots.read_ahead(candidates, distance)
-                finally:
-                    layer.lock.release()
 
 
 class Lookahead:
@@ -230,8 +225,6 @@ class Lookahead:
                 chosen = router.choose(x if scale is None else x * scale)
             except Exception:  # whatever it is, this model's blocks cannot be asked like that
                 self._successors.remove(router)
-                continue
-            if chosen is None:
                 continue
             precision = self._precision[router.layer.name]
             asked.append(Asked(router, distance, precision, *chosen))

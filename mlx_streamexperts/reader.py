@@ -3,19 +3,27 @@
 It knows nothing of MLX: threads handle bytes, and MLX
 arrays are bound to the thread that makes them. Demand reads overtake speculative ones; ranges that
 lie side by side in a file become one scatter read; long ones are split over the threads.
+
+Ctrl-C may end a caller's call here between any two steps. Therefore callers use no lock that is
+written in Python (`Condition`, `Event`: an interrupt within leaves them locked), what ends a read
+can be done twice, and `stop` trusts no ticket.
 """
 
 from __future__ import annotations
 
+import errno
 import heapq
+import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
 
 from .errors import ExpertReadError, StreamError
 from .files import ShardFiles, label
 from .ranges import ByteRange, merge
+from .tickets import Job, Ticket, Wake
 
 DEMAND, SPECULATIVE = 0, 1
 """Priorities: a layer waits for a demand read; a speculative one may be of use later."""
@@ -52,83 +60,6 @@ class ReadStats:
     errors: int = 0
 
 
-class Ticket:
-    """A submitted group of reads of one layer's experts."""
-
-    def __init__(self, reader: ExpertReader, jobs: list[_Job]) -> None:
-        self._reader = reader
-        self._submitted = time.perf_counter()
-        self.seconds = 0.0  # from submission to the last byte
-        self._left = len(jobs)
-        self._reads_left: dict[int, int] = {}  # expert -> reads that have not ended
-        for job in jobs:
-            for expert in job.experts:
-                self._reads_left[expert] = self._reads_left.get(expert, 0) + 1
-        self._done = threading.Event()
-        self._ended = threading.Event()  # set when an expert's last read ends
-        self.error: ExpertReadError | None = None  # the first
-        self.errors: dict[int, ExpertReadError] = {}  # by expert
-        self.failed: set[tuple[str, int]] = set()  # (layer, expert)
-        if not jobs:
-            self._done.set()
-
-    @property
-    def done(self) -> bool:
-        return self._done.is_set()
-
-    def ended(self, expert: int) -> bool:
-        """Have all reads of this expert ended, well or badly?"""
-        return expert not in self._reads_left
-
-    def wait(self) -> None:
-        """Stand still until every read has ended, well or badly; helps with the queue meanwhile.
-
-        Raises:
-            ExpertReadError: the first failure; `failed` names every expert that did not arrive.
-        """
-        if not self._done.is_set():
-            start = time.perf_counter()
-            while not self._done.is_set() and self._reader.help():
-                pass
-            self._done.wait()
-            self._reader.stats.wait_seconds += time.perf_counter() - start
-        if self.error is not None:
-            raise self.error
-
-    def wait_for_any(self, experts: Collection[int]) -> list[int]:
-        """Stand still until the reads of at least one of `experts` have ended; returns those.
-
-        To be called by one thread. Helps with the queue like `wait`.
-
-        Raises:
-            ExpertReadError: one of those failed.
-        """
-        start = time.perf_counter()
-        while not (got := [e for e in experts if e not in self._reads_left]):
-            if not self._reader.help():
-                self._ended.wait()
-                self._ended.clear()  # before looking again: what ends from here on sets it again
-        self._reader.stats.wait_seconds += time.perf_counter() - start
-        for expert in got:
-            if expert in self.errors:
-                raise self.errors[expert]
-        return got
-
-
-@dataclass(slots=True)
-class _Job:
-    """What a thread does in one go: scatter reads, each of ranges side by side in one file."""
-
-    runs: list[list[ByteRange]]
-    priority: int
-    experts: set[int] = field(init=False)
-    ticket: Ticket = field(init=False)
-    behind: bool = False  # speculative reads held every thread when it was queued
-
-    def __post_init__(self) -> None:
-        self.experts = {r.expert for run in self.runs for r in run}
-
-
 class ExpertReader:
     """Thread pool for reads.
 
@@ -137,29 +68,40 @@ class ExpertReader:
         read_bytes: longest single read; longer ranges are split so that threads share them.
         direct: bypass the page cache. True needs the file system's support and raises where it
             has none.
+        expected: marks of the files (`platform.file_mark`): others are not read in their place.
     """
 
-    def __init__(self, threads: int = 8, read_bytes: int = 8 << 20, direct: bool = False) -> None:
+    def __init__(
+        self,
+        threads: int = 8,
+        read_bytes: int = 8 << 20,
+        direct: bool = False,
+        expected: dict[str, tuple[int, ...]] | None = None,
+    ) -> None:
         self.stats = ReadStats()
         self.direct = direct
         self._read_bytes = read_bytes
-        self._files = ShardFiles(direct)
-        self._queue: list[tuple[int, int, _Job]] = []  # heap of (priority, order, job)
+        self._files = ShardFiles(direct, expected or {})
+        self._queue: list[tuple[int, int, Job]] = []  # heap of (priority, order, job)
         self._order = 0
-        self._helping = 0  # reads that callers do themselves
+        self._taken: dict[int, Job] = {}  # reads under way, by thread
         self._speculating = 0  # speculative reads under way
         self._job_seconds = 0.0  # moving average of one read
         self.on_read: OnRead | None = None  # called after each read while a timeline is taken
         self._lock = threading.Lock()
-        self._work = threading.Condition(self._lock)
-        self._idle = threading.Condition(self._lock)
+        self._work: SimpleQueue[None] = SimpleQueue()  # one for each job, taken by whom it wakes
+        self._idle = Wake()  # set when a read ends
         self._closed = False
-        self._threads = [
-            threading.Thread(target=self._run, name=f"expert-reader-{i}", daemon=True)
-            for i in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        try:
+            for i in range(threads):
+                self._threads.append(self._start(i))
+        except RuntimeError as e:  # the system's limit of threads: fewer do as well
+            if not self._threads:
+                raise StreamError(f"no thread can be started to read experts: {e}") from e
+        except BaseException:
+            self.close()
+            raise
 
     def submit(self, ranges: Sequence[ByteRange], priority: int = DEMAND) -> Ticket:
         """Queue reads; returns at once.
@@ -173,9 +115,9 @@ class ExpertReader:
         each = 1
         if sum(len(r.into) for r in ranges) < _SMALL_READ_BYTES * len(runs):
             each = -(-len(runs) // max(8, len(self._threads)))
-        jobs = [_Job(runs[i : i + each], priority) for i in range(0, len(runs), each)]
+        jobs = [Job(runs[i : i + each], priority) for i in range(0, len(runs), each)]
         ticket = Ticket(self, jobs)
-        with self._work:
+        with self._lock:
             if self._closed:
                 raise StreamError("the expert reader is closed")
             behind = priority == DEMAND and self._speculating >= len(self._threads)
@@ -183,7 +125,8 @@ class ExpertReader:
                 job.ticket, job.behind = ticket, behind
                 self._order += 1
                 heapq.heappush(self._queue, (priority, self._order, job))
-            self._work.notify(len(jobs))
+        for _ in jobs:
+            self._work.put(None)
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
@@ -191,9 +134,23 @@ class ExpertReader:
 
         Its memory may be reused afterwards; which ranges arrived is not known.
         """
+        self._give_back()
         with self._lock:
-            self._take_back(ticket, lambda job: True)
-        ticket._done.wait()
+            self._take_back(lambda job: job.ticket is ticket)
+        while ticket._left:
+            ticket._stand_still()
+
+    def stop(self, layer: str) -> None:
+        """Take all queued reads of a layer back and wait for those under way.
+
+        For when a call was interrupted anywhere, in this class too: no ticket is asked.
+        """
+        self._give_back()
+        with self._lock:
+            self._take_back(lambda job: job.layer == layer)
+        while any(job.layer == layer for job in list(self._taken.values())):
+            self._idle.wait()
+            self.revive()
 
     def withdraw(self, ticket: Ticket, expert: int) -> bool:
         """Take an expert's reads back if none is under way; returns whether that was so.
@@ -203,10 +160,10 @@ class ExpertReader:
         with self._lock:
             queued = [e[2] for e in self._queue if e[2].ticket is ticket]
             mine = [job for job in queued if expert in job.experts]
-            under_way = ticket._reads_left.get(expert, 0) - len(mine)
+            under_way = len(ticket._reads_left.get(expert, ())) - len(mine)
             if under_way or any(len(job.experts) > 1 for job in mine):
                 return False
-            self._take_back(ticket, lambda job: expert in job.experts)
+            self._take_back(lambda job: job.ticket is ticket and expert in job.experts)
         return True
 
     def promote(self, ticket: Ticket, expert: int) -> None:
@@ -217,9 +174,9 @@ class ExpertReader:
                     self._queue[i] = (DEMAND, order, job)
             heapq.heapify(self._queue)
 
-    def _take_back(self, ticket: Ticket, chosen: Callable[[_Job], bool]) -> None:
-        mine = [e[2] for e in self._queue if e[2].ticket is ticket and chosen(e[2])]
-        self._queue = [e for e in self._queue if e[2].ticket is not ticket or not chosen(e[2])]
+    def _take_back(self, chosen: Callable[[Job], bool]) -> None:
+        mine = [e[2] for e in self._queue if chosen(e[2])]
+        self._queue = [e for e in self._queue if not chosen(e[2])]
         heapq.heapify(self._queue)
         for job in mine:
             self._count_down(job)
@@ -234,51 +191,94 @@ class ExpertReader:
 
     def run_one(self, priority: int) -> bool:
         """Run the first queued read of at most this priority value; False if there is none."""
-        with self._lock:
-            if not self._queue or self._queue[0][0] > priority:
-                return False
-            job = heapq.heappop(self._queue)[2]
-            self._helping += 1
+        job = self._take(priority)
+        if job is None:
+            return False
         try:
             interrupt = self._execute(job)
         finally:
-            with self._lock:
-                self._helping -= 1
-                self._idle.notify_all()
+            self._give_back()
         if interrupt is not None:
             raise interrupt  # Ctrl-C, in the caller's thread: his, as anywhere else
         return True
 
     def close(self) -> None:
         """End the threads and close the files. Queued reads are dropped and count as failed."""
-        with self._work:
-            if self._closed:
-                return
+        self._give_back()
+        with self._lock:
             self._closed = True
             dropped, self._queue = self._queue, []
-            self._work.notify_all()
             for _, _, job in dropped:
-                self._finish(
-                    job, [(r, ExpertReadError(*label(r[0]), r[0].offset, 9)) for r in job.runs]
-                )
+                self._finish(job, self._failures(job, errno.EBADF))
+        for _ in self._threads:
+            self._work.put(None)
         for thread in self._threads:
             thread.join()
-        with self._idle:  # a descriptor closed under a read may be another file by then
-            self._idle.wait_for(lambda: self._helping == 0)
+        while self._taken:  # a descriptor closed under a read may be another file by then
+            self._idle.wait()
+            self._bury()
         self._files.close()
+
+    def revive(self) -> None:
+        """Threads that died (none should) are replaced; what they were reading has failed."""
+        self._bury()
+        for i, thread in enumerate(self._threads):
+            if not (thread.is_alive() or self._closed):
+                self._threads[i] = self._start(i)
+                self._work.put(None)  # which it had taken
+
+    def _start(self, number: int) -> threading.Thread:
+        name = f"expert-reader-{number}"
+        thread = threading.Thread(target=self._run, name=name, daemon=True)
+        thread.start()
+        return thread
 
     def _run(self) -> None:
         while True:
-            with self._work:
-                while not self._queue and not self._closed:
-                    self._work.wait()
-                if self._closed:
-                    return
-                job = heapq.heappop(self._queue)[2]
-            self._execute(job)
-            del job  # its views would keep a bank's memory alive while this thread waits
+            self._work.get()
+            try:
+                while (job := self._take(sys.maxsize)) is not None:
+                    self._execute(job)
+                    del job  # its views would keep a bank's memory alive while this thread waits
+            finally:
+                self._give_back()
+            if self._closed:
+                return
 
-    def _execute(self, job: _Job) -> BaseException | None:
+    def _take(self, priority: int) -> Job | None:
+        """The first queued read of at most this priority value, now this thread's."""
+        self._give_back()
+        with self._lock:
+            if not self._queue or self._queue[0][0] > priority:
+                return None
+            # Noted before it leaves the queue: it is never in neither.
+            job = self._taken[threading.get_ident()] = self._queue[0][2]
+            heapq.heappop(self._queue)
+        return job
+
+    def _give_back(self) -> None:
+        """If this thread was interrupted in a read, that has failed."""
+        if threading.get_ident() in self._taken:
+            self._fail([threading.get_ident()])
+
+    def _bury(self) -> None:
+        """What threads that are no more were reading has failed."""
+        alive = sys._current_frames()
+        self._fail([t for t in list(self._taken) if t not in alive])
+
+    def _fail(self, threads: Iterable[int]) -> None:
+        with self._lock:
+            for thread in threads:
+                job = self._taken[thread]
+                if not any(e[2] is job for e in self._queue):
+                    self._finish(job, self._failures(job, errno.EINTR))
+                del self._taken[thread]
+        self._idle.set()
+
+    def _failures(self, job: Job, number: int) -> list[tuple[list[ByteRange], ExpertReadError]]:
+        return [(r, ExpertReadError(*label(r[0]), r[0].offset, number)) for r in job.runs]
+
+    def _execute(self, job: Job) -> BaseException | None:
         """Do a read; returns what is not an `Exception` and interrupted it."""
         interrupt = None
         start = time.perf_counter()
@@ -312,13 +312,17 @@ class ExpertReader:
             self.stats.bytes += nbytes
             self.stats.speculative_bytes += nbytes if speculative else 0
             self._finish(job, failures)
+            del self._taken[threading.get_ident()]
+        self._idle.set()
         return interrupt
 
     def _finish(
-        self, job: _Job, failures: Sequence[tuple[list[ByteRange], ExpertReadError]]
+        self, job: Job, failures: Sequence[tuple[list[ByteRange], ExpertReadError]]
     ) -> None:
-        """A job has ended; with the lock held."""
+        """A job has ended; with the lock held. Done twice it does no more than once."""
         ticket = job.ticket
+        if job not in ticket._left:
+            return
         for run, error in failures:
             self.stats.errors += len(run)
             ticket.error = ticket.error or error
@@ -327,15 +331,15 @@ class ExpertReader:
                 ticket.failed.add((r.layer, r.expert))
         self._count_down(job)
 
-    def _count_down(self, job: _Job) -> None:
+    def _count_down(self, job: Job) -> None:
         """A read has ended or will never begin; with the lock held."""
         ticket = job.ticket
         for expert in job.experts:
-            left = ticket._reads_left[expert] = ticket._reads_left[expert] - 1
+            left = ticket._reads_left.get(expert, set())
+            left.discard(job)
             if not left:
-                del ticket._reads_left[expert]
-                ticket._ended.set()
-        ticket._left -= 1
-        if ticket._left == 0:
+                ticket._reads_left.pop(expert, None)
+        if ticket._left == {job}:
             ticket.seconds = time.perf_counter() - ticket._submitted
-            ticket._done.set()
+        ticket._left.discard(job)
+        ticket._wake.set()

@@ -156,6 +156,10 @@ class RunAhead:
         with self._lock:
             yield
 
+    def disown(self) -> None:
+        """In a process that was forked: another thread's step is nobody's there."""
+        self._usable, self._lock = False, threading.Lock()
+
     def step(self, call: Callable[[], Any], rows: int, caches: Any) -> Any:
         """Run a forward pass of the model, trusting what it pays to trust.
 

@@ -253,7 +253,7 @@ class Lab:
                 return Outcome(False, "this file system has no reads past the page cache")
             return Outcome(True, "this file system has none; reads go through the page cache")
         chance, nbytes = np.random.default_rng(0), 0
-        readers = ShardFiles(direct=True), ShardFiles(direct=False)
+        readers = [ShardFiles(direct, {}) for direct in (True, False)]
         try:
             for file, size in files:
                 length = min(size, 40_001)

@@ -2,7 +2,8 @@
 
 Ties the map (cache.py), the memory (bank.py) and the reads (reader.py) together: an expert is named
 in the map only while its bytes are in its slot, or on their way under the layer's lock, which all
-calls here need.
+calls here need. Where Ctrl-C ends a change of these half-way, none of them is believed any more:
+the layer starts over with empty slots at its next use.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from .cache import ExpertCache
 from .checkpoint import ExpertTable
 from .errors import ExpertReadError, StreamError
 from .ranges import ByteRange
-from .reader import SPECULATIVE, ExpertReader, Ticket
+from .reader import SPECULATIVE, ExpertReader
+from .tickets import Ticket
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ class Arrivals:
             got = ticket.wait_for_any(experts)
             self._slots.check(got)
             self._slots.bank.commit()
-        except BaseException:
+        except Exception:
             self.abandon()
             raise
         experts[:] = [e for e in experts if e not in got]
@@ -118,6 +120,7 @@ class ExpertSlots:
         self._reader: ExpertReader  # set by open
         self._flying: dict[int, Ticket] = {}  # read ahead, not known to have arrived
         self._begun: Arrivals | None = None  # what the last call waits for
+        self._changing = False  # still true at the next use: the change was interrupted
 
     def open(self, slots: int, reader: ExpertReader, policy: str, in_place: bool) -> None:
         """Allocate `slots` slots, all empty, in place of those there were."""
@@ -129,6 +132,7 @@ class ExpertSlots:
 
     def close(self) -> None:
         """Free the memory, once nothing reads or writes it."""
+        self._mend()
         if self._begun is not None:
             self._begun.abandon()
         self.land()
@@ -142,8 +146,10 @@ class ExpertSlots:
             needed: distinct experts, with `keep` no more than there are slots.
             keep: resident experts that must stay although this call does not need them.
         """
+        self._mend()
         if self._begun is not None:
             self._begun.abandon()  # left over only where that call was interrupted
+        self._changing = True
         parts = self._claim(needed) if self._flying else []
         try:
             if self._flying and len({*needed, *keep, *self._flying}) > self.cache.slots:
@@ -151,11 +157,13 @@ class ExpertSlots:
             missing = self.cache.place(needed, [*keep, *self._flying])
             if missing:
                 parts.append((self._submit(missing), missing))
-        except BaseException:
+        except Exception:
             for ticket, experts in parts:
                 self.give_up(ticket, experts)
+            self._changing = False
             raise
         self._begun = Arrivals(self, parts)
+        self._changing = False
         return self._begun
 
     def read_ahead(self, candidates: Sequence[int], distance: int = 1) -> None:
@@ -169,19 +177,22 @@ class ExpertSlots:
         """
         if not self.bank.in_place:
             return
+        self._mend()
         if self._flying:
             self._note_landed()
-        placed = self.cache.place_ahead(candidates, self._flying.keys())
+        self._changing = True
+        left = self._begun.left if self._begun is not None else []  # of a call that is not over
+        placed = self.cache.place_ahead(candidates, {*self._flying, *left})
         if placed:
-            try:
+            with suppress(StreamError):  # another thread's graph reads the bank: not now
                 ticket = self._submit(placed, SPECULATIVE + distance - 1)
-            except StreamError:  # another thread's graph reads the bank: not now
-                return
-            self.ahead.issued += len(placed)
-            self._flying.update(dict.fromkeys(placed, ticket))
+                self.ahead.issued += len(placed)
+                self._flying.update(dict.fromkeys(placed, ticket))
+        self._changing = False
 
     def landed(self) -> np.ndarray:
         """Which experts are in their slots, bool [experts]: not those on their way."""
+        self._mend()
         if self._flying:
             self._note_landed()
         here = self.cache.slot_of >= 0
@@ -190,6 +201,7 @@ class ExpertSlots:
 
     def await_ahead(self) -> None:
         """Wait for everything that was read ahead."""
+        self._mend()
         for expert, ticket in self._flying.items():
             with suppress(ExpertReadError):  # `_note_landed` drops it
                 ticket.wait_for_any([expert])
@@ -198,12 +210,14 @@ class ExpertSlots:
 
     def land(self) -> None:
         """Take back what was read ahead and is queued; wait for what is under way."""
+        before, self._changing = self._changing, True
         for expert, ticket in list(self._flying.items()):
             if self._withdraw(expert, ticket):
                 continue
             with suppress(ExpertReadError):  # `_note_landed` drops it
                 ticket.wait_for_any([expert])
         self._note_landed()
+        self._changing = before
 
     def check(self, arrived: Sequence[int]) -> None:
         """Compare what was read with what was packed.
@@ -223,6 +237,7 @@ class ExpertSlots:
 
     def give_up(self, ticket: Ticket, experts: Collection[int]) -> None:
         """Stop a ticket's reads; its experts lose their slots unless they have arrived."""
+        before, self._changing = self._changing, True
         arrived = {
             e for e in experts
             if ticket.ended(e) and e not in ticket.errors and self._is_right(e)
@@ -235,6 +250,17 @@ class ExpertSlots:
         for expert in [e for e, t in self._flying.items() if t is ticket]:
             del self._flying[expert]
             self.cache.drop(expert)
+        self._changing = before
+
+    def _mend(self) -> None:
+        """Start over with empty slots if a change was interrupted half-way."""
+        if self._changing:
+            self._reader.stop(self.name)
+            self._flying.clear()
+            self._begun = None
+            self.bank.discard()
+            self.cache.clear()
+            self._changing = False
 
     def _claim(self, needed: Sequence[int]) -> list[tuple[Ticket, list[int]]]:
         """Of what was read ahead: take what is needed and take back what is not."""
@@ -259,11 +285,13 @@ class ExpertSlots:
         return True
 
     def _note_landed(self) -> None:
+        before, self._changing = self._changing, True
         for expert in [e for e, ticket in self._flying.items() if ticket.ended(e)]:
             ticket = self._flying.pop(expert)
             if expert in ticket.errors or not self._is_right(expert):
                 self.cache.drop(expert)
                 self.ahead.failed += 1
+        self._changing = before
 
     def _is_right(self, expert: int) -> bool:
         if self.as_packed is None:
@@ -276,7 +304,7 @@ class ExpertSlots:
         try:
             self.bank.settle()
             return self._reader.submit(list(self._ranges(placed)), priority)
-        except BaseException:
+        except Exception:
             for expert in placed:
                 self.cache.drop(expert)
             raise

@@ -20,13 +20,13 @@ from .bank import in_place_works
 from .cache import CacheStats, LayerNeed, share_slots
 from .callers import Callers
 from .config import StreamConfig, parse_size
-from .errors import StreamError, UnsupportedModelError
+from .errors import CheckpointError, StreamError, UnsupportedModelError
 from .files import direct_works
 from .hotset import read_hot_set, read_in, save_hot_set
 from .layer import WAYS, ExpertLayer
 from .pipeline import Stage
 from .planner import Plan, check_resize, experts_per_token
-from .platform import available_memory_bytes
+from .platform import available_memory_bytes, file_mark
 from .prefetch import SMALL_EXPERT_BYTES
 from .profiles import Profile
 from .progress import progress_bar
@@ -78,11 +78,13 @@ class ExpertStream:
         self.in_place = config.in_place == "auto" and in_place_works()
         self.bypasses_page_cache = self._decide_bypass()
         hot = read_hot_set(layers, Path(config.hot_set)) if config.hot_set else []
+        marks = _marks(expert_files(layers))
         self._reader = ExpertReader(
-            config.threads, parse_size(config.read_size), self.bypasses_page_cache
+            config.threads, parse_size(config.read_size), self.bypasses_page_cache, marks
         )
         self.run_ahead: RunAhead | None = None
-        self._closed = False
+        self._closed = self._freed = False
+        _alive.add(self)
         self._callers = Callers()
         self._paces: dict[int, Pace] = {}  # by the size of an expert
         # Freed buffers that MLX keeps for reuse are memory too, inside the work space. A prompt's
@@ -196,7 +198,7 @@ class ExpertStream:
         check_resize(self.plan, taken, reserve, held() - self.held_bytes())
         with self.run_ahead.paused() if self.run_ahead else nullcontext():
             for layer, count in zip(self.layers, slots, strict=True):
-                if count < layer.cache.slots:
+                if count < layer.cache.slots or layer.closed:  # closed: an interrupted resize
                     self._open_layer(layer, count)
             mx.clear_cache()  # shrink first, and give it back, so that growing stays in the budget
             for layer, count in zip(self.layers, slots, strict=True):
@@ -206,16 +208,17 @@ class ExpertStream:
 
     def close(self) -> None:
         """Stop reading, free slots, files and threads. Later calls of the model raise."""
-        if self._closed:
+        if self._freed:
             return
         self._closed = True
         if self._watch is not None:
             self._watch.close()
-        for layer in self.layers:
+        for layer in self.layers:  # interrupted, all of this can be done again
             layer.close()
         self._reader.close()
         unlimit_freed(self)
         mx.clear_cache()
+        self._freed = True
 
     def held_bytes(self) -> int:
         """What this model holds, and may yet take by its plan, in bytes."""
@@ -316,9 +319,29 @@ class ExpertStream:
         room = available_memory_bytes() - self.plan.trunk - self.plan.cache
         return possible and self.plan.experts - self.plan.cache > room // 2
 
+    def _disown(self) -> None:
+        """In a process that was forked: its model raises `StreamError` where it would hang."""
+        self._closed = self._freed = True
+        for layer in self.layers:
+            layer.disown()
+        if self.run_ahead is not None:
+            self.run_ahead.disown()
+
     def _check_open(self) -> None:
         if self._closed:
             raise StreamError("this expert stream is closed")
+
+
+_alive: weakref.WeakSet[ExpertStream] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for expert_stream in list(_alive):
+        expert_stream._disown()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def layer_needs(layers: list[ExpertLayer], model_config: dict[str, Any]) -> list[LayerNeed]:
@@ -334,6 +357,18 @@ def layer_needs(layers: list[ExpertLayer], model_config: dict[str, Any]) -> list
 def expert_files(layers: Sequence[ExpertLayer]) -> list[str]:
     """Every file that holds experts of some layers."""
     return sorted({f for x in layers for t in x.tensors.values() for f in t.stored.files})
+
+
+def _marks(files: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """What tells each file from one that may take its place.
+
+    Raises:
+        CheckpointError: one is gone.
+    """
+    try:
+        return {f: file_mark(Path(f)) for f in files}
+    except OSError as e:
+        raise CheckpointError(f"{e.filename}: cannot be read: {e.strerror}") from e
 
 
 def flatten(module: nn.Module) -> list[tuple[str, mx.array]]:

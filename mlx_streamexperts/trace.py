@@ -111,12 +111,14 @@ def read_trace(path: Path) -> Routing:
         if expert_bytes and len(expert_bytes) != len(experts):
             raise ValueError
         model = {k: head["model"][k] for k in _SIZES} if "model" in head else {}
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, OverflowError, TypeError, ValueError) as e:
         raise StreamError(f"{path}: not a trace of ExpertStream.trace: no layers named") from e
     layers: tuple[list[np.ndarray], ...] = tuple([] for _ in experts)
     for number, line in enumerate(lines, 2):
         try:
             layer = line["layer"]
+            if type(layer) is not int or layer < 0:
+                raise ValueError("no number of a layer")
             rows = np.array(line["experts"])  # [T, K]
             if rows.ndim != 2 or rows.dtype.kind != "i" or not rows.size:
                 raise ValueError("no list of experts for each token")
@@ -130,7 +132,7 @@ def read_trace(path: Path) -> Routing:
 
 def _lines(trace: Path) -> Iterator[dict[str, Any]]:
     try:
-        with trace.open() as f:
+        with trace.open(encoding="utf-8") as f:
             for number, line in enumerate(f, 1):
                 try:
                     value = json.loads(line)
@@ -139,5 +141,5 @@ def _lines(trace: Path) -> Iterator[dict[str, Any]]:
                 if not isinstance(value, dict):
                     raise StreamError(f"{trace}, line {number}: not a JSON object")
                 yield value
-    except OSError as e:
-        raise StreamError(f"{trace}: cannot read the trace: {e.strerror}") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise StreamError(f"{trace}: cannot read the trace: {e}") from e

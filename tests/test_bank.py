@@ -389,3 +389,28 @@ def test_one_element_type_that_does_not_work_is_enough(
         bank_module, "byte_view", lambda a: a_copy(a) if a.dtype == bad else byte_view(a)
     )
     assert not in_place_works()
+
+
+def test_slices_that_are_copies_are_found_out(
+    no_verdicts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run-ahead's tables are slices of one array that is written through its memory."""
+    monkeypatch.setattr(
+        bank_module, "byte_view", lambda a: a_copy(a) if a.ndim == 3 else byte_view(a)
+    )
+    assert "slices" in (bank_module.in_place_fault() or "")
+    assert not in_place_works()
+
+
+def test_writing_that_disturbs_its_neighbour_is_found_out(
+    no_verdicts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the device wrote a stale page back while kernels read another part of the array."""
+    real = bank_module._write
+
+    def torn(view: memoryview, content: np.ndarray) -> None:
+        real(view, content if len(view) != 4096 * 4 else np.zeros_like(content))
+
+    monkeypatch.setattr(bank_module, "_write", torn)
+    assert "another part" in (bank_module.in_place_fault() or "")
+    assert not in_place_works()

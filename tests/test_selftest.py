@@ -14,9 +14,9 @@ import pytest
 from mlx_streamexperts import bank, doctor, exactness, selfchecks, selftest
 from mlx_streamexperts.files import ShardFiles
 from mlx_streamexperts.reader import ExpertReader
-from mlx_streamexperts.runahead import _Tables
 from mlx_streamexperts.slots import ExpertSlots
 from mlx_streamexperts.split import SplitCall
+from mlx_streamexperts.tables import SlotTables
 
 Patch = pytest.MonkeyPatch
 
@@ -112,8 +112,8 @@ def stale_slots(monkeypatch: Patch) -> None:
 
 def wrong_table(monkeypatch: Patch) -> None:
     """Run-ahead takes every expert to be in the first slot."""
-    real = _Tables.of
-    monkeypatch.setattr(_Tables, "of", lambda self, i: tuple(0 * a for a in real(self, i)))
+    real = SlotTables.of
+    monkeypatch.setattr(SlotTables, "of", lambda self, i: tuple(0 * a for a in real(self, i)))
 
 
 def wrong_bytes(monkeypatch: Patch, where: Callable[[ShardFiles], bool] = lambda f: True) -> None:
