@@ -108,13 +108,14 @@ class ExpertCache:
         The policy is told before it decides anything, of many calls at once: on a GPU 20 us a layer
         would be a tenth of its time.
         """
-        ahead = [e for e in experts.tolist() if e in self._ahead] if self._ahead else []
+        distinct = list(dict.fromkeys(experts.tolist()))  # some routers name one expert twice
+        ahead = [e for e in distinct if e in self._ahead] if self._ahead else []
         for expert in ahead:
             del self._ahead[expert]
             self._seen[expert] = True
         self.stats.prefetched += len(ahead)
-        self.stats.hits += len(experts) - len(ahead)
-        self._hits.append(experts)
+        self.stats.hits += len(distinct) - len(ahead)
+        self._hits.append(experts if len(distinct) == len(experts) else np.array(distinct))
         if len(self._hits) == 64:
             self._catch_up()
 

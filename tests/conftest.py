@@ -15,7 +15,7 @@ import mlx_lm.utils
 import numpy as np
 import pytest
 
-from mlx_streamexperts import ExpertStream, StreamConfig, demo_model, patch, stream
+from mlx_streamexperts import ExpertStream, StreamConfig, demo_model, patch, patching, stream
 
 QUIET = StreamConfig(progress=False, prefetch="off")
 """Without guesses, whose reads come by chance: counts are exact. test_prefetch.py turns them on."""
@@ -91,3 +91,12 @@ def streamed(checkpoint: Callable[..., Path]) -> Iterator[tuple[nn.Module, Exper
     yield model, expert_stream
     expert_stream.close()
     mx.clear_cache()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _mlx_lm_as_it_was() -> None:
+    """Each file begins with mlx-lm unpatched, whatever a file before it in this process left."""
+    patching._installed.clear()
+    patching._scoped = 0
+    patching._local.patch = None
+    patching._bind()
