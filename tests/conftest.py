@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from mlx_streamexperts import ExpertStream, StreamConfig, demo_model, patch, patching, stream
+from mlx_streamexperts.locate import original_load_model
 
 QUIET = StreamConfig(progress=False, prefetch="off")
 """Without guesses, whose reads come by chance: counts are exact. test_prefetch.py turns them on."""
@@ -93,10 +94,16 @@ def streamed(checkpoint: Callable[..., Path]) -> Iterator[tuple[nn.Module, Exper
     mx.clear_cache()
 
 
+def remove_patches() -> None:
+    """Undo what an example or a snippet has installed for good, as users do."""
+    for installed in list(patching._installed):
+        installed.remove()
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _mlx_lm_as_it_was() -> None:
-    """Each file begins with mlx-lm unpatched, whatever a file before it in this process left."""
-    patching._installed.clear()
-    patching._scoped = 0
-    patching._local.patch = None
-    patching._bind()
+def _mlx_lm_as_it_was() -> Iterator[None]:
+    """No file leaves mlx-lm patched: what follows in this process would not be stock."""
+    yield
+    assert not patching._installed
+    assert not patching._scoped
+    assert mlx_lm.utils.load_model is original_load_model

@@ -28,6 +28,7 @@ from typing import Any
 
 import markdown_it
 import mlx.core as mx
+from conftest import remove_patches
 from serving import serving
 
 from mlx_streamexperts import CheckpointError
@@ -151,7 +152,8 @@ class Page:
     printed: str = ""
 
     def leave_section(self) -> None:
-        """Let go of its models."""
+        """Let go of its models, and of mlx-lm."""
+        remove_patches()
         if self.namespace:
             self.namespace = {}
             gc.collect()

@@ -15,6 +15,7 @@ import matplotlib
 import mlx.core as mx
 import mlx_lm
 import pytest
+from conftest import remove_patches
 from snippets import ROOT
 
 from mlx_streamexperts import demo_model, patching
@@ -26,8 +27,7 @@ EXAMPLES = ROOT / "examples"
 def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     yield
-    for installed in list(patching._installed):
-        installed.remove()
+    remove_patches()
     gc.collect()
     mx.clear_cache()
 
@@ -63,8 +63,7 @@ def test_existing_pipeline_prints_the_same_without_the_marked_lines(
         printed.append(out.getvalue())
         streams = [s for installed in patching._installed for s in installed.streams]
         assert [s.stats().cache.misses > 0 for s in streams] == ([True] if text is lines else [])
-        for installed in list(patching._installed):
-            installed.remove()
+        remove_patches()
     assert printed[0] == printed[1]
     assert printed[0].count("\n") == 3
 
