@@ -72,7 +72,7 @@ def _described(x: Any) -> Iterator[str]:
     if x.is_function:
         yield from _called(x, x.name)
         return
-    if x.bases:
+    if x.bases and x.name.endswith("Error"):  # whoever catches errors wants to know; no base else
         yield from (f"*A kind of {' and '.join(f'`{b}`' for b in x.bases)}.*", "")
     if x.name[0].islower():  # called like a function; the others are made by the package
         yield from _signature(x.members["__init__"], x.name)

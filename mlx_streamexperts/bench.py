@@ -14,19 +14,17 @@ import importlib
 import sys
 from dataclasses import replace
 
-from .cli import failed, make_parser, stream_settings
+from .cli import failed, stream_settings
 from .config import StreamConfig
 from .errors import StreamError
-from .wrap import add_report_arguments, program
+from .wrap import program, program_parser
 
 stock = importlib.import_module("mlx_lm.benchmark")
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """mlx-lm's options and ours."""
-    parser = make_parser(stock.setup_arg_parser(), "python -m mlx_streamexperts.bench", __doc__)
-    add_report_arguments(parser)
-    return parser
+    return program_parser(stock, "bench", __doc__)
 
 
 def main(argv: list[str] | None = None) -> int:

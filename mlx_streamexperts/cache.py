@@ -102,7 +102,7 @@ class ExpertCache:
             self._policy.prompt(chosen)
         return list(dict.fromkeys(chosen.tolist()))
 
-    def hit(self, experts: np.ndarray) -> None:
+    def hit(self, experts: np.ndarray) -> list[int]:
         """A call of one token, whose experts [K] were all resident: `wanted` and `place` in one.
 
         The policy is told before it decides anything, of many calls at once: on a GPU 20 us a layer
@@ -118,6 +118,7 @@ class ExpertCache:
         self._hits.append(experts if len(distinct) == len(experts) else np.array(distinct))
         if len(self._hits) == 64:
             self._catch_up()
+        return distinct
 
     def _catch_up(self) -> None:
         """Tell the policy what it has not been told."""
@@ -278,6 +279,14 @@ class LayerNeed:
     expert_bytes: int
     minimum: int
     top_k: int = 1
+
+
+def fewest_slots(top_k: int) -> int:
+    """Slots that a layer works with at least.
+
+    Two: one is read while the other computes. Below top-k nothing outlives its token.
+    """
+    return min(2, top_k)
 
 
 def share_slots(budget_bytes: int, layers: Sequence[LayerNeed]) -> list[int]:

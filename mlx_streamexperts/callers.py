@@ -30,8 +30,8 @@ class Callers:
         """This thread is about to use slots; returns whether it must evaluate its output.
 
         A thread that is not the first waits, once, until the first has evaluated what it left, or
-        for half a second: then the first one is not in a pass, and what it left is either evaluated
-        or found not to be (`Bank.settle` raises).
+        for `_PATIENCE_SECONDS`: then the first one is not in a pass, and what it left is either
+        evaluated or found not to be (`Bank.settle` raises).
         """
         me = threading.get_ident()
         if me == self._first:

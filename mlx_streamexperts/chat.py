@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from .cli import failed, make_parser, stream_settings
+from .cli import failed, stream_settings
 from .errors import StreamError
-from .wrap import add_report_arguments, program
+from .wrap import program, program_parser
 
 stock = importlib.import_module("mlx_lm.chat")
 
@@ -24,9 +24,7 @@ _PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfo
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """mlx-lm's options and ours."""
-    parser = make_parser(stock.setup_arg_parser(), "python -m mlx_streamexperts.chat", __doc__)
-    add_report_arguments(parser)
-    return parser
+    return program_parser(stock, "chat", __doc__)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -38,7 +38,7 @@ from .checkpoint import (
     read_checkpoint,
     read_json_object,
 )
-from .cli import add_output_arguments
+from .cli import add_output_arguments, failed
 from .config import format_size, parse_size
 from .errors import CheckpointError, StreamError
 from .output import check_not_written, exclusive, sync_folder, write_json
@@ -333,8 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress=args.progress,
         )
     except StreamError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
+        return failed(e)
     print(
         f"Converted into {args.out}: {format_size(total)}. It loads with mlx_lm.load, and streams "
         f"with python -m mlx_streamexperts.generate --model {args.out}"

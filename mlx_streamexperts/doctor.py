@@ -21,7 +21,7 @@ from typing import Any
 import mlx.core as mx
 
 from .bank import in_place_works
-from .cli import make_parser
+from .cli import failed, make_parser
 from .config import StreamConfig, format_size, from_arguments
 from .demo import demo_model
 from .errors import BudgetError, StreamError
@@ -106,8 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"does not fit: {e}", file=sys.stderr)
         return 2
     except StreamError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
+        return failed(e)
     print(json.dumps(report, indent=1) if args.json else "\n".join(_lines(report)))
     return 0
 

@@ -12,11 +12,11 @@ import sys
 
 import mlx.core as mx
 
-from .cli import failed, join_ranks, make_parser, only_rank_0_prints, stream_settings
+from .cli import failed, join_ranks, only_rank_0_prints, stream_settings
 from .demo import DEMO_PROMPT, demo_model
 from .errors import StreamError
 from .stream import ExpertStream
-from .wrap import add_report_arguments, program
+from .wrap import program, program_parser
 
 # Not `import mlx_lm.generate`: the package binds that name to a function.
 stock = importlib.import_module("mlx_lm.generate")
@@ -24,9 +24,7 @@ stock = importlib.import_module("mlx_lm.generate")
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """mlx-lm's options and ours."""
-    parser = make_parser(stock.setup_arg_parser(), "python -m mlx_streamexperts.generate", __doc__)
-    add_report_arguments(parser)
-    return parser
+    return program_parser(stock, "generate", __doc__)
 
 
 def main(argv: list[str] | None = None) -> int:

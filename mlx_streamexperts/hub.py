@@ -24,6 +24,24 @@ SMALL_FILES = (".json", ".py", ".jinja", ".txt", ".model", ".tiktoken")
 
 
 @contextmanager
+def had(path_or_hf_repo: str | Path, otherwise: str) -> Iterator[None]:
+    """Something of the Hub's is fetched.
+
+    Args:
+        path_or_hf_repo: of what.
+        otherwise: what to say of it where it cannot be had; the reason follows.
+
+    Raises:
+        CheckpointError: it cannot be had.
+    """
+    try:
+        yield
+    except (HfHubHTTPError, HFValidationError, OSError) as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise CheckpointError(f"{path_or_hf_repo} {otherwise}: {reason}") from e
+
+
+@contextmanager
 def headers_only(path_or_hf_repo: str) -> Iterator[tuple[Path, bool]]:
     """A folder with the model's headers and small files.
 
@@ -42,14 +60,10 @@ def headers_only(path_or_hf_repo: str) -> Iterator[tuple[Path, bool]]:
         return
     folder = Path(tempfile.mkdtemp(prefix="mlx-streamexperts-headers-"))
     try:
-        try:
+        with had(
+            path_or_hf_repo, "is neither a model folder nor a repository whose headers can be had"
+        ):
             _fetch(path_or_hf_repo, folder)
-        except (HfHubHTTPError, HFValidationError, OSError) as e:
-            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-            raise CheckpointError(
-                f"{path_or_hf_repo} is neither a model folder nor a repository whose headers can "
-                f"be had: {reason}"
-            ) from e
         yield folder, False
     finally:
         shutil.rmtree(folder, ignore_errors=True)

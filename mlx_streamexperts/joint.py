@@ -15,12 +15,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx_lm.utils
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from .checkpoint import INDEX, header_identity, read_checkpoint, read_json_object
 from .config import StreamConfig
-from .errors import CheckpointError
-from .hub import SMALL_FILES
+from .hub import SMALL_FILES, had
 from .locate import Located, locate, original_load_model
 from .pipeline import Part, cut, parse_split
 from .planner import Plan, default_memory
@@ -109,7 +107,7 @@ def part_of_repository(
     if Path(path_or_hf_repo).exists():
         return Path(path_or_hf_repo)
     patterns = [f"*{end}" for end in SMALL_FILES]  # the index among them
-    try:
+    with had(path_or_hf_repo, "cannot be downloaded"):
         folder: Path = mlx_lm.utils._download(path_or_hf_repo, allow_patterns=patterns)
         if (folder / INDEX).is_file():
             model, _ = original_load_model(folder, True, strict=False, trust_remote_code=trust)
@@ -118,9 +116,6 @@ def part_of_repository(
             files = stage.files(read_json_object(folder / INDEX, "weight_map")["weight_map"])
             return Path(mlx_lm.utils._download(path_or_hf_repo, allow_patterns=list(files)))
         return Path(mlx_lm.utils._download(path_or_hf_repo))
-    except (HfHubHTTPError, HFValidationError, OSError) as e:
-        reason = str(e).strip().splitlines()[0]
-        raise CheckpointError(f"{path_or_hf_repo} cannot be downloaded: {reason}") from e
 
 
 def _digest(data: bytes) -> str:

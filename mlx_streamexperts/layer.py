@@ -268,25 +268,23 @@ class ExpertLayer:
     def hit(self, experts: np.ndarray) -> None:
         """Account for a call of one token, whose experts [1, ..., K] were all there."""
         with self.lock:
-            if self.guessed:
-                self.count(experts)
-            else:
-                self.stats.calls += 1
-                if self.record is not None:
-                    self.record(experts)
-            self.cache.hit(experts.ravel())
+            needed = self.cache.hit(experts.ravel())
+            self._note_call(experts, needed)
 
     def count(self, experts: np.ndarray) -> list[int]:
         """Account for a call that chose these experts [..., K]; returns the distinct ones."""
+        needed = self.chosen = self.cache.wanted(experts)
+        self._note_call(experts, needed)
+        return needed
+
+    def _note_call(self, experts: np.ndarray, needed: Sequence[int]) -> None:
         if self.record is not None:
             self.record(experts)
         self.stats.calls += 1
-        needed = self.chosen = self.cache.wanted(experts)
         if self.guessed:
             for precision, rank, expert in self.guessed:
                 precision.note(rank, expert in needed)
             self.guessed.clear()
-        return needed
 
     def complete(self, x: mx.array, experts: np.ndarray, arrivals: Arrivals) -> mx.array:
         """Run a call's experts [..., K], known and accounted for, once they have arrived."""

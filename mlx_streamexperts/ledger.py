@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from .closing import Closing
 from .errors import StreamError
 from .output import sync_folder
 
 FORMAT = 1
 
 
-class Ledger:
+class Ledger(Closing):
     """One file of trials, open for more. A context manager.
 
     Args:
@@ -74,17 +74,6 @@ class Ledger:
         while line:
             line = line[os.write(self._fd, line) :]
         os.fsync(self._fd)
-
-    def __enter__(self) -> Ledger:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def read(file: Path) -> tuple[list[dict[str, Any]], int, bool]:

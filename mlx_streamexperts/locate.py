@@ -45,7 +45,7 @@ from .pipeline import Part, Stage, cut
 from .planner import Plan, Sizes, divide, text_config
 from .slots import ExpertTensor
 from .store import use_store
-from .stream import flatten, layer_needs
+from .stream import flatten, layer_needs, unwritten
 
 # Looked up before anything can be patched.
 original_load_model = mlx_lm.utils.load_model
@@ -141,12 +141,11 @@ def locate(
         use_store(layers, Path(config.store), config.verify_reads, in_part=stage is not None)
     expert_bytes = sum(x.experts * x.expert_bytes for x in layers)
     parameters = [array for _, array in flatten(model)]
-    unwritten = any(not t.stored.files for x in layers for t in x.tensors.values())
     sizes = Sizes(
         trunk=sum(a.nbytes for a in parameters) - expert_bytes,
         looked_up=_embedding_bytes(model, model_config),
         disk=checkpoint.nbytes if stage is None else _needed_bytes(checkpoint, stage),
-        conversion=sum(a.nbytes for a in parameters) if unwritten else 0,
+        conversion=sum(a.nbytes for a in parameters) if unwritten(layers) else 0,
     )
     item_bytes = max(a.dtype.size for a in parameters if mx.issubdtype(a.dtype, mx.floating))
     shards = sorted({t.file for t in checkpoint.tensors.values()})

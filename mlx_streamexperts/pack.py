@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .cli import add_output_arguments
+from .cli import add_output_arguments, failed
 from .config import StreamConfig, format_size
 from .demo import demo_model
 from .errors import StreamError
@@ -50,8 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _verify(args) if args.verify else _pack(args)
     except StreamError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
+        return failed(e)
 
 
 def _pack(args: argparse.Namespace) -> int:

@@ -14,21 +14,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.tuner.utils
 import mlx_lm.utils
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from .accounts import alive, held
 from .checkpoint import read_header
 from .config import StreamConfig
-from .errors import CheckpointError, RankError, StreamError, UnsupportedModelError
+from .errors import RankError, StreamError, UnsupportedModelError
 from .guards import GUARDS
-from .hub import headers_only
+from .hub import had, headers_only
 from .joint import meet, part_of_repository
 from .layer import StreamedSwitch
 from .locate import Located, locate, mentions_experts, original_load_model
@@ -135,14 +133,8 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: it is neither a folder nor a repository that can be had.
     """
-    try:
+    with had(path_or_hf_repo, "is neither a model folder nor a repository that can be downloaded"):
         return mlx_lm.utils._download(str(path_or_hf_repo), revision=revision)
-    except (HfHubHTTPError, HFValidationError, OSError) as e:
-        reason = str(e).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{path_or_hf_repo} is neither a model folder nor a repository that can be "
-            f"downloaded: {reason}"
-        ) from e
 
 
 class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
@@ -193,12 +185,7 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
     def __enter__(self) -> patch:
         return self.install()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.remove()
 
     @contextmanager

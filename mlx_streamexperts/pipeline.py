@@ -18,6 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .errors import StreamError, UnsupportedModelError
+from .intercept import intercept
 
 # As mlx-lm's `sharded_load` reads a layer's number off the name of a stored tensor.
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -166,5 +167,4 @@ def _before(module: nn.Module, when: Callable[[mx.array], bool]) -> None:
             mx.eval(x)
         return kind.__call__(self, x, *args, **kwargs)
 
-    # A subclass and no wrapper, so that every path in the model stays what it is.
-    module.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+    intercept(module, call)

@@ -21,6 +21,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .cache import fewest_slots
 from .checkpoint import read_json_object
 from .config import TUNED, StreamConfig, parse_size
 from .errors import CheckpointError, StreamError
@@ -31,6 +32,7 @@ from .output import write_json
 from .planner import Plan
 from .platform import config_folder, total_memory_bytes
 from .ranks import libraries
+from .stream import expert_files, unwritten
 
 CACHE_SHARE = "cache_share"
 """A profile's setting for the part of what a budget leaves that the expert cache takes, 0 to 1."""
@@ -96,10 +98,9 @@ def place_of(layers: Sequence[ExpertLayer], config: StreamConfig) -> Place:
     Raises:
         CheckpointError: a file of experts cannot be read.
     """
-    files = {f for x in layers for t in x.tensors.values() for f in t.stored.files}
     return Place(
         checkpoint=identity(layers),
-        experts_in=sorted({str(Path(f).resolve().parent) for f in files}),
+        experts_in=sorted({str(Path(f).resolve().parent) for f in expert_files(layers)}),
         budget={
             name: None if (size := getattr(config, name)) is None else parse_size(size)
             for name in ("memory", "cache")
@@ -178,8 +179,7 @@ def with_profile(
     Raises:
         StreamError: `profile` names a file that is not there.
     """
-    placeless = any(not t.stored.files for x in layers for t in x.tensors.values())
-    if config.profile == "off" or placeless:  # experts that are yet to be converted
+    if config.profile == "off" or unwritten(layers):
         return config, None
     stated = config.profile != "auto"
     candidates = [Path(config.profile)] if stated else _saved()
@@ -242,8 +242,7 @@ def _applied(
 
 def shared(layers: Sequence[ExpertLayer], plan: Plan, share: float) -> dict[str, int | None]:
     """The options that give the expert cache a part of what a plan leaves it, never too little."""
-    # Layers work with two slots, or with one of top-1 models: as `layer_needs` has it.
-    fewest = sum(min(2, plan.top_k, x.experts) * x.expert_bytes for x in layers)
+    fewest = sum(min(fewest_slots(plan.top_k), x.experts) * x.expert_bytes for x in layers)
     return {"cache": max(fewest, int(share * plan.cache)), "memory": plan.memory}
 
 

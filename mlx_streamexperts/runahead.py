@@ -30,6 +30,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .callers import Callers
+from .intercept import intercept
 from .rewind import Undo, remember
 from .split import SORTED_ROWS
 from .tables import SlotTables
@@ -46,8 +47,6 @@ _GROUPS = {"trust": 3, "at once": 1, "ask": 3, "scout": 8}
 
 _PASSES = 3
 """Passes of a step after which nothing is trusted any more that is not known."""
-
-_RUN_AHEAD = "_run_ahead"
 
 
 @dataclass(slots=True)
@@ -207,7 +206,7 @@ class RunAhead:
             return self._try(i, x, indices)
         state.y = layer.ask(x, indices, look_ahead=not self._again)
         self.stats.asked += 1
-        self.trust.note(i, layer.lacked, self._again)
+        self.trust.note([i], layer.lacked, self._again)
         self._compare(i, layer.chosen)
         return state.y
 
@@ -331,7 +330,7 @@ class RunAhead:
                 self._compare(i, row.ravel().tolist())
             self.layers[i].hit(row)
             state.y = state.tried
-        self.trust.note_held(layers, self._again)
+        self.trust.note(layers, False, self._again)
         self.stats.trusted += len(layers)
         return True
 
@@ -358,7 +357,7 @@ class RunAhead:
         start = time.perf_counter()
         with layer.lock:
             held = self._tables.held(i, experts)
-            self.trust.note(i, not held, self._again)
+            self.trust.note([i], not held, self._again)
             if self._wrong is not None:  # a guess, then
                 chosen = list(dict.fromkeys(experts.ravel().tolist()))
                 state.foretold = set(chosen)
@@ -390,28 +389,21 @@ class RunAhead:
 
 
 def install(model: nn.Module, run_ahead: RunAhead) -> None:
-    """Let this model's forward passes go through `RunAhead.step`.
-
-    Only this instance changes: it gets a class of its own, derived from the one it had.
-    """
+    """Let this model's forward passes go through `RunAhead.step`."""
     kind = type(model)
     parameters = list(inspect.signature(kind.__call__).parameters)[1:]
-    place = parameters.index("cache") if "cache" in parameters else None
-    stock_call = kind.__call__
+    if "cache" not in parameters:
+        return
+    place = parameters.index("cache")
 
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        steps: RunAhead = self.__dict__[_RUN_AHEAD]
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         tokens = kwargs.get("input_embeddings")
         if tokens is None:
             tokens = args[0] if args else kwargs.get(parameters[0])
-        if place is None or tokens is None or tokens.ndim < 2:
-            return stock_call(self, *args, **kwargs)
+        if tokens is None or tokens.ndim < 2:
+            return kind.__call__(self, *args, **kwargs)
         caches = args[place] if len(args) > place else kwargs.get("cache")
         rows = tokens.shape[0] * tokens.shape[1]
-        return steps.step(lambda: stock_call(self, *args, **kwargs), rows, caches)
+        return run_ahead.step(lambda: kind.__call__(self, *args, **kwargs), rows, caches)
 
-    __call__.__signature__ = inspect.signature(stock_call)  # type: ignore[attr-defined]
-    __call__.__doc__ = stock_call.__doc__
-    own = type(kind.__name__, (kind,), {"__call__": __call__, "__module__": kind.__module__})
-    object.__setattr__(model, _RUN_AHEAD, run_ahead)
-    model.__class__ = own
+    intercept(model, call)

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from .cli import make_parser, stream_settings
+from .cli import failed, make_parser, stream_settings
 from .config import StreamConfig, parse_size
 from .errors import StreamError
 from .patching import patch, plan, resolve
@@ -86,8 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         with patch(config=config), _assembled(args, served), _interruptible():
             stock.main()
     except StreamError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
+        return failed(e)
     except OSError as e:  # the address is in use, say
         print(f"error: {args.host}:{args.port}: {e}", file=sys.stderr)
         return 1

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .cache import LayerNeed, share_slots
+from .cache import LayerNeed, fewest_slots, share_slots
 from .config import parse_size
 from .errors import StreamError
 from .planner import Plan
@@ -141,7 +141,8 @@ def even_slots(routing: Routing, share: float, top_k: int) -> list[int]:
     """Slots of each layer as the live cache shares out this part of all experts' bytes."""
     sizes = routing.expert_bytes or (1,) * len(routing.experts)
     needs = [
-        LayerNeed(n, b, min(2, top_k), top_k) for n, b in zip(routing.experts, sizes, strict=True)
+        LayerNeed(n, b, fewest_slots(top_k), top_k)
+        for n, b in zip(routing.experts, sizes, strict=True)
     ]
     budget = share * sum(n.experts * n.expert_bytes for n in needs)
     return share_slots(int(budget + 1e-6), needs)

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,8 +16,9 @@ from mlx.utils import tree_flatten
 
 from .accounts import enter, held, leave, limit_freed, unlimit_freed
 from .bank import in_place_works
-from .cache import CacheStats, LayerNeed, share_slots
+from .cache import CacheStats, LayerNeed, fewest_slots, share_slots
 from .callers import Callers
+from .closing import Closing
 from .config import StreamConfig, parse_size
 from .errors import CheckpointError, StreamError, UnsupportedModelError
 from .files import direct_works
@@ -28,7 +28,6 @@ from .pipeline import Stage
 from .planner import Plan, check_resize, experts_per_token
 from .platform import available_memory_bytes, file_mark
 from .prefetch import SMALL_EXPERT_BYTES
-from .profiles import Profile
 from .progress import progress_bar
 from .ranks import Ranks
 from .reader import ExpertReader, ReadStats
@@ -40,11 +39,14 @@ from .trace import Trace
 from .trial import Pace, Trial
 from .watch import Watch
 
+if TYPE_CHECKING:
+    from .profiles import Profile
+
 _STREAM = "_expert_stream"
 _KEPT_BYTES = 16 << 20
 
 
-class ExpertStream:
+class ExpertStream(Closing):
     """What `stream(model)` returns. A context manager: leaving it closes the stream.
 
     Close it, or let the model go, to free slots, files and threads.
@@ -254,17 +256,6 @@ class ExpertStream:
         """What each layer asks of a budget, in model order."""
         return layer_needs(self.layers, self._model_config)
 
-    def __enter__(self) -> ExpertStream:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def __repr__(self) -> str:
         state = "closed" if self._closed else str(self.plan)
         return f"<ExpertStream of {len(self.layers)} layers: {state}>"
@@ -349,14 +340,18 @@ def layer_needs(layers: list[ExpertLayer], model_config: dict[str, Any]) -> list
     needs = []
     for x in layers:
         top_k = experts_per_token(model_config, x.experts)
-        # Two: one is read while the other computes. Below top-k nothing outlives its token.
-        needs.append(LayerNeed(x.experts, x.expert_bytes, min(2, top_k), top_k))
+        needs.append(LayerNeed(x.experts, x.expert_bytes, fewest_slots(top_k), top_k))
     return needs
 
 
 def expert_files(layers: Sequence[ExpertLayer]) -> list[str]:
     """Every file that holds experts of some layers."""
     return sorted({f for x in layers for t in x.tensors.values() for f in t.stored.files})
+
+
+def unwritten(layers: Sequence[ExpertLayer]) -> bool:
+    """Are some experts in no file yet, because the checkpoint has to be converted first?"""
+    return any(not t.stored.files for x in layers for t in x.tensors.values())
 
 
 def _marks(files: Sequence[str]) -> dict[str, tuple[int, ...]]:

@@ -59,8 +59,7 @@ class SlotTables:
 
     def held(self, i: int, experts: np.ndarray) -> bool:
         """Did a layer's table name the slots of all these, and are they there still?"""
-        cache = self._layers[i].cache
-        return self._made_of[i] == (cache, cache.version) and not self._absent[i, experts].any()
+        return self.all_held([i], experts.reshape(1, -1))
 
     def all_held(self, layers: Sequence[int], experts: np.ndarray) -> bool:
         """The same of several layers at once: experts [layers, K]."""

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from .closing import Closing
 from .output import partial_name, write_json
 from .ranges import ByteRange
 from .reader import DEMAND, ExpertReader
@@ -44,7 +45,7 @@ class _Read(NamedTuple):
     end: float
 
 
-class Timeline:
+class Timeline(Closing):
     """A recording under way; a context manager, or call `close`.
 
     The file appears under its name only when the recording is complete.
@@ -91,12 +92,6 @@ class Timeline:
         self._reader.on_read = None
         content = {"traceEvents": self._events(), "displayTimeUnit": "ms"}
         write_json(self._path, content, indent=None)
-
-    def __enter__(self) -> Timeline:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def _phase(self, phase: str, layer: str, begin: float, end: float) -> None:
         self._spans.append((phase, layer, begin, end))

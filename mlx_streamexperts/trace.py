@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from .closing import Closing
 from .errors import StreamError
 from .layer import ExpertLayer
 from .planner import Plan
@@ -25,7 +26,7 @@ from .planner import Plan
 _SIZES = ("model_type", "trunk", "active_bytes_per_token", "top_k")
 
 
-class Trace:
+class Trace(Closing):
     """A recording under way; a context manager, or call `close`.
 
     The file appears under its name only when the recording is complete.
@@ -61,12 +62,6 @@ class Trace:
             self._file.close()
             self._file = None
             self._partial.replace(self._path)
-
-    def __enter__(self) -> Trace:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def _recorder(self, number: int) -> Callable[[np.ndarray], None]:
         def record(experts: np.ndarray) -> None:

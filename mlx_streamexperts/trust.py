@@ -104,22 +104,20 @@ class Trust:
         asked = np.arange(len(lacking), -1, -1)
         return asked * self.wait_seconds + (1 - right) * in_vain
 
-    def note(self, layer: int, lacked: bool, again: bool) -> None:
-        """A layer's turn came; it lacked an expert or did not."""
-        if again:
-            self.lacking_again += _RATE * (lacked - self.lacking_again)
-            return
-        self._seen[layer] += 1
-        rate = max(_RATE, 1 / self._seen[layer])
-        self.lacking[layer] += rate * (lacked - self.lacking[layer])
+    def note(self, layers: Sequence[int], lacked: bool, again: bool) -> None:
+        """The turns of these layers came; they lacked an expert or did not.
 
-    def note_held(self, layers: Sequence[int], again: bool) -> None:
-        """The turns of these layers came, and none of them lacked an expert."""
+        Args:
+            layers: one, or several of the same outcome.
+            again: a wrong pass of this step had foretold their experts.
+        """
         if again:
-            self.lacking_again *= (1 - _RATE) ** len(layers)
+            kept = (1 - _RATE) ** len(layers)
+            self.lacking_again = lacked + kept * (self.lacking_again - lacked)
             return
         self._seen[layers] += 1
-        self.lacking[layers] *= 1 - np.maximum(_RATE, 1 / self._seen[layers])
+        rate = np.maximum(_RATE, 1 / self._seen[layers])
+        self.lacking[layers] += rate * (lacked - self.lacking[layers])
 
     def timed(self, seconds: float, waited: float, trusted: int, passes: int) -> None:
         """A step is over.

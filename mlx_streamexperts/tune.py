@@ -116,11 +116,8 @@ def main(argv: list[str] | None = None) -> int:
         runner = Runner(Path(model), config, workload, args.trust_remote_code)
         place = place_of(runner.located.layers, config)
         return _tune(args, runner, place)
-    except StreamError as e:
+    except (StreamError, OSError) as e:  # the latter of the ledger or the profile
         return failed(e)
-    except OSError as e:  # of the ledger or the profile
-        print(f"error: {e}", file=sys.stderr)
-        return 1
 
 
 def space(runner: Runner) -> Space:

@@ -18,6 +18,7 @@ from unittest import mock
 
 import mlx.nn as nn
 
+from .cli import make_parser
 from .config import StreamConfig
 from .patching import patch
 from .stream import ExpertStream, stream
@@ -26,6 +27,22 @@ from .terminal import print_rows
 from .timeline import Timeline
 
 _PREFILL_BATCH = 8  # prompts that mlx-lm's BatchGenerator takes into one pass
+
+
+def program_parser(
+    stock: ModuleType, command: str, description: str | None
+) -> argparse.ArgumentParser:
+    """The parser of one of mlx-lm's programs, with our options and what to report.
+
+    Args:
+        stock: the program.
+        command: ours, by the name of its module.
+        description: for `--help`.
+    """
+    prog = f"python -m {__package__}.{command}"
+    parser = make_parser(stock.setup_arg_parser(), prog, description)
+    add_report_arguments(parser)
+    return parser
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:

@@ -341,7 +341,7 @@ def test_costs_are_learned_from_steps() -> None:
         trust.timed(0.012, waited=0.002, trusted=9, passes=1)
     assert trust.layer_seconds == pytest.approx(0.001)  # one slow step is forgotten
     for _ in range(200):
-        trust.note(4, True, again=False)
-        trust.note(5, False, again=False)
+        trust.note([4], True, again=False)
+        trust.note([5], False, again=False)
     assert trust.lacking[4] == 1
     assert trust.lacking[5] < 1e-3
