@@ -27,6 +27,7 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import mlx.core as mx
@@ -297,6 +298,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, help="write the page to this file")
     out = parser.parse_args().out
+    if missing := [name for name in ("datasets", "lm_eval") if find_spec(name) is None]:
+        parser.error(f"some programs need more than mlx-lm: pip install {' '.join(missing)}")
     with tempfile.TemporaryDirectory(prefix="programs-") as root:
         rows, good = measure(Path(root))
     tried = {f"mlx_lm.{case.program}" for case in cases()}
