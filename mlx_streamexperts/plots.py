@@ -23,7 +23,7 @@ def plot_rates(rows: Sequence[Row], file: Path) -> None:
     Raises:
         StreamError: matplotlib is missing, or does not know the kind of file.
     """
-    plt = _pyplot()
+    plt = pyplot()
     name = rows[-1].trace  # all of them together, if there are several
     rows = [r for r in rows if r.trace == name and r.way == "even"]
     policies = list(dict.fromkeys(r.policy for r in rows))
@@ -68,7 +68,12 @@ def _save(figure: Any, file: Path) -> None:
     partial.replace(file)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib.pyplot, drawing into files.
+
+    Raises:
+        StreamError: it is missing.
+    """
     try:
         import matplotlib
     except ImportError as e:
