@@ -18,9 +18,7 @@ import json
 import os
 import platform as host
 import statistics
-import threading
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,11 +31,11 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from random_model import write_random_model
 
-from mlx_streamexperts import ExpertStream, StreamConfig, demo_model, patch, platform, stream
+from mlx_streamexperts import StreamConfig, demo_model, patch, platform, stream
 from mlx_streamexperts.config import parse_size
-from mlx_streamexperts.ranges import ByteRange
-from mlx_streamexperts.reader import ExpertReader, Ticket
+from mlx_streamexperts.measure import drive_bandwidth
 from mlx_streamexperts.stream import is_streamed
+from mlx_streamexperts.throttle import Throttle
 
 
 def prompt_tokens(folder: Path, count: int) -> list[int]:
@@ -63,56 +61,7 @@ def decode(model: nn.Module, tokens: list[int], warm_up: int) -> float:
     return time.perf_counter() - start
 
 
-def drive_bandwidth(expert_stream: ExpertStream, bypass: bool, seconds: float = 1.0) -> float:
-    """Bytes/s of reading random experts with the queue never empty: what the drive can give."""
-    reader = ExpertReader(direct=bypass)
-    size = max(x.expert_bytes for x in expert_stream.layers)
-    halves = [memoryview(bytearray(size * 8)) for _ in range(2)]
-    order, start, done = np.random.default_rng(1), time.perf_counter(), 0
-    pending: list[Ticket] = []
-    while time.perf_counter() - start < seconds:
-        layer = expert_stream.layers[order.integers(len(expert_stream.layers))]
-        if len(pending) == 2:
-            pending.pop(0).wait()
-        memory, at, ranges = halves[0], 0, []
-        halves.reverse()
-        for expert in order.choice(layer.experts, min(8, layer.experts), replace=False):
-            for t in layer.tensors.values():
-                into = memory[at : at + t.stored.row_bytes]
-                file, offset = t.stored.files[expert], t.stored.offsets[expert]
-                ranges.append(ByteRange(file, offset, into, "", int(expert), ""))
-                at += len(into)
-        pending.append(reader.submit(ranges))
-        done += at
-    for ticket in pending:
-        ticket.wait()
-    rate = done / (time.perf_counter() - start)
-    reader.close()
-    return rate
-
-
 read_into = platform.read_into
-
-
-class Throttle:
-    """A drive of a stated rate in the place of this machine's: what it gives does not vary.
-
-    Reads come from the page cache and end when a bus that carries one after the other would have
-    delivered them, 80 us later.
-    """
-
-    def __init__(self, bytes_per_s: float) -> None:
-        self._rate, self._free, self._lock = bytes_per_s, 0.0, threading.Lock()
-        self._read = platform.read_into
-
-    def __call__(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-        size = sum(map(len, buffers))
-        with self._lock:
-            self._free = max(self._free, time.perf_counter()) + size / self._rate
-            due = self._free + 80e-6
-        count = self._read(fd, buffers, offset)
-        time.sleep(max(0.0, due - time.perf_counter()))
-        return count
 
 
 def main() -> None:

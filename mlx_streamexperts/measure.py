@@ -9,12 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
 from .ranges import ByteRange
-from .reader import ExpertReader
+from .reader import ExpertReader, Ticket
+
+if TYPE_CHECKING:
+    from .stream import ExpertStream
 
 
 @dataclass(frozen=True)
@@ -26,12 +30,14 @@ class DriveRate:
         depth: reads in flight.
         rate: bytes/s.
         latency: median seconds from asking to the last byte.
+        latency_p99: seconds within which 99 of 100 reads ended.
     """
 
     read_bytes: int
     depth: int
     rate: float
     latency: float
+    latency_p99: float
 
 
 def drive_rates(
@@ -78,8 +84,43 @@ def drive_rates(
             elapsed = time.perf_counter() - start
         finally:
             reader.close()
-        results.append(DriveRate(read_bytes, depth, done / elapsed, float(np.median(latencies))))
+        median, slow = (float(x) for x in np.percentile(latencies, (50, 99)))
+        results.append(DriveRate(read_bytes, depth, done / elapsed, median, slow))
     return results
+
+
+def drive_bandwidth(expert_stream: ExpertStream, bypass: bool, seconds: float = 1.0) -> float:
+    """Bytes/s of reading random experts with the queue never empty: what the drive can give.
+
+    Args:
+        expert_stream: the model whose experts are read; its cache is left alone.
+        bypass: read past the page cache.
+        seconds: about how long.
+    """
+    reader = ExpertReader(direct=bypass)
+    size = max(x.expert_bytes for x in expert_stream.layers)
+    halves = [memoryview(bytearray(size * 8)) for _ in range(2)]
+    order, start, done = np.random.default_rng(1), time.perf_counter(), 0
+    pending: list[Ticket] = []
+    while time.perf_counter() - start < seconds:
+        layer = expert_stream.layers[order.integers(len(expert_stream.layers))]
+        if len(pending) == 2:
+            pending.pop(0).wait()
+        memory, at, ranges = halves[0], 0, []
+        halves.reverse()
+        for expert in order.choice(layer.experts, min(8, layer.experts), replace=False):
+            for t in layer.tensors.values():
+                into = memory[at : at + t.stored.row_bytes]
+                file, offset = t.stored.files[expert], t.stored.offsets[expert]
+                ranges.append(ByteRange(file, offset, into, "", int(expert), ""))
+                at += len(into)
+        pending.append(reader.submit(ranges))
+        done += at
+    for ticket in pending:
+        ticket.wait()
+    rate = done / (time.perf_counter() - start)
+    reader.close()
+    return rate
 
 
 def memory_rate(nbytes: int = 256 << 20, repeats: int = 7) -> float:

@@ -181,6 +181,23 @@ def config_folder() -> Path:
     return Path(stated) if os.path.isabs(stated) else Path.home() / ".config"
 
 
+def processor_name() -> str:
+    """What the processor calls itself; empty where the system does not say."""
+    if sys.platform == "darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        try:
+            return subprocess.run(
+                command, capture_output=True, text=True, check=True
+            ).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "")
+
+
 def free_disk_bytes(folder: Path) -> int:
     """Bytes that can still be written to the file system of `folder`."""
     return shutil.disk_usage(folder).free

@@ -69,6 +69,11 @@ def save_figure(figure: Any, file: Path) -> None:
 
 
 def pyplot() -> Any:
+    """matplotlib.pyplot, drawing into files.
+
+    Raises:
+        StreamError: it is missing.
+    """
     try:
         import matplotlib
     except ImportError as e:

@@ -208,6 +208,11 @@ class ExpertStream(Closing):
                     self._open_layer(layer, count)
             self._load_resident()
 
+    @property
+    def reader(self) -> ExpertReader:
+        """Reads the experts; for diagnosis, no part of the stable interface."""
+        return self._reader
+
     def close(self) -> None:
         """Stop reading, free slots, files and threads. Later calls of the model raise."""
         if self._freed:

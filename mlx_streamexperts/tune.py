@@ -30,7 +30,7 @@ from .files import direct_works
 from .ledger import Ledger
 from .output import exclusive
 from .profiles import CACHE_SHARE, Place, default_file, place_of, write_profile
-from .progress import trial_bar
+from .progress import progress_bar
 from .runner import Runner, Workload, read_prompts, shipped_prompts
 from .search import Settings, Space
 from .stream import expert_files
@@ -198,7 +198,7 @@ class _Bar:
     """Shows how far it is, with the best so far."""
 
     def __init__(self, shown: bool, total: int | None) -> None:
-        self.shown = trial_bar("Tuning", shown, total)
+        self.shown = progress_bar("Tuning", shown, total, unit=" trials")
         self._best = 1.0
 
     def note(self, record: dict[str, Any]) -> None:

@@ -51,6 +51,7 @@ checkpoint with experts one by one."""
 
 PARSED_ONLY = {
     "chat": "asks at a terminal",
+    "report": "measures for minutes; test_report.py runs a shorter one",
     "run": "another program, which may need anything",
     "server": "serves until it is stopped",
 }

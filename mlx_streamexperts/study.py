@@ -1,0 +1,375 @@
+"""All that a report measures, in order, as the plain values that its JSON file holds.
+
+Each part's own module knows how; what is decided here is how much, and on what.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from . import drive, facts, locality, quality, speed
+from .config import StreamConfig, format_size
+from .errors import StreamError
+from .locate import original_load_model
+from .patching import load, plan
+from .platform import available_memory_bytes, device_memory_bytes, drop_page_cache
+from .power import Sensors, find_sensors
+from .predict import NAMED_MACHINES
+from .progress import progress_bar
+from .stream import ExpertStream, expert_files, stream
+from .texts import Prompt, report_choices, report_prompts
+from .trace import read_trace
+
+SCHEMA, VERSION = "mlx-streamexperts/report", 1
+_STEPS = 11
+_LOGITS_BYTES = 256 << 20  # of all prompts: a vocabulary of 150,000 has 0.6 MB a token
+_STEADY_SHARE = 0.25  # of the experts, where nothing states a budget and all would fit
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured.
+
+    Attributes:
+        prompts: of the shipped ones; None for all.
+        prompt_tokens: a prompt's tokens at most.
+        tokens: generated after a prompt.
+        repeats: of everything that is timed.
+        lengths: of prompts for the first token.
+        batches: sequences at once.
+        seconds: of the drive at each size and depth.
+        depths: reads in flight.
+        points: throttled drives of either kind.
+        sustained: minutes.
+        window: seconds of one window of it.
+        alone: tokens of each prompt that the comparison with stock decodes one by one.
+        bits: of experts in the lossy what-ifs.
+        items: of the task.
+    """
+
+    prompts: int | None = None
+    prompt_tokens: int = 64
+    tokens: int = 24
+    repeats: int = 3
+    lengths: tuple[int, ...] = (16, 64, 256)
+    batches: tuple[int, ...] = (1, 2, 4)
+    seconds: float = 0.2
+    depths: tuple[int, ...] = (1, 4, 16)
+    points: int = 5
+    sustained: float = 0.5
+    window: float = 1.0
+    shares: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5, 0.75)
+    alone: int = 8
+    bits: tuple[int, ...] = (3, 2)
+    items: int | None = None
+
+
+QUICK = Settings()
+FULL = Settings(
+    prompt_tokens=256, tokens=128, repeats=5, lengths=(32, 128, 512, 2048), batches=(1, 2, 4, 8),
+    seconds=1.0, depths=(1, 2, 4, 8, 16, 32), points=6, sustained=10.0, window=10.0, alone=32,
+)  # fmt: skip
+
+
+def make_report(
+    folder: str, config: StreamConfig, settings: Settings, name: str, note: str = ""
+) -> dict[str, Any]:
+    """Measure everything; returns what the JSON file holds.
+
+    Args:
+        folder: the model.
+        config: how it is streamed.
+        settings: how much is measured.
+        name: what the page calls it.
+        note: what readers should know.
+
+    Raises:
+        StreamError: the model cannot be streamed, or nothing of it would be with this budget.
+    """
+    config = replace(config, progress=False) if not sys.stderr.isatty() else config
+    config = with_something_to_stream(folder, config)
+    begin = time.perf_counter()
+    with progress_bar("Report", config.progress, _STEPS, unit="step") as bar:
+        step = _stepper(bar)
+        model, tokenizer, cold = _cold_start(folder, config)
+        expert_stream = stream(model)
+        step("warming up")
+        prompts = [
+            replace(p, tokens=p.tokens[: settings.prompt_tokens])
+            for p in report_prompts(tokenizer, settings.prompts)
+        ]
+        for p in prompts:
+            speed.generate(model, p.tokens, settings.tokens)
+        sensors = find_sensors()
+        with expert_stream, tempfile.TemporaryDirectory() as traces:
+            step("decoding")
+            rates = _speed(model, tokenizer, prompts, settings, Path(traces), step)
+            found: dict[str, Any] = {
+                "schema": SCHEMA,
+                "version": VERSION,
+                "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "note": note,
+                "method": _method(folder, name, expert_stream, settings, prompts),
+                "speed": {"cold_start": cold, **rates},
+            }
+            step("the drive")
+            found["ssd"] = _ssd(model, prompts, settings, step)
+            step("locality")
+            found["locality"] = _locality(expert_stream, Path(traces), len(prompts), settings)
+            step("decoding on and on")
+            found["power"], found["speed"]["sustained"] = _sustained(
+                model, prompts, settings, sensors
+            )
+            step("quality")
+            items = report_choices(tokenizer, settings.items)
+            width = int(model(mx.array([[0]])).shape[-1])
+            most = max(8, _LOGITS_BYTES // (4 * width * len(prompts)))
+            shorter = [replace(p, tokens=p.tokens[:most]) for p in prompts]
+            own = [quality.logits(model, p.tokens, settings.alone) for p in shorter]
+            score = quality.score(model, items)
+        del model
+        found["quality"] = _quality(folder, found, own, score, shorter, items, settings, step)
+    found["seconds"] = time.perf_counter() - begin
+    found["limits"] = _limits(found)
+    return found
+
+
+def with_something_to_stream(folder: str, config: StreamConfig) -> StreamConfig:
+    """The same options with a cache for a quarter of the experts, where all of them would fit.
+
+    Raises:
+        BudgetError: too small.
+        StreamError: the stated budget holds all of them.
+    """
+    there = plan(folder, config=config)
+    if there.resident_share < 1:
+        return config
+    if config.memory is not None or config.cache is not None:
+        raise StreamError(
+            "this budget holds all experts, so that nothing would be streamed or measured: state a "
+            f"--cache below {format_size(there.experts)}"
+        )
+    return replace(config, cache=max(1, int(_STEADY_SHARE * there.experts)))
+
+
+def _stepper(bar: Any) -> Callable[[str], None]:
+    def step(what: str) -> None:
+        bar.set_postfix_str(what)
+        bar.update(1)
+
+    return step
+
+
+def _cold_start(folder: str, config: StreamConfig) -> tuple[Any, Any, dict[str, Any]]:
+    """Load, and bring a first token, with the files out of the page cache where that can be had."""
+    dropped = all([drop_page_cache(f) for f in sorted(Path(folder).glob("*.safetensors"))])
+    begin = time.perf_counter()
+    model, tokenizer = load(folder, config=config)[:2]
+    loaded = time.perf_counter()
+    prompt = report_prompts(tokenizer, 1)[0]
+    first = speed.generate(model, prompt.tokens[:64], 2)
+    return (
+        model,
+        tokenizer,
+        {
+            "page_cache_dropped": dropped,
+            "load_s": loaded - begin,
+            "first_token_s": first.first_token,
+            "prompt_tokens": min(64, len(prompt.tokens)),
+            "total_s": loaded - begin + first.first_token,
+        },
+    )
+
+
+def _method(
+    folder: str, name: str, expert_stream: ExpertStream, settings: Settings, prompts: list[Prompt]
+) -> dict[str, Any]:
+    options = asdict(expert_stream.config)
+    hidden = {
+        k: bool(options[k]) for k in ("store", "hot_set")
+    }  # whose paths are nobody's business
+    return {
+        "machine": facts.machine(),
+        "versions": facts.versions(),
+        "model": facts.checkpoint(Path(folder), name, expert_stream),
+        "options": {**options, **hidden},
+        "resident_share": expert_stream.plan.resident_share,
+        "cache_bytes": expert_stream.plan.cache,
+        "page_cache": facts.page_cache(expert_stream),
+        "bypasses_page_cache": expert_stream.bypasses_page_cache,
+        "settings": asdict(settings),
+        "prompts": [
+            {"task": p.task, "language": p.language, "tokens": len(p.tokens)} for p in prompts
+        ],
+        "sampling": "greedy",
+        "warm_up": "every prompt once, untimed",
+    }
+
+
+def _speed(
+    model: Any, tokenizer: Any, prompts: list[Prompt], settings: Settings, traces: Path,
+    step: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    steady = speed.by_prompt(model, prompts, settings.tokens, settings.repeats, traces)
+    step("first tokens")
+    text = [t for p in report_prompts(tokenizer) for t in p.tokens]
+    room = stream(model).plan.context_tokens - 16
+    lengths = [n for n in settings.lengths if n <= room]
+    text = text * (max(lengths) // len(text) + 1)
+    first = speed.first_tokens(model, text, lengths, settings.repeats)
+    step("batches")
+    many = speed.batches(
+        model, tokenizer, prompts, settings.batches, settings.tokens, settings.repeats
+    )
+    medians = [r["tokens_per_s"]["median"] for r in steady]
+    return {
+        "tokens_per_s": speed.summary(medians),
+        "by_prompt": steady,
+        "by_prompt_length": first,
+        "by_batch": many,
+    }
+
+
+def _ssd(
+    model: Any, prompts: list[Prompt], settings: Settings, step: Callable[[str], None]
+) -> dict[str, Any]:
+    expert_stream = stream(model)
+    files = expert_files(expert_stream.layers)
+    rates = drive.rates_by_size(expert_stream, files, settings.depths, settings.seconds)
+    with drive.logged(expert_stream.reader) as log:
+        for p in prompts:
+            speed.generate(model, p.tokens, settings.tokens)
+    step("slower drives")
+    best = max(r["rate"] for r in rates)
+    # One text, the same for every drive: what differs is the drive alone.
+    middle = prompts[len(prompts) // 2].tokens
+    slower = drive.sensitivity(
+        model, middle, settings.tokens, settings.repeats, best, settings.points
+    )
+    points = slower["by_rate"] + slower["by_latency"]
+    return {
+        "bypasses_page_cache": expert_stream.bypasses_page_cache,
+        "rates": rates,
+        "in_generation": log.summary(),
+        "sensitivity": {**slower, "median_error_of_model": drive.error_of_model(points)},
+    }
+
+
+def _locality(
+    expert_stream: ExpertStream, traces: Path, count: int, settings: Settings
+) -> dict[str, Any]:
+    recorded = [read_trace(traces / f"{i}.jsonl") for i in range(count)]
+    # Its tokens/s are not used, only counts: any machine will do.
+    machine = next(iter(NAMED_MACHINES.values()))
+    joined = locality.one_after_another(recorded)
+    return {
+        "tokens": sum(len(rows) for rows in joined.layers[0]),
+        "caches": locality.caches(recorded, settings.shares, expert_stream.config.policy, machine),
+        "reuse": locality.reuse_distances(joined),
+        "token_overlap": locality.token_overlap(recorded),
+        "request_overlap": locality.request_overlap(recorded),
+    }
+
+
+def _sustained(
+    model: Any, prompts: list[Prompt], settings: Settings, sensors: Sensors
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Power at rest and under load, and the sustained rate that it was measured with."""
+    sensors.begin()
+    start = time.perf_counter()
+    if sensors.energy:
+        time.sleep(max(1.0, settings.window))
+    rest = {k: v / (time.perf_counter() - start) for k, v in sensors.end().items()}
+    before = sensors.heat()
+    found = speed.sustained(model, prompts, 60 * settings.sustained, settings.window, sensors)
+    joules = found.pop("joules")
+    whole = {k: v for k, v in joules.items() if "psys" in k} or joules  # psys counts the others too
+    return {
+        "sources": sorted(joules),
+        "missing": sensors.missing,
+        "watts_at_rest": rest,
+        "watts": {k: v / found["seconds"] for k, v in joules.items()},
+        "joules_per_token": sum(whole.values()) / found["tokens"] if whole else None,
+        "celsius_before": before,
+        "celsius_after": sensors.heat(),
+        "throttled_windows": sum(bool(w["throttled"]) for w in found["windows"]),
+        "tells_throttling": bool(sensors.throttling),
+    }, found
+
+
+def _quality(
+    folder: str, found: dict[str, Any], own: list[Any], score: float, prompts: list[Prompt],
+    items: list[Any], settings: Settings, step: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    """Streamed logits against the stock model's, if that fits; what shortcuts would cost."""
+    texts = [p.tokens for p in prompts]
+    model = found["method"]["model"]
+    task = {"task_score": score, "task_items": len(items)}
+    alone = quality.compare(own, own, texts)
+    result: dict[str, Any] = {
+        "package_offers_lossy_options": False,
+        "streamed_perplexity": alone["perplexity"],
+        "tokens": alone["tokens"],
+        **task,
+        "stock": None,
+        "streamed": None,
+        "lossy": [],
+        "not_measured": "",
+    }
+    needed = model["bytes"] + model["experts_bytes"] + (1 << 30)  # and the experts a second time
+    have = min(available_memory_bytes(), device_memory_bytes())
+    if needed > have:
+        result["not_measured"] = (
+            f"The stock model and a second copy of its experts need {format_size(needed)} of "
+            f"memory, {format_size(have)} are free: streamed and stock were not compared here."
+        )
+        return result
+    stock, _ = original_load_model(Path(folder))  # mlx-lm's own, even inside `patch`
+    reference, result["stock"] = quality.judge(stock, None, prompts, items, settings.alone)
+    result["streamed"] = quality.compare(reference, own, texts) | task
+    step("lossy what-ifs")
+    result["lossy"] = quality.shortcuts(
+        stock, reference, prompts, items, settings.alone, settings.bits
+    )
+    return result
+
+
+def _limits(found: dict[str, Any]) -> list[str]:
+    """What this machine could not answer."""
+    machine, limits = found["method"]["machine"], []
+    if not machine["system"].startswith("Darwin"):
+        limits.append(
+            f"Power, heat and drive of a Mac: this ran on {machine['system']}. Figures of named "
+            "machines are predictions from their specifications."
+        )
+    if "cpu" in machine["mlx_device"]:
+        limits.append(
+            "How a GPU would do: MLX ran on the CPU, where computing takes longer and hides reads."
+        )
+    if not found["ssd"]["bypasses_page_cache"]:
+        limits.append(
+            "The drive by itself: reads went through the page cache, so that rates are partly "
+            "those of memory."
+        )
+    if found["power"]["joules_per_token"] is None:
+        limits.append("Joules per token: this machine shows no energy counter to this process.")
+    if not found["power"]["celsius_after"]:
+        limits.append("Temperature: no sensor can be read here.")
+    if not found["power"]["tells_throttling"]:
+        limits.append("Whether clocks were held down: nothing here tells.")
+    if found["quality"]["not_measured"]:
+        limits.append(found["quality"]["not_measured"])
+    if found["speed"]["sustained"]["seconds"] < 600:
+        limits.append(
+            "Ten minutes and more: decoding went on for "
+            f"{found['speed']['sustained']['seconds']:.0f} s (--sustained MINUTES)."
+        )
+    return limits

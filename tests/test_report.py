@@ -1,0 +1,247 @@
+"""A report of the embedded model: its JSON follows the schema, its page says and draws the same."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jsonschema
+import matplotlib.pyplot as plt
+import mlx_lm.utils
+import numpy as np
+import pytest
+from conftest import demo_tokens
+
+import mlx_streamexperts
+from mlx_streamexperts import demo_model, page, platform, power, quality, report, speed
+from mlx_streamexperts.figures import COLOURS, PANELS, drawable, figure
+from mlx_streamexperts.findings import sentence
+from mlx_streamexperts.locality import reuse_distances, token_overlap
+from mlx_streamexperts.throttle import slowed
+from mlx_streamexperts.trace import Routing
+
+SCHEMA = json.loads(
+    (Path(mlx_streamexperts.__file__).parent / "data" / "report-schema.json").read_text()
+)
+TINY = [
+    "--prompts=2", "--prompt-tokens=12", "--tokens=4", "--repeats=1", "--seconds=0.005",
+    "--points=2", "--items=2", "--sustained=0.01", "--note=<b>tiny</b>", "--no-progress",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a report."""
+    folder = tmp_path_factory.mktemp("report")
+    assert report.main([*TINY, "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(written: Path) -> dict[str, Any]:
+    return json.loads((written / "report.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_the_json_follows_the_schema(found: dict[str, Any]) -> None:
+    jsonschema.validate(found, SCHEMA)
+    damaged = {**found, "speed": {**found["speed"], "by_batch": [{"batch": 1}]}}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(damaged, SCHEMA)
+
+
+def test_committed_reports_follow_the_schema() -> None:
+    files = list((Path(__file__).parents[1] / "docs" / "report").glob("*.json"))
+    assert files
+    for file in files:
+        jsonschema.validate(json.loads(file.read_text()), SCHEMA)
+
+
+def test_the_schema_is_documented() -> None:
+    file = Path(__file__).parents[1] / "docs" / "make_report_schema.py"
+    spec = importlib.util.spec_from_file_location("make_report_schema", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text() == module.page(), "stale: run docs/make_report_schema.py"
+
+
+def test_nothing_in_it_names_a_path(found: dict[str, Any]) -> None:
+    assert str(demo_model()) not in json.dumps(found)
+    assert found["method"]["model"]["name"] == "demo"
+
+
+class _References(HTMLParser):
+    """What a browser would load, identifiers, and links within the page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.scripts = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.scripts += tag in ("script", "iframe", "object", "embed")
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            elif name in ("src", "href", "data", "srcset"):
+                where = self.links if (value or "").startswith("#") else self.loaded
+                where.append(value or "")
+
+
+def test_the_page_is_self_contained(written: Path) -> None:
+    text = (written / "report.html").read_text()
+    parsed = _References()
+    parsed.feed(text)
+    assert parsed.loaded == ["data:,"] and not parsed.scripts
+    assert not re.search(r"@import|https?://|url\((?!#)", text)
+    assert len(set(parsed.ids)) == len(parsed.ids)
+    assert {x[1:] for x in parsed.links} <= set(parsed.ids)
+    assert not [c for c in COLOURS if c in text]  # every stand-in became one of the page's colours
+
+
+def test_every_section_and_figure_is_on_the_page(written: Path, found: dict[str, Any]) -> None:
+    text = (written / "report.html").read_text()
+    for key in ("method", *page.SECTIONS, "limits"):
+        assert f'<section id="{key}">' in text
+    for panel in PANELS:
+        begin = text.index(f'id="figure-{panel.key}"')
+        inside = text[begin : text.index("</figure>", begin)]
+        assert ("<svg" in inside) == drawable(panel, found)
+        assert re.search(r"<p>[^<]{20,}</p>", inside)
+    assert "&lt;b&gt;tiny" in text  # what a user wrote is text, not markup
+
+
+def test_figures_are_of_the_json(found: dict[str, Any]) -> None:
+    wanted = ("sustained", "by_prompt", "by_rate", "perplexity")
+    drawn = {p.key: figure(p, found) for p in PANELS if p.key in wanted}
+    axes = {key: f.axes[0] for key, f in drawn.items()}
+    windows = found["speed"]["sustained"]["windows"]
+    assert np.allclose(axes["sustained"].lines[0].get_ydata(), [w["tokens_per_s"] for w in windows])
+    widths = sorted(bar.get_width() for bar in axes["by_prompt"].patches)
+    medians = sorted(p["tokens_per_s"]["median"] for p in found["speed"]["by_prompt"])
+    assert np.allclose(widths, medians)
+    curve = found["ssd"]["sensitivity"]["curve"]
+    assert np.allclose(axes["by_rate"].lines[0].get_ydata(), [p["tokens_per_s"] for p in curve])
+    judged = [found["quality"]["streamed"], *found["quality"]["lossy"]]
+    widths = [bar.get_width() for bar in axes["perplexity"].patches]
+    assert np.allclose(widths, [r["perplexity"] for r in judged])
+    for f in drawn.values():
+        plt.close(f)
+
+
+def test_sentences_give_the_figures_of_the_json(found: dict[str, Any]) -> None:
+    assert f"{found['speed']['tokens_per_s']['median']:.3g} tokens/s" in sentence(
+        "by_prompt", found
+    )
+    found["quality"]["streamed"]["identical"] = False
+    assert "the same bits" not in sentence("kl", found)
+    found["quality"]["streamed"]["identical"] = True
+    assert "the same bits" in sentence("kl", found)
+
+
+def test_streaming_is_exact_and_shortcuts_are_not(found: dict[str, Any]) -> None:
+    judged = found["quality"]
+    assert judged["streamed"]["identical"] and judged["streamed"]["kl_nats"] == 0
+    assert judged["streamed"]["perplexity"] == judged["stock"]["perplexity"]
+    assert {r["kind"] for r in judged["lossy"]} == {"fewer experts", "fewer bits"}
+    assert all(r["kl_nats"] > 0 and not r["identical"] for r in judged["lossy"])
+
+
+def test_shortcuts_leave_the_stock_model_as_it_was() -> None:
+    stock, _ = mlx_lm.utils.load_model(demo_model())
+    tokens = demo_tokens(12).tolist()
+    prompt = SimpleNamespace(tokens=tokens)
+    before = quality.logits(stock, tokens, 0)
+    item = SimpleNamespace(context=tokens[:4], choices=[tokens[4:6], tokens[6:8]], right=0)
+    quality.shortcuts(stock, [before], [prompt], [item], 0, (2,))  # type: ignore[list-item]
+    assert np.array_equal(quality.logits(stock, tokens, 0), before)
+
+
+def test_a_page_can_be_written_again(written: Path, tmp_path: Path) -> None:
+    again = ["--render", str(written / "report.json"), "--out", str(tmp_path)]
+    assert report.main(again) == 0
+    assert (tmp_path / "report.html").read_text() == (written / "report.html").read_text()
+
+
+def test_what_cannot_be_reported_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.json"
+    other.write_text('{"schema": "mlx-streamexperts/report", "version": 0}')
+    for arguments, text in (
+        (["--cache", "1GB"], "nothing would be streamed"),
+        (["--render", str(other)], "not a report"),
+        (["--tokens", "0"], "--tokens must be above 0"),
+    ):
+        assert report.main([*arguments, "--out", str(tmp_path / "out")]) == 1
+        assert text in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_throttle_is_gone_afterwards() -> None:
+    before = platform.read_into
+    with pytest.raises(KeyError), slowed(1e9, 0.0):
+        assert platform.read_into is not before
+        raise KeyError
+    assert platform.read_into is before
+
+
+def test_reuse_and_overlap_of_known_routing() -> None:
+    calls = [np.array([row]) for row in ([0, 1], [0, 2], [1, 2], [0, 1])]
+    routing = Routing("known", (4,), (), (calls,))
+    # 0 at distance 0; 1 after 0, 2; 2 at 1; then 0 after 1, 2 and 1 at 0; three first uses.
+    found = reuse_distances(routing)
+    assert found["first_uses"] == 3 / 8 and found["uses"][-1] == 5 / 8
+    assert found["uses"][0] == 2 / 8
+    assert token_overlap([routing])[0] == {"lag": 1, "shared": 0.5, "by_chance": 0.5}
+
+
+def test_drift_and_dips() -> None:
+    found = speed.drift([10, 10, 10, 7, 9, 9, 9, 9, 9])
+    assert found["drift"] == pytest.approx(-0.1) and found["dips"] == 1
+    assert speed.drift([10, 9])["drift"] is None
+
+
+def test_counters_of_energy_are_read_and_wrap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zone = tmp_path / "intel-rapl:0"
+    zone.mkdir()
+    for name, text in (
+        ("name", "package-0"), ("energy_uj", "9000000"), ("max_energy_range_uj", "10000000"),
+    ):  # fmt: skip
+        (zone / name).write_text(text)
+    monkeypatch.setattr(power, "POWERCAP", tmp_path)
+    monkeypatch.setattr(power, "THERMAL", tmp_path / "none")
+    monkeypatch.setattr(sys, "platform", "linux")
+    sensors = power.find_sensors()
+    sensors.begin()
+    (zone / "energy_uj").write_text("2000000")
+    assert sensors.end()["RAPL package-0"] == pytest.approx(3.0)
+    assert "temperature" in sensors.missing and not sensors.heat()
+
+
+def test_apple_silicon_by_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Monitor:
+        def begin_window(self, name: str) -> None:
+            self.name = name
+
+        def end_window(self, name: str) -> SimpleNamespace:
+            assert name == self.name
+            return SimpleNamespace(cpu_total_mj=1500, gpu_mj=500, dram_mj=None)
+
+    library = SimpleNamespace(AppleEnergyMonitor=Monitor)
+    monkeypatch.setitem(sys.modules, "zeus_apple_silicon", library)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    sensors = power.find_sensors()
+    sensors.begin()
+    assert sensors.end() == {"Apple silicon CPU": 1.5, "Apple silicon GPU": 0.5}
+    assert "RAPL" not in sensors.missing
