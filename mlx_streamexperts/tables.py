@@ -59,12 +59,12 @@ class SlotTables:
 
     def held(self, i: int, experts: np.ndarray) -> bool:
         """Did a layer's table name the slots of all these, and are they there still?"""
-        return self.all_held([i], experts.reshape(1, -1))
+        return self.all_held([i], [experts])
 
-    def all_held(self, layers: Sequence[int], experts: np.ndarray) -> bool:
-        """The same of several layers at once: experts [layers, K]."""
-        for i in layers:
+    def all_held(self, layers: Sequence[int], chosen: Sequence[np.ndarray]) -> bool:
+        """The same of several layers at once: experts [..., K] of each."""
+        for i, experts in zip(layers, chosen, strict=True):
             cache = self._layers[i].cache
-            if self._made_of[i] != (cache, cache.version):
+            if self._made_of[i] != (cache, cache.version) or self._absent[i, experts].any():
                 return False
-        return not self._absent[np.array(layers)[:, None], experts].any()
+        return True

@@ -21,9 +21,9 @@ _LAYER_SECONDS, _WAIT_SECONDS = 0.4e-3, 0.5e-3
 _RATE = 0.05
 
 WAYS = ("trust", "at once", "ask", "scout")
-"""Ways to begin a step: trust the layers that it pays to trust, checked a third of the model at a
-time or all at once; ask every layer; or trust all of them in a pass that is only to tell what the
-token will want, so that it is read in one go.
+"""Ways to begin a step: trust the layers that it pays to trust, checked in a few groups or all at
+once; ask every layer; or trust all of them in a pass that is only to tell what the token will
+want, so that it is read in one go.
 """
 
 

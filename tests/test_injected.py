@@ -290,7 +290,8 @@ def test_ctrl_c_at_every_step(watched: Watched) -> None:
         except KeyboardInterrupt:
             interrupted += 1
         assert np.array_equal(np.array(watched.model(NEXT)), watched.expected[1]), place
-    assert interrupted > 0.8 * len(places)  # which thread reads what is left to chance
+    # Which thread reads, and so how often a line runs in this one, is left to chance.
+    assert interrupted > 0.5 * len(places)
     watched.assert_sound()
 
 
