@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-import statistics
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,13 +17,40 @@ from mlx_lm.models.cache import make_prompt_cache
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from mlx_streamexperts import ExpertStream
 from mlx_streamexperts.exactness import PLAIN as PLAIN
+from mlx_streamexperts.layer import ExpertLayer
 from mlx_streamexperts.output import write_json
+from mlx_streamexperts.trust import Trust
 
 
-def generate(model: nn.Module, first: int, count: int) -> tuple[list[int], float]:
-    """Greedy tokens as mlx-lm generates, a step built while the last one runs, and the median
-    seconds of a step.
+class Fixed(Trust):
+    """One way to begin steps, whatever is measured."""
+
+    fixed = "ask"
+
+    @property
+    def way(self) -> str:
+        return self.fixed
+
+
+@contextmanager
+def everything_in_memory(s: ExpertStream) -> Iterator[None]:
+    """Experts are taken from whatever slot is theirs by number: nothing is asked or mapped."""
+
+    def run(self: ExpertLayer, x: mx.array, indices: mx.array, _: bool = True) -> mx.array:
+        return self.switch(x, indices % self.cache.slots)
+
+    with (
+        mock.patch.object(ExpertLayer, "ask", run),
+        mock.patch.object(s.run_ahead, "_usable", False),
+    ):
+        yield
+
+
+def generate(model: nn.Module, first: int, count: int) -> tuple[list[int], list[float]]:
+    """Greedy tokens as mlx-lm generates, a step built while the last one runs, and the seconds of
+    each step.
     """
     cache, out, seconds = make_prompt_cache(model), [], []
     token = mx.array([first])
@@ -32,7 +61,8 @@ def generate(model: nn.Module, first: int, count: int) -> tuple[list[int], float
         out.append(token.item())
         token = following
         seconds.append(time.perf_counter() - start)
-    return out, statistics.median(seconds[count // 3 :])
+    mx.eval(token)
+    return out, seconds
 
 
 def report(out: Path, name: str, content: dict[str, Any]) -> None:

@@ -53,7 +53,7 @@ def main() -> int:
         "--steps", type=int, default=40, help="decode steps; 0: schedules only (default: 40)"
     )
     parser.add_argument("--schedules", type=int, default=1000, help="(default: 1000)")
-    parser.add_argument("--seconds", type=float, default=90, help="longest for them (default: 90)")
+    parser.add_argument("--seconds", type=float, default=60, help="longest for them (default: 60)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     result: dict[str, Any] = {"in_place": in_place_works(), "decoding": {}}

@@ -31,27 +31,35 @@ def exact(r: dict[str, Any]) -> list[str]:
 
 
 def speed(r: dict[str, Any]) -> list[str]:
-    """A layer's time with nothing missing."""
-    lines = ["| model | ms a layer | of stock (spread of rounds) |", "|---|---|---|"]
-    for name, row in r["rows"].items():
-        spread = " to ".join(f"{x:.2f}" for x in row["spread"])
-        lines.append(f"| {name} | {row['ms_a_layer']:.3f} | {row['of_stock']:.2f} ({spread}) |")
+    """A token's time with nothing missing."""
+    lines = ["| | ms a token | of stock (spread of rounds) |", "|---|---|---|"]
+    for regime, rows in r["rows"].items():
+        for name, row in rows.items():
+            if name == "same":
+                lines.append(f"| **{regime}** (same tokens as stock: {row}) | | |")
+                continue
+            spread = " to ".join(f"{x:.2f}" for x in row["spread"])
+            way = f", chose {row['way']!r}" if "way" in row else ""
+            lines.append(
+                f"| {name}{way} | {row['ms_a_token']:.1f} | {row['of_stock']:.2f} ({spread}) |"
+            )
     return lines
 
 
 def standin(r: dict[str, Any]) -> list[str]:
-    """Ways and drives."""
+    """Ways, or prompts, and drives."""
+    first = "resident, drive" if "tokens" in r else "resident, drive, way"
     lines = [
-        "| resident, drive, way | layers run | ms a token | roofline, ms | of it | hit rate | "
-        "MB a token needed, read | passes | asked |",
+        f"| {first} | layers run | ms | roofline, ms | of it | hit rate | MB needed, read | passes "
+        "| asked |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in r["rows"].items():
+        passes = f"{row['passes']:.2f} | {row['asked']:.1f}" if "passes" in row else "| "
         lines.append(
             f"| {name} | {row['layers']} | {row['ms']:.0f} | {row['roofline_ms']:.0f} "
             f"({row['bound_by']}) | {row['efficiency']:.2f} | {row['hit_rate']:.3f} | "
-            f"{row['needed_mb']:.0f}, {row['read_mb']:.0f} | {row['passes']:.2f} | "
-            f"{row['asked']:.1f} |"
+            f"{row['needed_mb']:.0f}, {row['read_mb']:.0f} | {passes} |"
         )
     return lines
 
