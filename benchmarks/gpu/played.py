@@ -133,7 +133,8 @@ def _fill(layer: ExpertLayer) -> None:
     for name, t in layer.tensors.items():
         shape = (layer.cache.slots, *t.slot.shape)
         if t.slot.dtype == mx.uint32:
-            array = mx.random.randint(0, (1 << 31) - 1, shape).astype(mx.uint32)
+            halves = mx.random.randint(0, 1 << 16, (2, *shape)).astype(mx.uint32)
+            array = halves[0] << 16 | halves[1]  # all codes alike: a bias would add up
         else:
             columns = shape[-1] * t.slot.module.group_size
             scale = columns**-0.5 / 4.6
