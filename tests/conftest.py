@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -54,6 +55,12 @@ def assert_same(expected: list[np.ndarray], got: list[np.ndarray], what: str) ->
     assert len(expected) == len(got)
     for step, (a, b) in enumerate(zip(expected, got, strict=True)):
         assert np.array_equal(a, b), f"{what}: call {step}, off by {np.abs(a - b).max()}"
+
+
+def leftovers() -> tuple[list[str], int]:
+    """Names of threads (but for the progress bars' own), and the number of open descriptors."""
+    names = sorted(t.name for t in threading.enumerate() if t.name != "tqdm_monitor")
+    return names, len(os.listdir("/dev/fd"))
 
 
 @pytest.fixture(scope="session", autouse=True)

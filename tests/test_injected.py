@@ -30,7 +30,7 @@ import mlx.nn as nn
 import mlx_lm.utils
 import numpy as np
 import pytest
-from conftest import QUIET, all_experts, load_streamed, smallest_cache
+from conftest import QUIET, all_experts, leftovers, load_streamed, smallest_cache
 
 import mlx_streamexperts
 from mlx_streamexperts import (
@@ -79,12 +79,6 @@ class Watched:
             taken = [int(cache.slot_of[e]) for e in cache.resident]
             assert sorted(taken + cache._free) == list(range(cache.slots))  # none lost, none twice
         assert leftovers()[0] == self.left[0]
-
-
-def leftovers() -> tuple[list[str], int]:
-    """Names of threads (but for the progress bars' own), and the number of open descriptors."""
-    names = sorted(t.name for t in threading.enumerate() if t.name != "tqdm_monitor")
-    return names, len(os.listdir("/dev/fd"))
 
 
 @pytest.fixture

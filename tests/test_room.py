@@ -9,10 +9,10 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from conftest import load_streamed
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
 
 from mlx_streamexperts import demo_model, plan, stream
-from mlx_streamexperts.room import Room, state_bytes
+from mlx_streamexperts.room import PromptCache, Room, state_bytes
 from mlx_streamexperts.traffic import FIRST_TOKEN_BOUNDS, Traffic
 
 
@@ -71,6 +71,20 @@ def test_kept_caches_get_what_is_left(room: Room) -> None:
     assert room.kept_bytes() == (4096 - 3 * 768) * 100
     room.pending = 10**6
     assert room.kept_bytes() == 0
+
+
+@pytest.mark.parametrize("trims", [True, False])
+def test_a_prompt_that_is_cached_whole_leaves_a_token_to_run(room: Room, trims: bool) -> None:
+    """With none, mlx-lm fails the batch. A cache that cannot be shortened is not used."""
+    kept = KVCache() if trims else ArraysCache(1)
+    if trims:
+        kept.update_and_fetch(*(mx.ones((1, 1, 3, 4)) for _ in range(2)))
+    prompts = PromptCache(room)
+    prompts.insert_cache("model", [5, 6, 7], [kept])
+    found, rest = prompts.fetch_nearest_cache("model", [5, 6, 7])
+    assert rest == ([7] if trims else [5, 6, 7])
+    assert found[0].offset == 2 if trims else found is None
+    assert not trims or kept.offset == 3  # what is kept stays whole
 
 
 def test_prompts_share_the_tokens_of_a_pass(room: Room) -> None:
