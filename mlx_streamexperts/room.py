@@ -14,7 +14,12 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
-from mlx_lm.models.cache import ArraysCache, LRUPromptCache
+from mlx_lm.models.cache import (
+    ArraysCache,
+    LRUPromptCache,
+    can_trim_prompt_cache,
+    trim_prompt_cache,
+)
 
 from .planner import Plan
 
@@ -135,12 +140,17 @@ class PromptCache(LRUPromptCache):
         super().__init__(*args, **options)
         self._room = room
 
-    def fetch_nearest_cache(self, *args: Any, **options: Any) -> Any:
+    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> Any:
         # What is fetched shares its memory with what it was fetched from until either is written.
         # So first fetch, then let go of what there is no more room for.
-        found = super().fetch_nearest_cache(*args, **options)
+        found, rest = super().fetch_nearest_cache(model, tokens)
         self.trim_to(n_bytes=self._room.kept_bytes())
-        return found
+        if found is not None and not rest:  # the last token must run, or there are no logits
+            if not can_trim_prompt_cache(found):
+                return None, tokens
+            trim_prompt_cache(found, 1)
+            rest = tokens[-1:]
+        return found, rest
 
     def insert_cache(
         self, model: Any, tokens: list[int], prompt_cache: list[Any], **options: Any

@@ -98,15 +98,10 @@ def test_parallel_clients_get_what_one_at_a_time_gets(
 @pytest.mark.parametrize("alone", [{}, {"seed": 1}])
 def test_a_reply_can_be_gone_on_with(running: Running, alone: dict[str, int]) -> None:
     """The prompt is then, token for token, what the server has kept of before."""
-    tokens = running.generator.model_provider.tokenizer.encode
-    for prompt in (p for p in demo_texts() if not p.endswith("\n")):
-        text, both = (running.text(prompt, n, **alone) for n in (1, 4))
-        if len(tokens(f"{prompt} {both}")) != len(tokens(prompt)) + 4:
-            continue  # no space came first
-        for _ in range(2):  # what is kept ends there; then goes on
-            rest = running.text(f"{prompt} {text}", 3, **alone)
-            assert both.split() == f"{text} {rest}".split()
-            running.text("Something else", 1)
+    prompt = demo_texts()[0]
+    both, text = (running.text(prompt, n, **alone) for n in (4, 1))
+    rest = running.text(f"{prompt} {text}", 3, **alone)
+    assert f"{text} {rest}" == both
 
 
 def test_models(running: Running) -> None:
