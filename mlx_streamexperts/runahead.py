@@ -138,7 +138,7 @@ class RunAhead:
         self.stats, self.trust = RunAheadStats(), Trust(len(self.layers))
         self._rows = (SORTED_ROWS - 1) // top_k  # tokens of a call that counts as decoding
         self._callers, self._waited = callers, waited
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a stream may be closed in the middle of its own step
         self._usable = True
         self._number = {id(x): i for i, x in enumerate(self.layers)}
         self._tables = SlotTables(self.layers)
@@ -161,7 +161,7 @@ class RunAhead:
 
     def disown(self) -> None:
         """In a process that was forked: another thread's step is nobody's there."""
-        self._usable, self._lock = False, threading.Lock()
+        self._usable, self._lock = False, threading.RLock()
 
     def step(self, call: Callable[[], Any], rows: int, caches: Any) -> Any:
         """Run a forward pass of the model, trusting what it pays to trust.
