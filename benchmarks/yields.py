@@ -1,4 +1,4 @@
-"""Random pauses at the package's own lines: whatever two threads can do to each other, they do soon.
+"""Random pauses at the package's own lines: what two threads can do to each other, they do soon.
 
 On Python 3.12 and later by `sys.monitoring`, before that by `threading.settrace`; only threads that
 start while `Yields` is on are disturbed, by either. Each thread draws from a generator of its own,

@@ -151,6 +151,10 @@ class Bank:
         self._builder = threading.current_thread()
         return output
 
+    def forget(self, output: mx.array) -> None:
+        """Nobody will look at `output`: it need not be run before a slot changes."""
+        self._readers = [r for r in self._readers if r is not output]
+
     def succeed(self, other: Bank) -> None:
         """Know of what was built with the bank before, and is not known to have run."""
         self._earlier, self._builder = [*other._earlier, *other._readers], other._builder

@@ -244,7 +244,7 @@ class ExpertLayer:
         experts = np.array(indices)  # [..., K], the call's only host sync
         began = self.spent("sync", start)
         self._pace.tick(began)
-        shared = self._callers.note()
+        self._callers.note()
         with self.lock:
             self._check_open()
             self.calling = True
@@ -263,15 +263,18 @@ class ExpertLayer:
                 y = self._at_once(x, experts, needed, arrivals)
                 if self.awaited is not None:
                     self.awaited.arrived()
-            y = self.slots.bank.reading(y, eager=shared)
+            y = self.slots.bank.reading(y, eager=self._callers.shared)
             self.calling = False
-        if shared:
-            self._callers.evaluated()
         return y
 
     def _check_open(self) -> None:
         if self.closed:
             raise StreamError(f"{self.name}: {self.why_closed}")
+
+    def settle(self) -> None:
+        """Evaluate what this thread has built with the slots."""
+        with self.lock:
+            self.slots.bank.settle()
 
     def hit(self, experts: np.ndarray) -> None:
         """Account for a call of one token, whose experts [1, ..., K] were all there."""

@@ -102,7 +102,7 @@ class _State:
 
     called: bool = False
     indices: mx.array = field(init=False)
-    tried: mx.array = field(init=False)
+    tried: mx.array | None = None
     y: mx.array | None = None
     experts: np.ndarray | None = None
     arrivals: Arrivals | None = None
@@ -225,7 +225,7 @@ class RunAhead:
         self._trusts = self._choose() if trusting else np.full(count, scout)
         trusted = int(self._trusts.sum())
         self._masked = scout or self._expected(0) >= 1
-        self.thread = threading.get_ident()
+        self.thread, self._callers.stepping = threading.get_ident(), True
         passes = 0
         try:
             for passes in itertools.count(1):
@@ -236,11 +236,13 @@ class RunAhead:
                     break
                 except Astray:
                     undo()
+                    self._forget()
         except BaseException:
             undo()
+            self._forget()
             raise
         finally:
-            self.thread = None
+            self.thread, self._callers.stepping = None, False
             self._states = []
         if trusted:
             self.stats.steps += 1
@@ -248,6 +250,14 @@ class RunAhead:
             self.stats.exact_at_once += passes == 1
         self.trust.timed(time.perf_counter() - began, self._waited() - waited, trusted, passes)
         return result
+
+    def _forget(self) -> None:
+        """What a wrong pass has built and nobody looks at: no other thread could evaluate it."""
+        for layer, state in zip(self.layers, self._states, strict=True):
+            if state.tried is not None and state.tried is not state.y:
+                with layer.lock:
+                    layer.slots.bank.forget(state.tried)
+            state.tried = None
 
     def _begin_pass(self, number: int, scout: bool) -> None:
         self._again, self._wrong, self._goes_on = number > 1, None, scout or self.always

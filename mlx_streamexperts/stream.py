@@ -89,7 +89,7 @@ class ExpertStream(Closing):
         self._closed = self._freed = False
         self._changing = threading.RLock()  # one change of the cache at a time, closing included
         _alive.add(self)
-        self._callers = Callers()
+        self._callers = Callers(self._settle)
         self._paces: dict[int, Pace] = {}  # by the size of an expert
         # Freed buffers that MLX keeps for reuse are memory too, inside the work space. A prompt's
         # differ in size from call to call and are seldom of use again. Were all of the work space
@@ -261,6 +261,10 @@ class ExpertStream(Closing):
     def __repr__(self) -> str:
         state = "closed" if self._closed else str(self.plan)
         return f"<ExpertStream of {len(self.layers)} layers: {state}>"
+
+    def _settle(self) -> None:
+        for layer in self.layers:
+            layer.settle()
 
     @contextmanager
     def _change(self) -> Iterator[None]:
