@@ -226,17 +226,15 @@ class RunAhead:
         trusted = int(self._trusts.sum())
         self._masked = scout or self._expected(0) >= 1
         self.thread, self._callers.stepping = threading.get_ident(), True
-        passes = 0
         try:
-            for passes in itertools.count(1):
-                self._begin_pass(passes, scout and passes == 1)
-                try:
-                    result = call()
-                    self._check(result)
-                    break
-                except Astray:
-                    undo()
-                    self._forget()
+            result, passes = self._until_exact(call, undo, scout)
+            if trusted:
+                self.stats.steps += 1
+                self.stats.passes += passes
+                self.stats.exact_at_once += passes == 1
+            now = time.perf_counter()
+            self.trust.timed(now - began, self._waited() - waited, trusted, passes)
+            return result
         except BaseException:
             undo()
             self._forget()
@@ -244,12 +242,19 @@ class RunAhead:
         finally:
             self.thread, self._callers.stepping = None, False
             self._states = []
-        if trusted:
-            self.stats.steps += 1
-            self.stats.passes += passes
-            self.stats.exact_at_once += passes == 1
-        self.trust.timed(time.perf_counter() - began, self._waited() - waited, trusted, passes)
-        return result
+
+    def _until_exact(self, call: Callable[[], Any], undo: Undo, scout: bool) -> tuple[Any, int]:
+        """What the first exact pass returns, and how many it took."""
+        for passes in itertools.count(1):
+            self._begin_pass(passes, scout and passes == 1)
+            try:
+                result = call()
+                self._check(result)
+                return result, passes
+            except Astray:
+                undo()
+                self._forget()
+        raise AssertionError
 
     def _forget(self) -> None:
         """What a wrong pass has built and nobody looks at: no other thread could evaluate it."""
