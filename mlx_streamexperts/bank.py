@@ -65,6 +65,8 @@ class Bank:
         self._bytes: dict[str, memoryview] = {}
         self._staged: dict[tuple[str, int], np.ndarray] = {}
         self._readers: list[mx.array] = []
+        self._builder: threading.Thread | None = None  # who built them
+        self._earlier: list[mx.array] = []  # of banks before this one, the same builder's
         for name, t in tensors.items():
             try:
                 array = mx.zeros((slots, *t.shape), t.dtype)  # [slots, ...]
@@ -113,17 +115,24 @@ class Bank:
         self._staged.clear()
 
     def settle(self) -> None:
-        """Run every unevaluated reader, so that slots can be overwritten."""
+        """Run every unevaluated reader, so that slots can be overwritten.
+
+        In the thread that built them those of banks before this one too: run-ahead's tables stay.
+        """
+        if self._earlier and self._builder is threading.current_thread():
+            self._readers += self._earlier
+            self._earlier.clear()
         if not self._readers:
             return
         try:
             mx.eval(self._readers)
         except RuntimeError as e:
-            raise StreamError(
-                "another thread has built a forward pass through this model and not evaluated it; "
-                "evaluate it there first, or give each thread its own model"
-            ) from e
-        self._readers.clear()
+            if self._builder is None or self._builder.is_alive():
+                raise StreamError(
+                    "another thread has built a forward pass through this model and not evaluated "
+                    "it; evaluate it there first, or give each thread its own model"
+                ) from e
+        self._readers.clear()  # nobody can evaluate what a thread built that is no more
 
     def reading(self, output: mx.array, eager: bool = False) -> mx.array:
         """Note that `output`, not yet evaluated, reads this bank; returns it.
@@ -139,13 +148,27 @@ class Bank:
             # Steps ago; evaluated long since (0.4 us to find out) unless the caller hoards graphs.
             self.settle()
         self._readers.append(output)
+        self._builder = threading.current_thread()
         return output
 
+    def forget(self, output: mx.array) -> None:
+        """Nobody will look at `output`: it need not be run before a slot changes."""
+        self._readers = [r for r in self._readers if r is not output]
+
+    def succeed(self, other: Bank) -> None:
+        """Know of what was built with the bank before, and is not known to have run."""
+        self._earlier, self._builder = [*other._earlier, *other._readers], other._builder
+
     def free(self) -> None:
-        """Give the memory back; the modules keep empty arrays."""
+        """Give the memory back; the modules keep empty arrays.
+
+        What another thread has built and not evaluated keeps it until then: nobody writes there any
+        more, and two threads must not evaluate one graph.
+        """
+        if self._builder is threading.current_thread():
+            self.settle()
         self._bytes.clear()
         self._staged.clear()
-        self._readers.clear()
         for t in self._tensors.values():
             setattr(t.module, t.attribute, mx.zeros((0, *t.shape), t.dtype))
 

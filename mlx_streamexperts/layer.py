@@ -166,7 +166,7 @@ class ExpertLayer:
         """Read every expert into the slot of its own index; yields bytes read as it goes.
 
         Afterwards the layer maps nothing and asks the device nothing. Needs as many slots as
-        experts.
+        experts, all empty, and the lock since they were opened.
         """
         yield from self.fill(range(self.experts))
         if not np.array_equal(self.cache.slot_of, np.arange(self.experts)):
@@ -213,11 +213,14 @@ class ExpertLayer:
             ExpertReadError: an expert's bytes could not be read.
         """
         if self.resident:
-            if self.record is not None:
-                self.record(np.array(indices))
-            return self.switch(x, indices)
+            with self.lock:  # the tables of one bank: another thread may be exchanging them
+                if self.resident:
+                    if (record := self.record) is not None:
+                        record(np.array(indices))
+                    return self.switch(x, indices)
         if self.closed:
-            raise StreamError(f"{self.name}: {self.why_closed}")
+            with self.lock:  # unless another thread is just opening it
+                self._check_open()
         run_ahead = self.run_ahead
         if run_ahead is not None and run_ahead.thread == threading.get_ident():
             return run_ahead.through(self, x, indices)
@@ -241,8 +244,9 @@ class ExpertLayer:
         experts = np.array(indices)  # [..., K], the call's only host sync
         began = self.spent("sync", start)
         self._pace.tick(began)
-        shared = self._callers.note()
+        self._callers.note()
         with self.lock:
+            self._check_open()
             self.calling = True
             needed = self.count(experts)
             if len(needed) > self.cache.slots:
@@ -259,11 +263,18 @@ class ExpertLayer:
                 y = self._at_once(x, experts, needed, arrivals)
                 if self.awaited is not None:
                     self.awaited.arrived()
-            y = self.slots.bank.reading(y, eager=shared)
+            y = self.slots.bank.reading(y, eager=self._callers.shared)
             self.calling = False
-        if shared:
-            self._callers.evaluated()
         return y
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise StreamError(f"{self.name}: {self.why_closed}")
+
+    def settle(self) -> None:
+        """Evaluate what this thread has built with the slots."""
+        with self.lock:
+            self.slots.bank.settle()
 
     def hit(self, experts: np.ndarray) -> None:
         """Account for a call of one token, whose experts [1, ..., K] were all there."""
@@ -278,8 +289,8 @@ class ExpertLayer:
         return needed
 
     def _note_call(self, experts: np.ndarray, needed: Sequence[int]) -> None:
-        if self.record is not None:
-            self.record(experts)
+        if (record := self.record) is not None:  # looked at once: a thread may end the recording
+            record(experts)
         self.stats.calls += 1
         if self.guessed:
             for precision, rank, expert in self.guessed:
@@ -360,6 +371,6 @@ class ExpertLayer:
         """Account for the time since `start`; returns now."""
         now = time.perf_counter()
         self.stats.seconds[phase] += now - start
-        if self.on_phase is not None:
-            self.on_phase(phase, self.name, start, now)
+        if (on_phase := self.on_phase) is not None:
+            on_phase(phase, self.name, start, now)
         return now

@@ -94,8 +94,10 @@ class Router:
         gate: Any = self._block[self._gate] if self._gate else None
 
         def overheard(*args: Any, **kwargs: Any) -> Any:
-            said.append(gate(*args, **kwargs))
-            return said[-1]
+            answer = gate(*args, **kwargs)
+            if asking.layer is self.layer:  # and not another thread, in a call of the block
+                said.append(answer)
+            return answer
 
         try:
             asking.layer = self.layer
@@ -217,14 +219,14 @@ class Lookahead:
         if not self.on:
             return None
         asked = []
-        for distance, router in enumerate(list(self._successors), 1):
+        for distance, router in enumerate(self._successors, 1):
             if router.layer.resident:
                 continue
             try:
                 scale = self._scale(router, x)
                 chosen = router.choose(x if scale is None else x * scale)
             except Exception:  # whatever it is, this model's blocks cannot be asked like that
-                self._successors.remove(router)
+                self._successors = [r for r in self._successors if r is not router]
                 continue
             precision = self._precision[router.layer.name]
             asked.append(Asked(router, distance, precision, *chosen))

@@ -102,7 +102,7 @@ class _State:
 
     called: bool = False
     indices: mx.array = field(init=False)
-    tried: mx.array = field(init=False)
+    tried: mx.array | None = None
     y: mx.array | None = None
     experts: np.ndarray | None = None
     arrivals: Arrivals | None = None
@@ -138,7 +138,7 @@ class RunAhead:
         self.stats, self.trust = RunAheadStats(), Trust(len(self.layers))
         self._rows = (SORTED_ROWS - 1) // top_k  # tokens of a call that counts as decoding
         self._callers, self._waited = callers, waited
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a stream may be closed in the middle of its own step
         self._usable = True
         self._number = {id(x): i for i, x in enumerate(self.layers)}
         self._tables = SlotTables(self.layers)
@@ -161,7 +161,7 @@ class RunAhead:
 
     def disown(self) -> None:
         """In a process that was forked: another thread's step is nobody's there."""
-        self._usable, self._lock = False, threading.Lock()
+        self._usable, self._lock = False, threading.RLock()
 
     def step(self, call: Callable[[], Any], rows: int, caches: Any) -> Any:
         """Run a forward pass of the model, trusting what it pays to trust.
@@ -225,29 +225,44 @@ class RunAhead:
         self._trusts = self._choose() if trusting else np.full(count, scout)
         trusted = int(self._trusts.sum())
         self._masked = scout or self._expected(0) >= 1
-        self.thread = threading.get_ident()
-        passes = 0
+        self.thread, self._callers.stepping = threading.get_ident(), True
         try:
-            for passes in itertools.count(1):
-                self._begin_pass(passes, scout and passes == 1)
-                try:
-                    result = call()
-                    self._check(result)
-                    break
-                except Astray:
-                    undo()
+            result, passes = self._until_exact(call, undo, scout)
+            if trusted:
+                self.stats.steps += 1
+                self.stats.passes += passes
+                self.stats.exact_at_once += passes == 1
+            now = time.perf_counter()
+            self.trust.timed(now - began, self._waited() - waited, trusted, passes)
+            return result
         except BaseException:
             undo()
+            self._forget()
             raise
         finally:
-            self.thread = None
+            self.thread, self._callers.stepping = None, False
             self._states = []
-        if trusted:
-            self.stats.steps += 1
-            self.stats.passes += passes
-            self.stats.exact_at_once += passes == 1
-        self.trust.timed(time.perf_counter() - began, self._waited() - waited, trusted, passes)
-        return result
+
+    def _until_exact(self, call: Callable[[], Any], undo: Undo, scout: bool) -> tuple[Any, int]:
+        """What the first exact pass returns, and how many it took."""
+        for passes in itertools.count(1):
+            self._begin_pass(passes, scout and passes == 1)
+            try:
+                result = call()
+                self._check(result)
+                return result, passes
+            except Astray:
+                undo()
+                self._forget()
+        raise AssertionError
+
+    def _forget(self) -> None:
+        """What a wrong pass has built and nobody looks at: no other thread could evaluate it."""
+        for layer, state in zip(self.layers, self._states, strict=True):
+            if state.tried is not None and state.tried is not state.y:
+                with layer.lock:
+                    layer.slots.bank.forget(state.tried)
+            state.tried = None
 
     def _begin_pass(self, number: int, scout: bool) -> None:
         self._again, self._wrong, self._goes_on = number > 1, None, scout or self.always

@@ -124,19 +124,23 @@ class ExpertSlots:
 
     def open(self, slots: int, reader: ExpertReader, policy: str, in_place: bool) -> None:
         """Allocate `slots` slots, all empty, in place of those there were."""
-        self.close()  # before the new ones are allocated: the budget holds throughout
+        self._empty()  # before the new ones are allocated: the budget holds throughout
         self._reader = reader
         self.cache = ExpertCache(self.experts, slots, policy)
         slot_tensors = {name: t.slot for name, t in self.tensors.items()}
-        self.bank = Bank(slot_tensors, self.cache.slots, in_place)
+        before, self.bank = self.bank, Bank(slot_tensors, self.cache.slots, in_place)
+        self.bank.succeed(before)  # run-ahead's tables, which those may read, stay
 
     def close(self) -> None:
-        """Free the memory, once nothing reads or writes it."""
+        """Free the memory, once nothing writes it."""
+        self._empty()
+        self.bank = Bank({}, 0, in_place=True)
+
+    def _empty(self) -> None:
         self._mend()
         if self._begun is not None:
             self._begun.abandon()
         self.land()
-        self.bank.settle()
         self.bank.free()
 
     def begin(self, needed: Sequence[int], keep: Sequence[int] = ()) -> Arrivals:

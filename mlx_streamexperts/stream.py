@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -86,8 +87,9 @@ class ExpertStream(Closing):
         )
         self.run_ahead: RunAhead | None = None
         self._closed = self._freed = False
+        self._changing = threading.RLock()  # one change of the cache at a time, closing included
         _alive.add(self)
-        self._callers = Callers()
+        self._callers = Callers(self._settle)
         self._paces: dict[int, Pace] = {}  # by the size of an expert
         # Freed buffers that MLX keeps for reuse are memory too, inside the work space. A prompt's
         # differ in size from call to call and are seldom of use again. Were all of the work space
@@ -197,16 +199,10 @@ class ExpertStream(Closing):
         slots = share_slots(parse_size(cache), self.needs())
         taken = sum(n * x.expert_bytes for n, x in zip(slots, self.layers, strict=True))
         reserve = parse_size(self.config.reserve) if self.config.reserve else 0
-        check_resize(self.plan, taken, reserve, held() - self.held_bytes())
-        with self.run_ahead.paused() if self.run_ahead else nullcontext():
-            for layer, count in zip(self.layers, slots, strict=True):
-                if count < layer.cache.slots or layer.closed:  # closed: an interrupted resize
-                    self._open_layer(layer, count)
-            mx.clear_cache()  # shrink first, and give it back, so that growing stays in the budget
-            for layer, count in zip(self.layers, slots, strict=True):
-                if count > layer.cache.slots:
-                    self._open_layer(layer, count)
-            self._load_resident()
+        with self._change():
+            self._check_open()
+            check_resize(self.plan, taken, reserve, held() - self.held_bytes())
+            self._open(slots)
 
     @property
     def reader(self) -> ExpertReader:
@@ -217,15 +213,16 @@ class ExpertStream(Closing):
         """Stop reading, free slots, files and threads. Later calls of the model raise."""
         if self._freed:
             return
-        self._closed = True
-        if self._watch is not None:
-            self._watch.close()
-        for layer in self.layers:  # interrupted, all of this can be done again
-            layer.close()
-        self._reader.close()
-        unlimit_freed(self)
-        mx.clear_cache()
-        self._freed = True
+        with self._change():
+            self._closed = True
+            if self._watch is not None:
+                self._watch.close()
+            for layer in self.layers:  # interrupted, all of this can be done again
+                layer.close()
+            self._reader.close()
+            unlimit_freed(self)
+            mx.clear_cache()
+            self._freed = True
 
     def held_bytes(self) -> int:
         """What this model holds, and may yet take by its plan, in bytes."""
@@ -265,10 +262,36 @@ class ExpertStream(Closing):
         state = "closed" if self._closed else str(self.plan)
         return f"<ExpertStream of {len(self.layers)} layers: {state}>"
 
-    def _open(self, slots: tuple[int, ...]) -> None:
+    def _settle(self) -> None:
+        for layer in self.layers:
+            layer.settle()
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """Nobody else changes the cache meanwhile, and no step runs ahead."""
+        with self._changing, self.run_ahead.paused() if self.run_ahead else nullcontext():
+            yield
+
+    def _open(self, slots: Sequence[int]) -> None:
+        """Give each layer so many slots, and read in those that are to be wholly resident."""
+        shrink, grow = [], []
         for layer, count in zip(self.layers, slots, strict=True):
-            self._open_layer(layer, count)
-        self._load_resident()
+            whole = count == layer.experts
+            if count > layer.cache.slots or (whole and not layer.resident):
+                grow.append((layer, count))
+            elif count < layer.cache.slots or layer.closed:  # closed: an interrupted resize
+                shrink.append((layer, count))
+        total = sum(x.experts * x.expert_bytes for x, count in grow if count == x.experts)
+        with progress_bar("Loading experts", bool(self.config.progress and total), total) as bar:
+            for layer, count in shrink:
+                self._open_layer(layer, count)
+            mx.clear_cache()  # shrink first, and give it back, so that growing stays in the budget
+            for layer, count in grow:
+                with layer.lock:  # nobody calls it half-filled
+                    self._open_layer(layer, count)
+                    for nbytes in layer.load_all() if count == layer.experts else ():
+                        bar.update(nbytes)
+        self._reader.stats = ReadStats()
 
     def _open_layer(self, layer: ExpertLayer, slots: int) -> None:
         ways = {"auto": WAYS, "on": WAYS[-1:], "off": WAYS[:1]}[self.config.overlap]
@@ -276,16 +299,6 @@ class ExpertStream(Closing):
         likely = "halves" if small and len(ways) > 1 else ways[-1]
         pace = self._paces.setdefault(layer.expert_bytes, Pace(Trial(ways, likely)))
         layer.open(slots, self._reader, self.config.policy, pace, self._callers, self.in_place)
-
-    def _load_resident(self) -> None:
-        """Read all experts of the layers that have a slot for each, once and for all."""
-        whole = [x for x in self.layers if x.cache.slots == x.experts and not x.resident]
-        total = sum(x.experts * x.expert_bytes for x in whole)
-        with progress_bar("Loading experts", bool(self.config.progress and total), total) as bar:
-            for layer in whole:
-                for nbytes in layer.load_all():
-                    bar.update(nbytes)
-        self._reader.stats = ReadStats()
 
     def _make_run_ahead(self) -> RunAhead | None:
         """None where it cannot be, or where the host is the device and waits for nobody."""
@@ -318,6 +331,7 @@ class ExpertStream(Closing):
     def _disown(self) -> None:
         """In a process that was forked: its model raises `StreamError` where it would hang."""
         self._closed = self._freed = True
+        self._changing = threading.RLock()
         for layer in self.layers:
             layer.disown()
         if self.run_ahead is not None:

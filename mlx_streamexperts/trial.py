@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import threading
 from collections.abc import Sequence
 from typing import Generic, TypeVar
 
@@ -33,9 +34,14 @@ class Trial(Generic[Way]):
         self._times: dict[Way, list[float]] = {way: [] for way in ways}
         self._hold, self._left = self._HOLD, self._BEFORE
         self._winner: Way | None = None
+        self._lock = threading.Lock()  # several threads' steps are timed in one trial
 
     def note(self, seconds: float) -> None:
         """A step took this long with the present choice."""
+        with self._lock:
+            self._note(seconds)
+
+    def _note(self, seconds: float) -> None:
         if self.trying:
             self._times[self.way].append(seconds)
         self._left -= 1
@@ -72,9 +78,9 @@ class Pace:
 
     def tick(self, now: float) -> None:
         """A layer has its indices."""
-        if self._marked is not None:
-            self.trial.note(now - self._marked)
-            self._marked = None
+        marked, self._marked = self._marked, None
+        if marked is not None:
+            self.trial.note(now - marked)
 
     def mark(self, now: float) -> None:
         """This step shows what the present way is worth."""

@@ -262,22 +262,58 @@ def test_another_threads_graph_is_an_error_that_says_so() -> None:
     fill(bank, 1, 3.0)
     built: list[mx.array] = []
 
+    ready, over = threading.Event(), threading.Event()
+
     def build() -> None:
         with mx.stream(mx.new_stream(mx.default_device())):
             built.append(bank.reading(module.weight[mx.array([1])][0] * 2))
+        ready.set()
+        over.wait()
 
     thread = threading.Thread(target=build)
     thread.start()
-    thread.join()
+    ready.wait()
+    refused = False
     try:
         bank.settle()
     except StreamError as e:
+        refused = True
         assert "thread" in str(e)
         with pytest.raises(StreamError):  # and again: it was not forgotten
             bank.settle()
+    finally:
+        over.set()
+        thread.join()
+    if refused:
+        bank.settle()  # its builder is no more: nobody can evaluate it
+        with pytest.raises(RuntimeError):
+            mx.eval(built)
     else:  # this MLX can: then it has run
         fill(bank, 1, 5.0)
         assert np.array_equal(np.array(built[0]), expected_rows(3.0))
+
+
+def test_freed_memory_stays_until_its_thread_has_evaluated() -> None:
+    """A bank that follows another one knows what was built with that; only its builder runs it."""
+    first, module = new_bank(in_place=True)
+    fill(first, 1, 3.0)
+    output = first.reading(module.weight[mx.array([1])][0] * 2)
+
+    def change() -> None:
+        first.free()
+        banks.append(new_bank(in_place=True)[0])
+        banks[0].succeed(first)
+        banks[0].settle()  # has readers of its own only
+        fill(banks[0], 1, 5.0)
+
+    banks: list[Bank] = []
+    thread = threading.Thread(target=change)
+    thread.start()
+    thread.join()
+    assert len(banks) == 1
+    banks[0].settle()
+    assert not banks[0]._earlier
+    assert np.array_equal(np.array(output), expected_rows(3.0))
 
 
 # Memory.

@@ -31,6 +31,7 @@ import mlx_lm.utils
 import numpy as np
 import pytest
 from conftest import QUIET, all_experts, leftovers, load_streamed, smallest_cache
+from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_streamexperts
 from mlx_streamexperts import (
@@ -274,13 +275,14 @@ def test_ctrl_c_at_every_step(watched: Watched) -> None:
     signals where functions are called and loops go round, not there.
     """
     mx.eval(watched.model(NEXT))
-    times = Counter(steps(watched, None))
+    call = lambda: watched.model(NEXT)  # noqa: E731
+    times = Counter(steps(watched, call, OURS, None))
     places = {(place, n) for place, count in times.items() for n in (1, count)}
     assert len(times) > 150
     interrupted = 0
     for place in sorted(places):
         try:
-            steps(watched, place)
+            steps(watched, call, OURS, place)
         except KeyboardInterrupt:
             interrupted += 1
         assert np.array_equal(np.array(watched.model(NEXT)), watched.expected[1]), place
@@ -289,11 +291,66 @@ def test_ctrl_c_at_every_step(watched: Watched) -> None:
     watched.assert_sound()
 
 
+@pytest.mark.parametrize("run_ahead", ["off", "on"])
+def test_ctrl_c_at_every_step_of_guessing(run_ahead: str, folder: Path) -> None:
+    """The same of reading ahead, running ahead, and calls in parts: a step with a KV cache.
+
+    A step that ran ahead leaves the cache as it was, so that it can simply be done again. Otherwise
+    some layers have the token already, as in stock mlx-lm.
+    """
+    before = leftovers()
+    config = StreamConfig(progress=False, prefetch="on", overlap="on", run_ahead=run_ahead)
+    watched = Watched(folder, config)
+    stock, _ = mlx_lm.utils.load_model(folder)
+    caches = make_prompt_cache(stock), make_prompt_cache(watched.model)
+    expected = [np.array(stock(t, cache=caches[0])) for t in (TOKENS, NEXT)][1]
+    mx.eval(watched.model(TOKENS, cache=caches[1]))
+    start = TOKENS.size
+
+    def call() -> mx.array:
+        return watched.model(NEXT, cache=caches[1])
+
+    def take_back() -> None:
+        for cache in caches[1]:
+            cache.trim(cache.offset - start)
+
+    for _ in range(3):  # what is tried at first has been
+        times = Counter(steps(watched, call, GUESSING, None))
+        take_back()
+    assert {name for name, _ in times} >= USED[run_ahead]
+    interrupted = 0
+    for place in sorted({(place, n) for place, count in times.items() for n in (1, count)}):
+        try:
+            steps(watched, call, GUESSING, place)
+        except KeyboardInterrupt:
+            interrupted += 1
+            if run_ahead == "on":
+                assert {c.offset for c in caches[1]} == {start}, place
+        take_back()
+        assert np.array_equal(np.array(call()), expected), place
+        take_back()
+    assert interrupted > 0.5 * len(times)
+    watched.assert_sound()
+    watched.stream.close()
+    assert leftovers() == before
+
+
 Place = tuple[str, int]
-OURS = {"reader.py", "tickets.py", "slots.py", "cache.py", "bank.py", "layer.py", "policies.py"}
+OURS = {
+    "reader.py", "tickets.py", "files.py", "ranges.py", "slots.py", "cache.py", "bank.py",
+    "layer.py", "policies.py",
+}  # fmt: skip
+USED = {
+    "off": {"prefetch.py", "split.py", "callers.py", "trial.py"},
+    "on": {"runahead.py", "tables.py", "rewind.py", "trust.py", "split.py", "callers.py"},
+}
+GUESSING = USED["off"] | USED["on"] | {"layer.py", "slots.py", "bank.py"}
 
 
-def steps(watched: Watched, stop_at: tuple[Place, int] | None) -> list[Place]:
+def steps(
+    watched: Watched, call: Callable[[], mx.array], files: set[str],
+    stop_at: tuple[Place, int] | None,
+) -> list[Place]:  # fmt: skip
     """Call the model with empty slots; lines that ran. Ctrl-C when one runs for the nth time."""
     for layer in watched.stream.layers:
         layer.slots.cache.clear()
@@ -304,7 +361,7 @@ def steps(watched: Watched, stop_at: tuple[Place, int] | None) -> list[Place]:
 
     def trace(frame: FrameType, event: str, arg: object) -> Any:
         file = Path(frame.f_code.co_filename)
-        if str(file.parent) != package or file.name not in OURS:
+        if str(file.parent) != package or file.name not in files:
             return None
         handlers, withs = uninterrupted(file)
         been: set[int] = set()
@@ -325,7 +382,7 @@ def steps(watched: Watched, stop_at: tuple[Place, int] | None) -> list[Place]:
 
     sys.settrace(trace)
     try:
-        mx.eval(watched.model(NEXT))
+        mx.eval(call())
     finally:
         sys.settrace(None)
     return seen
@@ -333,13 +390,16 @@ def steps(watched: Watched, stop_at: tuple[Place, int] | None) -> list[Place]:
 
 @functools.cache
 def uninterrupted(file: Path) -> tuple[set[int], set[int]]:
-    """Lines of handlers (`except`, `finally`), and first lines of `with`, seen again at its end."""
+    """Lines of handlers (`except`, `finally`) and `try:`, and first lines of `with`, seen again at
+    its end.
+    """
     handlers: set[int] = set()
     withs: set[int] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.With):
             withs.add(node.lineno)
         if isinstance(node, ast.Try):
+            handlers.add(node.lineno)  # `try:` itself does nothing
             for last in [n for h in node.handlers for n in h.body] + node.finalbody:
                 handlers.update(range(last.lineno, (last.end_lineno or last.lineno) + 1))
             handlers.update(h.lineno for h in node.handlers)
