@@ -29,7 +29,7 @@ _STYLE = {
     "text.color": TEXT, "axes.labelcolor": SOFT, "axes.edgecolor": SOFT, "xtick.color": SOFT,
     "ytick.color": SOFT, "grid.color": LINE, "axes.spines.top": False, "axes.spines.right": False,
     "lines.markersize": 4, "axes.grid": True, "grid.linewidth": 0.6, "axes.axisbelow": True,
-    "svg.fonttype": "none",
+    "svg.fonttype": "none", "text.parse_math": False,
 }  # fmt: skip
 
 
@@ -189,10 +189,17 @@ def _by_rate(report: dict[str, Any], axes: Any) -> None:
         [m["this_compute_tokens_per_s"] for m in machines],
         "D", color=SERIES[2], label="drives of named machines (predicted)",
     )  # fmt: skip
+    for m in machines:
+        axes.annotate(
+            m["name"].rsplit(" ", 2)[0],  # without its memory
+            (m["bytes_per_s"] / 1e9, m["this_compute_tokens_per_s"]),
+            xytext=(0, -6), textcoords="offset points", rotation=90, fontsize=6.5, ha="center",
+            va="top",
+        )  # fmt: skip
     axes.set_xscale("log")
     axes.set_ylim(0)
     axes.set(xlabel="drive, GB/s", ylabel="tokens/s")
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1))  # above: hides no point
 
 
 def _by_latency(report: dict[str, Any], axes: Any) -> None:
@@ -320,7 +327,9 @@ def _watts(report: dict[str, Any], axes: Any) -> None:
     names = found["sources"]
     for i, (key, label) in enumerate((("watts_at_rest", "at rest"), ("watts", "decoding"))):
         places = [j + 0.4 * i for j in range(len(names))]
-        axes.barh(places, [found[key][n] for n in names], 0.38, color=SERIES[i], label=label)
+        axes.barh(
+            places, [found[key].get(n, 0.0) for n in names], 0.38, color=SERIES[i], label=label
+        )
     axes.set_yticks([j + 0.2 for j in range(len(names))], names)
     axes.set_xlabel("watts")
     axes.legend()
@@ -387,8 +396,23 @@ PANELS = (
 )
 
 
+_OF = {
+    "sustained": "sustained", "first_token": "by_prompt_length",
+    "context": "by_prompt_length", "batch": "by_batch", "by_prompt": "by_prompt",
+    "bandwidth": "rates", "latency": "rates", "reads": "in_generation", "by_rate": "sensitivity",
+    "by_latency": "sensitivity",
+}  # fmt: skip
+"""What of its section a panel needs, where sections come in parts."""
+
+
+def measured(panel: Panel, report: dict[str, Any]) -> bool:
+    """Is it in the report of a run that ended before its end?"""
+    section, part = report.get(panel.section), _OF.get(panel.key)
+    return section is not None and (not part or part in section)
+
+
 def drawable(panel: Panel, report: dict[str, Any]) -> bool:
-    """Is there anything to draw? What was not measured has a sentence instead."""
+    """Is there anything to draw? What no machine could tell has a sentence instead."""
     if panel.key == "watts":
         return bool(report["power"]["sources"])
     if panel.key == "heat":

@@ -27,6 +27,9 @@ class Source(Protocol):
     def begin(self) -> None:
         """Start counting."""
 
+    def look(self) -> None:
+        """Read meanwhile: a counter that starts over may do so again before the end."""
+
     def end(self) -> dict[str, float]:
         """Joules by part since `begin`."""
 
@@ -49,16 +52,31 @@ class Sensors:
 
     def begin(self) -> None:
         """Start counting energy."""
-        for source in self.energy:
-            source.begin()
+        self._each(lambda source: source.begin())
+
+    def look(self) -> None:
+        """Read counters meanwhile, at least as often as they start over."""
+        self._each(lambda source: source.look())
 
     def end(self) -> dict[str, float]:
         """Joules by part since `begin`; empty where nothing counts."""
         joules: dict[str, float] = {}
-        for source in self.energy:
+
+        def add(source: Source) -> None:
             for part, value in source.end().items():
                 joules[f"{source.name} {part}".strip()] = value
+
+        self._each(add)
         return joules
+
+    def _each(self, do: Callable[[Source], None]) -> None:
+        """A source that fails is out for good: what it would say later has a hole in it."""
+        for source in list(self.energy):
+            try:
+                do(source)
+            except Exception as e:  # a library's own, whichever it is
+                self.energy.remove(source)
+                self.missing[source.name] = f"failed while measuring: {type(e).__name__}"
 
     def heat(self) -> dict[str, float]:
         """Degrees Celsius by sensor; those that fail just now are left out."""
@@ -78,6 +96,11 @@ class Sensors:
         return found
 
 
+def counted(parts: dict[str, float]) -> dict[str, float]:
+    """The parts that add up: `psys` is the whole platform, with the packages in it."""
+    return {k: v for k, v in parts.items() if "psys" in k} or parts
+
+
 def find_sensors() -> Sensors:
     """Every source of this machine that works now."""
     sensors = Sensors()
@@ -95,14 +118,19 @@ class _Counters:
 
     def __init__(self, name: str, read: Callable[[], float], wrap: float = 0.0) -> None:
         self.name, self._read, self._wrap = name, read, wrap
-        self._before = 0.0
+        self._last = self._used = 0.0
 
     def begin(self) -> None:
-        self._before = self._read()
+        self._last, self._used = self._read(), 0.0
+
+    def look(self) -> None:
+        now = self._read()
+        self._used += now - self._last + (self._wrap if now < self._last else 0.0)
+        self._last = now
 
     def end(self) -> dict[str, float]:
-        used = self._read() - self._before
-        return {"": used + self._wrap if used < 0 else used}
+        self.look()
+        return {"": self._used}
 
 
 class _Apple:
@@ -115,6 +143,9 @@ class _Apple:
 
     def begin(self) -> None:
         self._monitor.begin_window("report")
+
+    def look(self) -> None:
+        """Windows do not start over."""
 
     def end(self) -> dict[str, float]:
         metrics = self._monitor.end_window("report")
@@ -185,21 +216,40 @@ def _add_nvml(sensors: Sensors) -> None:
         return
     try:
         nvml.nvmlInit()
-        for i in range(nvml.nvmlDeviceGetCount()):
-            card, name = nvml.nvmlDeviceGetHandleByIndex(i), f"GPU {i}"
-            nvml.nvmlDeviceGetTotalEnergyConsumption(card)  # cards before Volta do not count
-            sensors.energy.append(
-                _Counters(
-                    name,
-                    lambda c=card: nvml.nvmlDeviceGetTotalEnergyConsumption(c) / 1e3,  # type: ignore[misc]
-                )
-            )
-            sensors.temperatures[name] = lambda c=card: float(  # type: ignore[misc]
-                nvml.nvmlDeviceGetTemperature(c, nvml.NVML_TEMPERATURE_GPU)
-            )
-            sensors.throttling[name] = lambda c=card: _reasons(nvml, c)  # type: ignore[misc]
+        cards = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
     except nvml.NVMLError as e:
         sensors.missing["NVML"] = str(e)
+        return
+    for i, card in enumerate(cards):
+        _add_card(sensors, nvml, card, f"GPU {i}")
+
+
+def _add_card(sensors: Sensors, nvml: Any, card: Any, name: str) -> None:
+    """What one card can tell: one before Volta has a temperature, but counts no energy."""
+
+    def joules() -> float:
+        return float(nvml.nvmlDeviceGetTotalEnergyConsumption(card)) / 1e3
+
+    def degrees() -> float:
+        return float(nvml.nvmlDeviceGetTemperature(card, nvml.NVML_TEMPERATURE_GPU))
+
+    def reasons() -> str:
+        return _reasons(nvml, card)
+
+    def works(read: Callable[[], Any], what: str) -> bool:
+        try:
+            read()
+        except nvml.NVMLError as e:
+            sensors.missing[f"{name} {what}"] = str(e)
+            return False
+        return True
+
+    if works(joules, "energy"):
+        sensors.energy.append(_Counters(name, joules))
+    if works(degrees, "temperature"):
+        sensors.temperatures[name] = degrees
+    if works(reasons, "throttling"):
+        sensors.throttling[name] = reasons
 
 
 def _reasons(nvml: Any, card: Any) -> str:
