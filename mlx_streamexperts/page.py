@@ -10,7 +10,7 @@ from typing import Any
 
 from .config import format_size
 from .errors import StreamError
-from .figures import COLOURS, PANELS, Panel, drawable, figure, measured
+from .figures import COLOURS, PANELS, STYLE, Panel, drawable, figure, measured
 from .findings import sentence
 from .output import partial_name, sync_folder, write_json
 from .plots import pyplot
@@ -102,9 +102,10 @@ def render(report: dict[str, Any]) -> str:
 
 def svg(panel: Panel, report: dict[str, Any]) -> str:
     """One figure, in the page's colours, with identifiers of its own."""
-    drawn = figure(panel, report)
     buffer = io.StringIO()
-    drawn.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    with pyplot().rc_context(STYLE):  # saving makes ticks, and decides what becomes of text
+        drawn = figure(panel, report)
+        drawn.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     pyplot().close(drawn)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
