@@ -1,12 +1,13 @@
 """What a machine says of its own power and heat. Where it says nothing, nothing is made up.
 
-Sources: on Apple silicon `zeus_apple_silicon` (its counters need no rights), on Linux RAPL's
-counters (mostly readable by root only), on NVIDIA cards NVML (`pynvml`), and the kernel's
-temperature zones. Libraries are optional; every source that is missing says why.
+Sources: on Apple silicon `zeus_apple_silicon` (its counters need no rights) and the system's
+thermal pressure, on Linux RAPL's counters (mostly readable by root only), on NVIDIA cards NVML
+(`pynvml`), and the kernel's temperature zones. Libraries are optional; every source that is missing says why.
 """
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +18,8 @@ from typing import Any, Protocol
 POWERCAP = Path("/sys/class/powercap")
 THERMAL = Path("/sys/class/thermal")
 _APPLE_PARTS = {"cpu_total_mj": "CPU", "gpu_mj": "GPU", "dram_mj": "DRAM", "ane_mj": "ANE"}
+
+_PRESSURES = {0: "", 1: "moderate", 2: "heavy", 3: "trapping", 4: "sleeping"}
 
 
 class Source(Protocol):
@@ -165,6 +168,34 @@ def _add_apple(sensors: Sensors) -> None:
     except RuntimeError as e:
         sensors.missing["Apple silicon"] = str(e)
     sensors.missing["temperature"] = "macOS tells programs without rights no temperatures"
+    try:
+        sensors.throttling["thermal pressure"] = _thermal_pressure(ctypes.CDLL(None))
+    except (OSError, AttributeError) as e:
+        sensors.missing["thermal pressure"] = str(e)
+
+
+def _thermal_pressure(system: Any) -> Callable[[], str]:
+    """macOS's own word on heat, which needs no rights (OSThermalNotification.h).
+
+    Args:
+        system: the C library.
+
+    Raises:
+        OSError: it says nothing.
+        AttributeError: this system has no such call.
+    """
+    token, level = ctypes.c_int(), ctypes.c_uint64()
+
+    def read() -> str:
+        if system.notify_get_state(token, ctypes.byref(level)):
+            raise OSError("macOS does not say")
+        return _PRESSURES.get(level.value, f"level {level.value}")
+
+    name = b"com.apple.system.thermalpressurelevel"
+    if system.notify_register_check(name, ctypes.byref(token)):
+        raise OSError("macOS does not say")
+    read()
+    return read
 
 
 def _add_rapl(sensors: Sensors) -> None:

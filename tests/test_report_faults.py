@@ -10,10 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 from test_report import SCHEMA, TINY
 
-from mlx_streamexperts import StreamConfig, locality, page, power, report, speed, study
+from mlx_streamexperts import StreamConfig, locality, page, power, quality, report, speed, study
 from mlx_streamexperts.drive import ReadLog
 from mlx_streamexperts.figures import PANELS
 from mlx_streamexperts.findings import sentence
@@ -223,6 +224,28 @@ def test_a_card_tells_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sensors.throttled() == ["GPU 1: heat or power, by the hardware"]
 
 
+def test_thermal_pressure_of_a_mac() -> None:
+    """By a stand-in of its C library: nothing of this was run on a Mac."""
+    levels = iter([0, 2, 9])
+
+    def register(name: bytes, token: Any) -> int:
+        token._obj.value = 7
+        return 0 if name == b"com.apple.system.thermalpressurelevel" else 1
+
+    def state(token: Any, level: Any) -> int:
+        assert token.value == 7
+        level._obj.value = next(levels)
+        return 0
+
+    read = power._thermal_pressure(
+        SimpleNamespace(notify_register_check=register, notify_get_state=state)
+    )
+    assert (read(), read()) == ("heavy", "level 9")
+    mute = SimpleNamespace(notify_register_check=lambda *_: 1)
+    with pytest.raises(OSError, match="does not say"):
+        power._thermal_pressure(mute)
+
+
 # Arithmetic
 
 
@@ -293,6 +316,12 @@ def test_a_log_of_known_reads() -> None:
     last, middle = summary["percentiles"][-1], summary["percentiles"][3]
     assert (last["bytes"], last["latency_s"], last["queued_s"], last["depth"]) == (100, 3, 2, 2)
     assert (middle["percentile"], middle["latency_s"], middle["depth"]) == (50, 1, 1)
+
+
+def test_a_perplexity_beyond_all_numbers_is_one() -> None:
+    logits = np.array([[0.0, 2000.0], [0.0, 0.0]], np.float32)
+    found = quality.compare([logits], [logits], [[0, 0]])
+    assert np.isfinite(found["perplexity"]) and found["perplexity"] > 1e300
 
 
 def test_hit_rates_by_task_and_language() -> None:

@@ -290,6 +290,27 @@ def test_a_byte_now_and_then_keeps_no_thread(
             pytest.fail("it was listened to all the time")
 
 
+def test_a_client_that_takes_nothing_has_left(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = web.Handler.setup
+
+    def small(self: web.Handler) -> None:
+        setup(self)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+
+    before = running.figures()["traffic"]["requests"]["cancelled"]
+    body = json.dumps({"prompt": "In the", "max_tokens": 3000, "stream": True}).encode()
+    with monkeypatch.context() as patched, socket.socket() as connection:
+        patched.setattr(web.Handler, "setup", small)
+        patched.setattr(web.Handler, "timeout", 0.3)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        connection.connect(("127.0.0.1", running.port))
+        connection.sendall(POST + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        until(lambda: running.figures()["traffic"]["requests"]["cancelled"] == before + 1)
+        assert running.figures()["traffic"]["tokens"] < 3000
+
+
 def test_hundreds_of_connections_that_say_nothing(running: Running) -> None:
     idle = [socket.create_connection(("127.0.0.1", running.port), 20) for _ in range(200)]
     try:
