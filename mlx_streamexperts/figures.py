@@ -203,7 +203,7 @@ def _layers(report: dict[str, Any], axes: Any) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylim(0, 100)
     axes.set(xlabel="expert layer", ylabel="hit rate, %")
-    axes.legend(title="resident", ncols=3, loc="lower right")
+    axes.legend(title="resident", ncols=5, loc="lower right", bbox_to_anchor=(1, 1))
 
 
 def _misses(report: dict[str, Any], axes: Any) -> None:

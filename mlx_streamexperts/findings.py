@@ -34,8 +34,12 @@ def _by_prompt(r: dict[str, Any]) -> str:
         f"{found['median']:.3g} tokens/s at the median prompt with "
         f"{_share(r['method']['resident_share'])} of the experts resident; from "
         f"{found['low']:.3g} ({_name(slow)}, {_share(slow['hit_rate'])} hits) to "
-        f"{found['high']:.3g} ({_name(fast)}, {_share(fast['hit_rate'])} hits). Repeats of one "
-        f"prompt differ by {_share(inner)}."
+        f"{found['high']:.3g} ({_name(fast)}, {_share(fast['hit_rate'])} hits). "
+        + (
+            f"Repeats of one prompt differ by {_share(inner)}."
+            if len(rows[0]["tokens_per_s"]["values"]) > 1
+            else "Each was measured once, so that nothing tells how much repeats differ."
+        )
     )
 
 

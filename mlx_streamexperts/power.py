@@ -2,7 +2,8 @@
 
 Sources: on Apple silicon `zeus_apple_silicon` (its counters need no rights) and the system's
 thermal pressure, on Linux RAPL's counters (mostly readable by root only), on NVIDIA cards NVML
-(`pynvml`), and the kernel's temperature zones. Libraries are optional; every source that is missing says why.
+(`pynvml`), and the kernel's temperature zones. Libraries are optional; every source that is
+missing says why.
 """
 
 from __future__ import annotations

@@ -81,16 +81,17 @@ def _measured(args: argparse.Namespace) -> Path:
     settings = _settings(args)
     local = args.model is None or Path(args.model).exists()
     name = Path(model).resolve().name if local else args.model  # no path of a user
-    kept: dict[str, Any] = {}
+    kept: dict[str, Any] | None = None
 
     def keep(found: dict[str, Any]) -> None:
-        kept.update(found)
+        nonlocal kept
+        kept = found  # itself: parts that come later are in it too
         write_data(found, args.out, UNFINISHED)  # lasts, whatever ends this process
 
     try:
         report = make_report(model, config, settings, name, args.note, keep)
     except BaseException as e:
-        if not kept:
+        if kept is None:
             raise
         page = write_page({**kept, "limits": limits_of(kept)}, args.out, UNFINISHED)
         print(f"Ended while at: {kept['unfinished']}. What was measured: {page}", file=sys.stderr)

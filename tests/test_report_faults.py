@@ -79,6 +79,24 @@ def test_a_page_that_fails_loses_no_measurement(
     assert json.loads((tmp_path / "report.json").read_text()) == found
 
 
+def test_what_came_after_the_last_step_is_kept_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: dict[str, Any]
+) -> None:
+    """As of a sustained run that was interrupted: its windows, and the power that it took."""
+    drawn = found.pop("power")
+
+    def interrupted(*args: Any) -> None:
+        found["unfinished"] = "decoding on and on"
+        args[-1](found)
+        found["power"] = drawn
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "make_report", interrupted)
+    monkeypatch.setattr(page, "svg", lambda *_: "")
+    assert report.main(["--out", str(tmp_path), "--no-progress"]) == 130
+    assert json.loads((tmp_path / "unfinished.json").read_text())["power"] == drawn
+
+
 def test_a_quick_run_says_so(found: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "svg", lambda *_: "")  # which takes seconds
     assert found["method"]["settings"]["kind"] == "quick"
