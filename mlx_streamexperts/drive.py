@@ -1,7 +1,8 @@
 """What a report says of the drive: its rates, the reads of generation, and speed on slower drives.
 
 Slower drives are this one behind a `Throttle`. The curve over the measured points is `predict`'s
-formula with this machine's measured time beside reads; points of named machines lie on it.
+formula with this machine's measured time beside reads; points of named machines have their drive's
+latency besides, and so lie a little below it.
 """
 
 from __future__ import annotations
@@ -52,36 +53,33 @@ def rates_by_size(
 
 @dataclass
 class ReadLog:
-    """Every read of a generation: bytes, and when it was queued, begun and ended."""
+    """Every read of a generation: bytes, was it ahead, and when it was queued, begun and ended."""
 
-    nbytes: list[int] = field(default_factory=list)
-    times: list[tuple[float, float, float]] = field(default_factory=list)
-    ahead: int = 0
+    reads: list[tuple[int, bool, float, float, float]] = field(default_factory=list)
 
     def note(
         self, ranges: Sequence[ByteRange], priority: int, queued: float, begin: float, end: float
     ) -> None:
         """As `ExpertReader.on_read`. Called by several threads: appending is atomic."""
-        self.nbytes.append(sum(len(r.into) for r in ranges))
-        self.times.append((queued, begin, end))
-        self.ahead += priority != DEMAND
+        nbytes = sum(len(r.into) for r in ranges)
+        self.reads.append((nbytes, priority != DEMAND, queued, begin, end))
 
     def summary(self) -> dict[str, Any]:
         """Percentiles of what there was; depth is counted at each read's beginning, itself too."""
-        if not self.times:
+        if not self.reads:
             return {"reads": 0, "percentiles": [], "ahead": 0}
-        queued, begin, end = np.array(self.times).T
+        nbytes, ahead, queued, begin, end = np.array(self.reads, float).T
         begun = np.searchsorted(np.sort(begin), begin, side="right")
         ended = np.searchsorted(np.sort(end), begin, side="right")
         table = {
-            "bytes": np.array(self.nbytes, float),
+            "bytes": nbytes,
             "latency_s": end - begin,
             "queued_s": begin - queued,
             "depth": (begun - ended).astype(float),
         }
         return {
-            "reads": len(self.times),
-            "ahead": self.ahead,
+            "reads": len(self.reads),
+            "ahead": int(ahead.sum()),
             "percentiles": [
                 {"percentile": p, **{k: float(np.percentile(v, p)) for k, v in table.items()}}
                 for p in _PERCENTILES

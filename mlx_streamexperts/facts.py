@@ -37,6 +37,14 @@ def machine() -> dict[str, Any]:
     }
 
 
+def load_average() -> float | None:
+    """Of the last minute: how many threads wanted to run. None where the system does not say."""
+    try:
+        return os.getloadavg()[0]
+    except OSError:
+        return None
+
+
 def versions() -> dict[str, str]:
     """Python and the libraries that decide a result."""
     found = {"python": host.python_version()}

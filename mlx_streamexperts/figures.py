@@ -10,27 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from .drawing import COLOURS, MARKERS, SERIES, SOFT, STYLE, TEXT, line, plain, whole
 from .plots import pyplot
 from .replay import BEST
 
-TEXT, SOFT, LINE = "#0a0b01", "#0a0b02", "#0a0b03"
-SERIES = ("#0a0c01", "#0a0c02", "#0a0c03", "#0a0c04", "#0a0c05", "#0a0c06")
-COLOURS = {
-    TEXT: "var(--text)",
-    SOFT: "var(--soft)",
-    LINE: "var(--line)",
-    **{c: f"var(--{name})" for c, name in zip(SERIES, "abcdef", strict=True)},
-}
-"""Stand-ins, and what a page puts for them."""
-
-_MARKERS = "os^DvP"
-_STYLE = {
-    "font.size": 8.5, "axes.titlesize": 9, "legend.fontsize": 7.5, "legend.frameon": False,
-    "text.color": TEXT, "axes.labelcolor": SOFT, "axes.edgecolor": SOFT, "xtick.color": SOFT,
-    "ytick.color": SOFT, "grid.color": LINE, "axes.spines.top": False, "axes.spines.right": False,
-    "lines.markersize": 4, "axes.grid": True, "grid.linewidth": 0.6, "axes.axisbelow": True,
-    "svg.fonttype": "none",
-}  # fmt: skip
+__all__ = ["COLOURS", "PANELS", "STYLE", "Panel", "drawable", "figure", "measured"]
 
 
 @dataclass(frozen=True)
@@ -55,37 +39,10 @@ class Panel:
 def figure(panel: Panel, report: dict[str, Any]) -> Any:
     """A matplotlib figure of one panel, to be closed by the caller."""
     plt = pyplot()
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         drawn, axes = plt.subplots(figsize=(4.5, panel.height), layout="constrained")
         panel.draw(report, axes)
     return drawn
-
-
-def _line(
-    axes: Any, x: list[float], rows: list[dict[str, Any]], number: int, label: str, line: str = "-"
-) -> None:
-    """Medians of repeats, with a bar from the lowest to the highest."""
-    middle = [r["median"] for r in rows]
-    spread = [
-        [m - r["low"] for m, r in zip(middle, rows, strict=True)],
-        [r["high"] - m for m, r in zip(middle, rows, strict=True)],
-    ]
-    axes.errorbar(
-        x,
-        middle,
-        spread,
-        marker=_MARKERS[number],
-        color=SERIES[number],
-        capsize=2,
-        label=label,
-        linestyle=line,
-    )
-
-
-def _whole(axis: Any, values: list[float]) -> None:
-    """Ticks at the measured values, written out."""
-    axis.set_ticks(values, [f"{v:g}" for v in values])
-    axis.set_ticks([], minor=True)
 
 
 def _by_prompt(report: dict[str, Any], axes: Any) -> None:
@@ -114,17 +71,17 @@ def _context(report: dict[str, Any], axes: Any) -> None:
 def _by_length(report: dict[str, Any], axes: Any, key: str, number: int) -> None:
     rows = report["speed"]["by_prompt_length"]
     x = [r["prompt_tokens"] for r in rows]
-    _line(axes, x, [r[key] for r in rows], number, "")
+    line(axes, x, [r[key] for r in rows], number, "")
     axes.set_xscale("log")
-    _whole(axes.xaxis, x)
+    whole(axes.xaxis, x)
     axes.set_ylim(0)
 
 
 def _batch(report: dict[str, Any], axes: Any) -> None:
     rows = report["speed"]["by_batch"]
     x = [r["batch"] for r in rows]
-    _line(axes, x, [r["tokens_per_s"] for r in rows], 2, "")
-    _whole(axes.xaxis, x)
+    line(axes, x, [r["tokens_per_s"] for r in rows], 2, "")
+    whole(axes.xaxis, x)
     axes.set(ylim=(0, None), xlabel="sequences at once", ylabel="tokens/s of all together")
 
 
@@ -145,10 +102,14 @@ def _drive(report: dict[str, Any], axes: Any, key: str, scale: float, label: str
         mine = [r for r in rows if r["depth"] == depth]
         axes.plot(
             [r["read_bytes"] / 1024 for r in mine], [r[key] * scale for r in mine],
-            marker=_MARKERS[i], color=SERIES[i], label=f"{depth}",
+            marker=MARKERS[i], color=SERIES[i], label=f"{depth}",
         )  # fmt: skip
     axes.set_xscale("log", base=2)
-    _whole(axes.xaxis, sorted({round(r["read_bytes"] / 1024) for r in rows}))
+    sizes: list[float] = []
+    for size in sorted({round(r["read_bytes"] / 1024) for r in rows}):
+        if not sizes or size > 1.5 * sizes[-1]:  # no two on one spot
+            sizes.append(size)
+    whole(axes.xaxis, sizes)
     axes.tick_params("x", rotation=45)
     axes.set(xlabel="KiB of one read", ylabel=label)
     axes.legend(title="reads in flight", ncols=3)
@@ -162,14 +123,16 @@ def _bandwidth(report: dict[str, Any], axes: Any) -> None:
 def _latency(report: dict[str, Any], axes: Any) -> None:
     _drive(report, axes, "latency", 1e3, "median milliseconds")
     axes.set_yscale("log")
+    plain(axes.yaxis)
 
 
 def _reads(report: dict[str, Any], axes: Any) -> None:
     rows = report["ssd"]["in_generation"]["percentiles"]
     x = [r["percentile"] for r in rows]
     for i, (key, name) in enumerate((("latency_s", "read"), ("queued_s", "queued before"))):
-        axes.plot(x, [1e3 * r[key] for r in rows], marker=_MARKERS[i], color=SERIES[i], label=name)
+        axes.plot(x, [1e3 * r[key] for r in rows], marker=MARKERS[i], color=SERIES[i], label=name)
     axes.set_yscale("symlog", linthresh=0.01)
+    plain(axes.yaxis)
     axes.set(xlabel="percentile", ylabel="milliseconds")
     axes.legend()
 
@@ -183,26 +146,35 @@ def _by_rate(report: dict[str, Any], axes: Any) -> None:
     )  # fmt: skip
     rows = found["by_rate"]
     x = [r["bytes_per_s"] / 1e9 for r in rows]
-    _line(axes, x, [r["tokens_per_s"] for r in rows], 0, "measured, throttled", "none")
+    line(axes, x, [r["tokens_per_s"] for r in rows], 0, "measured, throttled", "none")
     axes.plot(
         [m["bytes_per_s"] / 1e9 for m in machines],
         [m["this_compute_tokens_per_s"] for m in machines],
         "D", color=SERIES[2], label="drives of named machines (predicted)",
     )  # fmt: skip
+    for i, m in enumerate(sorted(machines, key=lambda m: m["bytes_per_s"])):
+        above = i % 2  # neighbours are close
+        axes.annotate(
+            m["name"].rsplit(" ", 2)[0],  # without its memory
+            (m["bytes_per_s"] / 1e9, m["this_compute_tokens_per_s"]),
+            xytext=(0, 6 if above else -6), textcoords="offset points", rotation=90, fontsize=6.5,
+            ha="center", va="bottom" if above else "top",
+        )  # fmt: skip
     axes.set_xscale("log")
-    axes.set_ylim(0)
+    plain(axes.xaxis)
+    axes.set_ylim(0, 1.35 * axes.get_ylim()[1])
     axes.set(xlabel="drive, GB/s", ylabel="tokens/s")
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1))  # above: hides no point
 
 
 def _by_latency(report: dict[str, Any], axes: Any) -> None:
     rows = report["ssd"]["sensitivity"]["by_latency"]
     x = [1e3 * r["latency_s"] for r in rows]
     axes.plot(x, [r["modelled_tokens_per_s"] for r in rows], color=SOFT, label="modelled")
-    _line(axes, x, [r["tokens_per_s"] for r in rows], 0, "measured, throttled", "none")
+    line(axes, x, [r["tokens_per_s"] for r in rows], 0, "measured, throttled", "none")
     axes.set_xscale("log")
     axes.set_ylim(0)
-    _whole(axes.xaxis, [float(f"{v:.2g}") for v in x])
+    whole(axes.xaxis, [float(f"{v:.2g}") for v in x])
     axes.set(xlabel="milliseconds that each read takes more", ylabel="tokens/s")
     axes.legend()
 
@@ -214,7 +186,7 @@ def _policies(report: dict[str, Any], axes: Any) -> None:
         name = f"{policy} (optimum)" if policy == BEST else policy
         axes.plot(
             [100 * r["share"] for r in mine], [100 * r["hit_rate"] for r in mine],
-            marker=_MARKERS[i], color=SERIES[i], label=name,
+            marker=MARKERS[i], color=SERIES[i], label=name,
         )  # fmt: skip
     axes.set_ylim(0, 100)
     axes.set(xlabel="resident experts, %", ylabel="hit rate, %")
@@ -225,13 +197,13 @@ def _layers(report: dict[str, Any], axes: Any) -> None:
     for i, row in enumerate(report["locality"]["caches"]["by_layer"][: len(SERIES)]):
         rates = [100 * x for x in row["hit_rates"]]
         axes.plot(
-            range(len(rates)), rates, marker=_MARKERS[i] if len(rates) < 20 else None,
+            range(len(rates)), rates, marker=MARKERS[i] if len(rates) < 20 else None,
             color=SERIES[i], label=f"{row['share']:.1%}",
         )  # fmt: skip
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylim(0, 100)
     axes.set(xlabel="expert layer", ylabel="hit rate, %")
-    axes.legend(title="resident", ncols=3, loc="lower right")
+    axes.legend(title="resident", ncols=5, loc="lower right", bbox_to_anchor=(1, 1))
 
 
 def _misses(report: dict[str, Any], axes: Any) -> None:
@@ -256,12 +228,12 @@ def _alone(report: dict[str, Any], axes: Any) -> None:
         at = tasks.index(prompts[row["prompt"]]["task"])
         at = min(at, len(SERIES) - 1)
         axes.plot(
-            100 * row["share"], 100 * row["hit_rate"], _MARKERS[at], color=SERIES[at], alpha=0.7,
+            100 * row["share"], 100 * row["hit_rate"], MARKERS[at], color=SERIES[at], alpha=0.7,
             markersize=3.5,
         )  # fmt: skip
     for i, task in enumerate(tasks[: len(SERIES)]):
         others = " and others" if tasks[len(SERIES) :] and i == len(SERIES) - 1 else ""
-        axes.plot([], [], _MARKERS[i], color=SERIES[i], label=task + others)
+        axes.plot([], [], MARKERS[i], color=SERIES[i], label=task + others)
     axes.set_ylim(0, 100)
     axes.set(xlabel="resident experts, %", ylabel="hit rate of one prompt, %")
     axes.legend(ncols=2, loc="lower right")
@@ -283,7 +255,7 @@ def _tokens(report: dict[str, Any], axes: Any) -> None:
     axes.plot(x, [100 * r["shared"] for r in rows], "o-", color=SERIES[0], label="measured")
     axes.plot(x, [100 * r["by_chance"] for r in rows], ":", color=SOFT, label="by chance")
     axes.set_xscale("log", base=2)
-    _whole(axes.xaxis, x)
+    whole(axes.xaxis, x)
     axes.set(ylim=(0, None), xlabel="tokens apart", ylabel="experts in common, %")
     axes.legend()
 
@@ -320,7 +292,9 @@ def _watts(report: dict[str, Any], axes: Any) -> None:
     names = found["sources"]
     for i, (key, label) in enumerate((("watts_at_rest", "at rest"), ("watts", "decoding"))):
         places = [j + 0.4 * i for j in range(len(names))]
-        axes.barh(places, [found[key][n] for n in names], 0.38, color=SERIES[i], label=label)
+        axes.barh(
+            places, [found[key].get(n, 0.0) for n in names], 0.38, color=SERIES[i], label=label
+        )
     axes.set_yticks([j + 0.2 for j in range(len(names))], names)
     axes.set_xlabel("watts")
     axes.legend()
@@ -330,6 +304,7 @@ def _kl(report: dict[str, Any], axes: Any) -> None:
     rows = _judged(report)
     axes.barh([n for n, _ in rows], [r["kl_nats"] for _, r in rows], color=SERIES[2], height=0.6)
     axes.set_xscale("symlog", linthresh=1e-3)
+    plain(axes.xaxis)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("nats of KL divergence from stock, a token")
@@ -387,8 +362,23 @@ PANELS = (
 )
 
 
+_OF = {
+    "sustained": "sustained", "first_token": "by_prompt_length",
+    "context": "by_prompt_length", "batch": "by_batch", "by_prompt": "by_prompt",
+    "bandwidth": "rates", "latency": "rates", "reads": "in_generation", "by_rate": "sensitivity",
+    "by_latency": "sensitivity",
+}  # fmt: skip
+"""What of its section a panel needs, where sections come in parts."""
+
+
+def measured(panel: Panel, report: dict[str, Any]) -> bool:
+    """Is it in the report of a run that ended before its end?"""
+    section, part = report.get(panel.section), _OF.get(panel.key)
+    return section is not None and (not part or part in section)
+
+
 def drawable(panel: Panel, report: dict[str, Any]) -> bool:
-    """Is there anything to draw? What was not measured has a sentence instead."""
+    """Is there anything to draw? What no machine could tell has a sentence instead."""
     if panel.key == "watts":
         return bool(report["power"]["sources"])
     if panel.key == "heat":

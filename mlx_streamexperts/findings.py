@@ -6,6 +6,7 @@ import statistics
 from typing import Any
 
 from .config import format_size
+from .power import counted
 from .replay import BEST
 
 
@@ -33,8 +34,12 @@ def _by_prompt(r: dict[str, Any]) -> str:
         f"{found['median']:.3g} tokens/s at the median prompt with "
         f"{_share(r['method']['resident_share'])} of the experts resident; from "
         f"{found['low']:.3g} ({_name(slow)}, {_share(slow['hit_rate'])} hits) to "
-        f"{found['high']:.3g} ({_name(fast)}, {_share(fast['hit_rate'])} hits). Repeats of one "
-        f"prompt differ by {_share(inner)}."
+        f"{found['high']:.3g} ({_name(fast)}, {_share(fast['hit_rate'])} hits). "
+        + (
+            f"Repeats of one prompt differ by {_share(inner)}."
+            if len(rows[0]["tokens_per_s"]["values"]) > 1
+            else "Each was measured once, so that nothing tells how much repeats differ."
+        )
     )
 
 
@@ -48,8 +53,10 @@ def _sustained(r: dict[str, Any]) -> str:
     )
     dips = "no dips" if not found["dips"] else f"{found['dips']} of {count} windows are dips"
     return (
-        f"{rate['median']:.3g} tokens/s over {found['seconds']:.0f} s without a pause, prompts "
-        f"included ({rate['low']:.3g} to {rate['high']:.3g}): {drift}, {dips}."
+        f"{rate['median']:.3g} tokens/s over {found['seconds']:.0f} s without a pause "
+        f"({rate['low']:.3g} to {rate['high']:.3g} in windows of {found['window_s']:.2g} s): "
+        f"{drift}, {dips}. Prompts took {_share(1 - found['decode_s'] / found['seconds'])} of the "
+        "time and are not in the rates." + (" It was interrupted." if found["interrupted"] else "")
     )
 
 
@@ -65,7 +72,7 @@ def _first_token(r: dict[str, Any]) -> str:
         f"{rows[0]['seconds']['median']:.3g} s for {rows[0]['prompt_tokens']} tokens, "
         f"{last['seconds']['median']:.3g} s for {last['prompt_tokens']}. From a cold start, "
         f"{dropped}: {cold['load_s']:.3g} s to load and {cold['first_token_s']:.3g} s to the first "
-        f"token of {cold['prompt_tokens']}."
+        f"token of {cold['prompt_tokens']}, once."
     )
 
 
@@ -134,7 +141,7 @@ def _by_rate(r: dict[str, Any]) -> str:
     fast = max(found["machines"], key=lambda m: m["bytes_per_s"])
     gain = fast["this_compute_tokens_per_s"] / free["tokens_per_s"]["median"] - 1
     return (
-        f"{free['tokens_per_s']['median']:.3g} tokens/s unthrottled, "
+        f"{free['tokens_per_s']['median']:.3g} tokens/s unthrottled, one text again and again, "
         f"{_share(free['wait_s'] / free['token_s'])} of the time waiting for reads; "
         f"{slow['tokens_per_s']['median']:.3g} behind {format_size(slow['bytes_per_s'])}/s. "
         f"Measured time beside reads, and read bytes over rate: predicted for the drive of "
@@ -201,7 +208,8 @@ def _alone(r: dict[str, Any]) -> str:
     return (
         f"Each prompt by itself from an empty cache, {_share(share)} resident: from "
         f"{_share(low['hit_rate'])} ({_name(prompts[low['prompt']])}) to "
-        f"{_share(high['hit_rate'])} ({_name(prompts[high['prompt']])})."
+        f"{_share(high['hit_rate'])} ({_name(prompts[high['prompt']])}); standard deviation over "
+        f"prompts {100 * r['locality']['by_kind']['deviation']:.1f} points."
     )
 
 
@@ -259,10 +267,11 @@ def _watts(r: dict[str, Any]) -> str:
     if found["joules_per_token"] is None:
         why = _missing(r, False)
         return f"Not measured, and not guessed: no energy counter can be read here ({why})."
-    total, rest = sum(found["watts"].values()), sum(found["watts_at_rest"].values())
+    total, rest = (sum(counted(found[k]).values()) for k in ("watts", "watts_at_rest"))
     return (
-        f"{found['joules_per_token']:.3g} J a token; {total:.3g} W while decoding, {rest:.3g} W at "
-        f"rest, of {', '.join(found['sources'])} and nothing else of the machine."
+        f"{found['joules_per_token']:.3g} J a token, prompts' energy included; {total:.3g} W while "
+        f"decoding, {rest:.3g} W at "
+        f"rest, of {', '.join(sorted(counted(found['watts'])))} and nothing else of the machine."
     )
 
 
@@ -279,6 +288,7 @@ def _heat(r: dict[str, Any]) -> str:
         if found["tells_throttling"]
         else "whether clocks were held down, nothing here tells"
     )
+    parts = parts or [f"{k} {v:.0f} °C at the end" for k, v in after.items()]
     return f"{', '.join(parts)} over the sustained run; {throttled}."
 
 
@@ -316,7 +326,8 @@ def _perplexity(r: dict[str, Any]) -> str:
 def _score(r: dict[str, Any]) -> str:
     found = r["quality"]
     count, score = found["task_items"], found["task_score"]
-    error = (score * (1 - score) / count) ** 0.5
+    wide = (score * count + 2) / (count + 4)  # Agresti and Coull: not 0 where all are right
+    error = (wide * (1 - wide) / (count + 4)) ** 0.5
     text = (
         f"Of {count} two-way choices {_share(score)} right, streamed (standard error "
         f"{_share(error)}: only large losses show)."

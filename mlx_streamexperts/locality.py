@@ -67,6 +67,41 @@ def caches(
     }
 
 
+def by_kind(rows: Sequence[dict[str, Any]], kinds: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Hit rates of prompts by themselves, put together by task and by language.
+
+    Args:
+        rows: `by_prompt_alone` of `caches`.
+        kinds: task and language of each prompt.
+
+    Returns:
+        `share`: resident, the one nearest to a quarter; `deviation`: standard deviation over the
+        prompts, 0 of one; `task` and `language`: mean, lowest and highest of each.
+    """
+    share = min((r["share"] for r in rows), key=lambda s: abs(s - 0.25))
+    rates = {r["prompt"]: r["hit_rate"] for r in rows if r["share"] == share}
+
+    def put_together(names: Sequence[str]) -> list[dict[str, Any]]:
+        found = {n: [rates[i] for i, m in enumerate(names) if m == n] for n in names}
+        return [
+            {
+                "name": name,
+                "prompts": len(some),
+                "hit_rate": statistics.fmean(some),
+                "low": min(some),
+                "high": max(some),
+            }
+            for name, some in found.items()
+        ]
+
+    return {
+        "share": share,
+        "deviation": statistics.stdev(rates.values()) if len(rates) > 1 else 0.0,
+        "task": put_together([task for task, _ in kinds]),
+        "language": put_together([language for _, language in kinds]),
+    }
+
+
 def reuse_distances(routing: Routing) -> dict[str, Any]:
     """How many other experts of its layer were used since an expert's last use, while decoding.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from .config import format_size
 from .errors import StreamError
-from .figures import COLOURS, PANELS, Panel, drawable, figure
+from .figures import COLOURS, PANELS, STYLE, Panel, drawable, figure, measured
 from .findings import sentence
 from .output import partial_name, sync_folder, write_json
 from .plots import pyplot
@@ -25,6 +25,9 @@ SECTIONS = {
 }
 """Sections with figures, and their titles; the method comes before, the limits after."""
 
+UNFINISHED = "unfinished"
+"""Name of what an ended run leaves, so that an earlier, whole report stays as it is."""
+
 
 def check_libraries() -> None:
     """Find out before measuring whether a page can be made.
@@ -36,7 +39,7 @@ def check_libraries() -> None:
     _template()
 
 
-def write_page(report: dict[str, Any], folder: Path) -> Path:
+def write_page(report: dict[str, Any], folder: Path, name: str = "report") -> Path:
     """Write `report.json` and `report.html` into a folder, each whole or not at all.
 
     Returns:
@@ -45,12 +48,11 @@ def write_page(report: dict[str, Any], folder: Path) -> Path:
     Raises:
         StreamError: the folder cannot be written, or a library is missing.
     """
-    page = folder / "report.html"
+    page = folder / f"{name}.html"
     text = render(report)
+    write_data(report, folder, name)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "report.json", report, indent=1)
-        with partial_name(page).open("w") as f:
+        with partial_name(page).open("w", encoding="utf-8") as f:
             f.write(text)
             f.flush()
             os.fsync(f.fileno())
@@ -59,6 +61,19 @@ def write_page(report: dict[str, Any], folder: Path) -> Path:
     except OSError as e:
         raise StreamError(f"{folder}: cannot write the report: {e.strerror}") from e
     return page
+
+
+def write_data(report: dict[str, Any], folder: Path, name: str) -> None:
+    """Only the JSON file.
+
+    Raises:
+        StreamError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / f"{name}.json", report, indent=1)
+    except OSError as e:
+        raise StreamError(f"{folder}: cannot write the report: {e.strerror}") from e
 
 
 def render(report: dict[str, Any]) -> str:
@@ -71,8 +86,12 @@ def render(report: dict[str, Any]) -> str:
             {
                 "key": p.key,
                 "title": p.title,
-                "sentence": sentence(p.key, report),
-                "svg": Markup(svg(p, report)) if drawable(p, report) else None,
+                "sentence": sentence(p.key, report)
+                if measured(p, report)
+                else "Not measured: the run ended before.",
+                "svg": Markup(svg(p, report))
+                if measured(p, report) and drawable(p, report)
+                else None,
             }
             for p in PANELS
             if p.section == key
@@ -83,9 +102,10 @@ def render(report: dict[str, Any]) -> str:
 
 def svg(panel: Panel, report: dict[str, Any]) -> str:
     """One figure, in the page's colours, with identifiers of its own."""
-    drawn = figure(panel, report)
     buffer = io.StringIO()
-    drawn.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    with pyplot().rc_context(STYLE):  # saving makes ticks, and decides what becomes of text
+        drawn = figure(panel, report)
+        drawn.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     pyplot().close(drawn)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]

@@ -1,12 +1,14 @@
 """What a machine says of its own power and heat. Where it says nothing, nothing is made up.
 
-Sources: on Apple silicon `zeus_apple_silicon` (its counters need no rights), on Linux RAPL's
-counters (mostly readable by root only), on NVIDIA cards NVML (`pynvml`), and the kernel's
-temperature zones. Libraries are optional; every source that is missing says why.
+Sources: on Apple silicon `zeus_apple_silicon` (its counters need no rights) and the system's
+thermal pressure, on Linux RAPL's counters (mostly readable by root only), on NVIDIA cards NVML
+(`pynvml`), and the kernel's temperature zones. Libraries are optional; every source that is
+missing says why.
 """
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,6 +20,8 @@ POWERCAP = Path("/sys/class/powercap")
 THERMAL = Path("/sys/class/thermal")
 _APPLE_PARTS = {"cpu_total_mj": "CPU", "gpu_mj": "GPU", "dram_mj": "DRAM", "ane_mj": "ANE"}
 
+_PRESSURES = {0: "", 1: "moderate", 2: "heavy", 3: "trapping", 4: "sleeping"}
+
 
 class Source(Protocol):
     """Energy of some part of the machine."""
@@ -26,6 +30,9 @@ class Source(Protocol):
 
     def begin(self) -> None:
         """Start counting."""
+
+    def look(self) -> None:
+        """Read meanwhile: a counter that starts over may do so again before the end."""
 
     def end(self) -> dict[str, float]:
         """Joules by part since `begin`."""
@@ -49,16 +56,31 @@ class Sensors:
 
     def begin(self) -> None:
         """Start counting energy."""
-        for source in self.energy:
-            source.begin()
+        self._each(lambda source: source.begin())
+
+    def look(self) -> None:
+        """Read counters meanwhile, at least as often as they start over."""
+        self._each(lambda source: source.look())
 
     def end(self) -> dict[str, float]:
         """Joules by part since `begin`; empty where nothing counts."""
         joules: dict[str, float] = {}
-        for source in self.energy:
+
+        def add(source: Source) -> None:
             for part, value in source.end().items():
                 joules[f"{source.name} {part}".strip()] = value
+
+        self._each(add)
         return joules
+
+    def _each(self, do: Callable[[Source], None]) -> None:
+        """A source that fails is out for good: what it would say later has a hole in it."""
+        for source in list(self.energy):
+            try:
+                do(source)
+            except Exception as e:  # a library's own, whichever it is
+                self.energy.remove(source)
+                self.missing[source.name] = f"failed while measuring: {type(e).__name__}"
 
     def heat(self) -> dict[str, float]:
         """Degrees Celsius by sensor; those that fail just now are left out."""
@@ -78,6 +100,11 @@ class Sensors:
         return found
 
 
+def counted(parts: dict[str, float]) -> dict[str, float]:
+    """The parts that add up: `psys` is the whole platform, with the packages in it."""
+    return {k: v for k, v in parts.items() if "psys" in k} or parts
+
+
 def find_sensors() -> Sensors:
     """Every source of this machine that works now."""
     sensors = Sensors()
@@ -95,14 +122,19 @@ class _Counters:
 
     def __init__(self, name: str, read: Callable[[], float], wrap: float = 0.0) -> None:
         self.name, self._read, self._wrap = name, read, wrap
-        self._before = 0.0
+        self._last = self._used = 0.0
 
     def begin(self) -> None:
-        self._before = self._read()
+        self._last, self._used = self._read(), 0.0
+
+    def look(self) -> None:
+        now = self._read()
+        self._used += now - self._last + (self._wrap if now < self._last else 0.0)
+        self._last = now
 
     def end(self) -> dict[str, float]:
-        used = self._read() - self._before
-        return {"": used + self._wrap if used < 0 else used}
+        self.look()
+        return {"": self._used}
 
 
 class _Apple:
@@ -115,6 +147,9 @@ class _Apple:
 
     def begin(self) -> None:
         self._monitor.begin_window("report")
+
+    def look(self) -> None:
+        """Windows do not start over."""
 
     def end(self) -> dict[str, float]:
         metrics = self._monitor.end_window("report")
@@ -134,6 +169,34 @@ def _add_apple(sensors: Sensors) -> None:
     except RuntimeError as e:
         sensors.missing["Apple silicon"] = str(e)
     sensors.missing["temperature"] = "macOS tells programs without rights no temperatures"
+    try:
+        sensors.throttling["thermal pressure"] = _thermal_pressure(ctypes.CDLL(None))
+    except (OSError, AttributeError) as e:
+        sensors.missing["thermal pressure"] = str(e)
+
+
+def _thermal_pressure(system: Any) -> Callable[[], str]:
+    """macOS's own word on heat, which needs no rights (OSThermalNotification.h).
+
+    Args:
+        system: the C library.
+
+    Raises:
+        OSError: it says nothing.
+        AttributeError: this system has no such call.
+    """
+    token, level = ctypes.c_int(), ctypes.c_uint64()
+
+    def read() -> str:
+        if system.notify_get_state(token, ctypes.byref(level)):
+            raise OSError("macOS does not say")
+        return _PRESSURES.get(level.value, f"level {level.value}")
+
+    name = b"com.apple.system.thermalpressurelevel"
+    if system.notify_register_check(name, ctypes.byref(token)):
+        raise OSError("macOS does not say")
+    read()
+    return read
 
 
 def _add_rapl(sensors: Sensors) -> None:
@@ -185,21 +248,40 @@ def _add_nvml(sensors: Sensors) -> None:
         return
     try:
         nvml.nvmlInit()
-        for i in range(nvml.nvmlDeviceGetCount()):
-            card, name = nvml.nvmlDeviceGetHandleByIndex(i), f"GPU {i}"
-            nvml.nvmlDeviceGetTotalEnergyConsumption(card)  # cards before Volta do not count
-            sensors.energy.append(
-                _Counters(
-                    name,
-                    lambda c=card: nvml.nvmlDeviceGetTotalEnergyConsumption(c) / 1e3,  # type: ignore[misc]
-                )
-            )
-            sensors.temperatures[name] = lambda c=card: float(  # type: ignore[misc]
-                nvml.nvmlDeviceGetTemperature(c, nvml.NVML_TEMPERATURE_GPU)
-            )
-            sensors.throttling[name] = lambda c=card: _reasons(nvml, c)  # type: ignore[misc]
+        cards = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
     except nvml.NVMLError as e:
         sensors.missing["NVML"] = str(e)
+        return
+    for i, card in enumerate(cards):
+        _add_card(sensors, nvml, card, f"GPU {i}")
+
+
+def _add_card(sensors: Sensors, nvml: Any, card: Any, name: str) -> None:
+    """What one card can tell: one before Volta has a temperature, but counts no energy."""
+
+    def joules() -> float:
+        return float(nvml.nvmlDeviceGetTotalEnergyConsumption(card)) / 1e3
+
+    def degrees() -> float:
+        return float(nvml.nvmlDeviceGetTemperature(card, nvml.NVML_TEMPERATURE_GPU))
+
+    def reasons() -> str:
+        return _reasons(nvml, card)
+
+    def works(read: Callable[[], Any], what: str) -> bool:
+        try:
+            read()
+        except nvml.NVMLError as e:
+            sensors.missing[f"{name} {what}"] = str(e)
+            return False
+        return True
+
+    if works(joules, "energy"):
+        sensors.energy.append(_Counters(name, joules))
+    if works(degrees, "temperature"):
+        sensors.temperatures[name] = degrees
+    if works(reasons, "throttling"):
+        sensors.throttling[name] = reasons
 
 
 def _reasons(nvml: Any, card: Any) -> str:

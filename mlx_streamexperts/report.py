@@ -5,8 +5,8 @@ python -m mlx_streamexperts.report --model ./my-model --memory 24GB --sustained 
 
 Method, drive, locality, power and quality, each with figures and the sentence that answers its
 question. The page is one file that loads nothing; docs/report-schema.md describes the JSON.
-Quick by default on the embedded model, thorough otherwise: --quick and --full say which. Needs the
-extra `report`.
+Quick by default on the embedded model, thorough otherwise: --quick and --full say which. Ctrl-C
+ends it with a page of what was measured. Needs the extra `report`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any
 
 from .cli import failed, make_parser, stream_settings
 from .errors import StreamError
-from .page import check_libraries, write_page
+from .limits import limits_of
+from .page import UNFINISHED, check_libraries, write_data, write_page
 from .study import FULL, QUICK, SCHEMA, VERSION, Settings, make_report
 
 
@@ -54,18 +55,54 @@ def main(argv: list[str] | None = None) -> int:
         check_libraries()
         if args.render is not None:
             report = _read(args.render)
+            try:
+                page = write_page(report, args.out)
+            except (LookupError, TypeError, ValueError, AttributeError) as e:
+                raise StreamError(f"{args.render}: not a whole report: {e!r}") from e
         else:
-            config, model = stream_settings(args)
-            assert model is not None
-            settings = _settings(args)
-            local = args.model is None or Path(args.model).exists()
-            name = Path(model).resolve().name if local else args.model  # no path of a user
-            report = make_report(model, config, settings, name, note=args.note)
-        page = write_page(report, args.out)
+            page = _measured(args)
+    except _Unfinished as e:
+        return e.status
     except StreamError as e:
         return failed(e)
     print(f"Wrote {page} and {page.with_suffix('.json').name}")
     return 0
+
+
+class _Unfinished(Exception):  # noqa: N818, what there is was written
+    def __init__(self, status: int) -> None:
+        self.status = status
+
+
+def _measured(args: argparse.Namespace) -> Path:
+    """Measure, and write the page; of a run that ends before its end, a page of what there is."""
+    config, model = stream_settings(args)
+    assert model is not None
+    settings = _settings(args)
+    local = args.model is None or Path(args.model).exists()
+    name = Path(model).resolve().name if local else args.model  # no path of a user
+    kept: dict[str, Any] | None = None
+
+    def keep(found: dict[str, Any]) -> None:
+        nonlocal kept
+        kept = found  # itself: parts that come later are in it too
+        write_data(found, args.out, UNFINISHED)  # lasts, whatever ends this process
+
+    try:
+        report = make_report(model, config, settings, name, args.note, keep)
+    except BaseException as e:
+        if kept is None:
+            raise
+        page = write_page({**kept, "limits": limits_of(kept)}, args.out, UNFINISHED)
+        print(f"Ended while at: {kept['unfinished']}. What was measured: {page}", file=sys.stderr)
+        if isinstance(e, KeyboardInterrupt):
+            raise _Unfinished(130) from e
+        raise
+    write_data(report, args.out, "report")  # first: whatever becomes of the page
+    page = write_page(report, args.out)
+    for suffix in (".json", ".html"):
+        (args.out / UNFINISHED).with_suffix(suffix).unlink(missing_ok=True)
+    return page
 
 
 def _settings(args: argparse.Namespace) -> Settings:

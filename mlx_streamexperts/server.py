@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
+import resource
 import signal
 import sys
 import threading
@@ -33,6 +34,14 @@ from .serving import Generator, Provider, stock
 from .traffic import Traffic
 from .web import Handler
 
+MOST_CONNECTIONS = 1024
+"""Open at once, or half of the files that this process may have open, if that is less."""
+
+_FULL = (
+    b"HTTP/1.0 503 Service Unavailable\r\nContent-Type: application/json\r\n\r\n"
+    b'{"error": {"message": "too many connections", "type": "server_error", "param": null, '
+    b'"code": "overloaded"}}'
+)
 _KEY_VARIABLE = "STREAMEXPERTS_API_KEY"
 
 
@@ -99,6 +108,33 @@ class Server(ThreadingHTTPServer):
     """Takes connections at once, and answers them when the model is loaded."""
 
     _generator: Generator  # of a subclass: mlx-lm sets the address family on the class
+    request_queue_size = 128  # that many may ask to be connected at one moment
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # reads need some, too
+        most = MOST_CONNECTIONS if files < 0 else min(MOST_CONNECTIONS, files // 2)
+        self._free = threading.Semaphore(most)
+        super().__init__(*args, **options)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread of its own, or say that there are too many."""
+        if not self._free.acquire(blocking=False):
+            with suppress(OSError):
+                request.setblocking(False)
+                request.send(_FULL)
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread could be had
+            self._free.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         try:

@@ -22,6 +22,9 @@ from .power import Sensors
 from .stream import stream
 from .texts import Prompt
 
+SUSTAINED_TOKENS = 256
+"""Generated after each prompt of the sustained run."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -147,40 +150,38 @@ def by_prompt(
 def first_tokens(
     model: nn.Module, text: list[int], lengths: Sequence[int], repeats: int
 ) -> list[dict[str, Any]]:
-    """Time to the first token, and decoding after it, by length of the prompt."""
-    rows = []
-    for length in lengths:
-        runs = [generate(model, text[:length], 8) for _ in range(repeats)]
-        rows.append(
-            {
-                "prompt_tokens": length,
-                "seconds": summary([r.first_token for r in runs]),
-                "tokens_per_s": summary([r.tokens_per_s for r in runs]),
-            }
-        )
-    return rows
+    """Time to the first token, and decoding after it, by length of the prompt, in turns."""
+    turns = [[generate(model, text[:n], 8) for n in lengths] for _ in range(repeats)]
+    return [
+        {
+            "prompt_tokens": length,
+            "seconds": summary([r.first_token for r in runs]),
+            "tokens_per_s": summary([r.tokens_per_s for r in runs]),
+        }
+        for length, runs in zip(lengths, zip(*turns, strict=True), strict=True)
+    ]
 
 
 def batches(
     model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], sizes: Sequence[int],
     tokens: int, repeats: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Tokens/s of all sequences together, by how many there are at once.
+    """Tokens/s of all sequences together, by how many there are at once, in turns.
 
     mlx-lm's `batch_generate`; a sequence ends where the model ends its text.
     """
-    rows = []
-    for size in sizes:
+
+    def rate(size: int) -> float:
         texts = [p.tokens for p in itertools.islice(itertools.cycle(prompts), size)]
         chunk = max(1, stream(model).plan.prefill_tokens // size)
-        rates = []
-        for _ in range(repeats):
-            answer = batch_generate(
-                model, tokenizer, texts, max_tokens=tokens, prefill_step_size=chunk
-            )
-            rates.append(float(answer.stats.generation_tps))
-        rows.append({"batch": size, "tokens_per_s": summary(rates)})
-    return rows
+        answer = batch_generate(model, tokenizer, texts, max_tokens=tokens, prefill_step_size=chunk)
+        return float(answer.stats.generation_tps)
+
+    turns = [[rate(size) for size in sizes] for _ in range(repeats)]
+    return [
+        {"batch": size, "tokens_per_s": summary(rates)}
+        for size, rates in zip(sizes, zip(*turns, strict=True), strict=True)
+    ]
 
 
 def sustained(
@@ -188,44 +189,59 @@ def sustained(
 ) -> dict[str, Any]:
     """Decode without a pause for `seconds`, prompt after prompt; what each window came to.
 
-    Prefilling is in the time of a window, and its tokens are not.
+    Prompts take their time, which counts for heat and energy; rates are of decoding alone, or every
+    prompt would look like a dip. Ctrl-C ends it with the windows that there are.
 
     Args:
-        window: seconds of one window.
+        window: seconds of decoding in one window.
         sensors: read once a window.
+
+    Raises:
+        KeyboardInterrupt: before the first window had ended.
     """
     windows: list[dict[str, Any]] = []
-    tokens = _endless(model, prompts)
-    next(tokens)
+    steps = _endless(model, prompts)
+    next(steps)
     sensors.begin()
-    start = begin = time.perf_counter()
+    start = time.perf_counter()
     count = total = 0
-    while True:
-        next(tokens)
-        count += 1
-        now = time.perf_counter()
-        if now - begin >= window or now - start >= seconds:
-            windows.append(
-                {
-                    "at_s": now - start,
-                    "tokens_per_s": count / (now - begin),
-                    "celsius": sensors.heat(),
-                    "throttled": sensors.throttled(),
-                }
-            )
-            total += count
-            count, begin = 0, time.perf_counter()
-            if now - start >= seconds:
+    inside = decoding = 0.0
+    interrupted = False
+    try:
+        for took in steps:
+            total += 1
+            if took is not None:
+                count, inside, decoding = count + 1, inside + took, decoding + took
+            now = time.perf_counter()
+            over = now - start >= seconds
+            # What is left at the end is no window: one slow token would make it a dip.
+            if inside >= window or (over and not windows and count):
+                windows.append(
+                    {
+                        "at_s": now - start,
+                        "tokens_per_s": count / inside,
+                        "celsius": sensors.heat(),
+                        "throttled": sensors.throttled(),
+                    }
+                )
+                sensors.look()
+                count, inside = 0, 0.0
+            if over and windows:
                 break
+    except KeyboardInterrupt:
+        if not windows:
+            raise
+        interrupted = True
     joules = sensors.end()
-    elapsed = time.perf_counter() - start
     return {
-        "seconds": elapsed,
+        "seconds": time.perf_counter() - start,
+        "decode_s": decoding,
         "window_s": window,
         "tokens": total,
         "windows": windows,
         **drift([w["tokens_per_s"] for w in windows]),
         "joules": joules,
+        "interrupted": interrupted,
     }
 
 
@@ -245,11 +261,14 @@ def drift(rates: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _endless(model: nn.Module, prompts: Sequence[Prompt]) -> Iterator[None]:
-    """A token at each step, for ever: 256 after each prompt."""
+def _endless(model: nn.Module, prompts: Sequence[Prompt]) -> Iterator[float | None]:
+    """Seconds of a token at each step, for ever: 256 after each prompt, whose first has none."""
     chunk = stream(model).plan.prefill_tokens
     for prompt in itertools.cycle(prompts):
+        last = None
         for _ in generate_step(
-            mx.array(prompt.tokens), model, max_tokens=256, prefill_step_size=chunk
+            mx.array(prompt.tokens), model, max_tokens=SUSTAINED_TOKENS, prefill_step_size=chunk
         ):
-            yield
+            now = time.perf_counter()
+            yield None if last is None else now - last
+            last = time.perf_counter()

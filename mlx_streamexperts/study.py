@@ -18,10 +18,11 @@ import mlx.core as mx
 from . import drive, facts, locality, quality, speed
 from .config import StreamConfig, format_size
 from .errors import StreamError
+from .limits import limits_of
 from .locate import original_load_model
 from .patching import load, plan
 from .platform import available_memory_bytes, device_memory_bytes, drop_page_cache
-from .power import Sensors, find_sensors
+from .power import Sensors, counted, find_sensors
 from .predict import NAMED_MACHINES
 from .progress import progress_bar
 from .stream import ExpertStream, expert_files, stream
@@ -39,6 +40,7 @@ class Settings:
     """How much is measured.
 
     Attributes:
+        kind: "quick" or "full", which the page says.
         prompts: of the shipped ones; None for all.
         prompt_tokens: a prompt's tokens at most.
         tokens: generated after a prompt.
@@ -55,6 +57,7 @@ class Settings:
         items: of the task.
     """
 
+    kind: str = "quick"
     prompts: int | None = None
     prompt_tokens: int = 64
     tokens: int = 24
@@ -74,14 +77,16 @@ class Settings:
 
 QUICK = Settings()
 FULL = Settings(
-    prompt_tokens=256, tokens=128, repeats=5, lengths=(32, 128, 512, 2048), batches=(1, 2, 4, 8),
-    seconds=1.0, depths=(1, 2, 4, 8, 16, 32), points=6, sustained=10.0, window=10.0, alone=32,
+    kind="full", prompt_tokens=256, tokens=128, repeats=5, lengths=(32, 128, 512, 2048),
+    batches=(1, 2, 4, 8), seconds=1.0, depths=(1, 2, 4, 8, 16, 32), points=6, sustained=10.0,
+    window=10.0, alone=32,
 )  # fmt: skip
 
 
 def make_report(
-    folder: str, config: StreamConfig, settings: Settings, name: str, note: str = ""
-) -> dict[str, Any]:
+    folder: str, config: StreamConfig, settings: Settings, name: str, note: str = "",
+    keep: Callable[[dict[str, Any]], None] = lambda found: None,
+) -> dict[str, Any]:  # fmt: skip
     """Measure everything; returns what the JSON file holds.
 
     Args:
@@ -90,44 +95,58 @@ def make_report(
         settings: how much is measured.
         name: what the page calls it.
         note: what readers should know.
+        keep: gets what there is whenever a part is measured, as the report of a run that ended
+            there would be.
 
     Raises:
         StreamError: the model cannot be streamed, or nothing of it would be with this budget.
     """
+    needed = settings.prompt_tokens + max(settings.tokens, speed.SUSTAINED_TOKENS)
+    if config.context_tokens < needed:
+        raise StreamError(f"a report needs --context-tokens {needed} or more: prompt and reply")
     config = replace(config, progress=False) if not sys.stderr.isatty() else config
     config = with_something_to_stream(folder, config)
+    load = facts.load_average()
     begin = time.perf_counter()
+    found: dict[str, Any] = {
+        "schema": SCHEMA,
+        "version": VERSION,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "note": note,
+        "unfinished": "",
+    }
+
+    def step(what: str) -> None:
+        bar.set_postfix_str(what)
+        bar.update(1)
+        if "method" in found:
+            found.update(unfinished=what, seconds=time.perf_counter() - begin)
+            found["limits"] = limits_of(found)
+            keep(found)
+
     with progress_bar("Report", config.progress, _STEPS, unit="step") as bar:
-        step = _stepper(bar)
+        step("loading")
         model, tokenizer, cold = _cold_start(folder, config)
         expert_stream = stream(model)
-        step("warming up")
         prompts = [
             replace(p, tokens=p.tokens[: settings.prompt_tokens])
             for p in report_prompts(tokenizer, settings.prompts)
         ]
-        for p in prompts:
-            speed.generate(model, p.tokens, settings.tokens)
-        sensors = find_sensors()
+        found["method"] = _method(folder, name, expert_stream, settings, prompts, load)
+        found["speed"] = {"cold_start": cold}
         with expert_stream, tempfile.TemporaryDirectory() as traces:
-            step("decoding")
-            rates = _speed(model, tokenizer, prompts, settings, Path(traces), step)
-            found: dict[str, Any] = {
-                "schema": SCHEMA,
-                "version": VERSION,
-                "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "note": note,
-                "method": _method(folder, name, expert_stream, settings, prompts),
-                "speed": {"cold_start": cold, **rates},
-            }
-            step("the drive")
-            found["ssd"] = _ssd(model, prompts, settings, step)
+            step("warming up")
+            for p in prompts:
+                speed.generate(model, p.tokens, settings.tokens)
+            _speed(found["speed"], model, tokenizer, prompts, settings, Path(traces), step)
+            found["ssd"] = {"bypasses_page_cache": expert_stream.bypasses_page_cache}
+            _ssd(found["ssd"], model, prompts, settings, step)
             step("locality")
-            found["locality"] = _locality(expert_stream, Path(traces), len(prompts), settings)
+            found["locality"] = _locality(expert_stream, Path(traces), prompts, settings)
             step("decoding on and on")
-            found["power"], found["speed"]["sustained"] = _sustained(
-                model, prompts, settings, sensors
-            )
+            _sustained(found, model, prompts, settings, find_sensors())
+            if found["speed"]["sustained"]["interrupted"]:
+                raise KeyboardInterrupt
             step("quality")
             items = report_choices(tokenizer, settings.items)
             width = int(model(mx.array([[0]])).shape[-1])
@@ -136,9 +155,9 @@ def make_report(
             own = [quality.logits(model, p.tokens, settings.alone) for p in shorter]
             score = quality.score(model, items)
         del model
-        found["quality"] = _quality(folder, found, own, score, shorter, items, settings, step)
-    found["seconds"] = time.perf_counter() - begin
-    found["limits"] = _limits(found)
+        found["quality"] = _quality(folder, found, own, score, shorter, items, settings)
+    found.update(unfinished="", seconds=time.perf_counter() - begin)
+    found["limits"] = limits_of(found)
     return found
 
 
@@ -160,17 +179,12 @@ def with_something_to_stream(folder: str, config: StreamConfig) -> StreamConfig:
     return replace(config, cache=max(1, int(_STEADY_SHARE * there.experts)))
 
 
-def _stepper(bar: Any) -> Callable[[str], None]:
-    def step(what: str) -> None:
-        bar.set_postfix_str(what)
-        bar.update(1)
-
-    return step
-
-
 def _cold_start(folder: str, config: StreamConfig) -> tuple[Any, Any, dict[str, Any]]:
     """Load, and bring a first token, with the files out of the page cache where that can be had."""
-    dropped = all([drop_page_cache(f) for f in sorted(Path(folder).glob("*.safetensors"))])
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if config.store is not None:
+        files += [f for f in sorted(Path(config.store).iterdir()) if f.is_file()]
+    dropped = all([drop_page_cache(f) for f in files])
     begin = time.perf_counter()
     model, tokenizer = load(folder, config=config)[:2]
     loaded = time.perf_counter()
@@ -190,14 +204,16 @@ def _cold_start(folder: str, config: StreamConfig) -> tuple[Any, Any, dict[str, 
 
 
 def _method(
-    folder: str, name: str, expert_stream: ExpertStream, settings: Settings, prompts: list[Prompt]
-) -> dict[str, Any]:
-    options = asdict(expert_stream.config)
-    hidden = {
-        k: bool(options[k]) for k in ("store", "hot_set")
-    }  # whose paths are nobody's business
+    folder: str, name: str, expert_stream: ExpertStream, settings: Settings,
+    prompts: list[Prompt], load: float | None,
+) -> dict[str, Any]:  # fmt: skip
+    options = asdict(expert_stream.config)  # but for paths, which are nobody's business
+    hidden: dict[str, Any] = {k: bool(options[k]) for k in ("store", "hot_set")}
+    if options["profile"] not in ("auto", "off"):
+        hidden["profile"] = "file"
     return {
         "machine": facts.machine(),
+        "load_average": load,
         "versions": facts.versions(),
         "model": facts.checkpoint(Path(folder), name, expert_stream),
         "options": {**options, **hidden},
@@ -215,38 +231,41 @@ def _method(
 
 
 def _speed(
-    model: Any, tokenizer: Any, prompts: list[Prompt], settings: Settings, traces: Path,
-    step: Callable[[str], None],
-) -> dict[str, Any]:  # fmt: skip
+    found: dict[str, Any], model: Any, tokenizer: Any, prompts: list[Prompt], settings: Settings,
+    traces: Path, step: Callable[[str], None],
+) -> None:  # fmt: skip
+    step("decoding")
     steady = speed.by_prompt(model, prompts, settings.tokens, settings.repeats, traces)
+    found["tokens_per_s"] = speed.summary([r["tokens_per_s"]["median"] for r in steady])
+    found["by_prompt"] = steady
     step("first tokens")
     text = [t for p in report_prompts(tokenizer) for t in p.tokens]
-    room = stream(model).plan.context_tokens - 16
-    lengths = [n for n in settings.lengths if n <= room]
+    room = stream(model).plan.context_tokens
+    lengths = [n for n in settings.lengths if n + 16 <= room]
     text = text * (max(lengths) // len(text) + 1)
-    first = speed.first_tokens(model, text, lengths, settings.repeats)
+    found["by_prompt_length"] = speed.first_tokens(model, text, lengths, settings.repeats)
     step("batches")
-    many = speed.batches(
-        model, tokenizer, prompts, settings.batches, settings.tokens, settings.repeats
+    each = settings.prompt_tokens + settings.tokens
+    sizes = [n for n in settings.batches if n == 1 or n * each <= room]
+    found["by_batch"] = speed.batches(
+        model, tokenizer, prompts, sizes, settings.tokens, settings.repeats
     )
-    medians = [r["tokens_per_s"]["median"] for r in steady]
-    return {
-        "tokens_per_s": speed.summary(medians),
-        "by_prompt": steady,
-        "by_prompt_length": first,
-        "by_batch": many,
-    }
 
 
 def _ssd(
-    model: Any, prompts: list[Prompt], settings: Settings, step: Callable[[str], None]
-) -> dict[str, Any]:
+    found: dict[str, Any], model: Any, prompts: list[Prompt], settings: Settings,
+    step: Callable[[str], None],
+) -> None:  # fmt: skip
+    step("the drive")
     expert_stream = stream(model)
     files = expert_files(expert_stream.layers)
     rates = drive.rates_by_size(expert_stream, files, settings.depths, settings.seconds)
+    found["rates"] = rates
+    step("reads of generation")
     with drive.logged(expert_stream.reader) as log:
         for p in prompts:
             speed.generate(model, p.tokens, settings.tokens)
+    found["in_generation"] = log.summary()
     step("slower drives")
     best = max(r["rate"] for r in rates)
     # One text, the same for every drive: what differs is the drive alone.
@@ -254,25 +273,24 @@ def _ssd(
     slower = drive.sensitivity(
         model, middle, settings.tokens, settings.repeats, best, settings.points
     )
-    points = slower["by_rate"] + slower["by_latency"]
-    return {
-        "bypasses_page_cache": expert_stream.bypasses_page_cache,
-        "rates": rates,
-        "in_generation": log.summary(),
-        "sensitivity": {**slower, "median_error_of_model": drive.error_of_model(points)},
-    }
+    error = drive.error_of_model(slower["by_rate"] + slower["by_latency"])
+    found["sensitivity"] = {**slower, "median_error_of_model": error}
 
 
 def _locality(
-    expert_stream: ExpertStream, traces: Path, count: int, settings: Settings
+    expert_stream: ExpertStream, traces: Path, prompts: list[Prompt], settings: Settings
 ) -> dict[str, Any]:
-    recorded = [read_trace(traces / f"{i}.jsonl") for i in range(count)]
+    recorded = [read_trace(traces / f"{i}.jsonl") for i in range(len(prompts))]
     # Its tokens/s are not used, only counts: any machine will do.
     machine = next(iter(NAMED_MACHINES.values()))
     joined = locality.one_after_another(recorded)
+    caches = locality.caches(recorded, settings.shares, expert_stream.config.policy, machine)
     return {
         "tokens": sum(len(rows) for rows in joined.layers[0]),
-        "caches": locality.caches(recorded, settings.shares, expert_stream.config.policy, machine),
+        "caches": caches,
+        "by_kind": locality.by_kind(
+            caches["by_prompt_alone"], [(p.task, p.language) for p in prompts]
+        ),
         "reuse": locality.reuse_distances(joined),
         "token_overlap": locality.token_overlap(recorded),
         "request_overlap": locality.request_overlap(recorded),
@@ -280,8 +298,8 @@ def _locality(
 
 
 def _sustained(
-    model: Any, prompts: list[Prompt], settings: Settings, sensors: Sensors
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    found: dict[str, Any], model: Any, prompts: list[Prompt], settings: Settings, sensors: Sensors
+) -> None:
     """Power at rest and under load, and the sustained rate that it was measured with."""
     sensors.begin()
     start = time.perf_counter()
@@ -289,25 +307,25 @@ def _sustained(
         time.sleep(max(1.0, settings.window))
     rest = {k: v / (time.perf_counter() - start) for k, v in sensors.end().items()}
     before = sensors.heat()
-    found = speed.sustained(model, prompts, 60 * settings.sustained, settings.window, sensors)
-    joules = found.pop("joules")
-    whole = {k: v for k, v in joules.items() if "psys" in k} or joules  # psys counts the others too
-    return {
+    run = speed.sustained(model, prompts, 60 * settings.sustained, settings.window, sensors)
+    joules = run.pop("joules")
+    found["speed"]["sustained"] = run
+    found["power"] = {
         "sources": sorted(joules),
         "missing": sensors.missing,
-        "watts_at_rest": rest,
-        "watts": {k: v / found["seconds"] for k, v in joules.items()},
-        "joules_per_token": sum(whole.values()) / found["tokens"] if whole else None,
+        "watts_at_rest": {k: v for k, v in rest.items() if k in joules},
+        "watts": {k: v / run["seconds"] for k, v in joules.items()},
+        "joules_per_token": sum(counted(joules).values()) / run["tokens"] if joules else None,
         "celsius_before": before,
         "celsius_after": sensors.heat(),
-        "throttled_windows": sum(bool(w["throttled"]) for w in found["windows"]),
+        "throttled_windows": sum(bool(w["throttled"]) for w in run["windows"]),
         "tells_throttling": bool(sensors.throttling),
-    }, found
+    }
 
 
 def _quality(
     folder: str, found: dict[str, Any], own: list[Any], score: float, prompts: list[Prompt],
-    items: list[Any], settings: Settings, step: Callable[[str], None],
+    items: list[Any], settings: Settings,
 ) -> dict[str, Any]:  # fmt: skip
     """Streamed logits against the stock model's, if that fits; what shortcuts would cost."""
     texts = [p.tokens for p in prompts]
@@ -335,41 +353,7 @@ def _quality(
     stock, _ = original_load_model(Path(folder))  # mlx-lm's own, even inside `patch`
     reference, result["stock"] = quality.judge(stock, None, prompts, items, settings.alone)
     result["streamed"] = quality.compare(reference, own, texts) | task
-    step("lossy what-ifs")
     result["lossy"] = quality.shortcuts(
         stock, reference, prompts, items, settings.alone, settings.bits
     )
     return result
-
-
-def _limits(found: dict[str, Any]) -> list[str]:
-    """What this machine could not answer."""
-    machine, limits = found["method"]["machine"], []
-    if not machine["system"].startswith("Darwin"):
-        limits.append(
-            f"Power, heat and drive of a Mac: this ran on {machine['system']}. Figures of named "
-            "machines are predictions from their specifications."
-        )
-    if "cpu" in machine["mlx_device"]:
-        limits.append(
-            "How a GPU would do: MLX ran on the CPU, where computing takes longer and hides reads."
-        )
-    if not found["ssd"]["bypasses_page_cache"]:
-        limits.append(
-            "The drive by itself: reads went through the page cache, so that rates are partly "
-            "those of memory."
-        )
-    if found["power"]["joules_per_token"] is None:
-        limits.append("Joules per token: this machine shows no energy counter to this process.")
-    if not found["power"]["celsius_after"]:
-        limits.append("Temperature: no sensor can be read here.")
-    if not found["power"]["tells_throttling"]:
-        limits.append("Whether clocks were held down: nothing here tells.")
-    if found["quality"]["not_measured"]:
-        limits.append(found["quality"]["not_measured"])
-    if found["speed"]["sustained"]["seconds"] < 600:
-        limits.append(
-            "Ten minutes and more: decoding went on for "
-            f"{found['speed']['sustained']['seconds']:.0f} s (--sustained MINUTES)."
-        )
-    return limits

@@ -348,7 +348,11 @@ class Tuner:
                 ratio = statistics.fmean(r["ratio"] for r in rounds)
                 first = statistics.fmean(r["first_token_ratio"] for r in rounds)
                 if self._judged(ratio, first)[0]:
-                    return rounds[-1] | {"ratio": ratio}
+                    mean = {
+                        key: statistics.fmean(r[key] for r in rounds)
+                        for key in ("tokens_per_s", "baseline_tokens_per_s", "first_token_seconds")
+                    }
+                    return rounds[-1] | {"ratio": ratio, **mean}
             if not self._left(2 * _ROUNDS):
                 break
         return None

@@ -13,7 +13,10 @@ import io
 import json
 import logging
 import re
+import socket
 import time
+from contextlib import suppress
+from email.message import Message
 from functools import cached_property
 from http import HTTPStatus
 from importlib.resources import files
@@ -30,8 +33,10 @@ from .serving import Client, ClientGone, Generator, Refused, failed
 MOST_REQUESTS = 256
 """Requests that may be under way or waiting; more are refused with status 503."""
 
-_SOCKET_SECONDS = 60.0  # a client that neither sends nor takes anything for so long has left
+_SOCKET_SECONDS = 60.0  # for a request to come, and a client that takes nothing for so long left
+_SLOWEST = 64 << 10  # bytes/s of a body, beside those seconds
 _DRAIN_BYTES = 256 << 20  # read of a body that is too long, so that the client sees the answer
+_DRAIN_SECONDS = 5.0
 _MOST_DRAFTED = 64  # the pass that checks them is as long, and no plan knows of it
 _TEXT_PATHS = ("/v1/chat/completions", "/chat/completions", "/v1/completions")
 
@@ -61,6 +66,31 @@ class LivePage:
 _page = LivePage()
 
 
+class _Arriving(io.RawIOBase):
+    """What a client sends, until a deadline: a byte now and then does not keep a thread.
+
+    Attributes:
+        until: the deadline, of `time.monotonic`.
+    """
+
+    def __init__(self, connection: socket.socket, seconds: float) -> None:
+        self._connection, self._seconds = connection, seconds
+        self.until = time.monotonic() + seconds
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self.until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._connection.settimeout(left)
+        try:
+            return self._connection.recv_into(buffer)
+        finally:
+            self._connection.settimeout(self._seconds)  # sending has its own
+
+
 class Handler(stock.APIHandler):
     """mlx-lm's handler behind checks; see the module."""
 
@@ -77,12 +107,18 @@ class Handler(stock.APIHandler):
         view: Any = Client(generator, request)
         super().__init__(view, request, *args, **options)
 
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        self._arriving = _Arriving(self.connection, self.timeout)
+        self.rfile = io.BufferedReader(self._arriving)
+
     # Routes
 
     def do_GET(self) -> None:  # noqa: N802
         """Figures, the live page, the models; the rest is mlx-lm's."""
-        self.path = urlsplit(self.path).path
         try:
+            self.path = _path_of(self.path)
             if self.path in ("/", "/live"):
                 self._send(
                     _page.body, "text/html; charset=utf-8",
@@ -108,9 +144,9 @@ class Handler(stock.APIHandler):
 
     def do_POST(self) -> None:  # noqa: N802
         """Check a request for text, then let mlx-lm answer it."""
-        self.path = urlsplit(self.path).path
         traffic = self.generator.traffic
         try:
+            self.path = _path_of(self.path)
             self._authorize()
             if self.path not in _TEXT_PATHS:
                 raise Refused(404, f"there is nothing at {self.path[:200]}", "not_found")
@@ -158,26 +194,28 @@ class Handler(stock.APIHandler):
             return
         scheme, _, key = self.headers.get("Authorization", "").partition(" ")
         given = key.strip() if scheme.lower() == "bearer" else self.headers.get("X-API-Key", "")
-        if not hmac.compare_digest(given.encode(), self.options.api_key.encode()):
+        sent = given.encode("latin-1", "replace")  # the bytes that came: http.server decodes so
+        if not hmac.compare_digest(sent, self.options.api_key.encode()):
             raise Refused(401, "this server wants its API key as a bearer token", "invalid_api_key")
 
     def _body(self) -> dict[str, Any]:
         """The request's JSON object, no longer than the limit."""
-        stated = self.headers.get("Content-Length")
-        if stated is None or self.headers.get("Transfer-Encoding"):
-            raise Refused(411, "a Content-Length is needed")
-        if not re.fullmatch(r"\d{1,15}", stated.strip()):
-            raise Refused(400, "Content-Length is not a number")
-        length, limit = int(stated), self.options.max_body
+        stated = self.headers.get_all("Content-Length", [])
+        if not stated or "Transfer-Encoding" in self.headers:
+            raise Refused(411, "a Content-Length is needed, and no Transfer-Encoding")
+        if len(stated) > 1 or not re.fullmatch(r"[0-9]{1,15}", stated[0].strip()):
+            raise Refused(400, "Content-Length is not one number")
+        length, limit = int(stated[0]), self.options.max_body
         if length > limit:
             left = min(length, _DRAIN_BYTES)
-            until = time.monotonic() + 5.0
-            while left > 0 and time.monotonic() < until:
-                got = len(self.rfile.read(min(left, 1 << 16)))
-                left = left - got if got else 0
+            self._arriving.until = time.monotonic() + min(_DRAIN_SECONDS, self.timeout)
+            with suppress(TimeoutError):
+                while left > 0 and (got := len(self.rfile.read1(min(left, 1 << 16)))):
+                    left -= got
             raise Refused(
                 413, f"the body has {length} bytes, more than {limit} (--max-body)", "too_large"
             )
+        self._arriving.until = time.monotonic() + self.timeout + length / _SLOWEST
         raw = self.rfile.read(length)
         if len(raw) < length:
             raise ClientGone
@@ -285,6 +323,8 @@ class Handler(stock.APIHandler):
             self.requestline = ""
         if not hasattr(self, "request_version"):
             self.request_version = "HTTP/1.0"
+        if not hasattr(self, "headers"):  # too many of them, or too long
+            self.headers = Message()
         self._refuse(Refused(int(code), message or HTTPStatus(code).phrase))
 
     def log_request(self, code: Any = "-", size: Any = "-") -> None:
@@ -294,3 +334,11 @@ class Handler(stock.APIHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         logging.info(format % args)
+
+
+def _path_of(target: str) -> str:
+    """The path that a request names; whatever else is in its first line does not matter."""
+    try:
+        return urlsplit(target).path
+    except ValueError as e:  # "http://[", say
+        raise Refused(400, f"not an address: {e}") from e

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import mlx.core as mx
 import mlx_lm
@@ -27,10 +29,15 @@ TEMPLATE = (
 
 
 @pytest.fixture(scope="module")
-def expected() -> dict[str, str]:
+def original() -> tuple[Any, Any]:
+    """The demo model as mlx-lm loads it, and its tokenizer."""
+    return mlx_lm.load(str(demo_model()))[:2]
+
+
+@pytest.fixture(scope="module")
+def expected(original: tuple[Any, Any]) -> dict[str, str]:
     """What mlx-lm generates for each of the demo model's prompts, all experts loaded."""
-    model, tokenizer = mlx_lm.load(str(demo_model()))
-    return {p: mlx_lm.generate(model, tokenizer, p, max_tokens=LENGTH) for p in demo_texts()[::3]}
+    return {p: mlx_lm.generate(*original, p, max_tokens=LENGTH) for p in demo_texts()[::3]}
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +109,38 @@ def test_a_reply_can_be_gone_on_with(running: Running, alone: dict[str, int]) ->
     both, text = (running.text(prompt, n, **alone) for n in (4, 1))
     rest = running.text(f"{prompt} {text}", 3, **alone)
     assert f"{text} {rest}" == both
+
+
+def test_conversations_at_once_are_each_what_it_is_alone(
+    running: Running, original: tuple[Any, Any]
+) -> None:
+    """Several turns, each with all that was said before, whose KV cache is fetched again."""
+
+    def alone(begin: str) -> list[str]:
+        text, replies = "", []
+        for turn in (begin, f"And {begin}"):
+            text += f"{turn}\n"
+            replies.append(mlx_lm.generate(*original, text, max_tokens=LENGTH))
+            text += f"{replies[-1]}\n"
+        return replies
+
+    def talk(begin: str) -> list[str]:
+        messages, replies = [], []
+        for turn in (begin, f"And {begin}"):
+            messages.append({"role": "user", "content": turn})
+            together.wait(60)
+            answer = running.client().chat.completions.create(
+                model="demo", messages=messages, max_tokens=LENGTH
+            )
+            replies.append(answer.choices[0].message.content or "")
+            messages.append({"role": "assistant", "content": replies[-1]})
+        return replies
+
+    begins = ["The system call", "In the beginning", "Rivers and hills"]
+    together = threading.Barrier(len(begins))
+    with ThreadPoolExecutor(len(begins)) as pool:
+        talks = list(pool.map(talk, begins))
+    assert talks == [alone(b) for b in begins]
 
 
 def test_models(running: Running) -> None:

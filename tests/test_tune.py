@@ -89,6 +89,9 @@ def test_the_best_combination_is_found_and_wins_again(file: Path) -> None:
     assert outcome.settings.items() >= {"threads": 16, "prefetch": "off"}.items()
     assert outcome.gain == pytest.approx(1.3 * 1.2, rel=0.02)
     assert outcome.verified
+    verify = [r for r in lines(file) if r.get("phase") == "verify"][-2:]
+    for name in ("tokens_per_s", "baseline_tokens_per_s"):  # of all that the gain is of
+        assert getattr(outcome, name) == pytest.approx(sum(r[name] for r in verify) / 2)
     assert outcome.ended == "nothing left to try"
     assert not outcome.disqualified
     first, *records = lines(file)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hmac
 import json
 import socket
 import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from types import SimpleNamespace
 
 import openai
 import pytest
 from serving import Running, serving, until
 
-from mlx_streamexperts import demo_model, web
+from mlx_streamexperts import demo_model, server, web
 
 KEY = "open sesame"
 
@@ -115,8 +118,13 @@ def test_no_address_and_no_file_of_a_request_is_opened(
 
 @pytest.mark.parametrize(
     "path",
-    ["/nothing", "/v1", "/v1/modelsx", "/../../etc/passwd", "/live.html", "/v1/models/%2Fetc"],
-)
+    [
+        "/nothing", "/v1", "/v1/modelsx", "/../../etc/passwd", "/live.html", "/v1/models/%2Fetc",
+        "/%2e%2e/%2e%2e/etc/passwd", "/live/../../etc/passwd", "//etc/passwd", "/..\\..\\etc",
+        "/v1/models/..%2f..%2fetc%2fpasswd", "/live%00.html", "file:///etc/passwd",
+        "http://127.0.0.1/etc/passwd", f"/v1/models/{demo_model()}/config.json",
+    ],
+)  # fmt: skip
 def test_unknown_paths(running: Running, path: str) -> None:
     status, headers, body = running.request("GET", path)
     assert status == 404
@@ -139,6 +147,69 @@ def test_lengths_that_are_none(running: Running, length: str | None) -> None:
         connection.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n".encode())
         status = connection.recv(1 << 16).split()[1]
     assert status in (b"400", b"411", b"413")
+
+
+def raw(running: Running, *sent: bytes) -> bytes:
+    """All that comes back for some bytes."""
+    with socket.create_connection(("127.0.0.1", running.port), 20) as connection:
+        received = b""
+        try:
+            for part in sent:
+                connection.sendall(part)
+            while part := connection.recv(1 << 16):
+                received += part
+        except ConnectionError:  # it was closed with bytes of ours unread
+            pass
+        return received
+
+
+BODY = b'{"prompt": "NAME", "max_tokens": 1}'
+POST = b"POST /v1/completions HTTP/1.1\r\n"
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        (b"Content-Length: 35\r\nContent-Length: 2\r\n", b"400"),
+        (b"Content-Length: 35\r\nContent-Length: 35\r\n", b"400"),
+        (b"Content-Length: 35, 35\r\n", b"400"),
+        (b"Content-Length: +35\r\n", b"400"),
+        (b"Content-Length: 35\r\nTransfer-Encoding: chunked\r\n", b"411"),
+        (b"Content-Length: 35\r\nTransfer-Encoding:\r\n", b"411"),
+        (b"Content-Length: 35\r\n" + b"A: b\r\n" * 200, b"431"),
+        (b"A: " + b"b" * 70_000 + b"\r\n", b"431"),
+    ],
+)
+def test_headers_that_two_servers_may_read_differently(
+    running: Running, headers: bytes, status: bytes
+) -> None:
+    assert len(BODY) == 35
+    assert raw(running, POST + headers + b"\r\n" + BODY).split()[1] == status
+
+
+def test_a_connection_is_for_one_request(running: Running) -> None:
+    """What follows a body is never read as a request: there is nothing to smuggle into."""
+    head = b"Connection: keep-alive\r\nContent-Length: 35\r\n\r\n"
+    answer = raw(running, POST + head + BODY + b"GET /live.json HTTP/1.1\r\n\r\n")
+    assert answer.count(b"HTTP/1.0 ") == 1
+    answer = raw(
+        running, b"GET /health HTTP/1.1\r\nContent-Length: 24\r\n\r\nGET / HTTP/1.1\r\n\r\n"
+    )
+    assert answer.count(b"HTTP/1.0 ") == 1
+
+
+def test_no_header_of_a_request_comes_back(running: Running) -> None:
+    for target in (b"/a%0d%0aX-Evil:%201", b"/a\rX-Evil: 1"):
+        sent = b"GET " + target + b" HTTP/1.1\r\nOrigin: a\rX-Evil: 1\r\n\r\n"
+        head, _, _ = raw(running, sent).partition(b"\r\n\r\n")
+        assert b"evil" not in head.lower()
+
+
+def test_an_address_that_is_none(running: Running) -> None:
+    for method in (b"GET", b"POST"):
+        answer = raw(running, method + b" http://[ HTTP/1.1\r\nContent-Length: 0\r\n\r\n")
+        assert answer.split()[1] == b"400"
+        assert b"not an address" in answer
 
 
 def test_what_is_no_http_gets_an_answer_in_json(running: Running) -> None:
@@ -190,6 +261,97 @@ def test_a_slow_sender_holds_nobody_up(running: Running, monkeypatch: pytest.Mon
     until(lambda: threading.active_count() <= threads)
 
 
+@pytest.mark.parametrize(
+    "begin",
+    [
+        b"",
+        b"GET / HTTP/1.1\r\n",
+        POST + b"Content-Length: 10000\r\n\r\n",
+        POST + b"Content-Length: 100000\r\n\r\n",  # more than --max-body
+    ],
+)
+def test_a_byte_now_and_then_keeps_no_thread(
+    running: Running, begin: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web.Handler, "timeout", 0.3)
+    monkeypatch.setattr(web, "_SLOWEST", 1 << 30)
+    with socket.create_connection(("127.0.0.1", running.port), 0.05) as connection:
+        connection.sendall(begin)
+        for _ in range(200):  # ten seconds: each byte long before any timeout of its own
+            try:
+                connection.sendall(b"a")
+                if not connection.recv(1 << 16):
+                    break
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                break
+        else:
+            pytest.fail("it was listened to all the time")
+
+
+def test_a_client_that_takes_nothing_has_left(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = web.Handler.setup
+
+    def small(self: web.Handler) -> None:
+        setup(self)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+
+    before = running.figures()["traffic"]["requests"]["cancelled"]
+    body = json.dumps({"prompt": "In the", "max_tokens": 3000, "stream": True}).encode()
+    with monkeypatch.context() as patched, socket.socket() as connection:
+        patched.setattr(web.Handler, "setup", small)
+        patched.setattr(web.Handler, "timeout", 0.3)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        connection.connect(("127.0.0.1", running.port))
+        connection.sendall(POST + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        until(lambda: running.figures()["traffic"]["requests"]["cancelled"] == before + 1)
+        assert running.figures()["traffic"]["tokens"] < 3000
+
+
+def test_hundreds_of_connections_that_say_nothing(running: Running) -> None:
+    idle = [socket.create_connection(("127.0.0.1", running.port), 20) for _ in range(200)]
+    try:
+        assert running.text("NAME", 1)
+    finally:
+        for connection in idle:
+            connection.close()
+    until(lambda: not [t for t in threading.enumerate() if "process_request" in t.name])
+
+
+def test_more_connections_than_there_may_be_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Waiting(BaseHTTPRequestHandler):
+        def handle(self) -> None:
+            self.rfile.read(1)
+
+    monkeypatch.setattr(server, "MOST_CONNECTIONS", 3)
+    with server.Server(("127.0.0.1", 0), Waiting) as httpd:
+        for _ in range(2):  # and a place that was left is free again
+            clients = [socket.create_connection(httpd.server_address, 20) for _ in range(4)]
+            for _ in clients:
+                httpd.handle_request()
+            assert clients[3].recv(1 << 16).split()[1] == b"503"
+            for client in clients:
+                client.close()
+            until(lambda: httpd._free._value == 3)
+
+
+def test_a_storm_of_clients_that_leave(running: Running) -> None:
+    text = running.text("In the beginning", 4)
+    before = running.figures()["traffic"]["requests"]["cancelled"]
+    body = json.dumps({"prompt": "In the beginning", "max_tokens": 3000, "stream": True}).encode()
+    head = POST + f"Content-Length: {len(body)}\r\n\r\n".encode()
+    for _ in range(40):
+        with socket.create_connection(("127.0.0.1", running.port), 20) as connection:
+            connection.sendall(head + body)
+    until(lambda: running.figures()["traffic"]["requests"]["cancelled"] == before + 40)
+    assert running.figures()["traffic"]["active"] == 0
+    assert running.text("In the beginning", 4) == text
+    assert not running.generator._clients
+
+
 def test_a_key_is_asked_for_wherever_something_is_shown(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,3 +371,23 @@ def test_a_key_is_asked_for_wherever_something_is_shown(
         )
         assert answer.choices[0].text
         assert str(demo_model()) not in running.request("GET", "/")[2].decode()
+
+
+def test_how_a_key_is_compared(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+
+    def compare(sent: bytes, key: bytes) -> bool:
+        compared.append(sent)
+        return hmac.compare_digest(sent, key)
+
+    with monkeypatch.context() as keyed:
+        keyed.setattr(running.generator.cli_args, "api_key", "clé")
+        keyed.setattr(web, "hmac", SimpleNamespace(compare_digest=compare))  # constant time
+        for sent, status in (
+            ("X-API-Key: clé", b"200"), ("Authorization: bearer clé", b"200"),
+            ("Authorization: Basic clé", b"401"), ("Authorization: Bearer", b"401"),
+            ("Authorization: Bearer clé2", b"401"), ("X-API-Key:", b"401"),
+        ):  # fmt: skip
+            answer = raw(running, f"GET /v1/models HTTP/1.1\r\n{sent}\r\n\r\n".encode())
+            assert answer.split()[1] == status, sent
+    assert len(compared) == 6
