@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything about run-ahead decoding that needs a GPU, in about ten minutes: exactness and random
-# schedules, speed with nothing missing, and Qwen3.5-397B's stand-in on played drives.
+# Everything about run-ahead decoding that needs a GPU, in about twenty minutes: exactness and random
+# schedules, speed with nothing missing, and the headline models' stand-ins on played drives.
 #
 #     bash benchmarks/gpu/run.sh RESULTS
 #
@@ -20,4 +20,6 @@ fi
 "$PYTHON" "$here/exact.py" --out "$results"
 "$PYTHON" "$here/speed.py" --out "$results"
 "$PYTHON" "$here/standins.py" --out "$results" --model qwen3.5-397b --shares 0.25
+"$PYTHON" "$here/standins.py" --out "$results" --model kimi-k2.5 --layers 24 --shares 0.25
+"$PYTHON" "$here/standins.py" --out "$results" --model qwen3.5-397b --layers 8 --shares 0.25 --prompt 512
 "$PYTHON" "$here/summary.py" "$results"

@@ -22,12 +22,11 @@ def exact(r: dict[str, Any]) -> list[str]:
         lines.append(f"| {model} | {len(rows)} | {same} |")
     s = r["schedules"]
     outcome = "none differed" if not s["different"] else "; ".join(s["different"])
-    lines += [
-        "",
+    told = (
         f"Random schedules: {s['schedules']}, of {s['steps']} steps, with {s['passes']} run-ahead "
-        f"passes; {s['taken_back']} steps taken back, {s['compared']} results compared: {outcome}.",
-    ]
-    return lines
+        f"passes; {s['taken_back']} steps taken back, {s['compared']} results compared: {outcome}."
+    )
+    return [*lines, "", told] if r["decoding"] else [told]
 
 
 def speed(r: dict[str, Any]) -> list[str]:
@@ -64,6 +63,9 @@ def standin(r: dict[str, Any]) -> list[str]:
     return lines
 
 
+TABLES = {"exact": exact, "speed": speed, "schedules": exact}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -72,7 +74,7 @@ def main() -> None:
     args = parser.parse_args()
     for file in sorted(args.results.glob("*.json")):
         r = json.loads(file.read_text())
-        table = {"exact": exact, "speed": speed}.get(file.stem, standin)
+        table = TABLES.get(file.stem.split("-")[0], standin)
         print(f"**{file.stem}**: {r['device']}, {r['cores']} cores, MLX {r['mlx']}\n")
         print("\n".join(table(r)), end="\n\n")
 
