@@ -69,6 +69,22 @@ def test_a_whole_report_lacks_nothing_and_a_page_can_do_without(
     assert "Not measured: the run ended before." in page.render(found)
 
 
+def test_a_page_of_what_there_is_after_every_part(
+    monkeypatch: pytest.MonkeyPatch, found: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(page, "svg", lambda *_: "")  # a second each
+    whole = {k: dict(found[k]) for k in ("speed", "ssd", "locality", "power", "quality")}
+    for section in whole:
+        found.pop(section)
+    for section, parts in whole.items():
+        found[section] = {} if section in ("speed", "ssd") else parts
+        for part in parts:  # as they come
+            found[section][part] = parts[part]
+            found["unfinished"] = f"what follows {section}, {part}"
+            text = page.render({**found, "limits": limits_of(found)})
+            assert ("Not measured: the run ended before." in text) == (section != "quality")
+
+
 def test_a_page_that_fails_loses_no_measurement(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: dict[str, Any]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -74,3 +75,10 @@ def report(out: Path, name: str, content: dict[str, Any]) -> None:
         "cores": os.cpu_count(),
     }
     write_json(out / f"{name}.json", {**about, **content})
+
+
+def earlier(out: Path, name: str) -> dict[str, Any]:
+    """The rows that an earlier run left there, to add to."""
+    file = out / f"{name}.json"
+    rows: dict[str, Any] = json.loads(file.read_text())["rows"] if file.exists() else {}
+    return rows

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything about run-ahead decoding that needs a GPU, in about twenty minutes: exactness and random
+# Everything about run-ahead decoding that needs a GPU, in about twelve minutes: exactness and random
 # schedules, speed with nothing missing, and the headline models' stand-ins on played drives.
 #
 #     bash benchmarks/gpu/run.sh RESULTS
@@ -19,7 +19,10 @@ if [ -z "${PYTHON:-}" ]; then
 fi
 "$PYTHON" "$here/exact.py" --out "$results"
 "$PYTHON" "$here/speed.py" --out "$results"
-"$PYTHON" "$here/standins.py" --out "$results" --model qwen3.5-397b --shares 0.25
-"$PYTHON" "$here/standins.py" --out "$results" --model kimi-k2.5 --layers 24 --shares 0.25
-"$PYTHON" "$here/standins.py" --out "$results" --model qwen3.5-397b --layers 8 --shares 0.25 --prompt 512
+"$PYTHON" "$here/standins.py" --out "$results" --model qwen3.5-397b --shares 0.25 --tokens 4 \
+    --drives 7.4,17.5
+"$PYTHON" "$here/standins.py" --out "$results" --model kimi-k2.5 --layers 8 --shares 0.25 --tokens 4 \
+    --drives 7.4,17.5
+"$PYTHON" "$here/standins.py" --out "$results" --model qwen3.5-397b --layers 8 --shares 0.25 --prompt 512 \
+    --drives 7.4,17.5
 "$PYTHON" "$here/summary.py" "$results"

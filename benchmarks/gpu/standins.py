@@ -28,7 +28,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from common import everything_in_memory, report
+from common import earlier, everything_in_memory, report
 from mlx_lm.models.cache import make_prompt_cache
 from played import SHAPES, Played, Standin, load, write
 
@@ -180,7 +180,7 @@ def main() -> None:
     shape = SHAPES[args.model]
     weights = 1 / np.arange(1, args.words + 1)
     text = np.random.default_rng(0).choice(args.words, 20_000, p=weights / weights.sum())
-    rows: dict[str, Any] = {}
+    rows = earlier(args.out, f"{'prompt' if args.prompt else 'standin'}-{args.model}")
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "model"
         write(args.model, folder, args.layers or shape.layers)
