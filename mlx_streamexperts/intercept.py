@@ -1,8 +1,9 @@
-"""Exchanging what calling one module does."""
+"""Exchanging what calling one module, or one model's forward passes, does."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -22,3 +23,29 @@ def intercept(module: nn.Module, call: Callable[..., Any]) -> None:
     kind: Any = type(module)
     own = {"__call__": functools.wraps(kind.__call__)(call), "__module__": kind.__module__}
     module.__class__ = type(kind.__name__, (kind,), own)
+
+
+def intercept_passes(model: nn.Module, step: Callable[[Callable[[], Any], int, Any], Any]) -> None:
+    """Let a model's forward passes go through `step`.
+
+    Args:
+        model: left alone unless its call takes a `cache`.
+        step: takes the model's own pass, the tokens of the call, and its caches or None.
+    """
+    kind = type(model)
+    parameters = list(inspect.signature(kind.__call__).parameters)[1:]
+    if "cache" not in parameters:
+        return
+    place = parameters.index("cache")
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        tokens = kwargs.get("input_embeddings")
+        if tokens is None:
+            tokens = args[0] if args else kwargs.get(parameters[0])
+        if tokens is None or tokens.ndim < 2:
+            return kind.__call__(self, *args, **kwargs)
+        caches = args[place] if len(args) > place else kwargs.get("cache")
+        rows = tokens.shape[0] * tokens.shape[1]
+        return step(lambda: kind.__call__(self, *args, **kwargs), rows, caches)
+
+    intercept(model, call)

@@ -27,6 +27,7 @@ from .config import StreamConfig
 from .errors import RankError, StreamError, UnsupportedModelError
 from .guards import GUARDS
 from .hub import had, headers_only
+from .intercept import intercept_passes
 from .joint import meet, part_of_repository
 from .layer import StreamedSwitch
 from .locate import Located, locate, mentions_experts, original_load_model
@@ -36,7 +37,6 @@ from .prefetch import link
 from .profiles import Profile, with_profile
 from .progress import progress_bar
 from .ranks import Ranks
-from .runahead import install
 from .stream import ExpertStream, attach, flatten, is_streamed, stream
 from .watch import Watch
 
@@ -278,7 +278,7 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
             expert_stream.stage = located.stage
         attach(model, expert_stream)
         if expert_stream.run_ahead is not None:
-            install(model, expert_stream.run_ahead)
+            intercept_passes(model, expert_stream.run_ahead.step)
         self.streams.append(expert_stream)
         return expert_stream
 

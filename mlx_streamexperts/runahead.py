@@ -15,7 +15,6 @@ by what was measured (trust.py). The idea is a processor's run-ahead execution (
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import threading
 import time
@@ -25,11 +24,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from .callers import Callers
-from .intercept import intercept
 from .rewind import Undo, remember
 from .split import SORTED_ROWS
 from .tables import SlotTables
@@ -410,24 +407,3 @@ class RunAhead:
             self.stats.foretold += len(state.foretold)
             self.stats.came_true += len(state.foretold.intersection(needed))
             state.foretold = set()
-
-
-def install(model: nn.Module, run_ahead: RunAhead) -> None:
-    """Let this model's forward passes go through `RunAhead.step`."""
-    kind = type(model)
-    parameters = list(inspect.signature(kind.__call__).parameters)[1:]
-    if "cache" not in parameters:
-        return
-    place = parameters.index("cache")
-
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        tokens = kwargs.get("input_embeddings")
-        if tokens is None:
-            tokens = args[0] if args else kwargs.get(parameters[0])
-        if tokens is None or tokens.ndim < 2:
-            return kind.__call__(self, *args, **kwargs)
-        caches = args[place] if len(args) > place else kwargs.get("cache")
-        rows = tokens.shape[0] * tokens.shape[1]
-        return run_ahead.step(lambda: kind.__call__(self, *args, **kwargs), rows, caches)
-
-    intercept(model, call)
