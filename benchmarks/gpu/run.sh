@@ -19,10 +19,10 @@ if [ -z "${PYTHON:-}" ]; then
 fi
 "$PYTHON" "$here/exact.py" --out "$results"
 "$PYTHON" "$here/speed.py" --out "$results"
-"$PYTHON" "$here/standins.py" --out "$results" --model qwen3.5-397b --shares 0.25 --tokens 4 \
-    --drives 7.4,17.5
-"$PYTHON" "$here/standins.py" --out "$results" --model kimi-k2.5 --layers 8 --shares 0.25 --tokens 4 \
-    --drives 7.4,17.5
-"$PYTHON" "$here/standins.py" --out "$results" --model qwen3.5-397b --layers 8 --shares 0.25 --prompt 512 \
-    --drives 7.4,17.5
+standin() {
+    "$PYTHON" "$here/standins.py" --out "$results" --shares 0.25 --drives 7.4,17.5 "$@"
+}
+standin --model qwen3.5-397b --tokens 4
+standin --model kimi-k2.5 --layers 8 --tokens 4
+standin --model qwen3.5-397b --layers 8 --prompt 512
 "$PYTHON" "$here/summary.py" "$results"

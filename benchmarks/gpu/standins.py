@@ -135,7 +135,7 @@ def decoding(standin: Standin, args: argparse.Namespace, text: np.ndarray, rows:
                 standin, way, drive, part, compute
             )
             print(f"{args.share:.0%}, {drive:12s} {way:6s}", line(r), flush=True)
-            report(args.out, f"standin-{args.model}", {"rows": rows})
+            report(args.out, args.name, {"rows": rows})
 
 
 def prompting(standin: Standin, args: argparse.Namespace, text: np.ndarray, rows: Any) -> None:
@@ -149,7 +149,7 @@ def prompting(standin: Standin, args: argparse.Namespace, text: np.ndarray, rows
         part = text[i * args.prompt : (i + 1) * args.prompt]
         r = rows[f"{args.share:.0%}, {drive}"] = prompt(standin, drive, part, compute)
         print(f"{args.share:.0%}, {drive:12s}", line(r), flush=True)
-        report(args.out, f"prompt-{args.model}", {"tokens": args.prompt, "rows": rows})
+        report(args.out, args.name, {"tokens": args.prompt, "rows": rows})
 
 
 def line(r: dict[str, Any]) -> str:
@@ -180,7 +180,8 @@ def main() -> None:
     shape = SHAPES[args.model]
     weights = 1 / np.arange(1, args.words + 1)
     text = np.random.default_rng(0).choice(args.words, 20_000, p=weights / weights.sum())
-    rows = earlier(args.out, f"{'prompt' if args.prompt else 'standin'}-{args.model}")
+    args.name = f"{'prompt' if args.prompt else 'standin'}-{args.model}"
+    rows = earlier(args.out, args.name)
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "model"
         write(args.model, folder, args.layers or shape.layers)
