@@ -66,7 +66,8 @@ def serving(*argv: str) -> Iterator[Running]:
     class Told(server.Server):
         def serve_forever(self, poll_interval: float = 0.5) -> None:
             self._generator.ready.wait()
-            begun.put(self)
+            if self._generator.failure is None:  # else it ends, and nobody could shut it down
+                begun.put(self)
             super().serve_forever(0.05)
 
     status: list[int] = []

@@ -102,7 +102,9 @@ def test_closed_between_a_calls_indices_and_its_slots(pair: Pair) -> None:
     assert isinstance(outcome, StreamError) and "closed" in str(outcome)
 
 
-def test_a_call_while_the_cache_is_exchanged_waits(pair: Pair) -> None:
+def test_a_call_while_the_cache_is_exchanged_waits(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slots, calls = pair.stream.layers[0].slots, []
     opened = slots.open
 
@@ -111,7 +113,7 @@ def test_a_call_while_the_cache_is_exchanged_waits(pair: Pair) -> None:
         calls[0].join(0.2)
         opened(*args)
 
-    slots.open = slowly  # type: ignore[method-assign]
+    monkeypatch.setattr(slots, "open", slowly)  # undone: it knows the model, and would keep it
     pair.stream.resize(all_experts(pair.stream) // 2)
     assert calls[0].result() is True
 
@@ -137,7 +139,7 @@ def test_a_call_of_a_resident_layer_has_one_banks_tables(pair: Pair) -> None:
     assert pair.exact(1)
 
 
-def test_calls_while_a_layer_is_read_in_whole(pair: Pair) -> None:
+def test_calls_while_a_layer_is_read_in_whole(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """They neither take its slots nor see it half-filled."""
     layer, calls = pair.stream.layers[0], []
     fill = layer.fill
@@ -147,7 +149,7 @@ def test_calls_while_a_layer_is_read_in_whole(pair: Pair) -> None:
         calls[0].join(0.2)
         yield from fill(experts)
 
-    layer.fill = slowly  # type: ignore[method-assign]
+    monkeypatch.setattr(layer, "fill", slowly)
     pair.stream.resize(all_experts(pair.stream))
     assert calls[0].result() is True
     assert layer.resident and pair.exact()
@@ -171,7 +173,7 @@ def test_reading_in_whole_is_done_again_after_ctrl_c(pair: Pair) -> None:
     assert layer.resident and pair.exact()
 
 
-def test_two_threads_resize(pair: Pair) -> None:
+def test_two_threads_resize(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other: never some layers of one size and some of the other."""
     small, large = smallest_cache(pair.stream), all_experts(pair.stream) // 2
     layer, resizing = pair.stream.layers[0], []
@@ -183,7 +185,7 @@ def test_two_threads_resize(pair: Pair) -> None:
             resizing.append(Elsewhere(lambda: pair.stream.resize(small)))
             resizing[0].join(0.3)
 
-    layer.open = slowly  # type: ignore[method-assign]
+    monkeypatch.setattr(layer, "open", slowly)
     pair.stream.resize(large)
     assert resizing[0].result() is None
     assert sum(x.cache.slots * x.expert_bytes for x in pair.stream.layers) == small
