@@ -249,10 +249,12 @@ class Server:
     """The server's process, and what can be seen of it from outside."""
 
     def __init__(self, memory: str, log: Path) -> None:
-        self._log = log.open("w+")
+        self._log, self._heap = log.open("w+"), log.with_suffix(".heap")
+        self._samples = 0  # taken so far
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "mlx_streamexperts.server", "--port", "0", "--no-progress",
-             "--log-level", "WARNING", "--memory", memory, "--chat-template", TEMPLATE, *LIMITS],
+            [sys.executable, str(Path(__file__).with_name("soak_server.py")), str(self._heap),
+             "--port", "0", "--no-progress", "--log-level", "WARNING", "--memory", memory,
+             "--chat-template", TEMPLATE, *LIMITS],
             stderr=self._log,
         )  # fmt: skip
         self.url = ""
@@ -282,6 +284,12 @@ class Server:
             "threads": int(numbers[17]),
             "cpu_seconds": ticks / os.sysconf("SC_CLK_TCK"),
         }
+
+    def heap(self) -> float | None:
+        """Bytes in use beside MLX's since the last call, the median; None where nothing tells."""
+        samples = [int(x) for x in self._heap.read_text().splitlines()[self._samples :]]
+        self._samples += len(samples)
+        return median(samples) if samples else None
 
     def idle(self) -> None:
         """Wait until nothing is being answered and its connections' threads have ended."""
@@ -321,6 +329,7 @@ def snapshot(server: Server) -> dict[str, Any]:
         "requests": live["traffic"]["requests"],
         "hits": cache["hits"] + cache["prefetched"],
         "needed": needed,
+        "beside": server.heap(),
         "read_bytes": live["experts"]["read"]["bytes"],
         "read_errors": live["experts"]["read"]["errors"],
     }
@@ -330,7 +339,9 @@ def minute(at: float, now: dict[str, Any], before: dict[str, Any], seen: Tally) 
     """One row of the record: what is held, and what happened since the row before."""
     tokens = now["tokens"] - before["tokens"]
     cpu = (now["cpu_seconds"] or 0) - (before["cpu_seconds"] or 0)
-    kept = ("resident", "active", "peak", "reusable", "descriptors", "threads", "read_errors")
+    kept = (
+        "resident", "beside", "active", "peak", "reusable", "descriptors", "threads", "read_errors",
+    )  # fmt: skip
 
     def middle(values: list[float]) -> float | None:
         return round(median(values), 4) if values else None

@@ -7,6 +7,7 @@ here: results are counted and handed back.
 
 from __future__ import annotations
 
+import os
 import random
 import statistics
 import time
@@ -32,7 +33,11 @@ SHARES = (1.0, 0.9, 0.5, 0.25)
 """Parts of all experts that are resident."""
 
 PREFILL_BOUND = {mx.float32: 1e-4, mx.float16: 1e-2, mx.bfloat16: 5e-2}
-"""Largest difference of prefill logits, relative to the largest logit, on devices but the CPU."""
+"""Largest difference of prefill logits, relative to the largest logit, on devices but the CPU.
+
+While no router's choice changes: where two experts are as good as equal, another order of sums may
+choose the other, and what that makes of a token has no bound.
+"""
 
 _TOKENS = 400  # numbers of tokens that are drawn from: few, so that experts come again
 
@@ -143,9 +148,52 @@ def decoding(
     return rows
 
 
+def prompts(
+    folder: Path,
+    lengths: Sequence[int],
+    config: StreamConfig = PLAIN,
+    shares: Sequence[float] = SHARES,
+) -> dict[str, tuple[float, float]]:
+    """Whole prompts at several cache sizes: `prefill_difference` and its bound, by what was tried.
+
+    Args:
+        lengths: tokens of each.
+    """
+    stock = load_stock(folder)
+    texts = {n: mx.array(random_tokens(n, seed=n))[None] for n in lengths}
+    expected = {n: stock(text) for n, text in texts.items()}
+    rows = {}
+    model, s = load_streamed(folder, config)
+    with s:
+        for n, text in texts.items():
+            for share in shares:
+                resize(s, share)
+                s.reset()
+                apart = prefill_difference(expected[n], model(text))
+                rows[f"{n} tokens, {share:.0%}"] = apart, prefill_bound(expected[n].dtype)
+    return rows
+
+
+def prefill_bound(dtype: mx.Dtype) -> float:
+    """The most that `prefill_difference` may be on MLX's default device.
+
+    MLX multiplies float32 matrices at reduced precision by default, where the hardware can: TF32
+    has the ten bits of float16 (https://ml-explore.github.io/mlx/build/html/usage/precision.html).
+    """
+    if mx.default_device() == mx.cpu:
+        return 0.0
+    if dtype == mx.float32 and os.environ.get("MLX_ENABLE_TF32", "1") != "0":
+        dtype = mx.float16
+    return PREFILL_BOUND[dtype]
+
+
 def prefill_difference(expected: mx.array, got: mx.array) -> float:
     """The largest difference of some logits, relative to the largest; infinite if no numbers."""
-    a, b = (np.array(x.astype(mx.float32)) for x in (expected, got))
+    return relative_difference(*(np.array(x.astype(mx.float32)) for x in (expected, got)))
+
+
+def relative_difference(a: np.ndarray, b: np.ndarray) -> float:
+    """The same of NumPy's arrays, of the shape of each other."""
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return float("inf")
     return float(np.abs(a - b).max() / np.abs(a).max())

@@ -93,7 +93,7 @@ def _sustained(report: dict[str, Any], axes: Any) -> None:
     axes.axhline(0.8 * middle, color=SERIES[2], linestyle=":", label="80 %: below is a dip")
     axes.set_ylim(0)
     axes.set(xlabel="seconds", ylabel=f"tokens/s in {found['window_s']:g} s")
-    axes.legend(loc="lower right")
+    axes.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
 
 
 def _drive(report: dict[str, Any], axes: Any, key: str, scale: float, label: str) -> None:
@@ -297,7 +297,7 @@ def _watts(report: dict[str, Any], axes: Any) -> None:
         )
     axes.set_yticks([j + 0.2 for j in range(len(names))], names)
     axes.set_xlabel("watts")
-    axes.legend()
+    axes.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
 
 
 def _kl(report: dict[str, Any], axes: Any) -> None:

@@ -68,11 +68,13 @@ def _first_token(r: dict[str, Any]) -> str:
         if cold["page_cache_dropped"]
         else ("with the files as the page cache had them (this system cannot drop them)")
     )
+    on_cpu = "cpu" in r["method"]["machine"]["mlx_device"]
+    kernels = "" if on_cpu else ", with what the device has to compile for it"
     return (
         f"{rows[0]['seconds']['median']:.3g} s for {rows[0]['prompt_tokens']} tokens, "
         f"{last['seconds']['median']:.3g} s for {last['prompt_tokens']}. From a cold start, "
         f"{dropped}: {cold['load_s']:.3g} s to load and {cold['first_token_s']:.3g} s to the first "
-        f"token of {cold['prompt_tokens']}, once."
+        f"token of {cold['prompt_tokens']}, once{kernels}."
     )
 
 
@@ -296,12 +298,7 @@ def _quality(r: dict[str, Any]) -> str:
     found = r["quality"]["streamed"]
     if found is None:
         return str(r["quality"]["not_measured"])
-    same = (
-        "the same bits as stock"
-        if found["identical"]
-        else f"off by {found['largest_difference']:.3g} at most"
-    )
-    text = f"Streamed logits of {found['tokens']} tokens, whole and one by one, are {same}. "
+    text = f"{_exact(found, r['quality'].get('exactness'))} "
     lossy = r["quality"]["lossy"]
     if not lossy:
         return text + "No lossy what-if fits this model."
@@ -310,6 +307,34 @@ def _quality(r: dict[str, Any]) -> str:
         f"{text}Lossy what-ifs (*), which the package does not offer, move the predictions by "
         f"{least['kl_nats']:.2g} ({least['name']}) to {most['kl_nats']:.2g} nats ({most['name']})."
     )
+
+
+def _exact(found: dict[str, Any], seen: dict[str, Any] | None) -> str:
+    text = f"Streamed logits of {found['tokens']} tokens, whole and one by one, are "
+    if found["identical"]:
+        return f"{text}the same bits as stock."
+    if seen is None:  # an older report
+        return f"{text}off by {found['largest_difference']:.3g} at most."
+    decoded = "the same bits as stock" if seen["decoded_identical"] else "NOT the same as stock"
+    apart, bound = seen["prompts_difference"], seen["prompts_bound"]
+    text = (
+        f"Decoded one by one, streamed logits of {seen['decoded_tokens']} tokens are {decoded}. Of "
+        f"whole prompts they differ by {_small_share(apart)} of the largest logit at most: "
+    )
+    if apart <= bound:
+        text += f"this device sums in another order there (allowed: {_small_share(bound)})."
+    else:
+        text += (
+            f"MORE than the {_small_share(bound)} that another order of sums explains, unless a "
+            "router that wavered between two experts took the other."
+        )
+    if seen["decoded_identical"] and apart <= bound:
+        return text
+    return f"{text} See doctor --selftest."
+
+
+def _small_share(part: float) -> str:
+    return f"{100 * part:.2g} %"
 
 
 def _perplexity(r: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ from .errors import StreamError
 from .prefetch import Heard, Lookahead, Precision, asking
 from .reader import ExpertReader
 from .slots import Arrivals, ExpertSlots, ExpertTensor
-from .split import SORTED_ROWS, SplitCall
+from .split import SORTED_ROWS, RowRule, SplitCall
 from .timeline import PHASES
 from .trial import Pace, Trial
 
@@ -128,9 +128,7 @@ class ExpertLayer:
         self.closed, self.why_closed = True, _CLOSED
         self.calling = False  # a call has the lock, or was interrupted
         self._pace = Pace(Trial(WAYS, WAYS[0]))
-        # A GPU backend may choose its kernel by the number of rows (MLX's CUDA backend does at 8),
-        # and another kernel sums in another order. The CPU backend computes row by row.
-        self._keep_row_count = mx.default_device() != mx.cpu
+        self._rows = RowRule.of(switch)
         self.lock = threading.RLock()
         self._callers = Callers()
 
@@ -311,7 +309,7 @@ class ExpertLayer:
         """
         start, way = time.perf_counter(), self._pace.trial.way
         if arrivals.left and way != "whole":
-            split = SplitCall(self.switch, x, experts, self.cache.slot_of, self._keep_row_count)
+            split = self._split(x, experts)
             ready = [e for e in needed if e not in arrivals.left]
             self.stats.overlapped += bool(ready)
             try:
@@ -331,9 +329,18 @@ class ExpertLayer:
                 return y
         arrivals.all()
         start = self.spent("wait", start)
-        y = self.switch(x, mx.array(self.cache.slot_of[experts].astype(np.uint32)))
+        if self._rows.divides(experts.size, self.experts, self.cache.slots):
+            split = self._split(x, experts)
+            split.run(np.arange(experts.size))
+            y = split.joined()
+        else:
+            y = self.switch(x, mx.array(self.cache.slot_of[experts].astype(np.uint32)))
         self.spent("build", start)
         return y
+
+    def _split(self, x: mx.array, experts: np.ndarray) -> SplitCall:
+        cache = self.cache
+        return SplitCall(self.switch, x, experts, cache.slot_of, cache.slots, self._rows)
 
     def _in_waves(self, x: mx.array, experts: np.ndarray, needed: list[int]) -> mx.array:
         """More experts than slots: they pass through, each read once.
@@ -345,8 +352,8 @@ class ExpertLayer:
         self.slots.land()
         waves = self.cache.waves(needed, np.bincount(experts.ravel(), minlength=self.experts))
         self.stats.waves += len(waves) - 1
-        split = SplitCall(self.switch, x, experts, self.cache.slot_of, self._keep_row_count)
-        before: mx.array | None = None
+        split = self._split(x, experts)
+        before: list[mx.array] = []
         start = time.perf_counter()
         arrivals = self.slots.begin(*waves[0])
         for i, (wave, _) in enumerate(waves):
@@ -359,7 +366,7 @@ class ExpertLayer:
                 # The next wave overwrites slots of waves before this one: they must have run.
                 if slots == 1:
                     mx.eval(y)
-                elif before is not None:
+                elif before:
                     mx.eval(before)
                 start = self.spent("sync", start)
                 arrivals = self.slots.begin(*waves[i + 1])

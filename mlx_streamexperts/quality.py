@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from .exactness import prefill_bound, relative_difference, same
 from .texts import Choice, Prompt
 
 _MOST_NATS = 700.0  # whose exponential is a number still: a shortcut may be that bad
@@ -71,6 +73,45 @@ def compare(
     }
 
 
+@dataclass(frozen=True)
+class Logits:
+    """What a model says to some prompts.
+
+    Attributes:
+        whole: of each, [T, V], with the last few tokens decoded one by one.
+        decoded: of the first few tokens of each, decoded one by one from the start.
+        dtype: of the model's own.
+    """
+
+    whole: list[np.ndarray]
+    decoded: list[np.ndarray]
+    dtype: mx.Dtype
+
+    @classmethod
+    def of(cls, model: nn.Module, prompts: Sequence[Prompt], alone: int) -> Logits:
+        """Ask a model. `alone` tokens are decoded one by one, of each kind."""
+        return cls(
+            [logits(model, p.tokens, alone) for p in prompts],
+            [logits(model, p.tokens[:alone], alone) for p in prompts],
+            model(mx.array([[0]])).dtype,
+        )
+
+
+def exact(stock: Logits, streamed: Logits) -> dict[str, Any]:
+    """What is promised of exactness, and what was seen.
+
+    Returns:
+        `decoded_tokens`; `decoded_identical`; `prompts_difference`: the largest of a prompt's
+        logits, relative to its largest; `prompts_bound`: see `exactness.prefill_bound`.
+    """
+    return {
+        "decoded_tokens": sum(map(len, streamed.decoded)),
+        "decoded_identical": same(stock.decoded, streamed.decoded),
+        "prompts_difference": max(map(relative_difference, stock.whole, streamed.whole)),
+        "prompts_bound": prefill_bound(streamed.dtype),
+    }
+
+
 def score(model: nn.Module, items: Sequence[Choice]) -> float:
     """Share of items whose right choice has the higher mean log-probability of its tokens."""
     right = 0
@@ -85,18 +126,18 @@ def score(model: nn.Module, items: Sequence[Choice]) -> float:
 
 
 def judge(
-    model: nn.Module, reference: Sequence[np.ndarray] | None, prompts: Sequence[Prompt],
+    model: nn.Module, reference: Sequence[np.ndarray], prompts: Sequence[Prompt],
     items: Sequence[Choice], alone: int,
-) -> tuple[list[np.ndarray], dict[str, Any]]:  # fmt: skip
-    """Logits of the prompts, and what `compare` and `score` say of them.
+) -> dict[str, Any]:  # fmt: skip
+    """What `compare` and `score` say of a model.
 
     Args:
-        reference: logits to compare with; None compares the model with itself.
+        reference: logits of the prompts to compare with.
         alone: tokens of each prompt that are decoded one by one.
     """
     own = [logits(model, p.tokens, alone) for p in prompts]
-    found = compare(own if reference is None else reference, own, [p.tokens for p in prompts])
-    return own, {**found, "task_score": score(model, items), "task_items": len(items)}
+    found = compare(reference, own, [p.tokens for p in prompts])
+    return {**found, "task_score": score(model, items), "task_items": len(items)}
 
 
 def shortcuts(
@@ -115,7 +156,7 @@ def shortcuts(
         if k < 1:
             continue
         with _fewer(blocks, k):
-            _, found = judge(stock, reference, prompts, items, alone)
+            found = judge(stock, reference, prompts, items, alone)
         rows.append(
             {"kind": "fewer experts", "name": f"{k} of {top_k} experts", "value": k} | found
         )
@@ -123,7 +164,7 @@ def shortcuts(
         with _requantized(stock, b) as changed:
             if not changed:
                 continue
-            _, found = judge(stock, reference, prompts, items, alone)
+            found = judge(stock, reference, prompts, items, alone)
         rows.append({"kind": "fewer bits", "name": f"experts in {b} bits", "value": b} | found)
     return rows
 

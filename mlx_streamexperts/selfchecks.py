@@ -21,7 +21,7 @@ from .bank import Bank, SlotTensor, byte_view, in_place_fault
 from .checkpoint import read_checkpoint
 from .config import StreamConfig, format_size
 from .demo import demo_model
-from .exactness import PREFILL_BOUND, load_stock, load_streamed, random_tokens, resize
+from .exactness import load_stock, load_streamed, random_tokens, resize
 from .files import ShardFiles, direct_works
 from .patching import plan
 from .random_model import write_random_model
@@ -218,8 +218,7 @@ class Lab:
             resize(s, 0.25)
             apart = exactness.prefill_difference(expected, streamed(prompt))
             waves = s.stats().waves
-        on_cpu = mx.default_device() == mx.cpu
-        bound = 0.0 if on_cpu else PREFILL_BOUND[expected.dtype]
+        bound = exactness.prefill_bound(expected.dtype)
         what = f"logits of {EFFORT.prompt} tokens, in {waves + len(s.layers)} waves of experts, "
         differ = f"differ by {apart:.1e} of the largest, {bound:g} allowed"
         return Outcome(apart <= bound, what + ("are the same bits" if apart == 0 else differ))

@@ -150,8 +150,11 @@ def by_prompt(
 def first_tokens(
     model: nn.Module, text: list[int], lengths: Sequence[int], repeats: int
 ) -> list[dict[str, Any]]:
-    """Time to the first token, and decoding after it, by length of the prompt, in turns."""
-    turns = [[generate(model, text[:n], 8) for n in lengths] for _ in range(repeats)]
+    """Time to the first token, and decoding after it, by length of the prompt, in turns.
+
+    After an untimed turn: a device may compile kernels for a length that it had not seen.
+    """
+    turns = [[generate(model, text[:n], 8) for n in lengths] for _ in range(repeats + 1)][1:]
     return [
         {
             "prompt_tokens": length,
@@ -168,7 +171,8 @@ def batches(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Tokens/s of all sequences together, by how many there are at once, in turns.
 
-    mlx-lm's `batch_generate`; a sequence ends where the model ends its text.
+    mlx-lm's `batch_generate`; a sequence ends where the model ends its text. After an untimed turn,
+    as `first_tokens`.
     """
 
     def rate(size: int) -> float:
@@ -177,7 +181,7 @@ def batches(
         answer = batch_generate(model, tokenizer, texts, max_tokens=tokens, prefill_step_size=chunk)
         return float(answer.stats.generation_tps)
 
-    turns = [[rate(size) for size in sizes] for _ in range(repeats)]
+    turns = [[rate(size) for size in sizes] for _ in range(repeats + 1)][1:]
     return [
         {"batch": size, "tokens_per_s": summary(rates)}
         for size, rates in zip(sizes, zip(*turns, strict=True), strict=True)

@@ -6,14 +6,60 @@ the whole call would have given.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
 # mlx-lm sorts a call's rows by expert from this many on.
 SORTED_ROWS = 64
+
+# Metal's `gather_qmm` runs sorted rows as matrices from this many on for each expert of its table,
+# and one by one below (MLX 0.32).
+_RATIO = 4
+
+
+@dataclass(frozen=True)
+class RowRule:
+    """What a backend chooses its kernels by: another kernel would sum in another order.
+
+    Attributes:
+        count: by the number of rows, or whether they are sorted.
+        ratio: by how many rows there are for each expert of a table.
+    """
+
+    count: bool = False
+    ratio: bool = False
+
+    @classmethod
+    def of(cls, switch: nn.Module) -> RowRule:
+        """For a module on MLX's default device. The CPU backend computes row by row."""
+        if mx.default_device() == mx.cpu:
+            return cls()
+        parts = [m for m in switch.values() if isinstance(m, QuantizedSwitchLinear)]
+        return cls(True, mx.metal.is_available() and bool(parts))
+
+    def limits(self, rows: int, experts: int, slots: int) -> tuple[int, int]:
+        """The least and the most rows that a part of a prompt may have to be run as the whole is.
+
+        Args:
+            rows: of the whole.
+            experts: rows of the table of the stock model.
+            slots: rows of the table here.
+        """
+        if not self.ratio:
+            return (SORTED_ROWS if self.count else 1), sys.maxsize
+        if rows // experts >= _RATIO:
+            return max(SORTED_ROWS, _RATIO * slots), sys.maxsize
+        return 1, max(SORTED_ROWS, _RATIO * slots) - 1
+
+    def divides(self, rows: int, experts: int, slots: int) -> bool:
+        """Must a prompt be taken apart though all of its experts are there?"""
+        return self.ratio and rows >= SORTED_ROWS and rows > self.limits(rows, experts, slots)[1]
 
 
 class SplitCall:
@@ -24,8 +70,9 @@ class SplitCall:
         x: [..., D] tokens.
         experts: int [..., K], the chosen experts.
         slot_of: int32 [experts], where each expert is; looked at when a part runs.
-        keep_row_count: every kernel call must have as many rows as the whole call has. A GPU
-            backend may choose its kernel by their number, and another one sums in another order.
+        slots: how many there are.
+        rule: what the device chooses its kernels by. A token's parts then have as many rows as the
+            whole; a prompt's have to be enough, or few enough.
     """
 
     def __init__(
@@ -34,15 +81,19 @@ class SplitCall:
         x: mx.array,
         experts: np.ndarray,
         slot_of: np.ndarray,
-        keep_row_count: bool,
+        slots: int,
+        rule: RowRule,
     ) -> None:
         self._switch, self._x, self._slot_of = switch, x, slot_of
         self._shape = experts.shape
         self._chosen = experts.ravel()  # [T*K]
-        self._keeps = keep_row_count and experts.size < SORTED_ROWS
+        self._keeps = rule.count and experts.size < SORTED_ROWS
         # A prompt's parts go into one output as they come: kept and joined at the end they would
         # take three times its memory. Of a token's, joining costs least.
         self._in_one = experts.size >= SORTED_ROWS
+        self._least, self._most = 1, sys.maxsize
+        if self._in_one:
+            self._least, self._most = rule.limits(experts.size, len(slot_of), slots)
         self._y: mx.array | None = None  # [T*K, D]
         self._parts: list[tuple[np.ndarray, mx.array]] = []  # rows, their result
 
@@ -57,22 +108,32 @@ class SplitCall:
         wanted[experts] = True
         return np.flatnonzero(wanted[self._chosen])
 
-    def run(self, rows: np.ndarray) -> mx.array:
+    def run(self, rows: np.ndarray) -> list[mx.array]:
         """Build the part of the call that these rows are; their experts must be in their slots.
 
         Returns:
-            Something to evaluate: [R, D]; where the number of rows is kept [..., K, D], of which
-            only these rows count.
+            What to evaluate for it: [R, D] each; where the number of rows is kept [..., K, D], of
+            which only these rows count.
         """
-        y = self._run_padded(rows) if self._keeps else self._run_alone(rows)
         if not self._in_one:
+            y = self._run_padded(rows) if self._keeps else self._run_alone(rows)
             self._parts.append((rows, y))
-            return y
+            return [y]
+        return [self._add(piece) for piece in self._pieces(rows)]
+
+    def _add(self, rows: np.ndarray) -> mx.array:
+        """Run these rows of a prompt, and write their results to the output."""
+        more = np.repeat(rows[-1:], max(0, self._least - len(rows)))
+        y = self._run_alone(np.concatenate([rows, more]))[: len(rows)]
         if self._y is None:
             self._y = mx.zeros((len(self._chosen), y.shape[-1]), y.dtype)
         self._y[mx.array(rows.astype(np.uint32))] = y
         mx.async_eval(self._y)  # nothing else holds the one before: written where it is
         return y
+
+    def _pieces(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        for first in range(0, len(rows), self._most):
+            yield rows[first : first + self._most]
 
     def joined(self) -> mx.array:
         """All parts in the call's order, [..., K, D]; together they must be all rows."""

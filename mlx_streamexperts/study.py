@@ -152,7 +152,7 @@ def make_report(
             width = int(model(mx.array([[0]])).shape[-1])
             most = max(8, _LOGITS_BYTES // (4 * width * len(prompts)))
             shorter = [replace(p, tokens=p.tokens[:most]) for p in prompts]
-            own = [quality.logits(model, p.tokens, settings.alone) for p in shorter]
+            own = quality.Logits.of(model, shorter, settings.alone)
             score = quality.score(model, items)
         del model
         found["quality"] = _quality(folder, found, own, score, shorter, items, settings)
@@ -226,7 +226,7 @@ def _method(
             {"task": p.task, "language": p.language, "tokens": len(p.tokens)} for p in prompts
         ],
         "sampling": "greedy",
-        "warm_up": "every prompt once, untimed",
+        "warm_up": "every prompt, length and batch once, untimed",
     }
 
 
@@ -324,14 +324,14 @@ def _sustained(
 
 
 def _quality(
-    folder: str, found: dict[str, Any], own: list[Any], score: float, prompts: list[Prompt],
+    folder: str, found: dict[str, Any], own: quality.Logits, score: float, prompts: list[Prompt],
     items: list[Any], settings: Settings,
 ) -> dict[str, Any]:  # fmt: skip
     """Streamed logits against the stock model's, if that fits; what shortcuts would cost."""
     texts = [p.tokens for p in prompts]
     model = found["method"]["model"]
     task = {"task_score": score, "task_items": len(items)}
-    alone = quality.compare(own, own, texts)
+    alone = quality.compare(own.whole, own.whole, texts)
     result: dict[str, Any] = {
         "package_offers_lossy_options": False,
         "streamed_perplexity": alone["perplexity"],
@@ -339,6 +339,7 @@ def _quality(
         **task,
         "stock": None,
         "streamed": None,
+        "exactness": None,
         "lossy": [],
         "not_measured": "",
     }
@@ -351,9 +352,11 @@ def _quality(
         )
         return result
     stock, _ = original_load_model(Path(folder))  # mlx-lm's own, even inside `patch`
-    reference, result["stock"] = quality.judge(stock, None, prompts, items, settings.alone)
-    result["streamed"] = quality.compare(reference, own, texts) | task
+    reference = quality.Logits.of(stock, prompts, settings.alone)
+    result["stock"] = quality.judge(stock, reference.whole, prompts, items, settings.alone)
+    result["streamed"] = quality.compare(reference.whole, own.whole, texts) | task
+    result["exactness"] = quality.exact(reference, own)
     result["lossy"] = quality.shortcuts(
-        stock, reference, prompts, items, settings.alone, settings.bits
+        stock, reference.whole, prompts, items, settings.alone, settings.bits
     )
     return result

@@ -19,8 +19,9 @@ from conftest import QUIET, all_experts, assert_same, demo_tokens, load_streamed
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_streamexperts import StreamConfig, demo_model, stream
-from mlx_streamexperts.exactness import PREFILL_BOUND, prefill_difference
+from mlx_streamexperts.exactness import prefill_bound, prefill_difference
 from mlx_streamexperts.locate import locate
+from mlx_streamexperts.split import RowRule
 
 HEADLINE = (
     "qwen3_moe", "qwen3_5_moe", "kimi_k25", "deepseek_v3", "gpt_oss", "mixtral", "nemotron_h",
@@ -34,8 +35,7 @@ PREFILL = 24 if ON_CPU else 7
 
 def assert_prefill(expected: mx.array, got: mx.array, what: str) -> None:
     """Equal bits on the CPU, else within the stated bound."""
-    bound = 0.0 if ON_CPU else PREFILL_BOUND[expected.dtype]
-    assert prefill_difference(expected, got) <= bound, what
+    assert prefill_difference(expected, got) <= prefill_bound(expected.dtype), what
 
 
 def compare(
@@ -217,7 +217,7 @@ def test_the_row_count_is_kept_for_backends_that_choose_kernels_by_it(
         expert_stream._open((families.TOP_K + 1,) * len(expert_stream.layers))
         sizes: set[int] = set()
         for layer in expert_stream.layers:
-            layer._keep_row_count = True
+            layer._rows = RowRule(count=True)
 
             def counted(
                 x: mx.array, slots: mx.array, run: Callable[..., mx.array] = layer.switch
@@ -232,6 +232,71 @@ def test_the_row_count_is_kept_for_backends_that_choose_kernels_by_it(
         assert expert_stream.stats().waves > 0
         top_k = min(sizes)
         assert sizes == {top_k, 4 * top_k}
+
+
+@pytest.fixture
+def many_experts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Forty of them a layer, four a token."""
+    config = {**families.FAMILIES["qwen3_moe"], "num_experts": 40, "num_experts_per_tok": 4}
+    monkeypatch.setitem(families.FAMILIES, "qwen3_moe", config)
+    return families.build("qwen3_moe", tmp_path)
+
+
+@pytest.mark.parametrize("slots", [1, 3, 25])
+@pytest.mark.parametrize("length", [30, 200])
+@pytest.mark.parametrize("rule", [RowRule(True), RowRule(True, True)], ids=["count", "ratio"])
+def test_parts_of_a_prompt_are_run_by_the_kernels_that_the_whole_would_have(
+    rule: RowRule, length: int, slots: int, many_experts: Path
+) -> None:
+    """A GPU sorts, and chooses, by how many rows a call has, or has for each expert of its table.
+
+    On Metal the limit is 4 rows for each: stock has 3 with 30 tokens, and 20 with 200.
+    """
+    folder = many_experts
+    tokens = mx.array(families.token_stream(families.VOCAB, length, seed=5))[None]
+    stock, _ = mlx_lm.utils.load_model(folder)
+    expected = stock(tokens)
+    model = load_streamed(folder, 1 << 40)
+    with stream(model) as expert_stream:
+        expert_stream._open((slots,) * len(expert_stream.layers))
+        sizes: list[int] = []
+        for layer in expert_stream.layers:
+            layer._rows = rule
+
+            def counted(
+                x: mx.array, indices: mx.array, run: Callable[..., mx.array] = layer.switch
+            ) -> mx.array:
+                sizes.append(indices.size)
+                return run(x, indices)
+
+            layer.switch = counted
+        assert_same([expected], [model(tokens)], f"{slots} slots")
+        assert len(sizes) > len(expert_stream.layers)
+    if rule.ratio and length == 30:
+        assert not [n for n in sizes if n >= 64 and n // slots >= 4]
+    else:
+        assert min(sizes) >= 64
+        assert not rule.ratio or min(sizes) // slots >= 4
+
+
+def test_a_prompt_whose_experts_are_all_there_is_divided_where_it_has_to_be(
+    many_experts: Path,
+) -> None:
+    """With fewer slots than experts there are more rows for each than stock has."""
+    folder = many_experts
+    stock, _ = mlx_lm.utils.load_model(folder)
+    model = load_streamed(folder, 1 << 40)
+    with stream(model) as expert_stream:
+        layer = expert_stream.layers[0]
+        x = mx.random.normal((1, 30, families.HIDDEN))
+        chosen = mx.array(np.tile(np.arange(4, dtype=np.uint32), (1, 30, 1)))
+        expected = dict(stock.named_modules())[layer.name](x, chosen)
+        expert_stream._open((4,) * len(expert_stream.layers))
+        layer._rows = RowRule(True, True)
+        run, sizes = layer.switch, []
+        layer.switch = lambda x, indices: (sizes.append(indices.size), run(x, indices))[1]
+        assert_same([expected], [layer(x, chosen)], "divided")
+    assert len(sizes) > 1 and sum(sizes) == chosen.size
 
 
 @pytest.mark.parametrize("length", [1, 7, 40, 300])

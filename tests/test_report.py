@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import re
@@ -20,6 +21,7 @@ from conftest import demo_tokens
 
 import mlx_streamexperts
 from mlx_streamexperts import demo_model, page, platform, power, quality, report, speed
+from mlx_streamexperts.exactness import prefill_bound
 from mlx_streamexperts.figures import COLOURS, PANELS, drawable, figure
 from mlx_streamexperts.findings import sentence
 from mlx_streamexperts.locality import reuse_distances, token_overlap
@@ -148,8 +150,43 @@ def test_sentences_give_the_figures_of_the_json(found: dict[str, Any]) -> None:
     assert "the same bits" in sentence("kl", found)
 
 
+def test_what_is_not_the_same_bits_is_held_to_the_promise(found: dict[str, Any]) -> None:
+    """A device may sum a prompt in another order, within a bound; decoded tokens never differ."""
+    found = copy.deepcopy(found)
+    found["quality"]["streamed"]["identical"] = False
+    seen = found["quality"]["exactness"]
+    seen.update(prompts_difference=0.004, prompts_bound=0.05)
+    assert "same bits" in (said := sentence("kl", found)) and "0.4 % of the largest" in said
+    assert "selftest" not in said and "same bits</b>decoding" in page.render(found)
+    seen["prompts_difference"] = 0.06
+    assert "MORE than the 5 %" in (said := sentence("kl", found)) and "selftest" in said
+    seen.update(prompts_difference=0.0, decoded_identical=False)
+    assert "NOT the same" in (said := sentence("kl", found)) and "selftest" in said
+    assert "same bits" not in page.render(found).split("<nav")[0]
+    del found["quality"]["exactness"]  # as older reports have it
+    assert "off by" in sentence("kl", found) and page.render(found)
+
+
+def test_differences_from_stock_are_found() -> None:
+    prompts = [SimpleNamespace(tokens=demo_tokens(12).tolist())]
+    stock, _ = mlx_lm.utils.load_model(demo_model())
+    right = quality.Logits.of(stock, prompts, 4)  # type: ignore[arg-type]
+    assert quality.exact(right, right) == {
+        "decoded_tokens": 4,
+        "decoded_identical": True,
+        "prompts_difference": 0.0,
+        "prompts_bound": prefill_bound(right.dtype),
+    }
+    stock.model.norm.weight = stock.model.norm.weight * 1.01
+    wrong = quality.exact(right, quality.Logits.of(stock, prompts, 4))  # type: ignore[arg-type]
+    assert not wrong["decoded_identical"] and 0.005 < wrong["prompts_difference"] < 0.02
+
+
 def test_streaming_is_exact_and_shortcuts_are_not(found: dict[str, Any]) -> None:
     judged = found["quality"]
+    assert judged["exactness"]["decoded_identical"]
+    assert judged["exactness"]["decoded_tokens"] == 8 * len(found["method"]["prompts"])
+    assert judged["exactness"]["prompts_difference"] <= judged["exactness"]["prompts_bound"]
     assert judged["streamed"]["identical"] and judged["streamed"]["kl_nats"] == 0
     assert judged["streamed"]["perplexity"] == judged["stock"]["perplexity"]
     assert {r["kind"] for r in judged["lossy"]} == {"fewer experts", "fewer bits"}

@@ -95,7 +95,7 @@ def test_clients_notice_a_wrong_text_and_a_wrong_status(
 
 def row(**changes: Any) -> dict[str, Any]:
     return {
-        "resident": 150e6, "active": 15e6, "compared": 20, "wrong": 0, "requests": 30,
+        "resident": 150e6, "beside": 26e6, "active": 15e6, "compared": 20, "wrong": 0, "requests": 30,
         "errors": 0, "first_token_s": 0.4, "tokens_per_s": 30.0, "cpu_ms_per_token": 50.0,
         "yardstick_ms": 20.0, **changes,
     }  # fmt: skip
@@ -112,13 +112,16 @@ def test_the_verdict() -> None:
     noise = random.Random(1)
     flat = [row(resident=150e6 + noise.gauss(0, 2e6)) for _ in range(60)]
     assert verdict(record(flat))["kept"]
-    leaks = [row(resident=150e6 + n * 1e5) for n in range(60)]
-    assert growth(leaks, "resident")["bytes_per_hour"] == pytest.approx(6e6)
+    leaks = [row(beside=26e6 + n * 1e4) for n in range(60)]
+    assert growth(leaks, "beside")["bytes_per_hour"] == pytest.approx(6e5)
+    swells = [row(resident=150e6 + n * 2e5) for n in range(60)]
+    untold = [row(beside=None) for _ in range(60)]  # no glibc
+    assert verdict(record(untold))["kept"]
     slower = [row(cpu_ms_per_token=50 + n / 5) for n in range(60)]
     busier = [row(tokens_per_s=30 - n / 5, yardstick_ms=20 + n / 5) for n in range(60)]
     assert verdict(record(busier))["kept"]
     for broken in (
-        record(leaks), record(slower), record([*flat, row(wrong=1)]),
+        record(leaks), record(swells), record(slower), record([*flat, row(wrong=1)]),
         record([*flat, row(errors=1)]), record(flat, peak=47e6), record(flat, descriptors=7),
         {**record(flat), "exit_status": 1}, {**record(flat), "tracebacks": 1},
     ):  # fmt: skip

@@ -49,16 +49,20 @@ def everything_in_memory(s: ExpertStream) -> Iterator[None]:
         yield
 
 
-def generate(model: nn.Module, first: int, count: int) -> tuple[list[int], list[float]]:
-    """Greedy tokens as mlx-lm generates, a step built while the last one runs, and the seconds of
-    each step.
+def generate(
+    model: nn.Module, first: int, count: int, ahead: bool = True
+) -> tuple[list[int], list[float]]:
+    """Greedy tokens as mlx-lm generates, and the seconds of each step.
+
+    Args:
+        ahead: a step is built while the last one runs, as mlx-lm does; or each is waited for.
     """
     cache, out, seconds = make_prompt_cache(model), [], []
     token = mx.array([first])
     for _ in range(count):
         start = time.perf_counter()
         following = mx.argmax(model(token[None], cache=cache)[:, -1], axis=-1)
-        mx.async_eval(following)
+        (mx.async_eval if ahead else mx.eval)(following)
         out.append(token.item())
         token = following
         seconds.append(time.perf_counter() - start)

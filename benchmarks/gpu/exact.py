@@ -1,9 +1,10 @@
 """Exactness and hazards on this machine's default device: streamed against stock, bit by bit.
 
-First decoding at several cache sizes, with and without run-ahead and reading ahead; then random
-schedules: several sequences whose steps are built lazily, evaluated in any order or never, taken
-back, read into banks in use, with caches resized in between. Shapes are few and large enough for
-GPU kernels: MLX's CUDA backend gave NaN for stock models of 64 columns.
+First decoding at several cache sizes, with and without run-ahead and reading ahead; then whole
+prompts at several cache sizes; then random schedules: several sequences whose steps are built
+lazily, evaluated in any order or never, taken back, read into banks in use, with caches resized in
+between. Shapes are few and large enough for GPU kernels: MLX's CUDA backend gave NaN for stock
+models of 64 columns.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from common import report
 
 from mlx_streamexperts import demo_model
 from mlx_streamexperts.bank import in_place_works
-from mlx_streamexperts.exactness import decoding, random_tokens, reference, schedules, ways
+from mlx_streamexperts.exactness import (
+    decoding,
+    prompts,
+    random_tokens,
+    reference,
+    schedules,
+    ways,
+)
 from mlx_streamexperts.random_model import write_random_model
 
 
@@ -46,6 +54,10 @@ def every_way(folder: Path, steps: int) -> dict[str, Any]:
     }
 
 
+LENGTHS = (9, 48, 200)
+"""Of the prompts: rows that are not sorted, few and many for each expert."""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
@@ -56,12 +68,13 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60, help="longest for them (default: 60)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    result: dict[str, Any] = {"in_place": in_place_works(), "decoding": {}}
+    result: dict[str, Any] = {"in_place": in_place_works(), "decoding": {}, "prompts": {}}
     with tempfile.TemporaryDirectory() as work:
         tried = models(Path(work))
         for name, folder in tried.items() if args.steps else ():
             result["decoding"][name] = rows = every_way(folder, args.steps)
-            print(name, len(rows), "settings", flush=True)
+            result["prompts"][name] = whole = prompts(folder, LENGTHS)
+            print(name, len(rows), "settings,", len(whole), "with prompts", flush=True)
         # A CPU is ten times faster in float32.
         on_cpu = mx.default_device() == mx.cpu
         folder = tried["unquantized, float32" if on_cpu else "4-bit, bfloat16"]
@@ -74,8 +87,15 @@ def main() -> int:
         for model, rows in result["decoding"].items()
         for row, r in rows.items()
         if isinstance(r, dict) and not r["identical"]
-    ] + result["schedules"]["different"]
-    print("\n".join(wrong) or "identical throughout")
+    ]
+    wrong += [
+        f"{model}: prompt of {row}: {apart:.1e} of the largest logit"
+        for model, rows in result["prompts"].items()
+        for row, (apart, bound) in rows.items()
+        if apart > bound
+    ]
+    wrong += result["schedules"]["different"]
+    print("\n".join(wrong) or "as promised throughout")
     return bool(wrong)
 
 

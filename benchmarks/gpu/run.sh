@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything about run-ahead decoding that needs a GPU, in about twelve minutes: exactness and random
+# Everything about run-ahead decoding that needs a GPU, in a quarter of an hour: exactness and random
 # schedules, speed with nothing missing, and the headline models' stand-ins on played drives.
 #
 #     bash benchmarks/gpu/run.sh RESULTS

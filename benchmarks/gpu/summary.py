@@ -13,13 +13,19 @@ from typing import Any
 
 def exact(r: dict[str, Any]) -> list[str]:
     """Settings that were bit-identical, and schedules."""
-    lines = ["| model | settings tried | bit-identical |", "|---|---|---|"]
+    lines = [
+        "| model | settings tried | bit-identical | prompts tried | bit-identical | others |",
+        "|---|---|---|---|---|---|",
+    ]
     for model, rows in r["decoding"].items():
         if "skipped" in rows:
-            lines.append(f"| {model} | none | {rows['skipped']} |")
+            lines.append(f"| {model} | none | {rows['skipped']} | | | |")
             continue
         same = sum(row["identical"] for row in rows.values())
-        lines.append(f"| {model} | {len(rows)} | {same} |")
+        apart = [x for x, _ in r.get("prompts", {}).get(model, {}).values()]
+        zero = sum(x == 0 for x in apart)
+        most = f"{max(apart):.1e} of the largest logit at most" if zero < len(apart) else ""
+        lines.append(f"| {model} | {len(rows)} | {same} | {len(apart)} | {zero} | {most} |")
     s = r["schedules"]
     outcome = "none differed" if not s["different"] else "; ".join(s["different"])
     told = (
