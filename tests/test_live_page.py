@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import mlx.core as mx
 import pytest
 from serving import Running, serving, until
 
@@ -31,6 +32,7 @@ DRIVER = shutil.which("chromedriver")
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Running]:
+    mx.reset_peak_memory()  # of tests before, in this process
     with serving("--cache", "10MB") as running:
         yield running
 
