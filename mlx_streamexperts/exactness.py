@@ -148,29 +148,39 @@ def decoding(
     return rows
 
 
-def prompts(
-    folder: Path,
-    lengths: Sequence[int],
-    config: StreamConfig = PLAIN,
-    shares: Sequence[float] = SHARES,
-) -> dict[str, tuple[float, float]]:
-    """Whole prompts at several cache sizes: `prefill_difference` and its bound, by what was tried.
+@dataclass(frozen=True)
+class Prefilled:
+    """What came of a whole prompt with some share of the experts resident.
 
-    Args:
-        lengths: tokens of each.
+    Attributes:
+        difference: see `prefill_difference`.
+        bound: see `prefill_bound`.
+        waves: in which the experts passed through, of all layers together.
     """
+
+    difference: float
+    bound: float
+    waves: int
+
+
+def prompts(
+    folder: Path, lengths: Sequence[int], config: StreamConfig = PLAIN,
+    shares: Sequence[float] = SHARES,
+) -> dict[tuple[int, float], Prefilled]:  # fmt: skip
+    """Whole prompts of so many tokens at several cache sizes; results by length and share."""
     stock = load_stock(folder)
-    texts = {n: mx.array(random_tokens(n, seed=n))[None] for n in lengths}
-    expected = {n: stock(text) for n, text in texts.items()}
-    rows = {}
     model, s = load_streamed(folder, config)
+    rows = {}
     with s:
-        for n, text in texts.items():
+        for length in lengths:
+            prompt = mx.array(random_tokens(length, seed=1))[None]
+            expected = stock(prompt)
             for share in shares:
                 resize(s, share)
                 s.reset()
-                apart = prefill_difference(expected[n], model(text))
-                rows[f"{n} tokens, {share:.0%}"] = apart, prefill_bound(expected[n].dtype)
+                apart = prefill_difference(expected, model(prompt))
+                waves = s.stats().waves + len(s.layers)
+                rows[length, share] = Prefilled(apart, prefill_bound(expected.dtype), waves)
     return rows
 
 

@@ -80,12 +80,10 @@ class Logits:
     Attributes:
         whole: of each, [T, V], with the last few tokens decoded one by one.
         decoded: of the first few tokens of each, decoded one by one from the start.
-        dtype: of the model's own.
     """
 
     whole: list[np.ndarray]
     decoded: list[np.ndarray]
-    dtype: mx.Dtype
 
     @classmethod
     def of(cls, model: nn.Module, prompts: Sequence[Prompt], alone: int) -> Logits:
@@ -93,12 +91,14 @@ class Logits:
         return cls(
             [logits(model, p.tokens, alone) for p in prompts],
             [logits(model, p.tokens[:alone], alone) for p in prompts],
-            model(mx.array([[0]])).dtype,
         )
 
 
-def exact(stock: Logits, streamed: Logits) -> dict[str, Any]:
+def exact(stock: Logits, streamed: Logits, dtype: mx.Dtype) -> dict[str, Any]:
     """What is promised of exactness, and what was seen.
+
+    Args:
+        dtype: of the model's logits.
 
     Returns:
         `decoded_tokens`; `decoded_identical`; `prompts_difference`: the largest of a prompt's
@@ -108,7 +108,7 @@ def exact(stock: Logits, streamed: Logits) -> dict[str, Any]:
         "decoded_tokens": sum(map(len, streamed.decoded)),
         "decoded_identical": same(stock.decoded, streamed.decoded),
         "prompts_difference": max(map(relative_difference, stock.whole, streamed.whole)),
-        "prompts_bound": prefill_bound(streamed.dtype),
+        "prompts_bound": prefill_bound(dtype),
     }
 
 

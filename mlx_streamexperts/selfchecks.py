@@ -21,7 +21,7 @@ from .bank import Bank, SlotTensor, byte_view, in_place_fault
 from .checkpoint import read_checkpoint
 from .config import StreamConfig, format_size
 from .demo import demo_model
-from .exactness import load_stock, load_streamed, random_tokens, resize
+from .exactness import load_streamed, random_tokens
 from .files import ShardFiles, direct_works
 from .patching import plan
 from .random_model import write_random_model
@@ -211,17 +211,14 @@ class Lab:
 
     def prefill(self, model: str, config: StreamConfig) -> Outcome:
         """A prompt with few experts resident: identical on the CPU, else within the bound."""
-        prompt = mx.array(random_tokens(EFFORT.prompt, seed=1))[None]
-        expected = load_stock(self.folder(model))(prompt)
-        streamed, s = load_streamed(self.folder(model), config)
-        with s:
-            resize(s, 0.25)
-            apart = exactness.prefill_difference(expected, streamed(prompt))
-            waves = s.stats().waves
-        bound = exactness.prefill_bound(expected.dtype)
-        what = f"logits of {EFFORT.prompt} tokens, in {waves + len(s.layers)} waves of experts, "
-        differ = f"differ by {apart:.1e} of the largest, {bound:g} allowed"
-        return Outcome(apart <= bound, what + ("are the same bits" if apart == 0 else differ))
+        rows = exactness.prompts(self.folder(model), [EFFORT.prompt], config, [0.25])
+        (row,) = rows.values()
+        what = f"logits of {EFFORT.prompt} tokens, in {row.waves} waves of experts, "
+        differ = f"differ by {row.difference:.1e} of the largest, {row.bound:g} allowed"
+        same = row.difference == 0
+        return Outcome(
+            row.difference <= row.bound, what + ("are the same bits" if same else differ)
+        )
 
     def memory(self, config: StreamConfig) -> Outcome:
         """MLX's peak while loading, through a prompt and decoding, against the budget."""

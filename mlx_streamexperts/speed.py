@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,21 +147,28 @@ def by_prompt(
     ]
 
 
+def _in_turns(
+    run: Callable[[int], Any], sizes: Sequence[int], repeats: int
+) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    """Each size, and what came of its repeats; sizes take turns.
+
+    After an untimed turn: a device may compile kernels for a size that it had not seen.
+    """
+    turns = [[run(n) for n in sizes] for _ in range(repeats + 1)][1:]
+    return zip(sizes, zip(*turns, strict=True), strict=True)
+
+
 def first_tokens(
     model: nn.Module, text: list[int], lengths: Sequence[int], repeats: int
 ) -> list[dict[str, Any]]:
-    """Time to the first token, and decoding after it, by length of the prompt, in turns.
-
-    After an untimed turn: a device may compile kernels for a length that it had not seen.
-    """
-    turns = [[generate(model, text[:n], 8) for n in lengths] for _ in range(repeats + 1)][1:]
+    """Time to the first token, and decoding after it, by length of the prompt, in turns."""
     return [
         {
             "prompt_tokens": length,
             "seconds": summary([r.first_token for r in runs]),
             "tokens_per_s": summary([r.tokens_per_s for r in runs]),
         }
-        for length, runs in zip(lengths, zip(*turns, strict=True), strict=True)
+        for length, runs in _in_turns(lambda n: generate(model, text[:n], 8), lengths, repeats)
     ]
 
 
@@ -171,8 +178,7 @@ def batches(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Tokens/s of all sequences together, by how many there are at once, in turns.
 
-    mlx-lm's `batch_generate`; a sequence ends where the model ends its text. After an untimed turn,
-    as `first_tokens`.
+    mlx-lm's `batch_generate`; a sequence ends where the model ends its text.
     """
 
     def rate(size: int) -> float:
@@ -181,10 +187,9 @@ def batches(
         answer = batch_generate(model, tokenizer, texts, max_tokens=tokens, prefill_step_size=chunk)
         return float(answer.stats.generation_tps)
 
-    turns = [[rate(size) for size in sizes] for _ in range(repeats + 1)][1:]
     return [
         {"batch": size, "tokens_per_s": summary(rates)}
-        for size, rates in zip(sizes, zip(*turns, strict=True), strict=True)
+        for size, rates in _in_turns(rate, sizes, repeats)
     ]
 
 

@@ -7,7 +7,7 @@ the whole call would have given.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -119,7 +119,8 @@ class SplitCall:
             y = self._run_padded(rows) if self._keeps else self._run_alone(rows)
             self._parts.append((rows, y))
             return [y]
-        return [self._add(piece) for piece in self._pieces(rows)]
+        most = self._most
+        return [self._add(rows[at : at + most]) for at in range(0, len(rows), most)]
 
     def _add(self, rows: np.ndarray) -> mx.array:
         """Run these rows of a prompt, and write their results to the output."""
@@ -130,10 +131,6 @@ class SplitCall:
         self._y[mx.array(rows.astype(np.uint32))] = y
         mx.async_eval(self._y)  # nothing else holds the one before: written where it is
         return y
-
-    def _pieces(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        for first in range(0, len(rows), self._most):
-            yield rows[first : first + self._most]
 
     def joined(self) -> mx.array:
         """All parts in the call's order, [..., K, D]; together they must be all rows."""

@@ -353,9 +353,13 @@ def _quality(
         return result
     stock, _ = original_load_model(Path(folder))  # mlx-lm's own, even inside `patch`
     reference = quality.Logits.of(stock, prompts, settings.alone)
-    result["stock"] = quality.judge(stock, reference.whole, prompts, items, settings.alone)
+    result["stock"] = quality.compare(reference.whole, reference.whole, texts) | {
+        **task,
+        "task_score": quality.score(stock, items),
+    }
     result["streamed"] = quality.compare(reference.whole, own.whole, texts) | task
-    result["exactness"] = quality.exact(reference, own)
+    dtype = stock(mx.array([[0]])).dtype  # of a pass that is built, not run
+    result["exactness"] = quality.exact(reference, own, dtype)
     result["lossy"] = quality.shortcuts(
         stock, reference.whole, prompts, items, settings.alone, settings.bits
     )

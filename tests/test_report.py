@@ -14,6 +14,7 @@ from typing import Any
 
 import jsonschema
 import matplotlib.pyplot as plt
+import mlx.core as mx
 import mlx_lm.utils
 import numpy as np
 import pytest
@@ -168,14 +169,16 @@ def test_differences_from_stock_are_found() -> None:
     prompts = [SimpleNamespace(tokens=demo_tokens(12).tolist())]
     stock, _ = mlx_lm.utils.load_model(demo_model())
     right = quality.Logits.of(stock, prompts, 4)  # type: ignore[arg-type]
-    assert quality.exact(right, right) == {
+    dtype = stock(mx.array([[0]])).dtype
+    assert quality.exact(right, right, dtype) == {
         "decoded_tokens": 4,
         "decoded_identical": True,
         "prompts_difference": 0.0,
-        "prompts_bound": prefill_bound(right.dtype),
+        "prompts_bound": prefill_bound(dtype),
     }
     stock.model.norm.weight = stock.model.norm.weight * 1.01
-    wrong = quality.exact(right, quality.Logits.of(stock, prompts, 4))  # type: ignore[arg-type]
+    other = quality.Logits.of(stock, prompts, 4)  # type: ignore[arg-type]
+    wrong = quality.exact(right, other, dtype)
     assert not wrong["decoded_identical"] and 0.005 < wrong["prompts_difference"] < 0.02
 
 

@@ -55,7 +55,7 @@ def every_way(folder: Path, steps: int) -> dict[str, Any]:
 
 
 LENGTHS = (9, 48, 200)
-"""Of the prompts: rows that are not sorted, few and many for each expert."""
+"""Of the prompts: hardly enough for their rows to be sorted, and few and many for each expert."""
 
 
 def main() -> int:
@@ -73,7 +73,10 @@ def main() -> int:
         tried = models(Path(work))
         for name, folder in tried.items() if args.steps else ():
             result["decoding"][name] = rows = every_way(folder, args.steps)
-            result["prompts"][name] = whole = prompts(folder, LENGTHS)
+            result["prompts"][name] = whole = {
+                f"{length} tokens, {share:.0%}": asdict(row)
+                for (length, share), row in prompts(folder, LENGTHS).items()
+            }
             print(name, len(rows), "settings,", len(whole), "with prompts", flush=True)
         # A CPU is ten times faster in float32.
         on_cpu = mx.default_device() == mx.cpu
@@ -89,10 +92,10 @@ def main() -> int:
         if isinstance(r, dict) and not r["identical"]
     ]
     wrong += [
-        f"{model}: prompt of {row}: {apart:.1e} of the largest logit"
+        f"{model}: prompt of {row}: {r['difference']:.1e} of the largest logit"
         for model, rows in result["prompts"].items()
-        for row, (apart, bound) in rows.items()
-        if apart > bound
+        for row, r in rows.items()
+        if r["difference"] > r["bound"]
     ]
     wrong += result["schedules"]["different"]
     print("\n".join(wrong) or "as promised throughout")

@@ -22,7 +22,7 @@ def exact(r: dict[str, Any]) -> list[str]:
             lines.append(f"| {model} | none | {rows['skipped']} | | | |")
             continue
         same = sum(row["identical"] for row in rows.values())
-        apart = [x for x, _ in r.get("prompts", {}).get(model, {}).values()]
+        apart = [x["difference"] for x in r.get("prompts", {}).get(model, {}).values()]
         zero = sum(x == 0 for x in apart)
         most = f"{max(apart):.1e} of the largest logit at most" if zero < len(apart) else ""
         lines.append(f"| {model} | {len(rows)} | {same} | {len(apart)} | {zero} | {most} |")
