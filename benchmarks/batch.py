@@ -18,8 +18,6 @@ import json
 import os
 import platform as host
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,31 +26,30 @@ import mlx.nn as nn
 import mlx_lm
 import mlx_lm.utils
 import numpy as np
+from decode import prompt_tokens, repeated, timed, topics
 from mlx_lm.models.cache import make_prompt_cache
 from random_model import write_random_model
 
 from mlx_streamexperts import StreamConfig, demo_model, patch, stream
-from mlx_streamexperts.stream import is_streamed
 
 WARM_UP = 8  # untimed steps of every run
 
 
 def texts(folder: Path, sequences: int, length: int) -> np.ndarray:
     """Tokens [sequences, length]: real texts for the embedded model, else random ones."""
-    if folder == demo_model():
-        tokenizer = mlx_lm.utils.load_tokenizer(folder)
-        prompts = json.loads((folder / "prompts.json").read_text())
-        rows = [tokenizer.encode(p["prompt"]) for p in prompts]
-        rows = [(r * (length // len(r) + 1))[:length] for r in rows]
-        return np.array([rows[i % len(rows)] for i in range(sequences)])
-    vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
-    return np.random.default_rng(0).integers(0, vocab, (sequences, length))
+    if own := topics(folder):
+        return np.array([repeated(own[i % len(own)], length) for i in range(sequences)])
+    return np.array(prompt_tokens(folder, sequences * length)).reshape(sequences, length)
 
 
 def batch(model: nn.Module, tokens: np.ndarray) -> float:
     """Seconds of the timed steps of all sequences in one pass each; tokens [B, T]."""
     cache = make_prompt_cache(model)
-    return _timed(model, tokens, lambda step: mx.eval(model(mx.array(step[:, None]), cache=cache)))
+
+    def step(each: np.ndarray) -> None:
+        mx.eval(model(mx.array(each[:, None]), cache=cache))
+
+    return timed(model, tokens.T, WARM_UP, step)
 
 
 def in_turns(model: nn.Module, tokens: np.ndarray) -> float:
@@ -63,17 +60,44 @@ def in_turns(model: nn.Module, tokens: np.ndarray) -> float:
         for token, cache in zip(each.tolist(), caches, strict=True):
             mx.eval(model(mx.array([[token]]), cache=cache))
 
-    return _timed(model, tokens, step)
+    return timed(model, tokens.T, WARM_UP, step)
 
 
-def _timed(model: nn.Module, tokens: np.ndarray, run: Callable[[np.ndarray], None]) -> float:
-    for t in range(tokens.shape[1]):
-        if t == WARM_UP:
-            if is_streamed(model):
-                stream(model).reset()
-            start = time.perf_counter()
-        run(tokens[:, t])
-    return time.perf_counter() - start
+WAYS = {"batch": batch, "in turns": in_turns}
+
+
+def measure(
+    stock: nn.Module, model: nn.Module, tokens: np.ndarray, way: str, rounds: int
+) -> dict[str, Any]:
+    """Rounds of both models in turns, one way; tokens [B, T]."""
+    run, s, count = WAYS[way], stream(model), len(tokens) * (tokens.shape[1] - WARM_UP)
+    run(model, tokens)
+    rates: dict[str, list[float]] = {"stock": [], "streamed": []}
+    for _ in range(rounds):
+        for name, who in (("stock", stock), ("streamed", model)):
+            rates[name].append(count / run(who, tokens))
+    ratios = [a / b for a, b in zip(rates["streamed"], rates["stock"], strict=True)]
+    stats = s.stats()
+    used = stats.cache.hits + stats.cache.prefetched + stats.cache.misses
+    return {
+        "tokens_per_s": statistics.median(rates["streamed"]),
+        "stock_tokens_per_s": statistics.median(rates["stock"]),
+        "of_stock": statistics.median(ratios),
+        "spread": [min(ratios), max(ratios)],
+        "experts_a_token": used / count / len(s.layers),
+        "hit_rate": stats.cache.hit_rate,
+        "read_bytes_per_token": stats.read.bytes / count,
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row in words."""
+    low, high = row["spread"]
+    return (
+        f"{row['tokens_per_s']:7.2f} tok/s, {row['of_stock']:.2f} ({low:.2f} to {high:.2f}) of "
+        f"stock's {row['stock_tokens_per_s']:.2f}; {row['experts_a_token']:.2f} experts a token "
+        f"and layer, hits {row['hit_rate']:.0%}, {row['read_bytes_per_token'] / 1e6:.2f} MB a token"
+    )
 
 
 def main() -> None:
@@ -102,37 +126,10 @@ def main() -> None:
             s.resize(int(share * s.plan.experts))
             for size in map(int, args.sizes.split(",")):
                 tokens = texts(folder, size, WARM_UP + args.tokens)
-                for way, run in (("batch", batch), ("in turns", in_turns)):
-                    if size == 1 and way == "in turns":
-                        continue
-                    run(model, tokens)
-                    rates: dict[str, list[float]] = {"stock": [], "streamed": []}
-                    for _ in range(args.rounds):
-                        for name, who in (("stock", stock), ("streamed", model)):
-                            rates[name].append(size * args.tokens / run(who, tokens))
-                    ratios = [a / b for a, b in zip(rates["streamed"], rates["stock"], strict=True)]
-                    stats = s.stats()
-                    count = size * args.tokens
-                    row = {
-                        "tokens_per_s": statistics.median(rates["streamed"]),
-                        "stock_tokens_per_s": statistics.median(rates["stock"]),
-                        "of_stock": statistics.median(ratios),
-                        "spread": [min(ratios), max(ratios)],
-                        "experts_a_token": (
-                            stats.cache.hits + stats.cache.prefetched + stats.cache.misses
-                        ) / count / len(s.layers),
-                        "hit_rate": stats.cache.hit_rate,
-                        "read_bytes_per_token": stats.read.bytes / count,
-                    }  # fmt: skip
+                for way in WAYS if size > 1 else ["batch"]:
+                    row = measure(stock, model, tokens, way, args.rounds)
                     rows[f"{share:.0%} resident, {size} {way}"] = row
-                    print(
-                        f"{share:.0%} {size} {way:8s} {row['tokens_per_s']:7.2f} tok/s, "
-                        f"{row['of_stock']:.2f} ({min(ratios):.2f} to {max(ratios):.2f}) of stock's"
-                        f" {row['stock_tokens_per_s']:.2f}; {row['experts_a_token']:.2f} experts a "
-                        f"token and layer, hits {row['hit_rate']:.0%}, "
-                        f"{row['read_bytes_per_token'] / 1e6:.2f} MB a token",
-                        flush=True,
-                    )
+                    print(f"{share:.0%} {size} {way:8s} {line(row)}", flush=True)
     report = {
         "machine": f"{host.machine()}, {os.cpu_count()} cores, {mx.default_device()}",
         "mlx": mx.__version__, "mlx_lm": mlx_lm.__version__, "model": folder.name,

@@ -31,9 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx_lm.utils
-import numpy as np
 from compare_report import markdown
+from decode import prompt_tokens
 from random_model import write_random_model
 
 from mlx_streamexperts import demo_model
@@ -107,18 +106,6 @@ def checkpoint(work: Path, name: str) -> Path:
     if name == "float32":
         return write_random_model(work / "models" / "float32", layers=4)
     return Path(name)
-
-
-def given_tokens(folder: Path, count: int) -> list[int]:
-    """Real text for the embedded model, random tokens where nothing was learned."""
-    prompts = folder / "prompts.json"
-    if prompts.exists():
-        tokenizer = mlx_lm.utils.load_tokenizer(folder)
-        texts = json.loads(prompts.read_text())
-        tokens = [t for p in texts for t in tokenizer.encode(p["prompt"])]
-        return (tokens * (count // len(tokens) + 1))[:count]
-    vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
-    return np.random.default_rng(0).integers(0, vocab, count).tolist()
 
 
 def expert_layout(folder: Path) -> tuple[int, int, int]:
@@ -208,7 +195,7 @@ def compare_model(args: argparse.Namespace, name: str, report: dict[str, Any]) -
     start = max(done, default=-1) + 1
     for round_number in range(start, start + args.repeats):
         for prompt_length in args.prompts:
-            tokens = given_tokens(folder, prompt_length + args.decode)
+            tokens = prompt_tokens(folder, prompt_length + args.decode)
             for state in args.states:
                 for share in args.shares:
                     slots = max(top_k, round(share * experts))

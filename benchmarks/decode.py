@@ -19,6 +19,7 @@ import os
 import platform as host
 import statistics
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,27 +39,45 @@ from mlx_streamexperts.stream import is_streamed
 from mlx_streamexperts.throttle import Throttle
 
 
+def topics(folder: Path) -> list[list[int]]:
+    """Tokens of the embedded model's texts, or of a copy's; none where nothing was learned."""
+    prompts = folder / "prompts.json"
+    if not prompts.exists():
+        return []
+    tokenizer = mlx_lm.utils.load_tokenizer(folder)
+    return [tokenizer.encode(p["prompt"]) for p in json.loads(prompts.read_text())]
+
+
+def repeated(tokens: list[int], count: int) -> list[int]:
+    """So many of them, again from the first where there are too few."""
+    return (tokens * (count // len(tokens) + 1))[:count]
+
+
 def prompt_tokens(folder: Path, count: int) -> list[int]:
     """Real text for the embedded model, random tokens where nothing was learned."""
-    if folder == demo_model():
-        tokenizer = mlx_lm.utils.load_tokenizer(folder)
-        prompts = json.loads((folder / "prompts.json").read_text())
-        tokens = [t for p in prompts for t in tokenizer.encode(p["prompt"])]
-        return (tokens * (count // len(tokens) + 1))[:count]
+    if texts := topics(folder):
+        return repeated([t for text in texts for t in text], count)
     vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
     return np.random.default_rng(0).integers(0, vocab, count).tolist()
+
+
+def timed(
+    model: nn.Module, steps: Iterable[Any], warm_up: int, run: Callable[[Any], None]
+) -> float:
+    """Seconds of running the steps after the first `warm_up`, from where a stream counts anew."""
+    for i, step in enumerate(steps):
+        if i == warm_up:
+            if is_streamed(model):
+                stream(model).reset()
+            start = time.perf_counter()
+        run(step)
+    return time.perf_counter() - start
 
 
 def decode(model: nn.Module, tokens: list[int], warm_up: int) -> float:
     """Seconds for one-token steps over `tokens` after `warm_up` of them."""
     cache = make_prompt_cache(model)
-    for i, t in enumerate(tokens):
-        if i == warm_up:
-            if is_streamed(model):
-                stream(model).reset()
-            start = time.perf_counter()
-        mx.eval(model(mx.array([[t]]), cache=cache))
-    return time.perf_counter() - start
+    return timed(model, tokens, warm_up, lambda t: mx.eval(model(mx.array([[t]]), cache=cache)))
 
 
 read_into = platform.read_into
