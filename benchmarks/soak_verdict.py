@@ -1,9 +1,8 @@
 """What a soak's record says: figures, and each of the promises as a sentence, kept or broken.
 
-Nothing here knows how the record was made. Memory in use, MLX's and malloc's beside it, is flat
-where it grew by less than `MOST_GROWTH` after the first sixth, or by no more than its own noise
-would give in 19 of 20 runs. Resident memory is that and what malloc keeps for later, which in three
-hours crept up by 0.7 to 2.4 % each: it may by `MOST_KEPT`. Minutes are
+Nothing here knows how the record was made. Memory is flat where it grew by less than `MOST_GROWTH`
+after the first sixth, or by no more than its own noise would give in 19 of 20 runs. Resident memory
+is what is in use, MLX's and malloc's beside it, and what malloc keeps for later. Minutes are
 taken together in ten blocks for that: each is like the one before (memory goes up and down over ten
 minutes), and taken for independent they made a dip at the middle of an hour look like growth after
 it. Latency drifts where the server's processor time per token did by more than `MOST_DRIFT`, since
@@ -16,13 +15,12 @@ from statistics import mean, median
 from typing import Any
 
 MOST_GROWTH = 0.01
-MOST_KEPT = 0.05
 MOST_DRIFT = 0.10
 BLOCKS = 10
 _MEMORY = {
-    "beside": ("malloc's memory in use beside MLX's", MOST_GROWTH),
-    "active": ("MLX's memory", MOST_GROWTH),
-    "resident": ("resident memory", MOST_KEPT),
+    "resident": "resident memory",
+    "beside": "malloc's memory in use beside MLX's",
+    "active": "MLX's memory",
 }
 NOISE = 2.31  # standard errors: Student's t of BLOCKS - 2 degrees of freedom, 95 %, two-sided
 
@@ -37,15 +35,15 @@ def slope(values: list[float]) -> tuple[float, float]:
     return rise, (off / (steps - 2) / spread) ** 0.5 if steps > 2 else float("inf")
 
 
-def growth(rows: list[dict[str, Any]], key: str, most: float = MOST_GROWTH) -> dict[str, Any]:
-    """How a figure of bytes grew after the first sixth of the rows; `most` of it is flat still."""
+def growth(rows: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    """How a figure of bytes grew after the first sixth of the rows."""
     values = [float(r[key]) for r in rows[len(rows) // 6 :]]
     size = max(1, len(values) // BLOCKS)
     first = len(values) % size
     blocks = [mean(values[i : i + size]) for i in range(first, len(values), size)]
     rise, error = (x / size for x in slope(blocks))
     grown = rise * (len(values) - 1)
-    flat = grown < most * mean(values) or rise < NOISE * error
+    flat = grown < MOST_GROWTH * mean(values) or rise < NOISE * error
     return {
         "bytes_per_hour": round(60 * rise), "error": round(60 * error), "flat": flat,
         "least": min(values), "most": max(values),
@@ -67,7 +65,7 @@ def verdict(record: dict[str, Any]) -> dict[str, Any]:
     """Figures, `words`, and whether all promises were kept (`kept`)."""
     rows, start, end = record["rows"], record["start"], record["end"]
     measured = [k for k in _MEMORY if rows and rows[0].get(k) is not None and len(rows) > 5]
-    memory = {k: growth(rows, k, _MEMORY[k][1]) for k in measured}
+    memory = {k: growth(rows, k) for k in measured}
     latency = {
         k: drift(rows, k)
         for k in ("first_token_s", "tokens_per_s", "cpu_ms_per_token", "yardstick_ms")
@@ -87,7 +85,7 @@ def verdict(record: dict[str, Any]) -> dict[str, Any]:
         *(
             (
                 m["flat"],
-                f"{_MEMORY[k][0]} grew by {m['bytes_per_hour'] / 1e6:+.2f} MB an hour after the "
+                f"{_MEMORY[k]} grew by {m['bytes_per_hour'] / 1e6:+.2f} MB an hour after the "
                 f"first sixth (standard error {m['error'] / 1e6:.2f}; {m['least'] / 1e6:.1f} to "
                 f"{m['most'] / 1e6:.1f} MB)",
             )

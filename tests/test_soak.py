@@ -112,9 +112,10 @@ def test_the_verdict() -> None:
     noise = random.Random(1)
     flat = [row(resident=150e6 + noise.gauss(0, 2e6)) for _ in range(60)]
     assert verdict(record(flat))["kept"]
+    swells = [row(resident=150e6 + n * 1e5) for n in range(60)]
+    assert growth(swells, "resident")["bytes_per_hour"] == pytest.approx(6e6)
     leaks = [row(beside=26e6 + n * 1e4) for n in range(60)]
     assert growth(leaks, "beside")["bytes_per_hour"] == pytest.approx(6e5)
-    swells = [row(resident=150e6 + n * 2e5) for n in range(60)]
     untold = [row(beside=None) for _ in range(60)]  # no glibc
     assert verdict(record(untold))["kept"]
     slower = [row(cpu_ms_per_token=50 + n / 5) for n in range(60)]
