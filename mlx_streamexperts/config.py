@@ -117,6 +117,12 @@ class StreamConfig:
         "layer's router. auto: on a GPU, in each layer while it is measured to pay; on: always",
         choices=("auto", "on", "off"),
     )
+    cores: int | None = _option(
+        None,
+        "processor cores that a call's experts are computed on, on MLX's CPU backend. Default: all "
+        "that this process may use. A GPU shares its work out itself",
+        type=int,
+    )
     context_tokens: int = _option(
         4096, "tokens of KV cache that --memory leaves room for (prompt and reply together)"
     )
@@ -172,7 +178,7 @@ class StreamConfig:
                 raise StreamError(f"{f.name}={value!r}: choose one of {', '.join(choices)}")
         if self.verify_reads and self.store is None:
             raise StreamError("verify_reads needs a store: a checkpoint has no checksums")
-        for name in ("threads", "prefetch_depth", "context_tokens", "prefill_tokens"):
+        for name in ("threads", "prefetch_depth", "cores", "context_tokens", "prefill_tokens"):
             if (count := getattr(self, name)) is not None and count < 1:
                 raise StreamError(f"{name} must be at least 1")
         for name in ("memory", "cache", "read_size", "reserve"):

@@ -22,6 +22,7 @@ import numpy as np
 from .cache import ExpertCache
 from .callers import Callers
 from .errors import StreamError
+from .lanes import Lanes
 from .prefetch import Heard, Lookahead, Precision, asking
 from .reader import ExpertReader
 from .slots import Arrivals, ExpertSlots, ExpertTensor
@@ -52,12 +53,14 @@ class LayerStats:
         calls: forward calls that had to ask which experts are wanted.
         waves: extra passes of calls that needed more experts than there are slots.
         overlapped: calls that ran resident experts while missing ones were read.
+        left_out: calls of prompt passes that nobody wanted this layer's output of.
         seconds: the caller's time by phase; see `timeline.py`.
     """
 
     calls: int = 0
     waves: int = 0
     overlapped: int = 0
+    left_out: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
 
@@ -107,6 +110,7 @@ class ExpertLayer:
         lacked: one of them was not there when the layer was asked.
         closed, why_closed: calls raise `StreamError`, and what that says.
         calling: a call has the lock (or had, and raised): no time for guesses.
+        aside: the thread whose present pass does without this layer's output, or None.
     """
 
     def __init__(
@@ -127,8 +131,10 @@ class ExpertLayer:
         self.lacked = False
         self.closed, self.why_closed = True, _CLOSED
         self.calling = False  # a call has the lock, or was interrupted
+        self.aside: int | None = None
         self._pace = Pace(Trial(WAYS, WAYS[0]))
         self._rows = RowRule.of(switch)
+        self._lanes = Lanes(1)
         self.lock = threading.RLock()
         self._callers = Callers()
 
@@ -144,6 +150,7 @@ class ExpertLayer:
         policy: str,
         pace: Pace,
         callers: Callers,
+        lanes: Lanes,
         in_place: bool,
     ) -> None:
         """Allocate `slots` slots, all empty, and be ready for calls.
@@ -152,11 +159,12 @@ class ExpertLayer:
             slots: experts that fit.
             pace: decides how calls overlap with reads, for all layers that are alike.
             callers: which threads call the model, for all of its layers.
+            lanes: compute its calls.
         """
         with self.lock:
             self.closed, self.resident = True, False  # until all is there
             self.why_closed = "a change of its cache was interrupted; call resize again"
-            self._pace, self._callers = pace, callers
+            self._pace, self._callers, self._lanes = pace, callers, lanes
             self.slots.open(slots, reader, policy, in_place)
             self.closed = False
 
@@ -215,10 +223,14 @@ class ExpertLayer:
                 if self.resident:
                     if (record := self.record) is not None:
                         record(np.array(indices))
-                    return self.switch(x, indices)
+                    return self._run(x, indices)
         if self.closed:
             with self.lock:  # unless another thread is just opening it
                 self._check_open()
+        if self.aside == threading.get_ident() and self.record is None:
+            self.stats.left_out += 1
+            y = self.switch(x, mx.zeros(indices.shape, mx.uint32))  # [..., K, D], never evaluated
+            return mx.full(y.shape, mx.nan, y.dtype)
         run_ahead = self.run_ahead
         if run_ahead is not None and run_ahead.thread == threading.get_ident():
             return run_ahead.through(self, x, indices)
@@ -259,6 +271,7 @@ class ExpertLayer:
                     guesses.read_ahead()
                 self.spent("map", began)
                 y = self._at_once(x, experts, needed, arrivals)
+                mx.async_eval(y)  # the device works while the caller builds what follows
                 if self.awaited is not None:
                     self.awaited.arrived()
             y = self.slots.bank.reading(y, eager=self._callers.shared)
@@ -334,13 +347,16 @@ class ExpertLayer:
             split.run(np.arange(experts.size))
             y = split.joined()
         else:
-            y = self.switch(x, mx.array(self.cache.slot_of[experts].astype(np.uint32)))
+            y = self._run(x, mx.array(self.cache.slot_of[experts].astype(np.uint32)))
         self.spent("build", start)
         return y
 
+    def _run(self, x: mx.array, slots: mx.array) -> mx.array:
+        return self._lanes.run(self.switch, x, slots, self.expert_bytes)
+
     def _split(self, x: mx.array, experts: np.ndarray) -> SplitCall:
         cache = self.cache
-        return SplitCall(self.switch, x, experts, cache.slot_of, cache.slots, self._rows)
+        return SplitCall(self._run, x, experts, cache.slot_of, cache.slots, self._rows)
 
     def _in_waves(self, x: mx.array, experts: np.ndarray, needed: list[int]) -> mx.array:
         """More experts than slots: they pass through, each read once.

@@ -24,6 +24,7 @@ import mlx_lm.utils
 from .accounts import alive, held
 from .checkpoint import read_header
 from .config import StreamConfig
+from .discarded import PromptPasses
 from .errors import RankError, StreamError, UnsupportedModelError
 from .guards import GUARDS
 from .hub import had, headers_only
@@ -277,8 +278,12 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
             wait_on_host(model, located.stage)
             expert_stream.stage = located.stage
         attach(model, expert_stream)
-        if expert_stream.run_ahead is not None:
-            intercept_passes(model, expert_stream.run_ahead.step)
+        run_ahead = expert_stream.run_ahead
+        step = None if run_ahead is None else run_ahead.step
+        if located.stage is None:
+            step = PromptPasses(located.layers[-1], step).step
+        if step is not None:
+            intercept_passes(model, step)
         self.streams.append(expert_stream)
         return expert_stream
 

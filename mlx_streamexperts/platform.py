@@ -226,3 +226,10 @@ def _vm_stat() -> dict[str, int]:
         if name.startswith("Pages ") and count.strip().rstrip(".").isdigit():
             pages[name.removeprefix("Pages ")] = int(count.strip().rstrip("."))
     return pages
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -6,6 +6,7 @@ Pure functions: what lies side by side in a file is read at once, what is long i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 
@@ -33,30 +34,29 @@ def merge(ranges: Sequence[ByteRange], read_bytes: int) -> list[list[ByteRange]]
     Experts come in the order given, so that the first is complete long before the last.
     """
     runs: list[list[ByteRange]] = []
-    length = 0
-    for whole in sorted(ranges, key=lambda r: (r.file, r.offset)):
-        for r in _split(whole, read_bytes):
-            last = runs[-1][-1] if runs else None
-            if (
-                last is not None
-                and last.file == r.file
-                and last.offset + len(last.into) == r.offset
-                and length + len(r.into) <= read_bytes
-            ):
+    length = end = 0
+    file = ""
+    for whole in sorted(ranges, key=_place_on_disk):
+        size = len(whole.into)
+        for r in (whole,) if 0 < size <= read_bytes else _split(whole, read_bytes):
+            size = len(r.into)
+            if r.offset == end and r.file == file and length + size <= read_bytes:
                 runs[-1].append(r)
-                length += len(r.into)
+                length += size
             else:
                 runs.append([r])
-                length = len(r.into)
+                length, file = size, r.file
+            end = r.offset + size
     place: dict[int, int] = {}
     for r in ranges:
         place.setdefault(r.expert, len(place))
-    return sorted(runs, key=lambda run: min(place[r.expert] for r in run))
+    return sorted(runs, key=lambda run: min([place[r.expert] for r in run]))
+
+
+_place_on_disk = itemgetter(0, 1)  # file and offset
 
 
 def _split(r: ByteRange, read_bytes: int) -> list[ByteRange]:
-    if len(r.into) <= read_bytes:
-        return [r] if len(r.into) else []
     return [
         r._replace(offset=r.offset + i, into=r.into[i : i + read_bytes])
         for i in range(0, len(r.into), read_bytes)

@@ -33,6 +33,11 @@ _SMALL_READ_BYTES = 128 << 10
 # The waiting thread reads too while reads are shorter than this.
 _HELP_SECONDS = 300e-6
 
+# It reads all of them where one takes less than this: threads that are woken for 5 us of copying
+# stand in each other's way. Embedded model, 25 % resident, warm: 47.0 -> 50.2 tokens/s.
+_QUICK_SECONDS = 40e-6
+_QUICK_BYTES = 1 << 20
+
 OnRead = Callable[[Sequence[ByteRange], int, float, float, float], None]
 """Told of each read: ranges, priority, when it was queued, begun and ended (perf_counter)."""
 
@@ -86,7 +91,7 @@ class ExpertReader:
         self._order = 0
         self._taken: dict[int, Job] = {}  # reads under way, by thread
         self._speculating = 0  # speculative reads under way
-        self._job_seconds = 0.0  # moving average of one read
+        self._job_seconds, self._read_seconds = 0.0, _QUICK_SECONDS  # moving averages: job, read
         self.on_read: OnRead | None = None  # called after each read while a timeline is taken
         self._lock = threading.Lock()
         self._work: SimpleQueue[None] = SimpleQueue()  # one for each job, taken by whom it wakes
@@ -112,8 +117,8 @@ class ExpertReader:
         """
         runs = merge(ranges, self._read_bytes)
         # Handing out a small read costs as much as the read: then no more portions than threads.
-        each = 1
-        if sum(len(r.into) for r in ranges) < _SMALL_READ_BYTES * len(runs):
+        each, total = 1, sum([len(r.into) for r in ranges])
+        if total < _SMALL_READ_BYTES * len(runs):
             each = -(-len(runs) // max(8, len(self._threads)))
         jobs = [Job(runs[i : i + each], priority) for i in range(0, len(runs), each)]
         ticket = Ticket(self, jobs)
@@ -125,9 +130,21 @@ class ExpertReader:
                 job.ticket, job.behind = ticket, behind
                 self._order += 1
                 heapq.heappush(self._queue, (priority, self._order, job))
-        for _ in jobs:
-            self._work.put(None)
+        if priority == DEMAND and total < _QUICK_BYTES and self.quick:
+            ticket.unheard = len(jobs)
+        else:
+            self.rouse(len(jobs))
         return ticket
+
+    @property
+    def quick(self) -> bool:
+        """Are reads so short that waking a thread for one takes longer?"""
+        return self._read_seconds < _QUICK_SECONDS
+
+    def rouse(self, jobs: int) -> None:
+        """Wake threads for so many queued reads."""
+        for _ in range(jobs):
+            self._work.put(None)
 
     def cancel(self, ticket: Ticket) -> None:
         """Take the ticket's queued reads back and wait for those under way.
@@ -307,6 +324,7 @@ class ExpertReader:
         with self._lock:
             self._speculating -= speculative
             self._job_seconds += 0.05 * (seconds - self._job_seconds)
+            self._read_seconds += 0.05 * (seconds / len(job.runs) - self._read_seconds)
             self.stats.read_seconds += seconds
             self.stats.reads += reads
             self.stats.bytes += nbytes

@@ -7,7 +7,7 @@ the whole call would have given.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -66,7 +66,7 @@ class SplitCall:
     """One call `switch(x, indices)`, run part by part.
 
     Args:
-        switch: mlx-lm's module over slots.
+        switch: mlx-lm's module over slots, or what runs it.
         x: [..., D] tokens.
         experts: int [..., K], the chosen experts.
         slot_of: int32 [experts], where each expert is; looked at when a part runs.
@@ -77,7 +77,7 @@ class SplitCall:
 
     def __init__(
         self,
-        switch: nn.Module,
+        switch: Callable[[mx.array, mx.array], mx.array],
         x: mx.array,
         experts: np.ndarray,
         slot_of: np.ndarray,

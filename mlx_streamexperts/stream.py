@@ -24,6 +24,7 @@ from .config import StreamConfig, parse_size
 from .errors import CheckpointError, StreamError, UnsupportedModelError
 from .files import direct_works
 from .hotset import read_hot_set, read_in, save_hot_set
+from .lanes import Lanes
 from .layer import WAYS, ExpertLayer
 from .pipeline import Stage
 from .planner import Plan, check_resize, experts_per_token
@@ -90,6 +91,7 @@ class ExpertStream(Closing):
         self._changing = threading.RLock()  # one change of the cache at a time, closing included
         _alive.add(self)
         self._callers = Callers(self._settle)
+        self._lanes = Lanes(config.cores)
         self._paces: dict[int, Pace] = {}  # by the size of an expert
         # Freed buffers that MLX keeps for reuse are memory too, inside the work space. A prompt's
         # differ in size from call to call and are seldom of use again. Were all of the work space
@@ -298,7 +300,9 @@ class ExpertStream(Closing):
         small = layer.expert_bytes < SMALL_EXPERT_BYTES
         likely = "halves" if small and len(ways) > 1 else ways[-1]
         pace = self._paces.setdefault(layer.expert_bytes, Pace(Trial(ways, likely)))
-        layer.open(slots, self._reader, self.config.policy, pace, self._callers, self.in_place)
+        layer.open(
+            slots, self._reader, self.config.policy, pace, self._callers, self._lanes, self.in_place
+        )
 
     def _make_run_ahead(self) -> RunAhead | None:
         """None where it cannot be, or where the host is the device and waits for nobody."""

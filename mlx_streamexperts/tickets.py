@@ -51,6 +51,7 @@ class Ticket:
             for expert in job.experts:
                 self._reads_left.setdefault(expert, set()).add(job)
         self._wake = Wake()  # set when an expert's last read ends
+        self.unheard = 0  # queued reads that no thread was woken for: who waits does them
         self.error: ExpertReadError | None = None  # the first
         self.errors: dict[int, ExpertReadError] = {}  # by expert
         self.failed: set[tuple[str, int]] = set()  # (layer, expert)
@@ -72,8 +73,7 @@ class Ticket:
         if self._left:
             start = time.perf_counter()
             while self._left:
-                if not self._reader.help():
-                    self._stand_still()
+                self._help()
             self._wake.set()  # somebody else may wait too
             self._reader.stats.wait_seconds += time.perf_counter() - start
         if self.error is not None:
@@ -90,8 +90,7 @@ class Ticket:
         """
         start = time.perf_counter()
         while not (got := [e for e in experts if e not in self._reads_left]):
-            if not self._reader.help():
-                self._stand_still()
+            self._help()
         self._reader.stats.wait_seconds += time.perf_counter() - start
         for expert in got:
             if expert in self.errors:
@@ -99,7 +98,20 @@ class Ticket:
                 raise self.errors[expert]
         return got
 
+    def _help(self) -> None:
+        """Run a queued read, or stand still until one has ended."""
+        if self.unheard and not self._reader.quick:
+            self._rouse()
+        if not self._reader.help():
+            self._stand_still()
+
+    def _rouse(self) -> None:
+        jobs, self.unheard = self.unheard, 0
+        self._reader.rouse(jobs)
+
     def _stand_still(self) -> None:
+        if self.unheard:
+            self._rouse()
         start = time.perf_counter()
         self._wake.wait()
         if time.perf_counter() - start >= _LOOK_SECONDS:

@@ -18,8 +18,9 @@ import pytest
 from conftest import QUIET, all_experts, assert_same, demo_tokens, load_streamed, smallest_cache
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_streamexperts import StreamConfig, demo_model, stream
+from mlx_streamexperts import StreamConfig, demo_model, lanes, stream
 from mlx_streamexperts.exactness import prefill_bound, prefill_difference
+from mlx_streamexperts.lanes import Lanes
 from mlx_streamexperts.layer import ExpertLayer
 from mlx_streamexperts.locate import locate
 from mlx_streamexperts.split import RowRule
@@ -32,6 +33,13 @@ OTHERS = tuple(f for f in families.FAMILIES if f not in HEADLINE)
 ON_CPU = mx.default_device() == mx.cpu
 # From 64 (token, expert) rows on mlx-lm sorts them: short prompts stay below on a GPU.
 PREFILL = 24 if ON_CPU else 7
+
+
+@pytest.fixture(autouse=True)
+def divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU every call is shared out over three cores, however small it is."""
+    monkeypatch.setattr(lanes, "usable_cores", lambda: 3)
+    monkeypatch.setattr(lanes, "_LEAST_BYTES", 1)
 
 
 def assert_prefill(expected: mx.array, got: mx.array, what: str) -> None:
@@ -207,7 +215,7 @@ def rows_of_calls(layers: Sequence[ExpertLayer], rule: RowRule) -> list[int]:
     """Have layers follow a rule, and note how many rows each of their kernel calls has."""
     rows: list[int] = []
     for layer in layers:
-        layer._rows = rule
+        layer._rows, layer._lanes = rule, Lanes(1)  # as on a GPU
 
         def counted(
             x: mx.array, slots: mx.array, run: Callable[..., mx.array] = layer.switch

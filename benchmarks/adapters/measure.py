@@ -48,13 +48,22 @@ class Session:
         self.kv = make_prompt_cache(model)
 
     def prefill(self, tokens: list[int]) -> mx.array:
-        """Logits [V] after the prompt, evaluated."""
-        for first in range(0, len(tokens) - 1, PREFILL_CHUNK):
-            chunk = tokens[first : min(first + PREFILL_CHUNK, len(tokens) - 1)]
-            self.model(mx.array([chunk]), cache=self.kv)
-            mx.eval([c.state for c in self.kv])
-            mx.clear_cache()
-        return self.step(tokens[-1])
+        """Logits [V] after the prompt, evaluated, by mlx-lm's own code."""
+        from mlx_lm.generate import generate_step
+
+        seen: list[mx.array] = []
+
+        def note(_: mx.array, logits: mx.array) -> mx.array:
+            seen.append(logits)
+            return logits
+
+        steps = generate_step(
+            mx.array(tokens), self.model, max_tokens=0, prompt_cache=self.kv,
+            prefill_step_size=PREFILL_CHUNK, logits_processors=[note],
+        )  # fmt: skip
+        list(steps)  # none: the prompt alone is run
+        mx.eval(seen[-1])
+        return seen[-1][0]
 
     def step(self, token: int) -> mx.array:
         """Logits [V] after one more token, evaluated."""
