@@ -50,6 +50,8 @@ class PromptPasses:
             rows: tokens of the call.
             caches: the caches that it changes, or None.
         """
+        if self._last.aside == threading.get_ident():
+            self._last.aside = None  # Ctrl-C came before a pass could say that it was over
         if self._usable and caches and rows > 1 and is_dropped(sys._getframe(2)):
             if self._tried:
                 return self._without_last(call)
@@ -65,8 +67,8 @@ class PromptPasses:
         return call() if self._step is None else self._step(call, rows, caches)
 
     def _without_last(self, call: Callable[[], Any]) -> Any:
-        self._last.aside = threading.get_ident()
         try:
+            self._last.aside = threading.get_ident()
             return call()
         finally:
             self._last.aside = None

@@ -136,6 +136,16 @@ def test_where_a_cache_depends_on_the_layer_it_takes_part(
             b.trim(40)
 
 
+def test_an_interrupted_pass_leaves_nothing_out_of_the_next(
+    models: tuple[nn.Module, nn.Module],
+) -> None:
+    stock, model = models
+    last = stream(model).layers[-1]
+    last.aside = threading.get_ident()  # Ctrl-C within `finally`
+    assert mx.array_equal(stock(PROMPT[None]), model(PROMPT[None]))
+    assert last.aside is None and last.stats.left_out == 0
+
+
 CALLERS = """
 def dropped(f):
     f()
