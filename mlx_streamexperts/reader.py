@@ -324,7 +324,7 @@ class ExpertReader:
         with self._lock:
             self._speculating -= speculative
             self._job_seconds += 0.05 * (seconds - self._job_seconds)
-            self._read_seconds += 0.05 * (seconds / len(job.runs) - self._read_seconds)
+            self._read_seconds += 0.05 * (seconds / max(1, reads) - self._read_seconds)
             self.stats.read_seconds += seconds
             self.stats.reads += reads
             self.stats.bytes += nbytes

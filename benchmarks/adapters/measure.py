@@ -147,6 +147,12 @@ def status_bytes(field: str) -> int:
     return next((int(x.split()[1]) << 10 for x in text.splitlines() if x.startswith(field)), 0)
 
 
+def peak_rss_bytes() -> int:
+    """The most memory that this process has had resident."""
+    # On Linux ru_maxrss begins with what the process that started this one had at its peak.
+    return status_bytes("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def storage_bytes() -> int:
     """Bytes that this process has had read from the drive, faults on mapped files included."""
     try:
@@ -194,7 +200,6 @@ def run(job: dict[str, Any], open_session: Callable[[dict[str, Any]], Session]) 
         decode_read += storage_bytes() - before
         outputs.append(fingerprint(logits))
         anonymous = max(anonymous, status_bytes("RssAnon"))
-    scale = 1 if sys.platform == "darwin" else 1024
     return {
         "load_seconds": load_seconds,
         "prefill_seconds": prefill_seconds,
@@ -208,7 +213,7 @@ def run(job: dict[str, Any], open_session: Callable[[dict[str, Any]], Session]) 
         "outputs": outputs,
         "slot_bytes": session.slot_bytes(),
         "peak_mlx_bytes": max(mx.get_peak_memory(), loaded_peak),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale,
+        "peak_rss_bytes": peak_rss_bytes(),
         "peak_anonymous_bytes": anonymous,
         "cached_share_at_start": cached,
         "counters": session.report(),
