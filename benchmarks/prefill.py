@@ -20,8 +20,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
+from adapters.measure import prompt_logits
 from decode import prompt_tokens
-from mlx_lm.generate import generate_step
 from random_model import write_random_model
 
 from mlx_streamexperts import StreamConfig, demo_model, patch, stream
@@ -29,18 +29,8 @@ from mlx_streamexperts import StreamConfig, demo_model, patch, stream
 
 def prefill(model: nn.Module, tokens: list[int], chunk: int) -> float:
     """Seconds until the logits after the prompt are there, by `mlx_lm.generate`'s own code."""
-    seen: list[mx.array] = []
-
-    def note(_: mx.array, logits: mx.array) -> mx.array:
-        seen.append(logits)
-        return logits
-
     start = time.perf_counter()
-    steps = generate_step(
-        mx.array(tokens), model, max_tokens=0, prefill_step_size=chunk, logits_processors=[note]
-    )
-    list(steps)  # none: the prompt alone is run
-    mx.eval(seen[-1])
+    prompt_logits(model, tokens, chunk)
     return time.perf_counter() - start
 
 

@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from .intercept import Step
 from .rewind import remember
 
 if TYPE_CHECKING:
     from .layer import ExpertLayer
-
-Step = Callable[[Callable[[], Any], int, Any], Any]
 
 
 class PromptPasses:

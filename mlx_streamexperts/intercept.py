@@ -9,6 +9,9 @@ from typing import Any
 
 import mlx.nn as nn
 
+Step = Callable[[Callable[[], Any], int, Any], Any]
+"""Runs a forward pass: the model's own pass, the tokens of the call, and its caches or None."""
+
 
 def intercept(module: nn.Module, call: Callable[..., Any]) -> None:
     """Let calls of this module, and of no other of its class, go to `call`.
@@ -25,12 +28,12 @@ def intercept(module: nn.Module, call: Callable[..., Any]) -> None:
     module.__class__ = type(kind.__name__, (kind,), own)
 
 
-def intercept_passes(model: nn.Module, step: Callable[[Callable[[], Any], int, Any], Any]) -> None:
+def intercept_passes(model: nn.Module, step: Step) -> None:
     """Let a model's forward passes go through `step`.
 
     Args:
         model: left alone unless its call takes a `cache`.
-        step: takes the model's own pass, the tokens of the call, and its caches or None.
+        step: what runs them.
     """
     kind = type(model)
     parameters = list(inspect.signature(kind.__call__).parameters)[1:]

@@ -15,7 +15,7 @@ import mlx.nn as nn
 import mlx_lm
 import mlx_lm.utils
 import pytest
-from conftest import load_streamed, smallest_cache
+from conftest import assert_same, load_streamed, smallest_cache
 from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -54,10 +54,6 @@ def logits(model: nn.Module, **options: Any) -> list[mx.array]:
     return seen
 
 
-def same(a: list[mx.array], b: list[mx.array]) -> bool:
-    return len(a) == len(b) and all(mx.array_equal(x, y) for x, y in zip(a, b, strict=True))
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -75,7 +71,7 @@ def test_generating_leaves_the_last_layer_out_of_the_prompt(
     for _ in range(2):  # the first time it is tried out
         s = stream(model)
         s.reset()
-        assert same(logits(stock, **options), logits(model, **options))
+        assert_same(logits(stock, **options), logits(model, **options), str(options))
         chunks = -(-39 // options.get("prefill_step_size", 2048))
         assert left_out(s) == [0] * (len(s.layers) - 1) + [chunks]
         assert [x.stats.calls for x in s.layers[:-1]] == [6 + chunks] * (len(s.layers) - 1)

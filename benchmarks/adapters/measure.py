@@ -48,22 +48,8 @@ class Session:
         self.kv = make_prompt_cache(model)
 
     def prefill(self, tokens: list[int]) -> mx.array:
-        """Logits [V] after the prompt, evaluated, by mlx-lm's own code."""
-        from mlx_lm.generate import generate_step
-
-        seen: list[mx.array] = []
-
-        def note(_: mx.array, logits: mx.array) -> mx.array:
-            seen.append(logits)
-            return logits
-
-        steps = generate_step(
-            mx.array(tokens), self.model, max_tokens=0, prompt_cache=self.kv,
-            prefill_step_size=PREFILL_CHUNK, logits_processors=[note],
-        )  # fmt: skip
-        list(steps)  # none: the prompt alone is run
-        mx.eval(seen[-1])
-        return seen[-1][0]
+        """Logits [V] after the prompt, evaluated."""
+        return prompt_logits(self.model, tokens, PREFILL_CHUNK, self.kv)
 
     def step(self, token: int) -> mx.array:
         """Logits [V] after one more token, evaluated."""
@@ -81,6 +67,30 @@ class Session:
     def report(self) -> dict[str, Any]:
         """The system's own counters."""
         return {}
+
+
+def prompt_logits(model: Any, tokens: list[int], chunk: int, cache: Any = None) -> mx.array:
+    """Logits [V] after a prompt, evaluated, by the code that `mlx_lm.generate` runs it with.
+
+    Args:
+        chunk: tokens of a forward pass.
+        cache: what it fills; None for one of its own.
+    """
+    from mlx_lm.generate import generate_step
+
+    seen: list[mx.array] = []
+
+    def note(_: mx.array, logits: mx.array) -> mx.array:
+        seen.append(logits)
+        return logits
+
+    steps = generate_step(
+        mx.array(tokens), model, max_tokens=0, prompt_cache=cache, prefill_step_size=chunk,
+        logits_processors=[note],
+    )  # fmt: skip
+    list(steps)  # none: the prompt alone is run
+    mx.eval(seen[-1])
+    return seen[-1][0]
 
 
 def expert_files(checkpoint: Path) -> list[Path]:
@@ -150,7 +160,8 @@ def status_bytes(field: str) -> int:
 def peak_rss_bytes() -> int:
     """The most memory that this process has had resident."""
     # On Linux ru_maxrss begins with what the process that started this one had at its peak.
-    return status_bytes("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    scale = 1 if sys.platform == "darwin" else 1024
+    return status_bytes("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 def storage_bytes() -> int:
