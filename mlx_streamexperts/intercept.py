@@ -5,15 +5,67 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
-Step = Callable[[Callable[[], Any], int, Any], Any]
-"""Runs a forward pass: the model's own pass, the tokens of the call, and its caches or None."""
+_EMBEDDINGS = "input_embeddings"
 
 
-def intercept(module: nn.Module, call: Callable[..., Any]) -> None:
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One call of a model.
+
+    Attributes:
+        model, kind: the model, and its class as mlx-lm has it.
+        names: the parameters of its call, in order.
+        given: what it was called with, by name. The first one are the tokens, [B, L].
+        sequences, tokens: B and L.
+    """
+
+    model: nn.Module
+    kind: Any
+    names: tuple[str, ...]
+    given: dict[str, Any]
+    sequences: int
+    tokens: int
+
+    def __call__(self) -> Any:
+        """Run it."""
+        return self.kind.__call__(self.model, **self.given)
+
+    @property
+    def caches(self) -> Any:
+        """The caches that it changes, one a layer; None where it was given none."""
+        return self.given.get("cache")
+
+    @property
+    def divisible(self) -> bool:
+        """Do its parts, one after the other, do what the whole does?
+
+        They do if it is told nothing but its tokens and its caches: a mask, say, is for the whole.
+        """
+        known = {self.names[0], _EMBEDDINGS, "cache"}
+        return bool(self.caches) and all(
+            value is None or name in known for name, value in self.given.items()
+        )
+
+    def part(self, begin: int, end: int) -> Pass:
+        """The pass over its tokens `begin` to `end`."""
+        given = dict(self.given)
+        for name in (self.names[0], _EMBEDDINGS):
+            if isinstance(given.get(name), mx.array):
+                given[name] = given[name][:, begin:end]
+        return Pass(self.model, self.kind, self.names, given, self.sequences, end - begin)
+
+
+Step = Callable[[Pass], Any]
+"""Runs a forward pass and returns its result."""
+
+
+def intercept(module: nn.Module, call: Callable[..., Any], method: str = "__call__") -> None:
     """Let calls of this module, and of no other of its class, go to `call`.
 
     It gets a class of its own, derived from the one it had: no wrapper, so that every path in the
@@ -22,9 +74,10 @@ def intercept(module: nn.Module, call: Callable[..., Any]) -> None:
     Args:
         module: the one.
         call: takes the module and what it is called with.
+        method: another one than calling the module.
     """
     kind: Any = type(module)
-    own = {"__call__": functools.wraps(kind.__call__)(call), "__module__": kind.__module__}
+    own = {method: functools.wraps(getattr(kind, method))(call), "__module__": kind.__module__}
     module.__class__ = type(kind.__name__, (kind,), own)
 
 
@@ -35,20 +88,23 @@ def intercept_passes(model: nn.Module, step: Step) -> None:
         model: left alone unless its call takes a `cache`.
         step: what runs them.
     """
-    kind = type(model)
-    parameters = list(inspect.signature(kind.__call__).parameters)[1:]
-    if "cache" not in parameters:
+    kind: Any = type(model)
+    signature = inspect.signature(kind.__call__)
+    names = tuple(signature.parameters)[1:]
+    if "cache" not in names:
         return
-    place = parameters.index("cache")
+    spread = {p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD}
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        tokens = kwargs.get("input_embeddings")
+        given = dict(signature.bind(self, *args, **kwargs).arguments)
+        del given[next(iter(given))]  # self
+        for name in spread:
+            given.update(given.pop(name, {}))
+        tokens = given.get(_EMBEDDINGS)
         if tokens is None:
-            tokens = args[0] if args else kwargs.get(parameters[0])
-        if tokens is None or tokens.ndim < 2:
+            tokens = given.get(names[0])
+        if not isinstance(tokens, mx.array) or tokens.ndim < 2:
             return kind.__call__(self, *args, **kwargs)
-        caches = args[place] if len(args) > place else kwargs.get("cache")
-        rows = tokens.shape[0] * tokens.shape[1]
-        return step(lambda: kind.__call__(self, *args, **kwargs), rows, caches)
+        return step(Pass(self, kind, names, given, *tokens.shape[:2]))
 
     intercept(model, call)

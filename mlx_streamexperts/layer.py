@@ -274,7 +274,9 @@ class ExpertLayer:
                 mx.async_eval(y)  # the device works while the caller builds what follows
                 if self.awaited is not None:
                     self.awaited.arrived()
-            y = self.slots.bank.reading(y, eager=self._callers.shared)
+            # A prompt's output is not kept unevaluated: it would be, of each layer.
+            eager = self._callers.shared or indices.size >= SORTED_ROWS
+            y = self.slots.bank.reading(y, eager)
             self.calling = False
         return y
 

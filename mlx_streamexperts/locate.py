@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -40,6 +41,7 @@ from .checkpoint import (
 )
 from .config import StreamConfig
 from .errors import CheckpointError, StreamError, UnsupportedModelError
+from .footprint import Footprint, copied, measure
 from .layer import ExpertLayer
 from .pipeline import Part, Stage, cut
 from .planner import Plan, Sizes, divide, text_config
@@ -51,6 +53,7 @@ from .stream import flatten, layer_needs, unwritten
 original_load_model = mlx_lm.utils.load_model
 
 SWITCHES = (SwitchGLU, SwitchMLP)
+_SCORE_COPIES = 3  # scores, the mask added, their softmax
 PROJECTIONS = (SwitchLinear, QuantizedSwitchLinear)
 
 
@@ -64,6 +67,7 @@ class Located:
         sizes: bytes of the model's parts.
         item_bytes: bytes of one activation.
         shards: the checkpoint's files.
+        whole: the model with the layers of all machines.
         stage: the decoder layers that are this rank's, where several machines share the model.
     """
 
@@ -73,6 +77,7 @@ class Located:
     sizes: Sizes
     item_bytes: int
     shards: list[Path]
+    whole: nn.Module
     stage: Stage | None = None
 
     def plan(self, config: StreamConfig, held: int = 0) -> Plan:
@@ -84,13 +89,12 @@ class Located:
         """
         try:
             needs = layer_needs(self.layers, self.model_config)
-            model_config = self.model_config
+            footprint = _footprint(self.shards[0].parent, self.whole, self.model_config)
+            heads = text_config(self.model_config).get("num_attention_heads") or 1
+            footprint = replace(footprint, scores=_SCORE_COPIES * heads * self.item_bytes)
             if self.stage is not None:  # only its own layers have a KV cache
-                own = self.stage.end - self.stage.start
-                model_config = {**text_config(model_config), "num_hidden_layers": own}
-                model_config["text_config"] = None
-                model_config["model_type"] = self.model_config.get("model_type")
-            return divide(self.sizes, needs, self.item_bytes, model_config, config, held)
+                footprint = footprint.of_layers(self.stage.start, self.stage.end)
+            return divide(self.sizes, needs, self.model_config, config, footprint, held)
         except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as e:
             if isinstance(e, StreamError):
                 raise
@@ -126,6 +130,7 @@ def locate(
     if checkpoint.absent:
         arguments = {**arguments, "strict": False}
     model, model_config, seen = load_remembering(folder, arguments)
+    whole = model if part is None else copied(model)
     stage = None if part is None else cut(model, part)
     if stage is not None:
         _check_whole(model, stage, checkpoint, seen)
@@ -149,7 +154,35 @@ def locate(
     )
     item_bytes = max(a.dtype.size for a in parameters if mx.issubdtype(a.dtype, mx.floating))
     shards = sorted({t.file for t in checkpoint.tensors.values()})
-    return Located(model, model_config, layers, sizes, item_bytes, shards, stage)
+    return Located(model, model_config, layers, sizes, item_bytes, shards, whole, stage)
+
+
+def _footprint(folder: Path, model: nn.Module, model_config: dict[str, Any]) -> Footprint:
+    """What the model's passes take. Kept: to plan again, as `tune` does, costs nothing then.
+
+    Raises:
+        CheckpointError: no forward pass can be built.
+    """
+    key = json.dumps([model_config, str(mx.default_device())], sort_keys=True, default=str)
+    if key not in _footprints:
+        switches = [m for m in model.modules() if isinstance(m, SWITCHES)]
+        try:
+            _footprints[key] = measure(model, [(m, _width(m)) for m in switches])
+        except Exception as e:
+            raise CheckpointError(
+                f"{folder}: mlx-lm cannot build a forward pass of this model, so that its "
+                f"config.json and its tensors do not belong together: {type(e).__name__}: {e}"
+            ) from e
+    return _footprints[key]
+
+
+_footprints: dict[str, Footprint] = {}
+
+
+def _width(switch: nn.Module) -> int:
+    """Width of an expert's hidden layer: of what its first projections give."""
+    tables = [p.weight for p in switch.children().values() if isinstance(p, PROJECTIONS)]
+    return max((t.shape[1] for t in tables[:-1]), default=1)
 
 
 def _check_whole(model: nn.Module, stage: Stage, checkpoint: Checkpoint, seen: Seen) -> None:

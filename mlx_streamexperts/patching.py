@@ -24,14 +24,13 @@ import mlx_lm.utils
 from .accounts import alive, held
 from .checkpoint import read_header
 from .config import StreamConfig
-from .discarded import PromptPasses
 from .errors import RankError, StreamError, UnsupportedModelError
 from .guards import GUARDS
 from .hub import had, headers_only
-from .intercept import intercept_passes
 from .joint import meet, part_of_repository
 from .layer import StreamedSwitch
 from .locate import Located, locate, mentions_experts, original_load_model
+from .passes import Passes
 from .pipeline import wait_on_host
 from .planner import Plan
 from .prefetch import link
@@ -278,12 +277,8 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
             wait_on_host(model, located.stage)
             expert_stream.stage = located.stage
         attach(model, expert_stream)
-        run_ahead = expert_stream.run_ahead
-        step = None if run_ahead is None else run_ahead.step
-        if located.stage is None:
-            step = PromptPasses(located.layers[-1], step).step
-        if step is not None:
-            intercept_passes(model, step)
+        ahead = expert_stream.run_ahead
+        Passes(expert_stream, ahead.step if ahead else None).install(model)
         self.streams.append(expert_stream)
         return expert_stream
 

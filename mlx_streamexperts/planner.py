@@ -3,21 +3,25 @@
     memory = trunk + expert cache + KV cache + work space + the process itself
 
 The trunk and the experts are exact sums over the checkpoint; KV cache and work space are upper
-estimates from the model's configuration, for `context_tokens` and `prefill_tokens`.
+estimates from the graph of the model's own forward pass (footprint.py). Attention needs work space
+for each pair of a new token and one of the context, so that the tokens of a pass get fewer as the
+context grows: the work space stays what was planned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+import mlx.core as mx
 
 from .cache import LayerNeed, share_slots
 from .config import StreamConfig, format_size, parse_size
 from .errors import BudgetError
+from .footprint import Footprint
 from .platform import device_memory_bytes
 
-_WORK_FLOOR_BYTES = 16 << 20  # sampling, masks, small arrays
 # What a process holds besides MLX's memory: interpreter, MLX, mlx-lm, transformers and a tokenizer
 # were 0.3 GB. A small budget (of a test, say) cannot mean that too: there it is a 50th.
 _PROCESS_BYTES = 512 << 20
@@ -27,9 +31,12 @@ _DEFAULT_SHARE = 0.85  # of what the device recommends; the rest is the host pro
 # A sweep of a prompt chunk reads nearly every expert that is not resident. With a tenth of the room
 # as work space a chunk of Kimi K2.5 within 96 GB is 7k tokens long instead of 2k.
 _PREFILL_SHARE = 10
-_LEAST_PREFILL_TOKENS = 256
+_EVEN = 32  # passes of at least as many tokens have a multiple of them
+_LEAST_PREFILL_TOKENS = 64  # at the end of the longest context
 
-_STATE_ITEM_BYTES = 4  # mlx-lm keeps the states of linear attention in float32
+# macOS ends a GPU command that takes too long. One attention kernel covers all keys: with 2,048 new
+# tokens it was ended somewhere between 65k and 128k keys (MLX issue 3302).
+_METAL_PAIRS = 1 << 27
 
 _TOP_K_KEYS = (
     "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k",
@@ -42,17 +49,18 @@ class Plan:
     """What loading a model within a budget comes to. All sizes in bytes.
 
     Attributes:
-        memory: the bound for everything, or None where only the cache is bounded.
+        memory: the bound for everything that was stated, or None where only the cache's was.
+        bound: the bound for everything that is kept: `memory`, else the device's default.
         trunk: weights that stay resident: everything but routed experts.
         experts: all routed experts on disk.
         cache: what the slots take.
         kv: room for the KV cache of `context_tokens` tokens, `state` included.
         state: of that, what a sequence keeps whatever its length (linear attention does).
-        work: room for activations of `prefill_tokens` tokens.
+        work: room for what a forward pass computes.
         slots: slots of each expert layer, in model order.
         layer_experts: routed experts of each layer.
         top_k: experts that a router picks for a token.
-        prefill_tokens: tokens of a prompt chunk that `work` is for.
+        prefill_tokens: tokens of the longest pass, the first of a prompt.
         context_tokens: tokens that `kv` is for.
         disk: the checkpoint's tensors.
         active_bytes_per_token: weights that computing one token reads.
@@ -61,6 +69,8 @@ class Plan:
         conversion: disk that `convert` takes beside the checkpoint before the model can be
             streamed; 0 where it streams as it is.
         model_type: the checkpoint's.
+        footprint: what passes take; None in a plan that was made without a model.
+        pass_bytes: work space that passes are divided by; with several machines the least of them.
         resident_share: part of all expert bytes that fits into the cache, 0 to 1.
     """
 
@@ -82,10 +92,57 @@ class Plan:
     model_type: str
     conversion: int = 0
     state: int = 0
+    bound: int = 0
+    footprint: Footprint | None = field(default=None, repr=False)
+    pass_bytes: int = 0
 
     @property
     def resident_share(self) -> float:
         return self.cache / self.experts
+
+    @property
+    def mlx_bound(self) -> int:
+        """The part of `bound` that is MLX's: all but the process itself."""
+        return self.bound - min(self.bound // _PROCESS_SHARE, _PROCESS_BYTES)
+
+    def next_pass(
+        self, tokens: int, past: int = 0, sequences: int = 1, quantized: bool = False
+    ) -> int:
+        """Tokens of each sequence that the next pass over a prompt may have.
+
+        Args:
+            tokens: of each that are to come.
+            past: of the context before them.
+            sequences: that the pass has side by side.
+            quantized: keys and values are.
+        """
+        longest = max(1, min(tokens, self.prefill_tokens // sequences))
+        if self.footprint is None or tokens == 1:
+            return longest
+        if mx.metal.is_available():
+            longest = max(1, min(longest, _METAL_PAIRS // (sequences * (past + longest))))
+        work = self.pass_bytes or self.work
+        fitting = self.footprint.longest_chunk(work, past, longest, sequences, quantized)
+        return (
+            fitting if fitting in (tokens, longest) or fitting < _EVEN else fitting // _EVEN * _EVEN
+        )
+
+    def passes(self, tokens: int) -> list[int]:
+        """Tokens of each pass over a prompt of so many tokens."""
+        chunks: list[int] = []
+        past = 0
+        while past < tokens:
+            chunks.append(self.next_pass(tokens - past, past))
+            past += chunks[-1]
+        return chunks
+
+    def pass_bytes_of(self, tokens: int, past: int, sequences: int, quantized: bool = False) -> int:
+        """Work space of a pass, and KV cache that it adds. The arguments are as for `next_pass`."""
+        if self.footprint is None:
+            return 0
+        before, after = self.footprint.kv(past), self.footprint.kv(past + tokens, tokens)
+        work = self.footprint.work(tokens, past + tokens, sequences, quantized)
+        return work + sequences * (after - (before if past else 0))
 
     def __str__(self) -> str:
         bound = "" if self.memory is None else f"{format_size(self.memory)} = "
@@ -117,9 +174,9 @@ class Sizes:
 def divide(
     sizes: Sizes,
     layers: Sequence[LayerNeed],
-    item_bytes: int,
     model_config: dict[str, Any],
     config: StreamConfig,
+    footprint: Footprint,
     held: int = 0,
 ) -> Plan:
     """Divide the budget that `config` states over a model.
@@ -127,37 +184,33 @@ def divide(
     Args:
         sizes: bytes of the model's parts.
         layers: what each expert layer needs.
-        item_bytes: bytes of one activation (2 for bfloat16 and float16, 4 for float32).
         model_config: the checkpoint's config.json.
         config: states `memory` or `cache`, or neither.
+        footprint: what the model's passes take.
         held: bytes of `memory` that other models of this process have.
 
     Raises:
         BudgetError: it is too small; says the smallest that works.
     """
     experts = sum(n.experts * n.expert_bytes for n in layers)
-    state = _STATE_ITEM_BYTES * state_items(model_config)
-    kv = item_bytes * config.context_tokens * kv_items_per_token(model_config) + state
-    reserve = held + (0 if config.reserve is None else parse_size(config.reserve))
+    context = config.context_tokens
     memory = default_memory(held) if config.memory is None else parse_size(config.memory)
+    kv = footprint.kv(context)
+    reserve = held + (0 if config.reserve is None else parse_size(config.reserve))
     process = min(memory // _PROCESS_SHARE, _PROCESS_BYTES)
     fewest = sum(n.minimum * n.expert_bytes for n in layers)
     room = memory - process - sizes.trunk - kv - reserve
-
-    def work_bytes(tokens: int) -> int:
-        return item_bytes * work_items(model_config, tokens) + _WORK_FLOOR_BYTES
-
-    shortest = config.prefill_tokens or min(_LEAST_PREFILL_TOKENS, config.context_tokens)
-    prefill = config.prefill_tokens or _longest(
-        work_bytes, min(room // _PREFILL_SHARE, room - fewest), shortest, config.context_tokens
-    )
-    work = work_bytes(prefill)
+    longest = min(config.prefill_tokens or context, context)
+    least_work = footprint.work(min(_LEAST_PREFILL_TOKENS, longest), context)
+    most_work = footprint.work(longest, context)
+    work = max(least_work, min(most_work, room // _PREFILL_SHARE, room - fewest))
     fixed = sizes.trunk + kv + work + reserve
     parts = _parts(sizes.trunk, kv, work, reserve - held, held)
-    least = _with_process(fixed - work + work_bytes(shortest) + fewest)
+    least = _with_process(fixed - work + least_work + fewest)
+    bound = memory
     if config.cache is not None:
         cache = parse_size(config.cache)
-        needed = _with_process(fixed + cache)
+        needed = _with_process(fixed + min(cache, experts))
         if config.memory is not None and needed > memory:
             raise BudgetError(
                 f"memory={format_size(memory)} cannot hold cache={format_size(cache)} beside "
@@ -165,6 +218,7 @@ def divide(
                 f"is {needed:,} bytes ({format_size(needed)})",
                 needed_bytes=needed,
             )
+        bound = max(memory, needed)
     else:
         if memory < least:
             raise BudgetError(
@@ -187,28 +241,23 @@ def divide(
         slots=tuple(slots),
         layer_experts=tuple(n.experts for n in layers),
         top_k=max(n.top_k for n in layers),
-        prefill_tokens=prefill,
-        context_tokens=config.context_tokens,
+        prefill_tokens=footprint.longest_chunk(work, 0, longest),
+        context_tokens=context,
         disk=sizes.disk,
         active_bytes_per_token=sizes.trunk - sizes.looked_up + cold,
         cold_bytes_per_token=cold,
         minimum=least,
         model_type=str(model_config.get("model_type", "")),
         conversion=sizes.conversion,
-        state=state,
+        state=footprint.state,
+        bound=bound,
+        footprint=footprint,
     )
 
 
 def default_memory(held: int = 0) -> int:
     """The budget where none is stated, in bytes; `held` of them other models have already."""
     return int(_DEFAULT_SHARE * device_memory_bytes(held))
-
-
-def _longest(work_bytes: Callable[[int], int], room_bytes: int, shortest: int, longest: int) -> int:
-    """The most tokens whose work space fits, in steps of 64; at least the shortest."""
-    none = work_bytes(0)
-    fitting = (room_bytes - none) // (work_bytes(1) - none)
-    return min(longest, max(shortest, fitting // 64 * 64))
 
 
 def text_config(model_config: dict[str, Any]) -> dict[str, Any]:
@@ -229,81 +278,25 @@ def experts_per_token(model_config: dict[str, Any], experts: int) -> int:
     return min(8, experts)
 
 
-def kv_items_per_token(model_config: dict[str, Any]) -> int:
-    """Upper estimate of the numbers that the KV cache keeps per token.
-
-    Full attention in all layers but those that `full_attention_interval` makes linear.
-    """
-    c = text_config(model_config)
-    layers = _number(c, "num_hidden_layers", "n_layers", default=1)
-    interval = _number(c, "full_attention_interval", default=1)
-    if c.get("kv_lora_rank"):  # multi-head latent attention
-        width = c["kv_lora_rank"] + _number(c, "qk_rope_head_dim", default=64)
-    else:
-        heads = _number(c, "num_attention_heads", "n_heads", default=1)
-        hidden = _number(c, "hidden_size", "d_model", default=1)
-        head_dim = _number(c, "head_dim", default=max(1, hidden // heads))
-        width = 2 * _number(c, "num_key_value_heads", default=heads) * head_dim
-    return width * -(-layers // interval)
-
-
-def state_items(model_config: dict[str, Any]) -> int:
-    """Numbers that a sequence keeps whatever its length: the states of gated linear attention.
-
-    0.19 GB a sequence of Qwen3.5-397B, more than its KV cache of 4,096 tokens.
-    """
-    c = text_config(model_config)
-    heads = _number(c, "linear_num_value_heads", default=0)
-    layers = _number(c, "num_hidden_layers", default=1)
-    full = layers // _number(c, "full_attention_interval", default=4)
-    key = _number(c, "linear_key_head_dim", default=0)
-    value = _number(c, "linear_value_head_dim", default=0)
-    channels = 2 * key * _number(c, "linear_num_key_heads", default=heads) + heads * value
-    convolved = _number(c, "linear_conv_kernel_dim", default=1) * channels
-    return (layers - full) * (heads * key * value + convolved) if heads else 0
-
-
-def work_items(model_config: dict[str, Any], tokens: int) -> int:
-    """Upper estimate of the numbers that a forward pass over `tokens` tokens holds at once.
-
-    The routed rows dominate: tokens x top-k rows, each with input, gate, up, activation and output
-    (a wave computes while the one before is collected); then the residual stream, attention inputs,
-    and the logits of the last token with the sampler's copies.
-    """
-    c = text_config(model_config)
-    hidden = _number(c, "hidden_size", "d_model", default=1)
-    inner = _number(c, "moe_intermediate_size", "intermediate_size", "ffn_dim", default=hidden)
-    dense = _number(c, "intermediate_size", default=inner)
-    heads = _number(c, "num_attention_heads", default=1) * _number(c, "head_dim", default=0)
-    rows = tokens * experts_per_token(model_config, 1 << 30) * (4 * hidden + 4 * inner)
-    stream = tokens * (12 * hidden + 3 * dense + 6 * heads)
-    return rows + stream + 8 * _number(c, "vocab_size", default=1)
-
-
-def _number(config: dict[str, Any], *keys: str, default: int) -> int:
-    for key in keys:
-        value = config.get(key)
-        if isinstance(value, int) and value > 0:
-            return value
-    return default
-
-
-def check_resize(plan: Plan, cache: int, reserve: int, others: int) -> None:
+def check_resize(plan: Plan, cache: int, reserve: int, others: int) -> int:
     """Does a memory promise still hold with another cache?
 
     Args:
-        plan: of the model; one without `memory` allows anything.
+        plan: of the model.
         cache: bytes that its slots shall take.
         reserve: bytes kept free for other models.
         others: bytes that other streamed models hold, out of the reserve where there is one.
 
+    Returns:
+        The bound for everything: the plan's, or more if only the cache was stated.
+
     Raises:
         BudgetError: no; says the smallest memory that would do.
     """
-    if plan.memory is None:
-        return
     fixed = plan.trunk + plan.kv + plan.work + max(reserve, others)
     needed = _with_process(fixed + cache)
+    if plan.memory is None:
+        return max(plan.bound, needed)
     if needed > plan.memory:
         raise BudgetError(
             f"a cache of {format_size(cache)} would break the promise of "
@@ -311,6 +304,7 @@ def check_resize(plan: Plan, cache: int, reserve: int, others: int) -> None:
             f"models take {format_size(fixed)}; it needs {needed:,} bytes ({format_size(needed)})",
             needed_bytes=needed,
         )
+    return plan.bound
 
 
 def _with_process(nbytes: int) -> int:

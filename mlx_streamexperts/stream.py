@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import os
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,13 +17,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .accounts import enter, held, leave, limit_freed, unlimit_freed
+from .accounts import FREED, UNFINISHED, enter, held, leave
 from .bank import in_place_works
 from .cache import CacheStats, LayerNeed, fewest_slots, share_slots
 from .callers import Callers
 from .closing import Closing
-from .config import StreamConfig, parse_size
-from .errors import CheckpointError, StreamError, UnsupportedModelError
+from .config import StreamConfig, format_size, parse_size
+from .errors import BudgetError, CheckpointError, StreamError, UnsupportedModelError
 from .files import direct_works
 from .hotset import read_hot_set, read_in, save_hot_set
 from .lanes import Lanes
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
 
 _STREAM = "_expert_stream"
 _KEPT_BYTES = 16 << 20
+_GIVES = 8  # part of the cache that is given at once
+_log = logging.getLogger(__name__)
 
 
 class ExpertStream(Closing):
@@ -97,7 +101,8 @@ class ExpertStream(Closing):
         # differ in size from call to call and are seldom of use again. Were all of the work space
         # allowed: 0.29 instead of 0.20 GB resident after 512 tokens of the embedded model, at the
         # same speed.
-        limit_freed(self, max(_KEPT_BYTES, plan.work // 16))
+        FREED.ask(self, max(_KEPT_BYTES, plan.work // 16))
+        UNFINISHED.ask(self, plan.mlx_bound - plan.work // 2)
         try:
             self._open(plan.slots)
             self.run_ahead = self._make_run_ahead()
@@ -203,8 +208,53 @@ class ExpertStream(Closing):
         reserve = parse_size(self.config.reserve) if self.config.reserve else 0
         with self._change():
             self._check_open()
-            check_resize(self.plan, taken, reserve, held() - self.held_bytes())
+            bound = check_resize(self.plan, taken, reserve, held() - self.held_bytes())
             self._open(slots)
+            self.plan = replace(self.plan, cache=taken, slots=tuple(slots), bound=bound)
+            UNFINISHED.ask(self, self.plan.mlx_bound - self.plan.work // 2)
+
+    def make_room(self, needed: int, context: int, sequences: int) -> None:
+        """Let the expert cache shrink until a pass fits that the plan did not foresee.
+
+        Args:
+            needed: bytes that the pass takes.
+            context: tokens that each sequence has after it.
+            sequences: that it has side by side.
+
+        Raises:
+            BudgetError: it does not fit beside the fewest experts that the model works with.
+        """
+        with self._change():
+            gc.collect()
+            over = mx.get_active_memory() + needed - self.plan.mlx_bound
+            if over <= 0 or self._closed:
+                return
+            needs = self.needs()
+            has = sum(x.cache.slots * x.expert_bytes for x in self.layers)
+            least = sum(n.minimum * n.expert_bytes for n in needs)
+            if has - over < least:
+                enough = self.plan.bound + over - (has - least)
+                raise BudgetError(
+                    f"{sequences} x {context:,} tokens of context do not fit: a forward pass needs "
+                    f"{format_size(needed)} more within {format_size(self.plan.bound)}, and the "
+                    f"expert cache can give no more than {format_size(has - least)}. Load with at "
+                    f"least memory={enough:,} bytes ({format_size(enough)}), or shorten the "
+                    "context, the batch or the prompt caches that are kept",
+                    needed_bytes=enough,
+                )
+            # A cache that shrinks starts empty: better once by much than often.
+            slots = share_slots(max(least, has - max(over, has // _GIVES)), needs)
+            taken = sum(n * x.expert_bytes for n, x in zip(slots, self.layers, strict=True))
+            _log.warning(
+                f"{sequences} x {context:,} tokens of context are more than was planned for "
+                f"({self.plan.context_tokens:,}): the expert cache gives "
+                f"{format_size(has - taken)} and keeps {format_size(taken)}. A larger "
+                "context_tokens plans for them from the start"
+            )
+            self._open(slots)
+            self.plan = replace(
+                self.plan, cache=taken, slots=tuple(slots), kv=self.plan.kv + has - taken
+            )
 
     @property
     def reader(self) -> ExpertReader:
@@ -222,7 +272,8 @@ class ExpertStream(Closing):
             for layer in self.layers:  # interrupted, all of this can be done again
                 layer.close()
             self._reader.close()
-            unlimit_freed(self)
+            FREED.leave(self)
+            UNFINISHED.leave(self)
             mx.clear_cache()
             self._freed = True
 
