@@ -260,8 +260,8 @@ def apple_limit(memory: int, wanted: int = 0) -> DeviceLimit:
 def apple_working_set(memory: int) -> int:
     """What macOS recommends for the GPU of a Mac with `memory` bytes: a formula.
 
-    Two thirds below 36 GB, three quarters from there on. Values reported up to macOS 14 agree (10.67
-    GiB of 16, 72 of 96, 96 of 128); later systems recommend more (107.5 GiB of 128 on macOS 26).
+    Two thirds below 36 GB, three quarters from there on. Values reported up to macOS 14 agree
+    (10.67 GiB of 16, 72 of 96, 96 of 128); macOS 26 recommends more (107.5 GiB of 128).
     """
     return memory * 2 // 3 if memory < 36 * 10**9 else memory * 3 // 4
 
