@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from .errors import CheckpointError
+from .platform import content_sample
 
 # Bytes of one element. Sub-byte types have no byte range of their own and are not streamed.
 _ITEM_BYTES = {
@@ -294,7 +295,7 @@ def read_header(file: Path) -> list[TensorEntry]:
 def header_identity(file: Path) -> dict[str, Any]:
     """What tells one shard from another without reading its data: size, and digest of the header.
 
-    Two fine-tunes of one model may have the same.
+    Two fine-tunes of one model may have the same; `file_identity` tells them apart.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -307,6 +308,18 @@ def header_identity(file: Path) -> dict[str, Any]:
     except OSError as e:
         raise CheckpointError(f"{file}: cannot read the header: {e.strerror}") from e
     return {"bytes": size, "header_sha256": hashlib.sha256(start + header).hexdigest()}
+
+
+def file_identity(file: Path) -> dict[str, Any]:
+    """`header_identity`, and a digest of samples of the data.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return {**header_identity(file), "sample": content_sample(file)}
+    except OSError as e:
+        raise CheckpointError(f"{file}: cannot be read: {e.strerror}") from e
 
 
 def _entry(file: Path, name: str, spec: Any, data_start: int) -> TensorEntry:

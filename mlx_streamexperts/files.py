@@ -17,7 +17,7 @@ from . import platform
 from .errors import ExpertReadError
 from .ranges import ByteRange
 
-_REPLACED = "the file was replaced by another one after the model was loaded"
+_REPLACED = "the file was replaced by another one, or rewritten, after the model was loaded"
 
 _SHORT_COPY_BYTES = 32 << 10  # copied in the time it takes to let other threads run
 
@@ -119,12 +119,21 @@ class ShardFiles:
                             known = platform.open_buffered(Path(first.file)), 1
                     except OSError as e:
                         raise ExpertReadError(*label(first), first.offset, e.errno) from e
-                    expected = self._expected.get(first.file)
-                    if expected and not platform.same_file(expected, platform.file_mark(known[0])):
+                    try:
+                        self._check_same(first, known[0])
+                    except BaseException:
                         os.close(known[0])
-                        raise ExpertReadError(*label(first), first.offset, None, _REPLACED)
+                        raise
                     self._files[first.file] = known
         return known
+
+    def _check_same(self, first: ByteRange, fd: int) -> None:
+        expected = self._expected.get(first.file)
+        try:
+            if expected and not platform.same_file(expected, fd, Path(first.file)):
+                raise ExpertReadError(*label(first), first.offset, None, _REPLACED)
+        except OSError as e:
+            raise ExpertReadError(*label(first), first.offset, e.errno) from e
 
 
 def direct_works(file: Path) -> bool:

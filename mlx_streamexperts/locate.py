@@ -139,7 +139,13 @@ def locate(
             )
         raise UnsupportedModelError(nothing_found(folder, model, model_config))
     if config.store is not None:
-        use_store(layers, Path(config.store), config.verify_reads, in_part=stage is not None)
+        use_store(
+            layers,
+            Path(config.store),
+            config.verify_reads,
+            in_part=stage is not None,
+            planning=as_converted,
+        )
     expert_bytes = sum(x.experts * x.expert_bytes for x in layers)
     parameters = [array for _, array in flatten(model)]
     sizes = Sizes(

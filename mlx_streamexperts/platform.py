@@ -7,6 +7,7 @@ behaviour of `fcntl(F_NOCACHE)` and `sysctl`; they are exercised by the test-sui
 from __future__ import annotations
 
 import errno
+import hashlib
 import math
 import mmap
 import os
@@ -24,6 +25,7 @@ PAGE_BYTES = mmap.PAGESIZE
 
 _MAX_BUFFERS_PER_READ = 512  # IOV_MAX is 1024 on Linux and macOS
 _F_NOCACHE = 48  # <sys/fcntl.h> on macOS
+_NUMBERING_ANEW = {"9p", "afs", "cifs", "smb3", "virtiofs"}  # and all of FUSE
 METAL_SHARE = 0.95
 """Above this share of the recommended working set MLX gives up its freed buffers each time."""
 _LEAST_FOR_SYSTEM, _MOST_FOR_SYSTEM = 2 << 30, 8 << 30  # left to macOS beside a GPU's memory
@@ -104,19 +106,72 @@ def read_into(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
     return len(data)
 
 
-def file_mark(file: Path | int) -> tuple[int, ...]:
+def file_mark(file: Path) -> tuple[int, ...]:
     """What tells a file from another one that is put in its place: numbers, for `same_file`.
 
     Raises:
         OSError: there is none.
     """
     found = os.stat(file)
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    number = int(content_sample(file), 16)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, number
 
 
-def same_file(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    """Do two marks stand for one file? Some network file systems number files anew."""
-    return a[:2] == b[:2] or a[2:] == b[2:]
+def same_file(mark: tuple[int, ...], fd: int, path: Path) -> bool:
+    """Is the file that was opened the one that was marked?
+
+    Its size and time of change must be the same, which those of a copy may be too. So must be its
+    number on the device; where that may have changed, samples of its content instead.
+
+    Args:
+        mark: of `file_mark`.
+        fd: the open file.
+        path: its path.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    device, number, *rest, sample = mark
+    found = os.fstat(fd)
+    if [found.st_size, found.st_mtime_ns] != rest:
+        return False
+    if found.st_dev == device and not _numbers_anew(device):
+        return found.st_ino == number
+    with path.open("rb") as again:  # `fd` may read aligned blocks only
+        if not os.path.samestat(os.fstat(again.fileno()), found):
+            return False
+    return int(content_sample(path), 16) == sample
+
+
+def content_sample(file: Path) -> str:
+    """A digest of a file's first 64 KiB (a shard's header, or most of it), middle and end.
+
+    Two fine-tunes of one model have the same sizes and headers. Their weights differ everywhere.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with file.open("rb", buffering=0) as f:
+        size = os.fstat(f.fileno()).st_size
+        for offset, nbytes in ((0, 64 << 10), (size // 2, 4096), (max(0, size - 4096), 4096)):
+            digest.update(os.pread(f.fileno(), nbytes, offset))
+    return digest.hexdigest()[:16]
+
+
+def _numbers_anew(device: int, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
+    """May the file system of `device` give a file another number while it is mounted?"""
+    try:
+        lines = mounts.read_text().splitlines()
+    except OSError:
+        return False
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        if before.split()[2] == wanted:
+            kind = after.split()[0]
+            return kind.startswith("fuse") or kind in _NUMBERING_ANEW
+    return False
 
 
 def drop_page_cache(path: Path) -> bool:
