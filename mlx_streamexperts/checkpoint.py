@@ -156,8 +156,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(
             f"{folder} is not a folder: a model folder with config.json is needed"
         )
-    # As mlx-lm looks for them, for which a folder's own name is a part of the pattern.
-    files = sorted(Path(f) for f in glob.glob(str(folder / _SHARDS)))
+    files = shard_files(folder)
     promised = read_index(folder)
     if not files:
         raise CheckpointError(_no_files(folder, promised))
@@ -172,6 +171,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 )
             tensors[entry.name] = entry
     return Checkpoint(folder, tensors, {t: f for t, f in promised.items() if t not in tensors})
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The files that mlx-lm reads weights from; to it a folder's own name is part of a pattern."""
+    return sorted(Path(f) for f in glob.glob(str(folder / _SHARDS)))
 
 
 def is_shard(name: str) -> bool:

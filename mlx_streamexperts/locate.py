@@ -37,10 +37,12 @@ from .checkpoint import (
     check_model_folder,
     read_checkpoint,
     read_model_config,
+    shard_files,
     whereabouts,
 )
 from .config import StreamConfig
 from .errors import CheckpointError, StreamError, UnsupportedModelError
+from .files import allow_open
 from .layer import ExpertLayer
 from .pipeline import Part, Stage, cut
 from .planner import Plan, Sizes, divide, text_config
@@ -202,7 +204,10 @@ def load_remembering(
 
     Raises:
         CheckpointError: mlx-lm cannot load the checkpoint.
+        StreamError: the checkpoint has more files than this process may open.
     """
+    # MLX holds each file open from here until its last array is evaluated.
+    allow_open(len(shard_files(folder)), str(folder))
     seen = Seen()
     arguments = dict(arguments)
     get_classes = arguments.pop("get_model_classes", mlx_lm.utils._get_classes)

@@ -21,7 +21,7 @@ import mlx.nn as nn
 import mlx_lm.tuner.utils
 import mlx_lm.utils
 
-from .accounts import alive, held
+from .accounts import alive, check_address_space, held
 from .checkpoint import read_header
 from .config import StreamConfig
 from .discarded import PromptPasses
@@ -265,6 +265,7 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         profile: Profile | None = None,
     ) -> ExpertStream:
         """Load the trunk and stream the experts of a model that was located."""
+        check_address_space(plan, config.threads)
         model = located.model
         for layer in located.layers:
             _replace(model, layer.name, StreamedSwitch(layer))

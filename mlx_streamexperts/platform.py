@@ -11,10 +11,12 @@ import hashlib
 import math
 import mmap
 import os
+import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,7 @@ PAGE_BYTES = mmap.PAGESIZE
 
 _MAX_BUFFERS_PER_READ = 512  # IOV_MAX is 1024 on Linux and macOS
 _F_NOCACHE = 48  # <sys/fcntl.h> on macOS
+_OPEN_MAX = 10_240  # <sys/syslimits.h> on macOS
 _NUMBERING_ANEW = {"9p", "afs", "cifs", "smb3", "virtiofs"}  # and all of FUSE
 METAL_SHARE = 0.95
 """Above this share of the recommended working set MLX gives up its freed buffers each time."""
@@ -104,6 +107,50 @@ def read_into(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
     data = os.pread(fd, len(buffers[0]), offset)  # macOS before 11
     buffers[0][: len(data)] = data
     return len(data)
+
+
+def address_space_left() -> int | None:
+    """Bytes that this process may still map (`ulimit -v`); None where nothing limits that."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return None
+    try:
+        return limit - int(Path("/proc/self/statm").read_text().split()[0]) * PAGE_BYTES
+    except OSError:  # macOS has the limit and does not heed it
+        return None
+
+
+def open_descriptors() -> int:
+    """How many descriptors this process has open."""
+    try:
+        return len(os.listdir("/dev/fd")) - 1  # one lists them
+    except OSError as e:
+        if e.errno in (errno.EMFILE, errno.ENFILE):
+            return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        raise
+
+
+def allow_descriptors(wanted: int) -> int:
+    """Raise the number of descriptors that this process may have open, as far as that is needed.
+
+    macOS starts with 256, and refuses limits above its OPEN_MAX.
+
+    Returns:
+        The number in force: at least `wanted`, unless the system does not allow as many.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    if soft >= wanted:
+        return soft
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if sys.platform == "darwin":
+        most = min(most, _OPEN_MAX)
+    if most > soft:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            return most
+    return soft
 
 
 def file_mark(file: Path) -> tuple[int, ...]:
@@ -416,3 +463,20 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _import_mlx_lm() -> None:
+    """Import mlx-lm, which meanwhile sets the limit of open files to 2048, and the most to 4096.
+
+    That fails where less is allowed, and takes from a process what it may have above it.
+    """
+    original = resource.setrlimit
+    resource.setrlimit = lambda *_: None
+    try:
+        import mlx_lm.utils  # noqa: F401
+    finally:
+        resource.setrlimit = original
+    allow_descriptors(2048)
+
+
+_import_mlx_lm()

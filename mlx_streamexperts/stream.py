@@ -22,7 +22,7 @@ from .callers import Callers
 from .closing import Closing
 from .config import StreamConfig, parse_size
 from .errors import CheckpointError, StreamError, UnsupportedModelError
-from .files import direct_works
+from .files import allow_open, direct_works
 from .hotset import read_hot_set, read_in, save_hot_set
 from .lanes import Lanes
 from .layer import WAYS, ExpertLayer
@@ -82,7 +82,10 @@ class ExpertStream(Closing):
         self.in_place = config.in_place == "auto" and in_place_works()
         self.bypasses_page_cache = self._decide_bypass()
         hot = read_hot_set(layers, Path(config.hot_set)) if config.hot_set else []
-        marks = _marks(expert_files(layers))
+        _let_go(layers)
+        files = expert_files(layers)
+        allow_open(len(files), str(Path(files[0]).parent))
+        marks = _marks(files)
         self._reader = ExpertReader(
             config.threads, parse_size(config.read_size), self.bypasses_page_cache, marks
         )
@@ -375,6 +378,13 @@ def expert_files(layers: Sequence[ExpertLayer]) -> list[str]:
 def unwritten(layers: Sequence[ExpertLayer]) -> bool:
     """Are some experts in no file yet, because the checkpoint has to be converted first?"""
     return any(not t.stored.files for x in layers for t in x.tensors.values())
+
+
+def _let_go(layers: Sequence[ExpertLayer]) -> None:
+    """Drop the lazy arrays of all experts: MLX holds their files open as long as they live."""
+    for layer in layers:
+        for slot in (tensor.slot for tensor in layer.tensors.values()):
+            setattr(slot.module, slot.attribute, mx.zeros((0, *slot.shape), slot.dtype))
 
 
 def _marks(files: Sequence[str]) -> dict[str, tuple[int, ...]]:
