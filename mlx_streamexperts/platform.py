@@ -292,6 +292,16 @@ def _cgroups(root: Path) -> list[tuple[Path, tuple[str, ...]]]:
     return groups
 
 
+def on_metal() -> bool:
+    """Is MLX's default device a GPU of Apple's?"""
+    return mx.default_device() == mx.gpu and mx.metal.is_available()
+
+
+def working_set_bytes() -> int:
+    """What Metal recommends to keep resident, in bytes; 0 on other devices."""
+    return int(mx.device_info().get("max_recommended_working_set_size", 0))
+
+
 @dataclass(frozen=True)
 class DeviceLimit:
     """The most memory that a device can hold, and what can be done where that is too little.
