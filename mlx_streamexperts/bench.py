@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _with_room(config: StreamConfig, args: argparse.Namespace) -> StreamConfig:
     """KV room for all sequences at once, unless the command line states it."""
-    if config.context_tokens != StreamConfig().context_tokens:
+    if config.context_tokens is not None:
         return config
     tokens = args.batch_size * (args.prompt_tokens + args.generation_tokens)
     return replace(config, context_tokens=max(1, tokens))

@@ -7,16 +7,20 @@ https://github.com/huggingface/safetensors (8 bytes of header length, a JSON hea
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from .errors import CheckpointError
+from .platform import content_sample
 
 # Bytes of one element. Sub-byte types have no byte range of their own and are not streamed.
 _ITEM_BYTES = {
@@ -30,6 +34,7 @@ _MAX_SIZE = 2**63 - 1  # no file is longer; larger numbers are refused unprinted
 _MOST_LAYERS = 1000  # Kimi K2.5 has 61
 # Not every "layer" in a key counts them: Gemma has vocab_size_per_layer_input of 262144.
 _LAYER_COUNT = re.compile(r"(n|num)_(\w+_)?layers?$")
+_SHARDS = "model*.safetensors"
 INDEX = "model.safetensors.index.json"
 CONVERSION = "convert.json"  # there from a conversion's start on, while config.json comes last
 
@@ -120,8 +125,8 @@ class Checkpoint:
     Attributes:
         folder: the model folder.
         tensors: every tensor of every `model*.safetensors` file in it.
-        absent: tensors of shards that are not there, with the shard's name; only in part of a
-            checkpoint.
+        absent: tensors that no file has, with the file that the index names for them. A hint: an
+            index may be of another conversion, and name more than the model needs.
     """
 
     folder: Path
@@ -134,31 +139,27 @@ class Checkpoint:
         return sum(t.nbytes for t in self.tensors.values())
 
 
-def read_checkpoint(folder: Path, in_part: bool = False) -> Checkpoint:
-    """Index the `model*.safetensors` files of `folder`, which is what mlx-lm loads.
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """The tensors of the `model*.safetensors` files of `folder`, which is what mlx-lm loads.
+
+    mlx-lm never reads the index file, and a checkpoint is whole if its model finds all that it
+    needs: whatever the index says, nothing is refused for it here.
 
     Args:
         folder: the model folder.
-        in_part: shards that the index file names need not all be there.
 
     Raises:
-        CheckpointError: a shard is missing, truncated or malformed, tensors overlap or appear
-            twice, or the index file disagrees with the files.
+        CheckpointError: there is no shard, one is truncated or malformed, tensors overlap or appear
+            twice.
     """
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder} is not a folder: a model folder with config.json is needed"
         )
-    files = sorted(folder.glob("model*.safetensors"))
-    promised = _read_index(folder)
-    missing = sorted(set(promised.values()) - {f.name for f in files})
-    if missing and not in_part:
-        raise CheckpointError(
-            f"{folder / missing[0]} is missing ({len(missing)} of {len(set(promised.values()))} "
-            f"shards named in {INDEX} are): download the checkpoint again or complete it"
-        )
+    files = shard_files(folder)
+    promised = read_index(folder)
     if not files:
-        raise CheckpointError(f"no model*.safetensors file in {folder}")
+        raise CheckpointError(_no_files(folder, promised))
     tensors: dict[str, TensorEntry] = {}
     for file in files:
         for entry in read_header(file):
@@ -166,16 +167,59 @@ def read_checkpoint(folder: Path, in_part: bool = False) -> Checkpoint:
                 raise CheckpointError(
                     f"tensor {entry.name} is in both {tensors[entry.name].file} and {file}: "
                     "remove the shard that does not belong to this checkpoint"
+                    + _pattern_in_name(folder)
                 )
             tensors[entry.name] = entry
-    elsewhere = {t: f for t, f in promised.items() if f in missing}
-    absent = sorted(set(promised) - set(tensors) - set(elsewhere))
-    if absent:
-        raise CheckpointError(
-            f"tensor {absent[0]} should be in {folder / promised[absent[0]]} according to "
-            f"{INDEX}, but no shard has it"
+    return Checkpoint(folder, tensors, {t: f for t, f in promised.items() if t not in tensors})
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The files that mlx-lm reads weights from; to it a folder's own name is part of a pattern."""
+    return sorted(Path(f) for f in glob.glob(str(folder / _SHARDS)))
+
+
+def is_shard(name: str) -> bool:
+    """Does mlx-lm read a file of this name for weights?"""
+    return fnmatch(name, _SHARDS)
+
+
+def _no_files(folder: Path, promised: dict[str, str]) -> str:
+    shards = {f for f in promised.values() if is_shard(f)}
+    found = f"no {_SHARDS} file in {folder}"
+    if any(folder.glob(_SHARDS)):
+        return f"mlx-lm finds {found}{_pattern_in_name(folder)}"
+    if shards:
+        found += f" ({len(shards)} of {len(shards)} shards named in {INDEX} are missing)"
+    return found
+
+
+def _pattern_in_name(folder: Path) -> str:
+    """A way out where mlx-lm takes a folder's name for a pattern of names; else empty."""
+    if glob.escape(str(folder)) == str(folder):
+        return ""
+    return "; mlx-lm takes *, ? and [ in a folder's name for a pattern: rename the folder"
+
+
+def whereabouts(checkpoint: Checkpoint) -> str:
+    """What the index says of tensors that a model lacks; empty where it says nothing."""
+    folder, absent = checkpoint.folder, checkpoint.absent
+    if not absent:
+        return ""
+    gone = sorted(
+        {f for f in absent.values() if not os.path.exists(folder / f)},
+        key=lambda f: (not is_shard(f), f),  # those that mlx-lm would read come first
+    )
+    if gone:
+        named = {*absent.values(), *(t.file.name for t in checkpoint.tensors.values())}
+        return (
+            f"{folder / gone[0]} is missing ({len(gone)} of {len(named)} shards named in {INDEX} "
+            "are): download the checkpoint again or complete it"
         )
-    return Checkpoint(folder, tensors, elsewhere)
+    tensor = min(absent)
+    where = f"tensor {tensor} should be in {folder / absent[tensor]} according to {INDEX}, but "
+    if is_shard(absent[tensor]):
+        return where + "that file does not have it: download it again"
+    return where + f"mlx-lm reads {_SHARDS} only: give that file such a name"
 
 
 def check_model_folder(folder: Path) -> None:
@@ -186,8 +230,7 @@ def check_model_folder(folder: Path) -> None:
             Or it is no JSON object, or of more layers than any model has.
     """
     if (folder / "config.json").is_file():
-        file = folder / "config.json"
-        _check_numbers(file, read_json_object(file, "a model's configuration"))
+        _check_numbers(folder / "config.json", read_model_config(folder))
         return
     reason = "not a model folder"
     if (folder / CONVERSION).is_file():
@@ -232,7 +275,7 @@ def read_header(file: Path) -> list[TensorEntry]:
     except OSError as e:
         raise CheckpointError(f"{file}: cannot read the header: {e.strerror}") from e
     try:
-        header = json.loads(raw, object_pairs_hook=_named_once)
+        header = json.loads(raw, object_pairs_hook=named_once)
     except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{file}: the header is not valid JSON: {e}") from e
     if not isinstance(header, dict):
@@ -256,7 +299,7 @@ def read_header(file: Path) -> list[TensorEntry]:
 def header_identity(file: Path) -> dict[str, Any]:
     """What tells one shard from another without reading its data: size, and digest of the header.
 
-    Two fine-tunes of one model may have the same.
+    Two fine-tunes of one model may have the same; `file_identity` tells them apart.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -269,6 +312,18 @@ def header_identity(file: Path) -> dict[str, Any]:
     except OSError as e:
         raise CheckpointError(f"{file}: cannot read the header: {e.strerror}") from e
     return {"bytes": size, "header_sha256": hashlib.sha256(start + header).hexdigest()}
+
+
+def file_identity(file: Path) -> dict[str, Any]:
+    """`header_identity`, and a digest of samples of the data.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return {**header_identity(file), "sample": content_sample(file)}
+    except OSError as e:
+        raise CheckpointError(f"{file}: cannot be read: {e.strerror}") from e
 
 
 def _entry(file: Path, name: str, spec: Any, data_start: int) -> TensorEntry:
@@ -296,24 +351,7 @@ def _entry(file: Path, name: str, spec: Any, data_start: int) -> TensorEntry:
     return TensorEntry(name, file, dtype, tuple(shape), data_start + begin, end - begin)
 
 
-def read_json_object(file: Path, holding: str) -> dict[str, Any]:
-    """The JSON object in a file, which is expected to hold `holding`.
-
-    Raises:
-        CheckpointError: it cannot be read, or holds something else.
-    """
-    try:
-        if (size := file.stat().st_size) > MAX_HEADER_BYTES:
-            raise ValueError(f"{size:,} bytes, more than {MAX_HEADER_BYTES:,}")
-        content = json.loads(file.read_text("utf-8"), object_pairs_hook=_named_once)
-    except (OSError, ValueError, RecursionError) as e:
-        raise CheckpointError(f"{file}: not readable as JSON: {e}") from e
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: not a JSON object with {holding}")
-    return content
-
-
-def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; one that names a thing twice means one thing to us and another to others."""
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -323,28 +361,63 @@ def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """A model's config.json; of what it says twice the last counts, as for mlx-lm.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds no object.
+    """
+    return read_json_object(folder / "config.json", "a model's configuration", dict)
+
+
+def read_json_object(
+    file: Path,
+    holding: str,
+    made_of: Callable[[list[tuple[str, Any]]], dict[str, Any]] = named_once,
+) -> dict[str, Any]:
+    """The JSON object in a file, which is expected to hold `holding`.
+
+    Args:
+        file: the file.
+        holding: for error messages.
+        made_of: makes an object of its pairs; by default one that names a thing twice is refused.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds something else.
+    """
+    try:
+        if (size := file.stat().st_size) > MAX_HEADER_BYTES:
+            raise ValueError(f"{size:,} bytes, more than {MAX_HEADER_BYTES:,}")
+        content = json.loads(file.read_text("utf-8"), object_pairs_hook=made_of)
+    except (OSError, ValueError, RecursionError) as e:
+        raise CheckpointError(f"{file}: not readable as JSON: {e}") from e
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: not a JSON object with {holding}")
+    return content
+
+
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     """Is this a list of numbers that sizes and positions in a file can have?"""
     return isinstance(value, list) and all(type(n) is int and 0 <= n <= _MAX_SIZE for n in value)
 
 
-def _read_index(folder: Path) -> dict[str, str]:
-    """Tensor name -> shard name from the index file; empty where there is none."""
-    file = folder / INDEX
-    if not file.exists():
+def read_index(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name from the index file, as far as it can be understood."""
+    try:
+        weight_map = read_json_object(folder / INDEX, "weight_map", dict).get("weight_map")
+    except CheckpointError:
         return {}
-    weight_map = read_json_object(file, "weight_map").get("weight_map")
     if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{file}: has no weight_map object")
-    plain: set[str] = set()  # looked at once: Kimi K2.5's original has 208,000 tensors in 56 shards
-    for tensor, shard in weight_map.items():
-        if isinstance(shard, str) and shard in plain:
-            continue
-        # Only plain names: a hostile index must not make us open files elsewhere. (A shard may
-        # still be a symbolic link: the Hub's own cache is made of them.)
-        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
-            raise CheckpointError(
-                f"{file}: tensor {tensor} points to {shard!r}, outside the model folder"
-            )
-        plain.add(shard)
-    return weight_map
+        return {}
+    plain: dict[str, bool] = {}  # Kimi K2.5's original has 208,000 tensors in 56 shards
+
+    def is_plain(name: Any) -> bool:
+        """A file in the folder: a hostile index must not make us look elsewhere."""
+        if not isinstance(name, str):
+            return False
+        if name not in plain:
+            short = 0 < len(name) < 256 and name.isprintable()
+            plain[name] = short and Path(name).name == name != ".."
+        return plain[name]
+
+    return {tensor: file for tensor, file in weight_map.items() if is_plain(file)}

@@ -140,11 +140,10 @@ def stream_settings(args: argparse.Namespace) -> tuple[StreamConfig, str | None]
 
 def following_stock_options(config: StreamConfig, args: argparse.Namespace) -> StreamConfig:
     """Let mlx-lm's own options say what ours would otherwise assume about memory."""
-    defaults = StreamConfig()
     step, kv_size = getattr(args, "prefill_step_size", None), getattr(args, "max_kv_size", None)
     if step and config.prefill_tokens is None:
         config = replace(config, prefill_tokens=step)
-    if kv_size and config.context_tokens == defaults.context_tokens:
+    if kv_size and config.context_tokens is None:
         config = replace(config, context_tokens=kv_size)
     draft = getattr(args, "draft_model", None)
     if draft is not None and config.reserve is None:

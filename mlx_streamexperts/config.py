@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -14,14 +15,20 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
-def parse_size(size: int | str) -> int:
-    """Bytes from an int, or a string such as "96GB", "24GiB", "500 MB" or "1.5g".
+def parse_size(size: float | str) -> int:
+    """Bytes from a number, or a string such as "96GB", "24GiB", "500 MB" or "1.5g".
 
     Raises:
         StreamError: the size is not understood, or not positive.
     """
-    if isinstance(size, int):
-        value = size
+    if isinstance(size, int | float) and not isinstance(size, bool):
+        if not math.isfinite(size):
+            raise StreamError(f"a size must be a number of bytes, got {size}")
+        value = int(size)
+    elif not isinstance(size, str):
+        raise StreamError(
+            f"{size!r} is not a size: give bytes as a number, or a string such as '24GB'"
+        )
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", size.lower())
         units = _UNITS | _BINARY_UNITS
@@ -40,6 +47,9 @@ def format_size(nbytes: float) -> str:
             return f"{nbytes:.3g} {unit}" if nbytes < 999.5 else f"{nbytes:.0f} {unit}"
         nbytes /= 1000
     return f"{nbytes:,.4g} TB"
+
+
+DEFAULT_CONTEXT = 4096
 
 
 class _Unstated:
@@ -76,12 +86,12 @@ class StreamConfig:
         StreamError: a value is not understood, or options contradict each other.
     """
 
-    memory: int | str | None = _option(
+    memory: float | str | None = _option(
         None,
         "bound for all of MLX's memory: trunk, expert cache, KV cache and work space, for example "
         "96GB. Default: what the device recommends.",
     )
-    cache: int | str | None = _option(
+    cache: float | str | None = _option(
         None,
         "bound for the expert cache alone, for example 24GB; overrides what --memory would leave.",
     )
@@ -123,17 +133,29 @@ class StreamConfig:
         "that this process may use. A GPU shares its work out itself",
         type=int,
     )
-    context_tokens: int = _option(
-        4096, "tokens of KV cache that --memory leaves room for (prompt and reply together)"
+    context_tokens: int | None = _option(
+        None,
+        "tokens of KV cache that --memory leaves room for (prompt and reply together); a longer "
+        f"context takes its room from the expert cache. Default: {DEFAULT_CONTEXT}",
+        type=int,
     )
     prefill_tokens: int | None = _option(
         None,
-        "prompt tokens per forward pass that --memory leaves work space for. A pass reads each "
-        "expert once, so that longer ones read less. Default: as many as --context-tokens, if "
-        "their work space takes no more than a tenth of what trunk and KV cache leave",
+        "the most prompt tokens of a forward pass. A pass reads each expert once, so that longer "
+        "ones read less; they are shortened where their work space would take more than a tenth of "
+        "what trunk and KV cache leave, which grows with the context. Default: no other limit",
         type=int,
     )
-    reserve: int | str | None = _option(
+    oversubscribe: bool = _option(
+        False, "load although the budget is more than this device can hold (also: --force)"
+    )
+    wired: str = _option(
+        "auto",
+        "on Metal, keep slots and trunk wired as long as the model is loaded, so that macOS does "
+        "not compress or swap them between requests",
+        choices=("auto", "off"),
+    )
+    reserve: float | str | None = _option(
         None, "part of --memory kept free for other models in this process, for example 4GB"
     )
     store: str | None = _option(
@@ -243,7 +265,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if "choices" in f.metadata:
             kind["choices"] = f.metadata["choices"]
         if flag not in parser._option_string_actions:  # mlx-lm has it, and means the same
-            group.add_argument(flag, default=f.default, help=text, **kind)
+            flags = [flag, "--force"] if f.name == "oversubscribe" else [flag]
+            group.add_argument(*flags, default=f.default, help=text, **kind)
         if f.name == "profile":
             group.add_argument(
                 "--no-profile", action="store_const", const="off", dest="profile",

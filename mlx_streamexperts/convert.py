@@ -34,7 +34,7 @@ from .checkpoint import (
     Checkpoint,
     TensorEntry,
     check_model_folder,
-    header_identity,
+    file_identity,
     read_checkpoint,
     read_json_object,
 )
@@ -196,8 +196,8 @@ def _state(checkpoint: Checkpoint, options: Options, shard_bytes: int) -> dict[s
     """What decides every byte of the result."""
     files: dict[str, Any] = {}
     for file in sorted({t.file for t in checkpoint.tensors.values()}):
-        # Two fine-tunes of one model have the same headers and sizes: the time tells them apart.
-        files[file.name] = {**header_identity(file), "mtime_ns": file.stat().st_mtime_ns}
+        # Two fine-tunes of one model have the same headers and sizes: time and samples differ.
+        files[file.name] = {**file_identity(file), "mtime_ns": file.stat().st_mtime_ns}
     config = (checkpoint.folder / "config.json").read_bytes()
     return {
         "format": _FORMAT,

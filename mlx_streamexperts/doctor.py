@@ -30,8 +30,8 @@ from .hub import headers_only
 from .locate import Located, locate
 from .machines import Link, other_files, plan_ranks, predict_ranks, report_lines
 from .measure import DriveRate, drive_rates, layer_seconds, memory_rate, sync_seconds
-from .planner import Plan
-from .platform import device_memory_bytes, free_disk_bytes
+from .planner import Plan, check_device
+from .platform import apple_limit, device_limit, device_memory_bytes, free_disk_bytes
 from .predict import (
     NAMED_MACHINES,
     REPORTED,
@@ -159,6 +159,7 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
             results = [_named(located, config, NAMED_MACHINES[m], args) for m in wanted]
             return {"model": name, "machines": results}
         plan = located.plan(config)
+        check_device(plan, device_limit(plan.bound), config.oversubscribe)
         here, measured = _this_machine(located, downloaded)
         return {
             "model": name,
@@ -204,7 +205,7 @@ def _several(args: argparse.Namespace) -> list[str]:
         tokens, first, alone = predict_ranks(ranks, machines, link, args.prompt_tokens, hits)
         result = {
             "ranks": [
-                {"stage": asdict(r.stage), "plan": asdict(r.plan), "files": r.files,
+                {"stage": asdict(r.stage), "plan": r.plan.as_dict(), "files": r.files,
                  "hidden_bytes": r.hidden_bytes, "machine": asdict(m), "prediction": asdict(p)}
                 for r, m, p in zip(ranks, machines, alone, strict=True)
             ],
@@ -221,7 +222,9 @@ def _named(
     if config.memory is None and config.cache is None:
         config = replace(config, memory=int(0.75 * machine.memory))
     try:
-        return _result(located.plan(config), machine, args)
+        plan = located.plan(config)
+        check_device(plan, apple_limit(machine.memory, plan.bound), config.oversubscribe)
+        return _result(plan, machine, args)
     except BudgetError as e:
         return {"machine": asdict(machine), "does_not_fit": str(e), "needed": e.needed_bytes}
 
@@ -236,7 +239,7 @@ def _result(plan: Plan, machine: Machine, args: argparse.Namespace) -> dict[str,
     ]
     return {
         "machine": asdict(machine),
-        "plan": {**asdict(plan), "resident_share": plan.resident_share, "text": str(plan)},
+        "plan": plan.as_dict(),
         "prediction": asdict(prediction),
         "hit_rate_from": "trace" if args.trace else "published curves",
         "reported": reported,

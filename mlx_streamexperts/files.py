@@ -14,10 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from . import platform
-from .errors import ExpertReadError
+from .checkpoint import shard_files
+from .errors import ExpertReadError, StreamError
 from .ranges import ByteRange
 
-_REPLACED = "the file was replaced by another one after the model was loaded"
+_REPLACED = "the file was replaced by another one, or rewritten, after the model was loaded"
+
+_SPARE_FILES, _FEWEST_FILES = 64, 8  # what libraries open beside: allowed for, and at least
 
 _SHORT_COPY_BYTES = 32 << 10  # copied in the time it takes to let other threads run
 
@@ -119,12 +122,53 @@ class ShardFiles:
                             known = platform.open_buffered(Path(first.file)), 1
                     except OSError as e:
                         raise ExpertReadError(*label(first), first.offset, e.errno) from e
-                    expected = self._expected.get(first.file)
-                    if expected and not platform.same_file(expected, platform.file_mark(known[0])):
+                    try:
+                        self._check_same(first, known[0])
+                    except BaseException:
                         os.close(known[0])
-                        raise ExpertReadError(*label(first), first.offset, None, _REPLACED)
+                        raise
                     self._files[first.file] = known
         return known
+
+    def _check_same(self, first: ByteRange, fd: int) -> None:
+        expected = self._expected.get(first.file)
+        try:
+            if expected and not platform.same_file(expected, fd, Path(first.file)):
+                raise ExpertReadError(*label(first), first.offset, None, _REPLACED)
+        except OSError as e:
+            raise ExpertReadError(*label(first), first.offset, e.errno) from e
+
+
+def allow_open(count: int, what: str) -> None:
+    """See to it that this process may open `count` files more, by raising its own limit.
+
+    Args:
+        count: how many.
+        what: whose, for the error.
+
+    Raises:
+        StreamError: the system does not allow as many.
+    """
+    opened = platform.open_descriptors()
+    wanted = opened + count + _SPARE_FILES
+    allowed = platform.allow_descriptors(wanted)
+    if allowed < opened + count + _FEWEST_FILES:
+        raise StreamError(
+            f"{what}: {count} files have to be open at once. This process has {opened} open and "
+            f"may have {allowed}: start it after `ulimit -n {wanted}`"
+        )
+
+
+def room_for_clients(most: int, folders: Sequence[Path]) -> int:
+    """How many connections a server may have open beside the shards that it reads.
+
+    Args:
+        most: that many suffice.
+        folders: of the models, of which one at a time is loaded.
+    """
+    shards = max([len(shard_files(f)) for f in folders], default=0)
+    others = shards + max(_SPARE_FILES, platform.open_descriptors() - shards)
+    return max(1, min(most, platform.allow_descriptors(others + most) - others))
 
 
 def direct_works(file: Path) -> bool:

@@ -16,7 +16,14 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm.utils
 
-from .checkpoint import INDEX, header_identity, read_checkpoint, read_json_object
+from .checkpoint import (
+    INDEX,
+    header_identity,
+    is_shard,
+    read_checkpoint,
+    read_index,
+    read_model_config,
+)
 from .config import StreamConfig
 from .hub import SMALL_FILES, had
 from .locate import Located, locate, original_load_model
@@ -80,11 +87,10 @@ def digests(folder: Path) -> dict[str, str]:
     every rank has (embedding, norms, output matrix) their first bytes.
     """
     found = {}
-    for name in ("config.json", INDEX):
+    for name, read in (("config.json", read_model_config), (INDEX, read_index)):
         if (folder / name).is_file():
-            content = json.dumps(read_json_object(folder / name, "settings"), sort_keys=True)
-            found[name] = _digest(content.encode())
-    checkpoint = read_checkpoint(folder, in_part=True)
+            found[name] = _digest(json.dumps(read(folder), sort_keys=True).encode())
+    checkpoint = read_checkpoint(folder)
     for shard in sorted({t.file for t in checkpoint.tensors.values()}):
         found[shard.name] = header_identity(shard)["header_sha256"][:_DIGEST_CHARS]
     for name, entry in sorted(checkpoint.tensors.items()):
@@ -109,12 +115,15 @@ def part_of_repository(
     patterns = [f"*{end}" for end in SMALL_FILES]  # the index among them
     with had(path_or_hf_repo, "cannot be downloaded"):
         folder: Path = mlx_lm.utils._download(path_or_hf_repo, allow_patterns=patterns)
-        if (folder / INDEX).is_file():
+        if promised := read_index(folder):
             model, _ = original_load_model(folder, True, strict=False, trust_remote_code=trust)
             split = parse_split(config.split, group.size())
             stage = cut(model, Part(group.rank(), group.size(), split))
-            files = stage.files(read_json_object(folder / INDEX, "weight_map")["weight_map"])
-            return Path(mlx_lm.utils._download(path_or_hf_repo, allow_patterns=list(files)))
+            files = stage.files({name: f for name, f in promised.items() if is_shard(f)})
+            own = Path(mlx_lm.utils._download(path_or_hf_repo, allow_patterns=list(files)))
+            if all((own / f).is_file() for f in files):
+                return own
+            # The index is another conversion's: it does not tell what is where.
         return Path(mlx_lm.utils._download(path_or_hf_repo))
 
 

@@ -37,10 +37,13 @@ from .checkpoint import (
     TensorEntry,
     check_model_folder,
     read_checkpoint,
-    read_json_object,
+    read_model_config,
+    shard_files,
+    whereabouts,
 )
 from .config import StreamConfig
 from .errors import CheckpointError, StreamError, UnsupportedModelError
+from .files import allow_open
 from .footprint import Footprint, copied, measure
 from .layer import ExpertLayer
 from .pipeline import Part, Stage, cut
@@ -126,8 +129,8 @@ def locate(
         UnsupportedModelError: no routed experts, or a layout that cannot be streamed.
     """
     check_model_folder(folder)
-    checkpoint = read_checkpoint(folder, in_part=part is not None)
-    if checkpoint.absent:
+    checkpoint = read_checkpoint(folder)
+    if part is not None and checkpoint.absent:
         arguments = {**arguments, "strict": False}
     model, model_config, seen = load_remembering(folder, arguments)
     whole = model if part is None else copied(model)
@@ -143,7 +146,13 @@ def locate(
             )
         raise UnsupportedModelError(nothing_found(folder, model, model_config))
     if config.store is not None:
-        use_store(layers, Path(config.store), config.verify_reads, in_part=stage is not None)
+        use_store(
+            layers,
+            Path(config.store),
+            config.verify_reads,
+            in_part=stage is not None,
+            planning=as_converted,
+        )
     expert_bytes = sum(x.experts * x.expert_bytes for x in layers)
     parameters = [array for _, array in flatten(model)]
     sizes = Sizes(
@@ -187,16 +196,17 @@ def _width(switch: nn.Module) -> int:
 
 def _check_whole(model: nn.Module, stage: Stage, checkpoint: Checkpoint, seen: Seen) -> None:
     """Is everything there that a rank's layers need?"""
+    lacking = next((name for name, _ in flatten(model) if name not in seen.given), None)
+    if lacking is None:
+        return
     for tensor, shard in checkpoint.absent.items():
-        if stage.needs(tensor):
+        if stage.needs(tensor) and not (checkpoint.folder / shard).exists():
             raise CheckpointError(
                 f"{checkpoint.folder / shard} is missing: {stage}, needs tensor {tensor} of it"
             )
-    for name, _ in flatten(model):
-        if name not in seen.given:
-            raise CheckpointError(
-                f"{checkpoint.folder}: {stage}: no shard that is here has what {name} is made of"
-            )
+    raise CheckpointError(
+        f"{checkpoint.folder}: {stage}: no shard that is here has what {lacking} is made of"
+    )
 
 
 def _needed_bytes(checkpoint: Checkpoint, stage: Stage) -> int:
@@ -211,7 +221,7 @@ class Seen:
         as_stored: by name in the checkpoint.
         stacks: by identity of the result (kept, so that no other array gets its identity).
         skeleton: makes another such model, without weights.
-        given: names of the parameters that the model was given arrays for.
+        given: names of the parameters that the model was given arrays of their shape for.
     """
 
     as_stored: dict[str, mx.array] = field(default_factory=dict)
@@ -227,7 +237,10 @@ def load_remembering(
 
     Raises:
         CheckpointError: mlx-lm cannot load the checkpoint.
+        StreamError: the checkpoint has more files than this process may open.
     """
+    # MLX holds each file open from here until its last array is evaluated.
+    allow_open(len(shard_files(folder)), str(folder))
     seen = Seen()
     arguments = dict(arguments)
     get_classes = arguments.pop("get_model_classes", mlx_lm.utils._get_classes)
@@ -249,8 +262,8 @@ def _not_loaded(folder: Path, error: Exception) -> StreamError:
     """Why mlx-lm cannot load a checkpoint; foreign quantization is named."""
     method = _quantized_by(folder)
     # AutoAWQ and GPTQ store `qweight`, which mlx-lm rewrites too late for experts to be joined.
-    stored = read_checkpoint(folder, in_part=True).tensors
-    if alien := [n for n in stored if re.search(r"\.experts\..*\.qw", n)]:
+    checkpoint = read_checkpoint(folder)
+    if alien := [n for n in checkpoint.tensors if re.search(r"\.experts\..*\.qw", n)]:
         found = f"its experts are quantized with {method or 'AWQ or GPTQ'} (tensor {alien[0]})"
     elif method and "not in model" in str(error):
         found = f"it is quantized with {method}, which mlx-lm does not read for this kind of model"
@@ -260,7 +273,9 @@ def _not_loaded(folder: Path, error: Exception) -> StreamError:
         reason = " ".join(lines[:4])[:2000] + rest
         if not isinstance(error, ValueError):
             reason = f"{type(error).__name__}: {reason}"
-        return CheckpointError(f"{folder}: mlx-lm cannot load this checkpoint: {reason}")
+        known = whereabouts(checkpoint) if _lacks_weights(error, checkpoint) else ""
+        known = f". {known}" if known else ""
+        return CheckpointError(f"{folder}: mlx-lm cannot load this checkpoint: {reason}{known}")
     return UnsupportedModelError(
         f"{folder}: {found}. mlx-lm cannot load such a checkpoint, so that it can be neither "
         "streamed nor converted. Use an MLX conversion (mlx-community), or convert what it was "
@@ -268,9 +283,16 @@ def _not_loaded(folder: Path, error: Exception) -> StreamError:
     )
 
 
+def _lacks_weights(error: Exception, checkpoint: Checkpoint) -> bool:
+    """Is this how mlx-lm, or a model's `sanitize`, fails without some of the weights?"""
+    if isinstance(error, KeyError):
+        return bool(error.args) and error.args[0] in checkpoint.absent
+    return str(error).startswith(("Missing ", "Received ", "Expected shape "))
+
+
 def _quantized_by(folder: Path) -> str | None:
     """The method that config.json names for a quantization that is not MLX's."""
-    config = read_json_object(folder / "config.json", "a model's configuration")
+    config = read_model_config(folder)
     for place in (config, config.get("text_config")):
         found = place.get("quantization_config") if isinstance(place, dict) else None
         if isinstance(found, dict):
@@ -329,7 +351,8 @@ def _remembering(
 
         def note(weights: list[tuple[str, mx.array]], strict: bool = True) -> nn.Module:
             object.__delattr__(model, "load_weights")
-            seen.given.update(name for name, _ in weights)
+            shapes = {name: array.shape for name, array in flatten(model)}
+            seen.given.update(n for n, array in weights if shapes.get(n) == array.shape)
             return model.load_weights(weights, strict=strict)
 
         object.__setattr__(model, "sanitize", remember)
@@ -451,4 +474,4 @@ def _embedding_bytes(model: nn.Module, model_config: dict[str, Any]) -> int:
 
 
 def mentions_experts(folder: Path) -> bool:
-    return any("expert" in name for name in read_checkpoint(folder, in_part=True).tensors)
+    return any("expert" in name for name in read_checkpoint(folder).tensors)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .checkpoint import read_checkpoint
+from .checkpoint import is_shard, read_checkpoint
 from .config import StreamConfig, format_size
 from .errors import BudgetError
 from .hub import headers_only
@@ -86,9 +86,9 @@ def plan_ranks(
             locate(folder, c, trust, as_converted=True, part=Part(rank, ranks, split))
             for rank, c in enumerate(own)
         ]
-        checkpoint = read_checkpoint(folder, in_part=True)
+        checkpoint = read_checkpoint(folder)
         shards = {name: entry.file.name for name, entry in checkpoint.tensors.items()}
-        shards |= checkpoint.absent
+        shards |= {name: file for name, file in checkpoint.absent.items() if is_shard(file)}
         plans = []
         for rank, (there, c) in enumerate(zip(located, own, strict=True)):
             try:

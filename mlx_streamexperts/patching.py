@@ -21,7 +21,7 @@ import mlx.nn as nn
 import mlx_lm.tuner.utils
 import mlx_lm.utils
 
-from .accounts import alive, held
+from .accounts import alive, check_address_space, held
 from .checkpoint import read_header
 from .config import StreamConfig
 from .errors import RankError, StreamError, UnsupportedModelError
@@ -32,7 +32,9 @@ from .layer import StreamedSwitch
 from .locate import Located, locate, mentions_experts, original_load_model
 from .passes import Passes
 from .pipeline import wait_on_host
-from .planner import Plan
+from .planner import Plan, check_device
+from .platform import apple_limit, apple_working_set, device_limit
+from .predict import named_machine
 from .prefetch import link
 from .profiles import Profile, with_profile
 from .progress import progress_bar
@@ -67,7 +69,8 @@ def load(
         What `mlx_lm.load` returns: model and tokenizer (and config with `return_config=True`).
 
     Raises:
-        BudgetError: the memory is too small; says the smallest that works.
+        BudgetError: the memory is too small, and the message says the smallest that works; or it is
+            more than this device can hold.
         CheckpointError: the files are damaged or incomplete.
         UnsupportedModelError: no routed experts, or a layout that cannot be streamed.
         ExpertReadError: a layer that fits whole, or a hot set, could not be read in.
@@ -86,6 +89,7 @@ def plan(
     cache: int | str | None = None,
     config: StreamConfig | None = None,
     trust_remote_code: bool = False,
+    machine: str | None = None,
 ) -> Plan:
     """What `load` would come to, from headers alone: no weight is read, nothing allocated.
 
@@ -96,12 +100,15 @@ def plan(
         path_or_hf_repo: model folder or Hugging Face repository.
         memory, cache, config: as for `load`.
         trust_remote_code: run the model code that the checkpoint brings, if it does.
+        machine: the name of a machine to plan for, as `doctor --machine` takes it; default: this
+            one.
 
     Returns:
         The plan; as text it is one line.
 
     Raises:
-        BudgetError: the memory is too small; says the smallest that works.
+        BudgetError: the memory is too small, and the message says the smallest that works; or it is
+            more than the machine can hold.
         CheckpointError: the files are damaged or incomplete, or there is no such model.
         UnsupportedModelError: no routed experts, or a layout that neither streams nor converts.
         StreamError: an option or a size is not understood.
@@ -110,9 +117,20 @@ def plan(
         merged = _merged(memory, cache, config)
         trust = {"trust_remote_code": trust_remote_code}
         located = locate(folder, merged, trust, as_converted=True)
-        planned = located.plan(merged)
-        merged, profile = with_profile(located.layers, merged, planned)
-        return planned if profile is None else located.plan(merged)
+        if machine is None:
+            planned = located.plan(merged)
+            merged, profile = with_profile(located.layers, merged, planned)
+            if profile is not None:
+                planned = located.plan(merged)
+            limit = device_limit(planned.bound)
+        else:
+            memory_bytes = named_machine(machine).memory
+            if merged.memory is None and merged.cache is None:
+                merged = replace(merged, memory=apple_working_set(memory_bytes))
+            planned = located.plan(merged)
+            limit = apple_limit(memory_bytes, planned.bound)
+        check_device(planned, limit, merged.oversubscribe)
+        return planned
 
 
 def local_folder(
@@ -226,6 +244,7 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         config, profile = with_profile(located.layers, config, plan)
         if profile is not None:
             plan = located.plan(config, others)
+        check_device(plan, device_limit(plan.bound), config.oversubscribe)
         self._put_in_place(located, plan, config, lazy, profile)
         return located.model, located.model_config
 
@@ -264,6 +283,7 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         profile: Profile | None = None,
     ) -> ExpertStream:
         """Load the trunk and stream the experts of a model that was located."""
+        check_address_space(plan, config.threads)
         model = located.model
         for layer in located.layers:
             _replace(model, layer.name, StreamedSwitch(layer))

@@ -11,16 +11,16 @@ context grows: the work space stays what was planned.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import mlx.core as mx
 
 from .cache import LayerNeed, share_slots
-from .config import StreamConfig, format_size, parse_size
+from .config import DEFAULT_CONTEXT, StreamConfig, format_size, parse_size
 from .errors import BudgetError
 from .footprint import Footprint
-from .platform import device_memory_bytes
+from .platform import DeviceLimit, device_memory_bytes
 
 # What a process holds besides MLX's memory: interpreter, MLX, mlx-lm, transformers and a tokenizer
 # were 0.3 GB. A small budget (of a test, say) cannot mean that too: there it is a 50th.
@@ -104,6 +104,11 @@ class Plan:
     def mlx_bound(self) -> int:
         """The part of `bound` that is MLX's: all but the process itself."""
         return self.bound - min(self.bound // _PROCESS_SHARE, _PROCESS_BYTES)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its figures, for JSON."""
+        figures = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "footprint"}
+        return {**figures, "resident_share": self.resident_share, "text": str(self)}
 
     def next_pass(
         self, tokens: int, past: int = 0, sequences: int = 1, quantized: bool = False
@@ -193,7 +198,7 @@ def divide(
         BudgetError: it is too small; says the smallest that works.
     """
     experts = sum(n.experts * n.expert_bytes for n in layers)
-    context = config.context_tokens
+    context = config.context_tokens or DEFAULT_CONTEXT
     memory = default_memory(held) if config.memory is None else parse_size(config.memory)
     kv = footprint.kv(context)
     reserve = held + (0 if config.reserve is None else parse_size(config.reserve))
@@ -276,6 +281,31 @@ def experts_per_token(model_config: dict[str, Any], experts: int) -> int:
         if isinstance(value, int) and value > 0:
             return min(value, experts)
     return min(8, experts)
+
+
+def check_device(plan: Plan, limit: DeviceLimit, oversubscribe: bool = False) -> None:
+    """Refuse a budget that a device cannot hold: the system would swap, or end the process.
+
+    Args:
+        plan: how the budget would be divided.
+        limit: what the device can hold.
+        oversubscribe: take it all the same.
+
+    Raises:
+        BudgetError: the device cannot; says what raises its limit.
+    """
+    if oversubscribe or plan.bound <= limit.nbytes:
+        return
+    raised = f" To raise that until the next restart: {limit.command}." if limit.command else ""
+    stated = (
+        "memory" if plan.memory is not None else "this cache, with all that it needs beside it,"
+    )
+    raise BudgetError(
+        f"{stated} of {format_size(plan.bound)} is more than the device can hold, "
+        f"{format_size(limit.nbytes)}: {limit.why}.{raised} State at most {limit.nbytes:,} bytes, "
+        "or oversubscribe=True (--force) to try all the same",
+        needed_bytes=plan.minimum,
+    )
 
 
 def check_resize(plan: Plan, cache: int, reserve: int, others: int) -> int:

@@ -69,6 +69,17 @@ NAMED_MACHINES: dict[str, Machine] = {
 """Machines that others have reported results on; figures from their specifications."""
 
 
+def named_machine(name: str) -> Machine:
+    """One of `NAMED_MACHINES`.
+
+    Raises:
+        StreamError: there is none of that name.
+    """
+    if name not in NAMED_MACHINES:
+        raise StreamError(f"unknown machine {name!r}: choose of {', '.join(NAMED_MACHINES)}")
+    return NAMED_MACHINES[name]
+
+
 @dataclass(frozen=True)
 class Reported:
     """A result that others have published for a streamed model; theirs, on their machines.
@@ -189,9 +200,7 @@ def predict(
         "drive": read(hits.likely),
     }
 
-    chunks = [plan.prefill_tokens] * (prompt_tokens // plan.prefill_tokens)
-    if rest := prompt_tokens % plan.prefill_tokens:
-        chunks.append(rest)
+    chunks = plan.passes(prompt_tokens)
     sweep = sum(_touched(plan, tokens) for tokens in chunks) * (1 - plan.resident_share)
     swept = sweep / machine.drive_rate
     return Prediction(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
-import resource
 import signal
 import sys
 import threading
@@ -28,6 +27,7 @@ from unittest import mock
 from .cli import failed, make_parser, stream_settings
 from .config import StreamConfig, parse_size
 from .errors import StreamError
+from .files import room_for_clients
 from .patching import patch, plan, resolve
 from .room import Batch, PromptCache, Room
 from .serving import Generator, Provider, stock
@@ -35,7 +35,7 @@ from .traffic import Traffic
 from .web import Handler
 
 MOST_CONNECTIONS = 1024
-"""Open at once, or half of the files that this process may have open, if that is less."""
+"""Open at once, or as many files as this process may open beside the shards, if that is less."""
 
 _FULL = (
     b"HTTP/1.0 503 Service Unavailable\r\nContent-Type: application/json\r\n\r\n"
@@ -111,9 +111,10 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128  # that many may ask to be connected at one moment
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # reads need some, too
-        most = MOST_CONNECTIONS if files < 0 else min(MOST_CONNECTIONS, files // 2)
-        self._free = threading.Semaphore(most)
+        generator = getattr(self, "_generator", None)
+        served = set(generator.model_provider.served.values()) if generator else set()
+        folders = [Path(f) for f in served]
+        self._free = threading.Semaphore(room_for_clients(MOST_CONNECTIONS, folders))
         super().__init__(*args, **options)
 
     def process_request(self, request: Any, client_address: Any) -> None:

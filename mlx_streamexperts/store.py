@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import header_identity, read_json_object
+from .checkpoint import file_identity, read_json_object
 from .errors import CheckpointError, StreamError
 from .layer import ExpertLayer
 from .output import exclusive, sync_folder, write_json
@@ -104,7 +104,11 @@ def _write_store(layers: Sequence[ExpertLayer], folder: Path, overwrite: bool) -
 
 
 def use_store(
-    layers: Sequence[ExpertLayer], folder: Path, verify_reads: bool = False, in_part: bool = False
+    layers: Sequence[ExpertLayer],
+    folder: Path,
+    verify_reads: bool = False,
+    in_part: bool = False,
+    planning: bool = False,
 ) -> None:
     """Read the experts of `layers` from a store from now on.
 
@@ -113,6 +117,7 @@ def use_store(
         folder: the store.
         verify_reads: compare each expert's checksum after each of its reads.
         in_part: `layers` are some of the model's; files of the others need not be there.
+        planning: the checkpoint's headers may be all that is here of it.
 
     Raises:
         CheckpointError: it is not a finished store, is damaged, or was made of another checkpoint.
@@ -126,6 +131,8 @@ def use_store(
         at = {entry["name"]: number for number, entry in enumerate(stored)}
         numbers = [at[layer.name] for layer in layers if layer.name in at]
         stored = [stored[number] for number in numbers]
+    if planning:
+        source, own = _headers(source), _headers(own)
     _compare_sources(file, source, own)
     expected = [_describe(n, layer) for n, layer in zip(numbers, layers, strict=False)]
     if len(stored) != len(layers):
@@ -325,8 +332,20 @@ def _refuse_foreign(folder: Path, source: dict[str, Any]) -> None:
 
 
 def _source(layers: Sequence[ExpertLayer]) -> dict[str, Any]:
-    """What ties a store to its checkpoint: each shard's size and a digest of its header."""
-    return {file.name: header_identity(file) for file in map(Path, expert_files(layers))}
+    """What ties a store to its checkpoint: each shard's size, digests of header and samples."""
+    return {file.name: file_identity(file) for file in map(Path, expert_files(layers))}
+
+
+def _headers(source: Any) -> Any:
+    """A source without the samples of its data."""
+    if not isinstance(source, dict):
+        return source
+    return {
+        shard: {k: v for k, v in known.items() if k != "sample"}
+        if isinstance(known, dict)
+        else known
+        for shard, known in source.items()
+    }
 
 
 def _compare_sources(file: Path, theirs: Any, mine: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import drive, facts, locality, quality, speed
-from .config import StreamConfig, format_size
+from .config import DEFAULT_CONTEXT, StreamConfig, format_size
 from .errors import StreamError
 from .limits import limits_of
 from .locate import original_load_model
@@ -102,7 +102,7 @@ def make_report(
         StreamError: the model cannot be streamed, or nothing of it would be with this budget.
     """
     needed = settings.prompt_tokens + max(settings.tokens, speed.SUSTAINED_TOKENS)
-    if config.context_tokens < needed:
+    if (config.context_tokens or DEFAULT_CONTEXT) < needed:
         raise StreamError(f"a report needs --context-tokens {needed} or more: prompt and reply")
     config = replace(config, progress=False) if not sys.stderr.isatty() else config
     config = with_something_to_stream(folder, config)

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import random
 import shutil
 import sys
 import tracemalloc
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -129,8 +130,9 @@ def test_a_tensor_named_twice_in_a_header(tmp_path: Path) -> None:
 
 def test_a_tensor_named_twice_in_an_index(folder: Path) -> None:
     (folder / INDEX).write_text('{"weight_map": {"w": "model.safetensors", "w": "../x"}}')
-    with pytest.raises(CheckpointError, match="'w' is there twice"):
-        read_checkpoint(folder)
+    found = read_checkpoint(folder)  # the last counts, and leads outside
+    assert found.absent == {}
+    planned(folder)
 
 
 def test_a_shard_that_links_to_a_strangers_file_shows_nothing_of_it(tmp_path: Path) -> None:
@@ -155,16 +157,16 @@ def test_a_header_of_gigabytes_takes_no_memory(claimed: int, tmp_path: Path) -> 
 
 
 def test_json_of_gigabytes_takes_no_memory(folder: Path) -> None:
-    for name in (INDEX, "config.json"):
-        with (folder / name).open("r+b" if (folder / name).exists() else "wb") as f:
-            f.truncate(3 << 30)
-        assert_little(lambda: planned(folder))
+    os.truncate(folder / INDEX, 3 << 30)
+    assert_little(lambda: planned(folder), refused=False)  # mlx-lm does without it
+    os.truncate(folder / "config.json", 3 << 30)
+    assert_little(lambda: planned(folder))
 
 
-def assert_little(read: Callable[[], object]) -> None:
+def assert_little(read: Callable[[], object], refused: bool = True) -> None:
     tracemalloc.start()
     try:
-        with pytest.raises(CheckpointError):
+        with pytest.raises(CheckpointError) if refused else nullcontext():
             read()
         assert tracemalloc.get_traced_memory()[1] < 20_000_000
     finally:
