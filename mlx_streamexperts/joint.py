@@ -28,7 +28,8 @@ from .config import StreamConfig
 from .hub import SMALL_FILES, had
 from .locate import Located, locate, original_load_model
 from .pipeline import Part, cut, parse_split
-from .planner import Plan, default_memory
+from .planner import Plan, check_device, default_memory
+from .platform import device_limit
 from .ranks import Ranks, libraries
 
 _SAMPLE_BYTES = 4096
@@ -68,18 +69,21 @@ def meet(
     located, plan, own = ranks.all_or_none(prepare)
     ranks.agree({"the digest of": digests(folder)})
     # A prompt goes through all ranks in the same chunks, those of the rank with the least room.
-    plan = in_chunks(located, own, plan, min(ranks.exchange(plan.prefill_tokens)))
+    plan = in_chunks(plan, min(ranks.exchange(plan.prefill_tokens)), min(ranks.exchange(plan.work)))
+    check_device(plan, device_limit(plan.bound), own.oversubscribe)
     if ranks.rank != 0:
         own = replace(own, progress=False)
     return located, plan, own
 
 
-def in_chunks(located: Located, config: StreamConfig, plan: Plan, tokens: int) -> Plan:
-    """The plan of a rank with chunks of a prompt no longer than another rank can take."""
-    if tokens == plan.prefill_tokens:
-        return plan
-    shorter = located.plan(replace(config, prefill_tokens=tokens))
-    return replace(shorter, minimum=plan.minimum)  # that is with the shortest chunks there are
+def in_chunks(plan: Plan, tokens: int, work: int) -> Plan:
+    """The plan of a rank whose passes are no longer than another rank can take.
+
+    Args:
+        plan: its own.
+        tokens, work: the least tokens of a pass, and the least bytes of work space, of all ranks.
+    """
+    return replace(plan, prefill_tokens=tokens, pass_bytes=work)
 
 
 def digests(folder: Path) -> dict[str, str]:

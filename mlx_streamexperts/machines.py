@@ -95,7 +95,7 @@ def plan_ranks(
                 plans.append(there.plan(c))
             except BudgetError as e:
                 raise BudgetError(f"rank {rank}: {e}", e.needed_bytes) from e
-        chunk = min(p.prefill_tokens for p in plans)
+        chunk, work = (min(getattr(p, n) for p in plans) for n in ("prefill_tokens", "work"))
         found = []
         for there, c, plan in zip(located, own, plans, strict=True):
             assert there.stage is not None  # it was located as a part
@@ -103,7 +103,7 @@ def plan_ranks(
             found.append(
                 RankPlan(
                     there.stage,
-                    in_chunks(there, c, plan, chunk),
+                    in_chunks(plan, chunk, work),
                     there.stage.files(shards),
                     hidden * there.item_bytes,
                 )
