@@ -23,6 +23,7 @@ import mlx_lm.utils
 
 from .accounts import alive, held
 from .checkpoint import read_header
+from .combinations import PassCheck, token_rows
 from .config import StreamConfig
 from .discarded import PromptPasses
 from .errors import RankError, StreamError, UnsupportedModelError
@@ -266,6 +267,7 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
     ) -> ExpertStream:
         """Load the trunk and stream the experts of a model that was located."""
         model = located.model
+        rows = token_rows(model) if located.stage is None else None
         for layer in located.layers:
             _replace(model, layer.name, StreamedSwitch(layer))
         if not lazy:
@@ -283,7 +285,8 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         if located.stage is None:
             step = PromptPasses(located.layers[-1], step).step
         if step is not None:
-            intercept_passes(model, step)
+            intercept_passes(model, step, PassCheck(model, rows))
+        expert_stream.token_rows = rows
         self.streams.append(expert_stream)
         return expert_stream
 

@@ -21,6 +21,7 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
+from .combinations import trims
 from .planner import Plan
 
 _KV_STEP = 256  # mlx-lm's caches grow by so many tokens
@@ -158,5 +159,13 @@ class PromptCache(LRUPromptCache):
         # A cache taken out of a batch is a slice that was not computed yet: it would keep the KV
         # cache of the whole batch in memory, unseen by any count.
         mx.eval([c.state for c in prompt_cache])
+        if not trims(prompt_cache):
+            for cache in prompt_cache:
+                cache.is_trimmable = _never
         super().insert_cache(model, tokens, prompt_cache, **options)
         self.trim_to(n_bytes=self._room.kept_bytes())
+
+
+def _never() -> bool:
+    """What a cache is to say of being trimmed that would not go on like a fresh one."""
+    return False

@@ -26,6 +26,7 @@ from typing import Any
 from unittest import mock
 
 from .cli import failed, make_parser, stream_settings
+from .combinations import Options, check_options
 from .config import StreamConfig, parse_size
 from .errors import StreamError
 from .patching import patch, plan, resolve
@@ -83,6 +84,8 @@ def main(argv: list[str] | None = None) -> int:
         assert model is not None
         served = _served(args.model, model, args.also_serve)
         args.given = [args.model or model, *args.also_serve]  # as typed: requests may say so too
+        for other in list(served.values())[1:]:
+            check_options(other, config, Options.of(args), args.trust_remote_code)
         if len(served) > 1:
             config = _one_budget(served, config, args.trust_remote_code)
         args.model = model

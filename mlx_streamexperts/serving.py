@@ -21,7 +21,9 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm import server as stock
+from mlx_lm.models.cache import make_prompt_cache
 
+from .combinations import batches
 from .errors import StreamError
 from .room import Room
 from .stream import ExpertStream, is_streamed, stream
@@ -59,11 +61,13 @@ class Provider(stock.ModelProvider):
 
     Attributes:
         room: what the loaded model's plan has room for.
+        words: tokens that its tokenizer and the model know.
         served: folder by name that requests may use, paths and the default's nicknames included.
     """
 
     model: Any
     tokenizer: Any
+    words = 1
 
     def __init__(self, args: argparse.Namespace, served: dict[str, str], room: Room) -> None:
         super().__init__(args)
@@ -110,8 +114,11 @@ class Provider(stock.ModelProvider):
         stated = getattr(self.cli_args, "stated_step", None)
         self.unload()
         super()._load(*args, **options)
+        self.is_batchable = self.is_batchable and batches(self.model, make_prompt_cache(self.model))
         if (expert_stream := self.expert_stream) is not None:
-            self.room.open(expert_stream.plan, len(self.tokenizer))
+            rows = expert_stream.token_rows or len(self.tokenizer)
+            self.words = min(rows, len(self.tokenizer))  # either may know more than the other
+            self.room.open(expert_stream.plan, rows)
             self.cli_args.prefill_step_size = stated or expert_stream.plan.prefill_tokens
             logging.info(f"Loaded {args[0]}: {expert_stream.plan}")
 
@@ -240,6 +247,11 @@ class Generator(stock.ResponseGenerator):
             raise BadRequestError(f"the prompt cannot be made into tokens: {e}") from e
         if not result[0]:
             raise BadRequestError("the prompt is empty")
+        words = self.model_provider.words
+        if (token := max(result[0])) >= words:
+            raise BadRequestError(
+                f"the prompt has token {token}; the model knows only {words}, its tokenizer more"
+            )
         longest = self.room.longest_reply(len(result[0]))
         if longest is not None:
             if longest < 1:
