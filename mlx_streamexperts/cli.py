@@ -140,8 +140,10 @@ def stream_settings(args: argparse.Namespace) -> tuple[StreamConfig, str | None]
     if model is not None:
         trust = bool(getattr(args, "trust_remote_code", False))
         model = str(local_folder(model, config, trust=trust))
+    config = following_stock_options(config, args)
+    if model is not None:
         check_options(model, config, Options.of(args), trust)
-    return following_stock_options(config, args), model
+    return config, model
 
 
 def following_stock_options(config: StreamConfig, args: argparse.Namespace) -> StreamConfig:

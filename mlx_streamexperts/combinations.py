@@ -26,10 +26,11 @@ from mlx_lm.models.cache import (
     RotatingKVCache,
     make_prompt_cache,
 )
+from mlx_lm.utils import _download, load_tokenizer
 
 from .config import StreamConfig
 from .errors import TokenError, UnsupportedModelError
-from .locate import locate
+from .locate import locate, original_load_model
 
 BATCHED = frozenset(
     (
@@ -92,12 +93,12 @@ class Options:
     """What a command line asks of a model beside a reply.
 
     Attributes:
-        draft_model: a draft model guesses ahead.
+        draft_model: folder or repository of a model that guesses ahead; None for none.
         kv_bits, kv_group_size: how the KV cache is quantized; None for not at all.
         max_kv_size: tokens of a KV cache that forgets; None for one that does not.
     """
 
-    draft_model: bool = False
+    draft_model: str | None = None
     kv_bits: int | None = None
     kv_group_size: int = 64
     max_kv_size: int | None = None
@@ -106,7 +107,7 @@ class Options:
     def of(cls, args: argparse.Namespace) -> Options:
         """Those of a parsed command line, whichever of them it knows."""
         return cls(
-            draft_model=getattr(args, "draft_model", None) is not None,
+            draft_model=getattr(args, "draft_model", None),
             kv_bits=getattr(args, "kv_bits", None),
             kv_group_size=getattr(args, "kv_group_size", cls.kv_group_size),
             max_kv_size=getattr(args, "max_kv_size", None),
@@ -128,13 +129,14 @@ def check_options(
         UnsupportedModelError: names the option and the family.
         StreamError: what `load` raises.
     """
-    if not options.draft_model and options.kv_bits is None:
+    if options.draft_model is None and options.kv_bits is None:
         return
     if mx.distributed.init().size() > 1:  # a rank has its own part of the model's files alone
         return
     model = locate(Path(folder), config, {"trust_remote_code": trust_remote_code}).model
-    if options.draft_model:
+    if options.draft_model is not None:
         _check_drafts(model, make_prompt_cache(model))
+        _check_draft_tokens(model, Path(folder), options.draft_model)
     if options.kv_bits is not None:
         _check_quantized(model, options)
 
@@ -144,6 +146,21 @@ def _check_drafts(model: nn.Module, caches: list[Any]) -> None:
         raise UnsupportedModelError(
             f"--draft-model (draft_model=) does not work with {family(model)}: tokens that were "
             f"guessed wrong cannot be taken out of its cache ({_names(caches)}) again; run without"
+        )
+
+
+def _check_draft_tokens(model: nn.Module, folder: Path, draft_model: str) -> None:
+    """The draft model sees the prompt and what the model has chosen."""
+    try:
+        words = len(load_tokenizer(folder))
+        draft, _ = original_load_model(_download(draft_model), lazy=True)
+    except Exception:  # whatever is wrong with their files comes up when they are loaded
+        return
+    words = min(words, token_rows(model) or words)
+    if (rows := token_rows(draft) or words) < words:
+        raise UnsupportedModelError(
+            f"--draft-model {draft_model} knows {rows} tokens, {family(model)} and its tokenizer "
+            f"{words}: it would read past its table; take one of the same tokenizer"
         )
 
 

@@ -163,11 +163,10 @@ def _config(args: argparse.Namespace) -> StreamConfig:
     parser.add_argument("--kv-group-size", type=int, default=Options.kv_group_size)
     parser.add_argument("--model")
     program_options, _ = parser.parse_known_args(args.arguments)
-    config = from_arguments(args)
+    config = following_stock_options(from_arguments(args), program_options)
     options = Options.of(program_options)
     if program_options.model is not None and options != Options():
         check_options(resolve(program_options.model), config, options)
-    config = following_stock_options(config, program_options)
     if config.prefill_tokens is None:
         stock = importlib.import_module("mlx_lm.generate")
         config = replace(config, prefill_tokens=stock.DEFAULT_PREFILL_STEP_SIZE)

@@ -113,6 +113,18 @@ def test_what_cannot_work_is_refused_at_the_start(
         assert name in line
 
 
+def test_a_draft_model_that_knows_fewer_tokens_is_refused(
+    checkpoints: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--cache", "4MB", "--no-progress", "-p", "a", "-m", "2", "--draft-model"]
+    draft = str(checkpoints("qwen3_moe"))
+    assert generate.main([*options, draft]) == 1
+    assert "knows 128 tokens" in capsys.readouterr().err
+    model = ["--model", str(checkpoints("mixtral", words=3000))]  # more than either model has
+    options.append(str(checkpoints("qwen3_moe", words=3000, seed=1)))
+    assert generate.main([*model, *options]) == 0
+
+
 def test_a_further_model_is_looked_at_at_the_start(
     checkpoints: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
