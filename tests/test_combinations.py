@@ -42,6 +42,7 @@ from mlx_streamexperts.combinations import (
     trims,
 )
 from mlx_streamexperts.errors import TokenError, UnsupportedModelError
+from mlx_streamexperts.study import QUICK, batch_sizes
 
 TOKENS = families.token_stream(families.VOCAB, 200, seed=4).tolist()
 STEPS = 6
@@ -176,6 +177,15 @@ def test_a_batch_that_mlx_lm_computes_wrongly_is_refused(
         uids = generator.insert([list(p) for p in equal])
         with pytest.raises(UnsupportedModelError, match="unequal length"):
             collected(generator, uids, later=prompts[1])
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("jamba", [1]), ("qwen3_moe", [1, 2, 4])])
+def test_a_report_tries_no_batches_that_are_wrong(
+    name: str, sizes: list[int], checkpoint: Callable[..., Path]
+) -> None:
+    model = load_streamed(checkpoint(name), 1 << 40)
+    with stream(model):
+        assert batch_sizes(model, QUICK) == sizes
 
 
 @pytest.mark.parametrize(("name", "works"), [("gpt_oss", False), ("qwen3_moe", True)])
