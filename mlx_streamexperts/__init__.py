@@ -8,6 +8,7 @@ from .errors import (
     ExpertReadError,
     RankError,
     StreamError,
+    TokenError,
     UnsupportedModelError,
 )
 from .machines import RankPlan, plan_ranks
@@ -29,6 +30,7 @@ __all__ = [
     "StreamConfig",
     "StreamError",
     "StreamStats",
+    "TokenError",
     "UnsupportedModelError",
     "demo_model",
     "load",

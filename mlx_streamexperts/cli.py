@@ -14,6 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from .checkpoint import read_checkpoint
+from .combinations import Options, check_options
 from .config import StreamConfig, add_arguments, format_size, from_arguments
 from .demo import demo_model
 from .errors import StreamError
@@ -120,6 +121,10 @@ def stream_settings(args: argparse.Namespace) -> tuple[StreamConfig, str | None]
     The embedded model stands in where none is named; it fits any machine, so it then gets a small
     expert cache unless the command line states a budget. The model is None where a prompt cache
     file names it.
+
+    Raises:
+        UnsupportedModelError: the model cannot do what an option asks for.
+        StreamError: an option or a size is not understood, or there is no such model.
     """
     config, model = from_arguments(args), args.model
     if model is None and getattr(args, "prompt_cache_file", None) is None:
@@ -135,7 +140,10 @@ def stream_settings(args: argparse.Namespace) -> tuple[StreamConfig, str | None]
     if model is not None:
         trust = bool(getattr(args, "trust_remote_code", False))
         model = str(local_folder(model, config, trust=trust))
-    return following_stock_options(config, args), model
+    config = following_stock_options(config, args)
+    if model is not None:
+        check_options(model, config, Options.of(args), trust)
+    return config, model
 
 
 def following_stock_options(config: StreamConfig, args: argparse.Namespace) -> StreamConfig:

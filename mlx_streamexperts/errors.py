@@ -45,6 +45,10 @@ class BudgetError(StreamError):
         self.needed_bytes = needed_bytes
 
 
+class TokenError(StreamError, ValueError):
+    """A prompt has a token for which the model has no row; nothing was computed."""
+
+
 class ExpertReadError(StreamError):
     """An expert's bytes could not be read; its slot is empty and the model stays usable.
 

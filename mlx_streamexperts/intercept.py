@@ -11,6 +11,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+Check = Callable[[mx.array | None, Any], None]
+"""Looks at a forward pass: its token ids [B, T], or None for embeddings, and its caches or None."""
+
 _EMBEDDINGS = "input_embeddings"
 
 
@@ -81,12 +84,13 @@ def intercept(module: nn.Module, call: Callable[..., Any], method: str = "__call
     module.__class__ = type(kind.__name__, (kind,), own)
 
 
-def intercept_passes(model: nn.Module, step: Step) -> None:
+def intercept_passes(model: nn.Module, step: Step, check: Check) -> None:
     """Let a model's forward passes go through `step`.
 
     Args:
         model: left alone unless its call takes a `cache`.
         step: what runs them.
+        check: looks at each before, and raises where it must not run.
     """
     kind: Any = type(model)
     signature = inspect.signature(kind.__call__)
@@ -100,11 +104,12 @@ def intercept_passes(model: nn.Module, step: Step) -> None:
         del given[next(iter(given))]  # self
         for name in spread:
             given.update(given.pop(name, {}))
-        tokens = given.get(_EMBEDDINGS)
+        embeddings = tokens = given.get(_EMBEDDINGS)
         if tokens is None:
             tokens = given.get(names[0])
         if not isinstance(tokens, mx.array) or tokens.ndim < 2:
             return kind.__call__(self, *args, **kwargs)
+        check(tokens if embeddings is None else None, given.get("cache"))
         return step(Pass(self, kind, names, given, *tokens.shape[:2]))
 
     intercept(model, call)

@@ -97,7 +97,7 @@ def plan_ranks(
                 raise BudgetError(f"rank {rank}: {e}", e.needed_bytes) from e
         chunk, work = (min(getattr(p, n) for p in plans) for n in ("prefill_tokens", "work"))
         found = []
-        for there, c, plan in zip(located, own, plans, strict=True):
+        for there, plan in zip(located, plans, strict=True):
             assert there.stage is not None  # it was located as a part
             hidden = text_config(there.model_config).get("hidden_size") or 0
             found.append(

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx_lm.models import cache as stock
 
 from .footprint import leaves
-from .intercept import Pass, intercept, intercept_passes
+from .intercept import Check, Pass, intercept, intercept_passes
 
 if TYPE_CHECKING:
     from .stream import ExpertStream
@@ -38,14 +38,18 @@ class Passes:
         self._stream, self._run = expert_stream, run
         self._dividing: int | None = None  # the thread whose pass is taken in parts
 
-    def install(self, model: nn.Module) -> None:
-        """Let the model's passes come here."""
+    def install(self, model: nn.Module, check: Check) -> None:
+        """Let the model's passes come here.
+
+        Args:
+            check: looks at each as it was called.
+        """
         for name, module in model.named_modules():
             if name.rpartition(".")[2] == "lm_head":
                 self._settle_input(module, "__call__")
             elif isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)):
                 self._settle_input(module, "as_linear")
-        intercept_passes(model, self.step)
+        intercept_passes(model, self.step, check)
 
     def _settle_input(self, module: nn.Module, method: str) -> None:
         """Compute what a part's logits are made of, [B, L, D].
@@ -82,6 +86,8 @@ class Passes:
             while begin < whole.tokens:
                 left = whole.tokens - begin
                 count = plan.next_pass(left, past + begin, whole.sequences, quantized)
+                # mlx-lm takes a pass of one token for the first after the prompt.
+                count = max(2, count - 1 if left - count == 1 else count) if left > 3 else left
                 results.append(self._one(whole.part(begin, begin + count), past + begin))
                 begin += count
                 if begin < whole.tokens:  # as mlx-lm does between its steps

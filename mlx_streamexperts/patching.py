@@ -23,6 +23,7 @@ import mlx_lm.utils
 
 from .accounts import alive, check_address_space, held
 from .checkpoint import read_header
+from .combinations import PassCheck, token_rows
 from .config import StreamConfig
 from .errors import RankError, StreamError, UnsupportedModelError
 from .guards import GUARDS
@@ -285,6 +286,7 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         """Load the trunk and stream the experts of a model that was located."""
         check_address_space(plan, config.threads)
         model = located.model
+        rows = token_rows(model) if located.stage is None else None
         for layer in located.layers:
             _replace(model, layer.name, StreamedSwitch(layer))
         if not lazy:
@@ -298,7 +300,9 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
             expert_stream.stage = located.stage
         attach(model, expert_stream)
         ahead = expert_stream.run_ahead
-        Passes(expert_stream, ahead.step if ahead else None).install(model)
+        passes = Passes(expert_stream, ahead.step if ahead else None)
+        passes.install(model, PassCheck(model, rows))
+        expert_stream.token_rows = rows
         self.streams.append(expert_stream)
         return expert_stream
 

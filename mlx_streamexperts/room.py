@@ -10,6 +10,7 @@ Everything here belongs to the generation thread.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -21,6 +22,7 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
+from .combinations import trims
 from .planner import Plan
 
 _KV_STEP = 256  # mlx-lm's caches grow by so many tokens
@@ -37,7 +39,10 @@ class Room:
         pending: tokens of the request that was admitted last and has not begun.
         state: bytes that each sequence keeps whatever its length (linear attention, Mamba). As
             planned, or None where the plan knows of none, until a sequence was seen.
+        keep: takes the tokens and caches of a sequence that is taken out of a batch.
     """
+
+    keep: Callable[[list[int], list[Any]], None] | None = None
 
     def __init__(self) -> None:
         self.plan: Plan | None = None
@@ -109,6 +114,11 @@ class Batch(BatchGenerator):
         return uids
 
     def remove(self, uids: Any, *args: Any, **options: Any) -> Any:
+        if self._room.keep is not None:  # a stop string has ended it, or its client left
+            for i, uid in enumerate(self._generation_batch.uids):
+                if uid in uids:
+                    cache = self._generation_batch.extract_cache(i)
+                    self._room.keep(list(self._generation_batch.tokens[i]), cache)
         removed = super().remove(uids, *args, **options)
         for uid in uids:
             self._room.active.pop(uid, None)
@@ -158,5 +168,13 @@ class PromptCache(LRUPromptCache):
         # A cache taken out of a batch is a slice that was not computed yet: it would keep the KV
         # cache of the whole batch in memory, unseen by any count.
         mx.eval([c.state for c in prompt_cache])
+        if not trims(prompt_cache):
+            for cache in prompt_cache:
+                cache.is_trimmable = _never
         super().insert_cache(model, tokens, prompt_cache, **options)
         self.trim_to(n_bytes=self._room.kept_bytes())
+
+
+def _never() -> bool:
+    """What a cache is to say of being trimmed that would not go on like a fresh one."""
+    return False

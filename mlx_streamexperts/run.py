@@ -29,10 +29,11 @@ import mlx.nn as nn
 
 from .__main__ import commands
 from .cli import failed, following_stock_options
+from .combinations import Options, check_options
 from .config import StreamConfig, add_arguments, from_arguments
 from .errors import StreamError
 from .guards import REFUSED_PROGRAMS, check_program
-from .patching import patch
+from .patching import patch, resolve
 from .stream import is_streamed, stream
 from .wrap import Session, add_report_arguments
 
@@ -158,8 +159,14 @@ def _config(args: argparse.Namespace) -> StreamConfig:
     parser.add_argument("--prefill-step-size", type=int)
     parser.add_argument("--max-kv-size", type=int)
     parser.add_argument("--draft-model")
+    parser.add_argument("--kv-bits", type=int)
+    parser.add_argument("--kv-group-size", type=int, default=Options.kv_group_size)
+    parser.add_argument("--model")
     program_options, _ = parser.parse_known_args(args.arguments)
     config = following_stock_options(from_arguments(args), program_options)
+    options = Options.of(program_options)
+    if program_options.model is not None and options != Options():
+        check_options(resolve(program_options.model), config, options)
     if config.prefill_tokens is None:
         stock = importlib.import_module("mlx_lm.generate")
         config = replace(config, prefill_tokens=stock.DEFAULT_PREFILL_STEP_SIZE)

@@ -9,7 +9,6 @@ OpenAI's chat and completions at /v1, figures at /metrics (Prometheus), a live p
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import os
 import signal
 import sys
@@ -25,14 +24,15 @@ from typing import Any
 from unittest import mock
 
 from .cli import failed, make_parser, stream_settings
+from .combinations import Options, check_options
 from .config import StreamConfig, parse_size
 from .errors import StreamError
 from .files import room_for_clients
 from .patching import patch, plan, resolve
 from .room import Batch, PromptCache, Room
-from .serving import Generator, Provider, stock
+from .serving import Generator, Provider, stock, top_logprobs
 from .traffic import Traffic
-from .web import Handler
+from .web import Handler, is_loopback
 
 MOST_CONNECTIONS = 1024
 """Open at once, or as many files as this process may open beside the shards, if that is less."""
@@ -64,6 +64,14 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "users of this machine cannot see in the list of processes",
     )
     group.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="answer requests whose Host header says this name, too. On a loopback address only "
+        "loopback names are answered, elsewhere any, unless this is given. Can be given again",
+    )
+    group.add_argument(
         "--max-body", default="16MiB", help="longest request body (default: %(default)s)"
     )
     group.add_argument(
@@ -83,11 +91,13 @@ def main(argv: list[str] | None = None) -> int:
         assert model is not None
         served = _served(args.model, model, args.also_serve)
         args.given = [args.model or model, *args.also_serve]  # as typed: requests may say so too
+        for other in list(served.values())[1:]:
+            check_options(other, config, Options.of(args), args.trust_remote_code)
         if len(served) > 1:
             config = _one_budget(served, config, args.trust_remote_code)
         args.model = model
         args.stated_step = args.prefill_step_size  # None: what each model's plan has room for
-        if not args.api_key and not _is_loopback(args.host):
+        if not args.api_key and not is_loopback(args.host):
             print(
                 f"warning: {args.host} can be reached from elsewhere, and no --api-key is set",
                 file=sys.stderr,
@@ -211,6 +221,7 @@ def _assembled(args: argparse.Namespace, served: dict[str, str]) -> Iterator[Non
         ModelProvider=lambda parsed: Provider(parsed, served, room),
         LRUPromptCache=partial(PromptCache, room),
         BatchGenerator=partial(Batch, room=room),
+        _format_top_logprobs=top_logprobs,
         ResponseGenerator=lambda provider, cache: Generator(provider, cache, traffic),
         _run_http_server=run_http_server,
     ):
@@ -260,13 +271,6 @@ def _one_budget(
         if config.memory is None and planned.memory is not None:
             config = replace(config, memory=planned.memory)
     return config
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 if __name__ == "__main__":

@@ -17,11 +17,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Queue
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 from mlx_lm import server as stock
+from mlx_lm.models.cache import make_prompt_cache
 
+from .combinations import batches
 from .errors import StreamError
 from .room import Room
 from .stream import ExpertStream, is_streamed, stream
@@ -35,11 +37,27 @@ class Refused(BaseException):
         status: of HTTP.
         message: what was wrong and what to do.
         code: short name of it, as OpenAI's API has them.
+        param: the field that it is about, if it is about one.
     """
 
-    def __init__(self, status: int, message: str, code: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, code: str | None = None, param: str | None = None
+    ) -> None:
         super().__init__(message)
-        self.status, self.message, self.code = status, message, code
+        self.status, self.message, self.code, self.param = status, message, code, param
+
+
+class Begun(BaseException):
+    """Takes what the generator responds out of mlx-lm's handler, which would lose some of it.
+
+    Attributes:
+        context: mlx-lm's, of the request.
+        responses: one a token.
+        asked: what the request asks for, as mlx-lm has it.
+    """
+
+    def __init__(self, context: Any, responses: Iterator[Any], asked: Any) -> None:
+        self.context, self.responses, self.asked = context, responses, asked
 
 
 class ClientGone(ConnectionError):  # noqa: N818, it is no error of ours
@@ -47,7 +65,15 @@ class ClientGone(ConnectionError):  # noqa: N818, it is no error of ours
 
 
 class BadRequestError(StreamError):
-    """The request cannot be answered, whoever asks again."""
+    """The request cannot be answered, whoever asks again.
+
+    Attributes:
+        param: the field that it is about, if it is about one.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class Provider(stock.ModelProvider):
@@ -59,11 +85,13 @@ class Provider(stock.ModelProvider):
 
     Attributes:
         room: what the loaded model's plan has room for.
+        words: tokens that its tokenizer and the model know.
         served: folder by name that requests may use, paths and the default's nicknames included.
     """
 
     model: Any
     tokenizer: Any
+    words = 1
 
     def __init__(self, args: argparse.Namespace, served: dict[str, str], room: Room) -> None:
         super().__init__(args)
@@ -110,8 +138,11 @@ class Provider(stock.ModelProvider):
         stated = getattr(self.cli_args, "stated_step", None)
         self.unload()
         super()._load(*args, **options)
+        self.is_batchable = self.is_batchable and batches(self.model, make_prompt_cache(self.model))
         if (expert_stream := self.expert_stream) is not None:
-            self.room.open(expert_stream.plan, len(self.tokenizer))
+            rows = expert_stream.token_rows or len(self.tokenizer)
+            self.words = min(rows, len(self.tokenizer))  # either may know more than the other
+            self.room.open(expert_stream.plan, rows)
             self.cli_args.prefill_step_size = stated or expert_stream.plan.prefill_tokens
             logging.info(f"Loaded {args[0]}: {expert_stream.plan}")
 
@@ -152,7 +183,14 @@ class Generator(stock.ResponseGenerator):
         self._clients: dict[int, Client] = {}  # by id of the request
         self._replies: dict[Any, Client] = {}  # of requests under way, by their queue
         self._tokenized: dict[int, Any] = {}  # by id of the request
+        self.room.keep = self._keep
         super().__init__(provider, prompt_cache)
+
+    def _keep(self, tokens: list[int], caches: list[Any]) -> None:
+        """Keep what was computed for a reply that its reader has ended."""
+        self.prompt_cache.insert_cache(
+            self.model_provider.model_key, tokens, caches, cache_type="assistant"
+        )
 
     def expect(self, request: Any, client: Client) -> None:
         """`client` is about to ask for `request`."""
@@ -187,6 +225,7 @@ class Generator(stock.ResponseGenerator):
             reply.put(error)
         self._replies.clear()
         self.room.active.clear()
+        sound_random_state()
         gc.collect()
         mx.clear_cache()
 
@@ -236,24 +275,59 @@ class Generator(stock.ResponseGenerator):
             return known[1]
         try:
             result = super()._tokenize(tokenizer, request, args)
-        except Exception as e:  # a template's error, a role it does not know, a lone surrogate
+        except Exception as e:  # a template's error, a role it does not know
             raise BadRequestError(f"the prompt cannot be made into tokens: {e}") from e
+        param = "messages" if request.request_type == "chat" else "prompt"
         if not result[0]:
-            raise BadRequestError("the prompt is empty")
+            raise BadRequestError("the prompt is empty", param)
+        words = self.model_provider.words
+        if (token := max(result[0])) >= words:
+            raise BadRequestError(
+                f"the prompt has token {token}; the model knows only {words}, its tokenizer more",
+                param,
+            )
         longest = self.room.longest_reply(len(result[0]))
         if longest is not None:
             if longest < 1:
                 raise BadRequestError(
                     f"the prompt has {len(result[0])} tokens; this server has memory for "
-                    f"{len(result[0]) + longest} of prompt and reply (--context-tokens)"
+                    f"{len(result[0]) + longest} of prompt and reply (--context-tokens)",
+                    param,
                 )
             args.max_tokens = min(args.max_tokens, longest)
+        self._try(args, tokenizer)
         return result
+
+    def _try(self, args: Any, tokenizer: Any) -> None:
+        """Make what this request alone needs, once for nothing: mlx-lm makes it within a batch.
+
+        Raises:
+            BadRequestError: something of it cannot be made, or does not work.
+        """
+        words = self.model_provider.words
+        for token in args.logits.logit_bias or ():
+            if not 0 <= token < words:
+                raise BadRequestError(
+                    f"logit_bias: there is no token {token}, only {words}", "logit_bias"
+                )
+        for name, value in (("top_k", args.sampling.top_k), ("top_logprobs", args.top_logprobs)):
+            if value >= words:
+                raise BadRequestError(f"{name} must be below {words}, the number of tokens", name)
+        logits = mx.zeros((1, self.room.vocabulary))
+        try:
+            for processor in stock._make_logits_processors(args):
+                logits = processor(mx.zeros(1, mx.int32), logits)
+            stock._make_sampler(args, tokenizer)(logits)
+            self._make_state_machine(self.model_provider.model_key, tokenizer, args.stop_words)
+        except Exception as e:
+            sound_random_state()
+            raise BadRequestError(f"the sampling parameters do not work: {e}") from e
 
     def _serve_single(self, request: Any, *rest: Any) -> None:
         reply, asked, args = request
         client = self._clients.get(id(asked))
         super()._serve_single((_Stopping(reply, client, self.room), asked, args), *rest)
+        sound_random_state()
 
 
 class _Stopping:
@@ -306,12 +380,12 @@ class Client:
         request: Any,
         args: Any,
         progress_callback: Callable[[int, int], None] | None = None,
-    ) -> tuple[Any, Iterator[Any]]:
+    ) -> NoReturn:
         """As mlx-lm's, but it ends when the client leaves, and its errors have a status.
 
         Raises:
+            Begun: the prompt is taken; its responses raise `ClientGone` when nobody waits for them.
             Refused: the request cannot be answered.
-            ClientGone: nobody waits for the answer.
         """
         began = time.perf_counter()
 
@@ -330,10 +404,10 @@ class Client:
         except ClientGone as e:
             raise Refused(499, "the client has left") from e
         except BadRequestError as e:
-            raise Refused(400, str(e), "invalid_request") from e
+            raise Refused(400, str(e), "invalid_request", e.param) from e
         except Exception as e:
             raise failed(e) from e
-        return context, self._watched(context, responses, began)
+        raise Begun(context, self._watched(context, responses, began), args)
 
     def _watched(self, context: Any, responses: Iterator[Any], began: float) -> Iterator[Any]:
         traffic, first = self.generator.traffic, True
@@ -346,6 +420,34 @@ class Client:
             if self.gone():
                 raise ClientGone
             yield response
+
+
+def sound_random_state() -> None:
+    """Begin the random numbers anew where a failed step has left them unusable."""
+    try:
+        mx.eval(mx.random.state)
+    except RuntimeError:
+        mx.random.seed(time.time_ns())
+
+
+def top_logprobs(logprobs: mx.array, count: int, tokenizer: Any) -> tuple[dict[str, Any], ...]:
+    """The likeliest tokens, the first one first: mlx-lm has them in no order.
+
+    Args:
+        logprobs: of all tokens, [V].
+        count: how many; none where it is below 1.
+        tokenizer: not used, names come later.
+
+    Returns:
+        `id` and `logprob` of each.
+    """
+    if count < 1:
+        return ()
+    indices = mx.argpartition(-logprobs, kth=count - 1)[:count]
+    ids: Any = indices.tolist()
+    values: Any = logprobs[indices].tolist()
+    found = sorted(zip(ids, values, strict=True), key=lambda f: (-f[1], f[0]))
+    return tuple({"id": i, "logprob": value} for i, value in found)
 
 
 def failed(error: Exception) -> Refused:

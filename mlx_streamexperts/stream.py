@@ -66,10 +66,12 @@ class ExpertStream(Closing):
         stage: the decoder layers that are this rank's, where several machines share the model.
         ranks: those machines.
         profile: the settings of an earlier `tune` that are in use; None where there are none.
+        token_rows: tokens that the model knows; None where its own code does not tell.
     """
 
     profile: Profile | None = None
     stage: Stage | None = None
+    token_rows: int | None = None
     ranks: Ranks | None = None
     _watch: Watch | None = None
 

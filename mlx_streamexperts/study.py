@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
 
 from . import drive, facts, locality, quality, speed
+from .combinations import batches
 from .config import DEFAULT_CONTEXT, StreamConfig, format_size
 from .errors import StreamError
 from .limits import limits_of
@@ -245,11 +247,17 @@ def _speed(
     text = text * (max(lengths) // len(text) + 1)
     found["by_prompt_length"] = speed.first_tokens(model, text, lengths, settings.repeats)
     step("batches")
-    each = settings.prompt_tokens + settings.tokens
-    sizes = [n for n in settings.batches if n == 1 or n * each <= room]
+    sizes = batch_sizes(model, settings)
     found["by_batch"] = speed.batches(
         model, tokenizer, prompts, sizes, settings.tokens, settings.repeats
     )
+
+
+def batch_sizes(model: Any, settings: Settings) -> list[int]:
+    """How many sequences at once are tried: as many as have room, if mlx-lm batches them well."""
+    each = settings.prompt_tokens + settings.tokens
+    room = stream(model).plan.context_tokens if batches(model, make_prompt_cache(model)) else 0
+    return [n for n in settings.batches if n == 1 or n * each <= room]
 
 
 def _ssd(

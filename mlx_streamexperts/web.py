@@ -10,6 +10,7 @@ import base64
 import hashlib
 import hmac
 import io
+import ipaddress
 import json
 import logging
 import re
@@ -28,7 +29,8 @@ from mlx_lm import server as stock
 from .bodies import checked
 from .errors import StreamError
 from .metrics import live, prometheus
-from .serving import Client, ClientGone, Generator, Refused, failed
+from .replies import Piece, Reply, completion_logprobs
+from .serving import Begun, Client, ClientGone, Generator, Refused, failed
 
 MOST_REQUESTS = 256
 """Requests that may be under way or waiting; more are refused with status 503."""
@@ -97,6 +99,7 @@ class Handler(stock.APIHandler):
     path: str
     response_generator: Any
     rfile: Any
+    server: Any
     timeout = _SOCKET_SECONDS
     server_version, sys_version = "mlx-streamexperts", ""
 
@@ -118,6 +121,7 @@ class Handler(stock.APIHandler):
     def do_GET(self) -> None:  # noqa: N802
         """Figures, the live page, the models; the rest is mlx-lm's."""
         try:
+            self._check_host()
             self.path = _path_of(self.path)
             if self.path in ("/", "/live"):
                 self._send(
@@ -142,15 +146,26 @@ class Handler(stock.APIHandler):
         except (ConnectionError, TimeoutError):
             self.close_connection = True
 
+    def do_OPTIONS(self) -> None:  # noqa: N802
+        """What a browser asks before it lets a page send a request."""
+        try:
+            self._check_host()
+            super().do_OPTIONS()
+        except Refused as e:
+            self._refuse(e)
+
     def do_POST(self) -> None:  # noqa: N802
         """Check a request for text, then let mlx-lm answer it."""
         traffic = self.generator.traffic
         try:
+            self._check_host()
             self.path = _path_of(self.path)
             self._authorize()
             if self.path not in _TEXT_PATHS:
                 raise Refused(404, f"there is nothing at {self.path[:200]}", "not_found")
-            body = json.dumps(checked(self._body(), self.options.fetch_images)).encode()
+            chat = self.path != "/v1/completions"
+            asked = self._body()
+            body = json.dumps(checked(asked, self.options.fetch_images, chat)).encode()
             if not traffic.begin(MOST_REQUESTS):
                 raise Refused(503, f"{MOST_REQUESTS} requests are under way", "overloaded")
         except Refused as e:
@@ -187,6 +202,24 @@ class Handler(stock.APIHandler):
             traffic.end(outcome)
 
     # Checks
+
+    def _check_host(self) -> None:
+        """Answer only those who know where they are.
+
+        A web page elsewhere can let its own name stand for 127.0.0.1 (DNS rebinding): to a browser
+        it is then of this server's origin. The name stays in the Host header.
+        """
+        allowed = [name.lower() for name in self.options.allow_host]
+        if not allowed and not is_loopback(str(self.server.server_address[0])):
+            return
+        for given in self.headers.get_all("Host", []):
+            name = _host_name(given)
+            if not is_loopback(name) and name not in allowed:
+                raise Refused(
+                    403,
+                    f"this server does not answer to the name {name[:200]!r} (--allow-host)",
+                    "host_not_allowed",
+                )
 
     def _authorize(self) -> None:
         """Compare the key, where the server has one."""
@@ -230,15 +263,12 @@ class Handler(stock.APIHandler):
     def validate_model_parameters(self) -> None:
         try:
             super().validate_model_parameters()
-            words = self.generator.room.vocabulary
-            self._validate("top_k", int, max_val=max(0, words - 1))
-            drafted = max(_MOST_DRAFTED, self.options.num_draft_tokens)
-            self._validate("num_draft_tokens", int, max_val=drafted)
-            for token in self.logit_bias or ():
-                if not 0 <= token < words:
-                    raise ValueError(f"logit_bias: there is no token {token}, only {words}")
         except (TypeError, ValueError, OverflowError) as e:
             raise Refused(400, str(e), "invalid_request") from e
+        drafted = max(_MOST_DRAFTED, self.options.num_draft_tokens)
+        if self.num_draft_tokens > drafted:
+            message = f"num_draft_tokens must be at most {drafted}"
+            raise Refused(400, message, "invalid_request", "num_draft_tokens")
         self.generator.model_provider.check(
             self.requested_model, self.adapter, self.requested_draft_model
         )
@@ -255,13 +285,89 @@ class Handler(stock.APIHandler):
         except Exception as e:
             raise Refused(400, str(e) or type(e).__name__, "invalid_request") from e
 
-    def handle_completion(self, request: Any, *args: Any) -> None:
+    def handle_completion(self, request: Any, stop_words: list[str]) -> None:
+        """Generate a reply and send it; mlx-lm's own part ends where the generator has begun."""
         try:
-            super().handle_completion(request, *args)
+            super().handle_completion(request, [])  # mlx-lm looks for them among tokens
+        except Begun as begun:
+            try:
+                self._answer(request, begun, stop_words)
+                if self.generator.model_provider.is_distributed:  # the other ranks go on
+                    for _ in begun.responses:
+                        pass
+            finally:
+                begun.context.stop()
         finally:
             self.generator.forget(request)
 
     # Replies
+
+    def _answer(self, request: Any, begun: Begun, stops: list[str]) -> None:
+        """Send the reply, in pieces as they come or as a whole."""
+        context = begun.context
+        provider = self.generator.model_provider
+        tokenizer = provider.tokenizer if begun.asked.logprobs else None
+        reply = Reply(context, stops, tokenizer)
+        calls = stock.ToolCallFormatter(context.tool_parser, request.tools, self.stream)
+        if self.stream:
+            self._set_stream_headers(200)
+            self.end_headers()
+        whole = Piece()
+        for piece in reply.pieces(begun.responses):
+            whole += piece
+            if self.stream and whole:
+                self._event(self._choice(whole, calls(whole.tools)))
+                whole = Piece()
+        usage = {
+            "prompt_tokens": len(context.prompt),
+            "completion_tokens": reply.tokens,
+            "total_tokens": len(context.prompt) + reply.tokens,
+            "prompt_tokens_details": {"cached_tokens": max(0, context.prompt_cache_count)},
+        }
+        if not self.stream:
+            choice = self._choice(whole, calls(whole.tools))
+            self._send_json({**self._head(), "choices": [choice], "usage": usage})
+            return
+        if (self.stream_options or {}).get("include_usage"):
+            self._event(None, usage)
+        self.wfile.write(b"data: [DONE]\n\n")
+        self.wfile.flush()
+
+    def _head(self) -> dict[str, Any]:
+        return {
+            "id": self.request_id,
+            "system_fingerprint": self.system_fingerprint,
+            "object": self.object_type,
+            "model": self.requested_model,
+            "created": self.created,
+        }
+
+    def _event(self, choice: dict[str, Any] | None, usage: dict[str, Any] | None = None) -> None:
+        event = {**self._head(), "choices": [] if choice is None else [choice]}
+        if usage is not None:
+            event["usage"] = usage
+        self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+        self.wfile.flush()
+
+    def _choice(self, piece: Piece, calls: list[Any]) -> dict[str, Any]:
+        """A reply, or what is new of it, as OpenAI's API has it."""
+        choice: dict[str, Any] = {"index": 0, "finish_reason": piece.finish_reason}
+        if self.object_type == "text_completion":
+            choice["text"] = piece.text
+            if piece.logprobs is not None:
+                choice["logprobs"] = completion_logprobs(piece.logprobs)
+            return choice
+        message: dict[str, Any] = {"role": "assistant"}
+        if piece.text or not self.stream:  # the schema wants the field in a whole reply
+            message["content"] = piece.text or None
+        if piece.reasoning:
+            message["reasoning"] = piece.reasoning
+        if calls:
+            message["tool_calls"] = calls
+        choice["delta" if self.stream else "message"] = message
+        if piece.logprobs is not None:
+            choice["logprobs"] = {"content": piece.logprobs}
+        return choice
 
     def _send_models(self, name: str) -> None:
         provider = self.generator.model_provider
@@ -301,7 +407,9 @@ class Handler(stock.APIHandler):
     def _refuse(self, refused: Refused) -> None:
         """An error reply, as OpenAI's API has them; in a reply that has begun, its last event."""
         kind = "invalid_request_error" if refused.status < 500 else "server_error"
-        error = {"message": refused.message, "type": kind, "param": None, "code": refused.code}
+        error = {
+            "message": refused.message, "type": kind, "param": refused.param, "code": refused.code
+        }  # fmt: skip
         self.close_connection = True
         try:
             if self.began:
@@ -342,3 +450,19 @@ def _path_of(target: str) -> str:
         return urlsplit(target).path
     except ValueError as e:  # "http://[", say
         raise Refused(400, f"not an address: {e}") from e
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address is this machine's own, reached from nowhere else."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _host_name(given: str) -> str:
+    """The name in a Host header: in lower case, without port, brackets or a dot at its end."""
+    match = re.fullmatch(r"(?:\[([^]]*)\]|([^:]*))(?::[0-9]*)?", given.strip())
+    if match is None:
+        return given
+    return str(match[1] or match[2] or "").lower().removesuffix(".")

@@ -10,11 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import mlx.core as mx
 import openai
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from mlx_streamexperts import server
 from mlx_streamexperts.serving import Generator
@@ -56,6 +59,21 @@ class Running:
 
     def figures(self) -> dict[str, Any]:
         return json.loads(self.request("GET", "/live.json")[2])
+
+
+def letters(folder: Path, words: int) -> Path:
+    """Give a checkpoint a tokenizer of characters; beyond ASCII come those from U+0434 on."""
+    if not (folder / "tokenizer.json").exists():
+        known = [chr(i) for i in range(32, 127)] + ["\n", "<eos>", "<unk>"]
+        known += [f"<x{i}>" for i in range(len(known), min(words, 128))]
+        known += [chr(0x434 + i) for i in range(max(0, words - 128))]
+        tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(known)}, "<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        tokenizer.decoder = decoders.Fuse()
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>"
+        ).save_pretrained(folder)
+    return folder
 
 
 @contextmanager

@@ -391,3 +391,43 @@ def test_how_a_key_is_compared(running: Running, monkeypatch: pytest.MonkeyPatch
             answer = raw(running, f"GET /v1/models HTTP/1.1\r\n{sent}\r\n\r\n".encode())
             assert answer.split()[1] == status, sent
     assert len(compared) == 6
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200), ("localhost:8080", 200), ("LocalHost.", 200), ("127.0.0.1:1", 200),
+        ("127.1.2.3", 200), ("[::1]:8080", 200), ("[::1]", 200), ("here.example:8080", 200),
+        ("evil.example", 403), ("evil.example:8080", 403), ("localhost.evil.example", 403),
+        ("127.0.0.1.evil.example", 403), ("0.0.0.0", 403), ("192.168.0.2:8080", 403),
+        ("[2001:db8::1]:80", 403), ("", 403), ("localhost@evil.example", 403),
+        ("evil.example, localhost", 403), ("[evil.example", 403),
+    ],
+)  # fmt: skip
+def test_on_a_loopback_address_only_loopback_names_are_answered(
+    running: Running, host: str, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A web page elsewhere that lets its name stand for this machine gets nothing to see."""
+    monkeypatch.setattr(running.generator.cli_args, "allow_host", ["Here.example"])
+    for method, path, body in (
+        ("GET", "/live.json", None), ("GET", "/", None), ("GET", "/health", None),
+        ("POST", "/v1/completions", BODY), ("OPTIONS", "/v1/completions", None),
+    ):  # fmt: skip
+        got, headers, answer = running.request(method, path, body, Host=host)
+        assert got == status or (method == "OPTIONS" and got == 204 and status == 200)
+        if status == 403:
+            assert json.loads(answer)["error"]["code"] == "host_not_allowed"
+            assert "access-control-allow-origin" not in headers or method != "GET"
+
+
+def test_hosts_are_compared_where_a_server_can_be_reached_by_its_name(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = b"GET /live.json HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n"
+    assert raw(running, two).split()[1] == b"403"
+    assert raw(running, b"GET /health HTTP/1.0\r\n\r\n").split()[1] == b"200"  # no browser
+    monkeypatch.setattr(web, "is_loopback", lambda host: False)  # at 192.168.0.2, say
+    assert running.request("GET", "/health", Host="any.example")[0] == 200
+    monkeypatch.setattr(running.generator.cli_args, "allow_host", ["here.example"])
+    assert running.request("GET", "/health", Host="any.example")[0] == 403
+    assert running.request("GET", "/health", Host="here.example")[0] == 200

@@ -1,0 +1,269 @@
+"""What becomes of a reply's tokens: text up to a stop string, reasoning, tool calls, logprobs.
+
+mlx-lm 0.32.2 looks for stop strings among tokens, where they may be cut in another way, and drops
+text with them. Here text is looked at. Nothing here knows HTTP or MLX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_lm.generate import TextStateMachine
+
+
+class StopText:
+    """Text up to the first stop string, which may come in pieces.
+
+    The first one is that which ends first, and of two that end together the longer one: where the
+    pieces begin makes no difference.
+
+    Args:
+        stops: the strings.
+
+    Attributes:
+        found: one of them has come; the text ends before it.
+    """
+
+    def __init__(self, stops: Iterable[str]) -> None:
+        self._stops = list(stops)
+        self._held = ""  # may be the beginning of one
+        self.found = False
+
+    def feed(self, text: str) -> str:
+        """The text that may go out, now that this piece has come."""
+        self._held += text
+        ends = [(at + len(s), at) for s in self._stops if (at := self._held.find(s)) >= 0]
+        if ends:
+            self.found = True
+            out, self._held = self._held[: min(ends)[1]], ""
+            return out
+        keep = self._begun()
+        out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return out
+
+    def flush(self) -> str:
+        """The rest, once no more comes."""
+        out, self._held = self._held, ""
+        return out
+
+    def _begun(self) -> int:
+        """Characters at the end that may be the beginning of a stop string."""
+        longest = max((len(s) for s in self._stops), default=1) - 1
+        for n in range(min(longest, len(self._held)), 0, -1):
+            if any(s.startswith(self._held[-n:]) for s in self._stops):
+                return n
+        return 0
+
+
+@dataclass
+class Piece:
+    """What is new of a reply.
+
+    Attributes:
+        text, reasoning: text of either kind.
+        tools: texts of whole tool calls.
+        logprobs: of its tokens, as OpenAI's chat has them; None where none were asked for.
+        finish_reason: of the last piece alone: "stop", "length" or "tool_calls".
+    """
+
+    text: str = ""
+    reasoning: str = ""
+    tools: list[str] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] | None = None
+    finish_reason: str | None = None
+
+    def __bool__(self) -> bool:
+        """Is there anything to send?"""
+        return bool(
+            self.text or self.reasoning or self.tools or self.logprobs or self.finish_reason
+        )
+
+    def __iadd__(self, later: Piece) -> Piece:
+        self.text += later.text
+        self.reasoning += later.reasoning
+        self.tools += later.tools
+        if later.logprobs is not None:
+            self.logprobs = [*(self.logprobs or []), *later.logprobs]
+        self.finish_reason = later.finish_reason
+        return self
+
+
+class Reply:
+    """Makes pieces of a reply out of what mlx-lm's generator responds.
+
+    Args:
+        context: mlx-lm's, of the request.
+        stops: stop strings.
+        tokenizer: names tokens for logprobs; None where none are asked for.
+
+    Attributes:
+        tokens: generated so far, one that ended the reply among them.
+    """
+
+    def __init__(self, context: Any, stops: Iterable[str], tokenizer: Any | None) -> None:
+        self._stop = StopText(stops)
+        self._machine = context.text_sm.make_state(context.initial_state)
+        self._state = context.initial_state
+        self._tool, self._called = "", False
+        self._names = None if tokenizer is None else TokenNames(tokenizer)
+        self._delivered, self._raw = "", 0
+        self.tokens = 0
+
+    def pieces(self, responses: Iterable[Any]) -> Iterator[Piece]:
+        """One a token, the last one with a finish reason; then no more responses are taken."""
+        for response in responses:
+            self.tokens += 1
+            text = self._stop.feed(response.text)
+            reason = "stop" if self._stop.found else response.finish_reason
+            if reason is not None:
+                text += self._stop.flush()
+            self._delivered += text
+            piece = self._split(text, last=reason is not None)
+            if self._names is not None:
+                self._raw += len(response.text)
+                if response.finish_reason != "stop":  # the token that ends a reply has no text
+                    self._names.add(response, self._raw)
+                ended = self._delivered if self._stop.found else None
+                piece.logprobs = (
+                    self._names.take(len(self._delivered))
+                    if reason is None
+                    else self._names.rest(ended)
+                )
+            if reason is not None:
+                called = reason == "stop" and self._called
+                piece.finish_reason = "tool_calls" if called else reason
+            yield piece
+            if reason is not None:
+                return
+
+    def _split(self, text: str, last: bool) -> Piece:
+        """Text by mlx-lm's states: normal, reasoning, tool."""
+        self._machine, segments = TextStateMachine.split(self._machine, text)
+        if last:
+            self._machine, rest, state = TextStateMachine.flush(self._machine)
+            segments.append((state, rest))
+        piece = Piece()
+        for state, part in segments:
+            if state == "reasoning":
+                piece.reasoning += part
+            elif state == "tool":
+                self._tool += part
+            elif state == "normal":
+                if self._state == "tool":
+                    self._end_tool(piece)
+                piece.text += part
+            self._state = state
+        if last and self._state == "tool" and self._tool:
+            self._end_tool(piece)
+        return piece
+
+    def _end_tool(self, piece: Piece) -> None:
+        piece.tools.append(self._tool)
+        self._tool, self._called = "", True
+
+
+class TokenNames:
+    """The tokens of a reply's text with their logprobs, and when each is certain to be in it.
+
+    Args:
+        tokenizer: mlx-lm's.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._entries: list[dict[str, Any]] = []
+        self._ends: list[int] = []  # characters that had gone out when each had come
+        self._taken = 0
+
+    def add(self, response: Any, end: int) -> None:
+        """A token has come; the text has so many characters with it, delivered or held back."""
+        begin = self._ends[-1] if self._ends else 0
+        self._ids.append(response.token)
+        self._ends.append(end)
+        self._entries.append(
+            {
+                "id": response.token,
+                "text_offset": begin,
+                **self._named(response.token, response.logprob),
+                "top_logprobs": [
+                    {"id": t["id"], **self._named(t["id"], t["logprob"])}
+                    for t in response.top_tokens
+                ],
+            }
+        )
+
+    def take(self, delivered: int) -> list[dict[str, Any]]:
+        """Entries that were not taken yet, of tokens that are certain to be in the reply.
+
+        Args:
+            delivered: characters of the text that have gone out.
+        """
+        end = self._taken
+        for i in range(max(1, end), len(self._ends)):
+            # When text comes with a token, that of all tokens before it has come.
+            if self._ends[i - 1] < self._ends[i] <= delivered:
+                end = i
+        return self._to(end)
+
+    def rest(self, ended: str | None) -> list[dict[str, Any]]:
+        """The last entries.
+
+        Args:
+            ended: the reply's text where a stop string has cut it: no other tokens are named.
+        """
+        return self._to(len(self._ids) if ended is None else self._up_to(ended))
+
+    def _to(self, end: int) -> list[dict[str, Any]]:
+        new, self._taken = self._entries[self._taken : end], max(self._taken, end)
+        return new
+
+    def _up_to(self, text: str) -> int:
+        """How many tokens it takes to say this text."""
+        if not text:
+            return 0
+        # mlx-lm leaves out the space before a reply.
+        length = len(text) + max(0, self._tokenizer.decode(self._ids).find(text))
+        low, high = 1, len(self._ids)
+        while low < high:
+            middle = (low + high) // 2
+            if len(self._tokenizer.decode(self._ids[:middle])) >= length:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def _named(self, token: int, logprob: float) -> dict[str, Any]:
+        """The token as text, and as bytes where it is whole characters."""
+        # Twice, because a first token loses the space before it.
+        once, twice = (self._tokenizer.decode([token] * n) for n in (1, 2))
+        text = twice[len(once) :] if twice.startswith(once) else once
+        whole = "\ufffd" not in text
+        return {
+            "token": text,
+            "logprob": logprob,
+            "bytes": list(text.encode()) if whole else None,
+        }
+
+
+def completion_logprobs(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Logprobs as OpenAI's completions have them; `content` is mlx-lm's form, that of a chat.
+
+    Args:
+        entries: of tokens, as `Piece` has them.
+    """
+    likeliest = []
+    for entry in entries:
+        named: dict[str, float] = {}
+        for top in entry["top_logprobs"]:
+            named.setdefault(top["token"], top["logprob"])  # of two of a name the likelier
+        likeliest.append(named)
+    return {
+        "tokens": [e["token"] for e in entries],
+        "token_logprobs": [e["logprob"] for e in entries],
+        "top_logprobs": likeliest,
+        "text_offset": [e["text_offset"] for e in entries],
+        "content": entries,
+    }

@@ -1,0 +1,168 @@
+"""Text up to a stop string, and the tokens of it, however the text is cut into pieces."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import pytest
+from mlx_lm.generate import TextStateMachine
+
+from mlx_streamexperts.replies import Piece, Reply, StopText, TokenNames, completion_logprobs
+
+STATES = TextStateMachine(
+    {
+        "normal": [("<think>", "reasoning"), ("<call>", "tool")],
+        "reasoning": [("</think>", "normal")],
+        "tool": [("</call>", "normal")],
+    }
+)
+
+
+def up_to(text: str, stops: list[str]) -> tuple[str, bool]:
+    """The definition: the text before the stop string that ends first, the longer one of two."""
+    for end in range(len(text) + 1):
+        found = [s for s in stops if text[:end].endswith(s)]
+        if found:
+            return text[: end - max(map(len, found))], True
+    return text, False
+
+
+def fed(stop: StopText, pieces: list[str]) -> str:
+    out = ""
+    for piece in pieces:
+        out += stop.feed(piece)
+        if stop.found:
+            return out
+    return out + stop.flush()
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_where_text_is_cut_into_pieces_makes_no_difference(seed: int) -> None:
+    rng = random.Random(seed)
+    text = "".join(rng.choices("ab\n", k=rng.randint(0, 20)))
+    stops = ["".join(rng.choices("ab\n", k=rng.randint(1, 4))) for _ in range(rng.randint(0, 4))]
+    cuts = sorted(rng.choices(range(len(text) + 1), k=5))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    stop = StopText(stops)
+    assert (fed(stop, pieces), stop.found) == up_to(text, stops)
+
+
+def test_text_goes_out_as_soon_as_it_can_be_no_stop_string() -> None:
+    stop = StopText(["END"])
+    assert stop.feed("the E") == "the "
+    assert stop.feed("N") == ""
+    assert stop.feed("E") == "EN"  # the last E may begin one
+    assert stop.flush() == "E"
+
+
+class Letters:
+    """A tokenizer: a token is a character, but 0, which is half of an e with an accent."""
+
+    def decode(self, ids: list[int]) -> str:
+        raw = b"".join(b"\xc3" if i == 0 else b"\xa9" if i == 1 else chr(i).encode() for i in ids)
+        return raw.decode("utf-8", "replace")
+
+
+def replied(
+    texts: list[str], *, ids: list[int] | None = None, reason: str = "length", stops: tuple = ()
+) -> list[Piece]:
+    ids = ids or [ord(t[-1]) for t in texts]
+    responses = [
+        SimpleNamespace(
+            text=t,
+            token=i,
+            logprob=-float(n),
+            top_tokens=({"id": i, "logprob": -float(n)},),
+            finish_reason=reason if n + 1 == len(texts) else None,
+        )
+        for n, (t, i) in enumerate(zip(texts, ids, strict=True))
+    ]
+    context = SimpleNamespace(text_sm=STATES, initial_state="normal")
+    return list(Reply(context, stops, Letters()).pieces(responses))
+
+
+def whole(pieces: list[Piece]) -> Piece:
+    total = Piece()
+    for piece in pieces:
+        assert total.finish_reason is None
+        total += piece
+    return total
+
+
+def named(piece: Piece) -> str:
+    return "".join(e["token"] for e in piece.logprobs or ())
+
+
+def test_what_was_held_back_comes_at_the_end() -> None:
+    """The beginning of a tag and of a stop string; mlx-lm drops it at a token that ends a reply."""
+    texts, ids = ["a", "<", "t", "E", "N", ""], [97, 60, 116, 69, 78, 7]
+    for reason in ("stop", "length"):
+        got = whole(replied(texts, ids=ids, reason=reason, stops=("END",)))
+        assert (got.text, got.finish_reason) == ("a<tEN", reason)
+
+
+def test_reasoning_and_tool_calls_are_apart() -> None:
+    text = "<think>why</think>so <call>f(1)</call>then <call>g("
+    got = whole(replied(list(text), reason="stop"))
+    assert (got.reasoning, got.text, got.tools) == ("why", "so then ", ["f(1)", "g("])
+    assert got.finish_reason == "tool_calls"
+    got = whole(replied(list(text), reason="length"))
+    assert got.finish_reason == "length"
+
+
+def test_a_stop_string_ends_a_reply_anywhere() -> None:
+    pieces = replied(list("one STOP two"), stops=("STOP",))
+    assert len(pieces) == len("one STOP")  # no more was asked for
+    got = whole(pieces)
+    assert (got.text, got.finish_reason, named(got)) == ("one ", "stop", "one ")
+    got = whole(replied(list("<think>a STOP"), stops=("STOP",)))
+    assert (got.reasoning, got.text, got.finish_reason) == ("a ", "", "stop")
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_tokens_are_named_when_their_text_has_gone_out(late: int) -> None:
+    """Some detokenizers give a token's text with the next one."""
+    text = "aSbSTcSTOPd"
+    texts = [("", *text)[i + 1 - late] for i in range(len(text))]
+    pieces = replied(texts, ids=list(map(ord, text)), stops=("STOP",))
+    sent = names = ""
+    for piece in pieces:
+        sent += piece.text
+        names += named(piece)
+        assert len(names) <= len(sent)
+    assert sent == names == "aSbSTc"
+    offsets = [e["text_offset"] for p in pieces for e in p.logprobs or ()]
+    assert offsets == ([0, 1, 2, 3, 4, 5] if not late else [0, 0, 1, 2, 3, 4])
+
+
+def test_halves_of_a_character_have_no_bytes() -> None:
+    got = whole(replied(["", "é", "."], ids=[0, 1, 46]))
+    assert got.text == "é."
+    assert [e["bytes"] for e in got.logprobs or ()] == [None, None, [46]]
+    assert [e["id"] for e in got.logprobs or ()] == [0, 1, 46]
+
+
+def test_a_token_that_ends_a_reply_is_not_named() -> None:
+    got = whole(replied(["a", "b", ""], ids=[97, 98, 7], reason="stop"))
+    assert named(got) == got.text == "ab"
+
+
+def test_a_token_keeps_the_space_before_it() -> None:
+    class Trimming:
+        def decode(self, ids: list[int]) -> str:
+            return "".join(f" {i}" for i in ids).removeprefix(" ")
+
+    names = TokenNames(Trimming())
+    names.add(SimpleNamespace(token=5, logprob=-1.0, top_tokens=()), 1)
+    assert [e["token"] for e in names.rest(None)] == [" 5"]
+
+
+def test_logprobs_of_completions() -> None:
+    top = [{"token": "a", "logprob": -0.5}, {"token": "a", "logprob": -3.0}]
+    one = {"token": "ab", "logprob": -0.5, "top_logprobs": top}
+    got = completion_logprobs([{**one, "text_offset": 0}, {**one, "text_offset": 2}])
+    assert got["text_offset"] == [0, 2]
+    assert got["tokens"] == ["ab", "ab"]
+    assert got["token_logprobs"] == [-0.5, -0.5]
+    assert got["top_logprobs"] == [{"a": -0.5}] * 2
