@@ -163,10 +163,11 @@ _LOOPED_CHUNKS = (2, 24)
 _LOOPED_CONTEXTS = (512, 1 << 21)
 _PROBE = (16, 32)  # tokens after which caches are measured
 _MARGIN = 1.1  # predicted work space was 0.93 to 1.05 of what was measured, over 57 families
-_STEP = 256  # mlx-lm's caches grow by so many tokens
+STEP = 256  # mlx-lm's caches grow by so many tokens
 _FEW = 8
 _ITEM_BYTES = 4  # of an estimate: float32
-_FLOOR_BYTES = 16 << 20  # sampling, small arrays
+_log = logging.getLogger(__name__)
+_FLOOR_BYTES = 8 << 20  # sampling, small arrays
 _LOGIT_COPIES = 8  # logits of a token, and the sampler's copies
 _GROWING = (stock.KVCache, stock.RotatingKVCache, stock.ChunkedKVCache)
 
@@ -215,6 +216,11 @@ class Footprint:
         """What a sequence keeps whatever its length."""
         return sum(c.state for layer in self.layers for c in layer)
 
+    @property
+    def token(self) -> int:
+        """What one token adds to all caches."""
+        return sum(c.token for layer in self.layers for c in layer)
+
     def kv(self, context: int, chunk: int = 0) -> int:
         """KV cache and state of a sequence.
 
@@ -225,7 +231,7 @@ class Footprint:
         total = 0
         for c in (c for layer in self.layers for c in layer):
             tokens = context if c.kept is None else min(context, c.kept + chunk)
-            total += c.state + c.token * (_up(tokens) + _STEP)
+            total += c.state + c.token * (tokens + STEP - 1)  # it grows by whole steps
         return total
 
     def work(self, chunk: int, context: int, sequences: int = 1, quantized: bool = False) -> int:
@@ -275,19 +281,21 @@ class Footprint:
         return low
 
 
-def measure(model: nn.Module, switches: Sequence[tuple[nn.Module, int]]) -> Footprint:
+def measure(
+    model: nn.Module, switches: Sequence[tuple[nn.Module, int]], config: dict[str, Any]
+) -> Footprint:
     """The footprint of a model, of which nothing is evaluated.
 
-    Where MLX cannot tell an operation of the model's, an estimate takes the place of its graph.
+    An estimate takes its place where the model's graph cannot be built here (a family may need
+    another device), or where MLX cannot tell one of its operations.
 
     Args:
         model: mlx-lm's, its weights evaluated or not.
         switches: its expert modules, with the width of an expert's hidden layer each.
-
-    Raises: whatever building a forward pass raises.
+        config: config.json's part about the language model.
     """
-    layers, logits = _caches(model)
     try:
+        layers, logits = _caches(model)
         chunks, contexts = _CHUNKS, _CONTEXTS
         if _trace(model, switches, 3, 3)[1] != _trace(model, switches, 4, 4)[1]:
             chunks, contexts = _LOOPED_CHUNKS, _LOOPED_CONTEXTS
@@ -297,33 +305,59 @@ def measure(model: nn.Module, switches: Sequence[tuple[nn.Module, int]]) -> Foot
             return short, max(short, long)
 
         return Footprint(layers, chunks, contexts, (peaks(chunks[0]), peaks(chunks[1])), logits)
-    except ValueError as e:
-        if "Unable to get state" not in str(e):  # MLX's export.cpp
-            raise
-        logging.getLogger(__name__).warning(
-            f"the work space of this model is estimated, and generously: {e}"
-        )
-    each, pair = _estimate(model, switches)
-    estimated = [[c * (each + pair * n) for n in _CONTEXTS] for c in _CHUNKS]
-    (a, b), (c, d) = estimated
-    return Footprint(layers, _CHUNKS, _CONTEXTS, ((a, b), (c, d)), logits)
+    except Exception as e:
+        reason = f"{type(e).__name__}: {e}"
+        _log.warning(f"KV cache and work space of this model are estimated: {reason}")
+        return _estimate(switches, config)
 
 
-def _estimate(model: nn.Module, switches: Sequence[tuple[nn.Module, int]]) -> tuple[int, int]:
-    """Bytes of work space for a token, and for a token and one of its context, of any model.
+def _estimate(switches: Sequence[tuple[nn.Module, int]], config: dict[str, Any]) -> Footprint:
+    """A generous footprint from a configuration: all layers attend to everything, unfused."""
 
-    The widest results of a layer a dozen times; three copies of the scores of all heads, of which
-    there are no more than an attention's width divided by 32.
-    """
-    widths = [m.weight.shape[0] for m in model.modules() if isinstance(m, nn.Linear)]
-    widths += [m.weight.shape[0] for m in model.modules() if isinstance(m, nn.QuantizedLinear)]
-    widest = max((w for w in sorted(widths)[:-1]), default=1)  # all but the output matrix
-    rows = 8 * 4 * max((inner for _, inner in switches), default=1)
-    return _ITEM_BYTES * (12 * widest + 8 * rows), _ITEM_BYTES * 3 * max(1, widest // 32)
+    def number(*keys: str, default: int) -> int:
+        return next((v for k in keys if isinstance(v := config.get(k), int) and v > 0), default)
+
+    hidden = number("hidden_size", "d_model", default=4096)
+    heads = number("num_attention_heads", "n_heads", default=32)
+    width = number("num_key_value_heads", default=heads) * number(
+        "head_dim", default=max(1, hidden // heads)
+    )
+    inner = max((n for _, n in switches), default=hidden)
+    layers = number("num_hidden_layers", "n_layers", default=len(switches))
+    top_k = number("num_experts_per_tok", "top_k_experts", "moe_topk", default=8)
+    row = top_k * 4 * (hidden + inner) + 20 * max(hidden, number("intermediate_size", default=1))
+    each = tuple(_ITEM_BYTES * (row + 6 * heads * n) for n in _CONTEXTS)
+    (a, b), (c, d) = ([chunk * n for n in each] for chunk in _CHUNKS)
+    return Footprint(
+        ((LayerCache(2 * width * _ITEM_BYTES),),) * layers,
+        _CHUNKS,
+        _CONTEXTS,
+        ((a, b), (c, d)),
+        _ITEM_BYTES * number("vocab_size", default=1 << 17),
+    )
 
 
 def _up(tokens: int) -> int:
-    return -(-tokens // _STEP) * _STEP
+    return -(-tokens // STEP) * STEP
+
+
+def allocated(caches: Sequence[Any], tokens: int) -> int:
+    """Tokens that caches have to allocate room for, to take some more of each sequence."""
+    for cache in leaves(caches):
+        keys = getattr(cache, "keys", None)
+        if isinstance(keys, mx.array) and _kept(cache) is None:
+            free = keys.shape[2] - tokens_in(cache)
+            return 0 if tokens <= free else _up(tokens)
+    return _up(tokens)
+
+
+def tokens_in(cache: Any) -> int:
+    """Tokens of each sequence in a single cache."""
+    for name in ("_idx", "_offset", "offset"):  # of batches, `offset` is an array
+        value = getattr(cache, name, None)
+        if isinstance(value, int):
+            return value
+    return 0
 
 
 def leaves(caches: Sequence[Any]) -> Iterator[Any]:

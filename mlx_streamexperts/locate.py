@@ -92,7 +92,7 @@ class Located:
         """
         try:
             needs = layer_needs(self.layers, self.model_config)
-            footprint = _footprint(self.shards[0].parent, self.whole, self.model_config)
+            footprint = _footprint(self.whole, self.model_config)
             heads = text_config(self.model_config).get("num_attention_heads") or 1
             footprint = replace(footprint, scores=_SCORE_COPIES * heads * self.item_bytes)
             if self.stage is not None:  # only its own layers have a KV cache
@@ -166,22 +166,12 @@ def locate(
     return Located(model, model_config, layers, sizes, item_bytes, shards, whole, stage)
 
 
-def _footprint(folder: Path, model: nn.Module, model_config: dict[str, Any]) -> Footprint:
-    """What the model's passes take. Kept: to plan again, as `tune` does, costs nothing then.
-
-    Raises:
-        CheckpointError: no forward pass can be built.
-    """
+def _footprint(model: nn.Module, model_config: dict[str, Any]) -> Footprint:
+    """What the model's passes take. Kept: to plan again, as `tune` does, costs nothing then."""
     key = json.dumps([model_config, str(mx.default_device())], sort_keys=True, default=str)
     if key not in _footprints:
-        switches = [m for m in model.modules() if isinstance(m, SWITCHES)]
-        try:
-            _footprints[key] = measure(model, [(m, _width(m)) for m in switches])
-        except Exception as e:
-            raise CheckpointError(
-                f"{folder}: mlx-lm cannot build a forward pass of this model, so that its "
-                f"config.json and its tensors do not belong together: {type(e).__name__}: {e}"
-            ) from e
+        switches = [(m, _width(m)) for m in model.modules() if isinstance(m, SWITCHES)]
+        _footprints[key] = measure(model, switches, text_config(model_config))
     return _footprints[key]
 
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as stock
 
-from .footprint import leaves
+from .footprint import allocated, leaves, tokens_in
 from .intercept import Check, Pass, intercept, intercept_passes
 
 if TYPE_CHECKING:
@@ -99,7 +99,11 @@ class Passes:
 
     def _one(self, part: Pass, past: int) -> Any:
         needed = self._stream.plan.pass_bytes_of(
-            part.tokens, past, part.sequences, is_quantized(part.caches)
+            part.tokens,
+            past,
+            part.sequences,
+            is_quantized(part.caches),
+            allocated(part.caches, part.tokens) if part.caches else 0,
         )
         if mx.get_active_memory() + needed > self._stream.plan.mlx_bound:
             mx.eval([c.state for c in part.caches or ()])  # what is still computing frees some
@@ -111,15 +115,7 @@ class Passes:
 
 def context(caches: Sequence[Any] | None) -> int:
     """Tokens that a model's caches hold, of the longest of them."""
-    return max((_tokens(c) for c in leaves(caches or ())), default=0)
-
-
-def _tokens(cache: Any) -> int:
-    for name in ("_idx", "_offset", "offset"):  # of batches, `offset` is an array
-        value = getattr(cache, name, None)
-        if isinstance(value, int):
-            return value
-    return 0
+    return max((tokens_in(c) for c in leaves(caches or ())), default=0)
 
 
 def is_quantized(caches: Sequence[Any] | None) -> bool:

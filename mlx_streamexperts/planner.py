@@ -19,7 +19,7 @@ import mlx.core as mx
 from .cache import LayerNeed, share_slots
 from .config import DEFAULT_CONTEXT, StreamConfig, format_size, parse_size
 from .errors import BudgetError
-from .footprint import Footprint
+from .footprint import STEP, Footprint
 from .platform import DeviceLimit, device_memory_bytes
 
 # What a process holds besides MLX's memory: interpreter, MLX, mlx-lm, transformers and a tokenizer
@@ -32,7 +32,7 @@ _DEFAULT_SHARE = 0.85  # of what the device recommends; the rest is the host pro
 # as work space a chunk of Kimi K2.5 within 96 GB is 7k tokens long instead of 2k.
 _PREFILL_SHARE = 10
 _EVEN = 32  # passes of at least as many tokens have a multiple of them
-_LEAST_PREFILL_TOKENS = 64  # at the end of the longest context
+_LEAST_PREFILL_TOKENS = 32  # at the end of the longest context
 
 # macOS ends a GPU command that takes too long. One attention kernel covers all keys: with 2,048 new
 # tokens it was ended somewhere between 65k and 128k keys (MLX issue 3302).
@@ -70,6 +70,8 @@ class Plan:
             streamed; 0 where it streams as it is.
         model_type: the checkpoint's.
         footprint: what passes take; None in a plan that was made without a model.
+        reserve: bytes that other models of this process have, or are to have.
+        context_stated: `context_tokens` is a limit that the user set.
         pass_bytes: work space that passes are divided by; with several machines the least of them.
         resident_share: part of all expert bytes that fits into the cache, 0 to 1.
     """
@@ -92,13 +94,37 @@ class Plan:
     model_type: str
     conversion: int = 0
     state: int = 0
-    bound: int = 0
+    bound: int = field(default=0, compare=False)  # may follow what is available now
     footprint: Footprint | None = field(default=None, repr=False)
     pass_bytes: int = 0
+    reserve: int = 0
+    context_stated: bool = False
+
+    @property
+    def longest_context(self) -> int:
+        """Tokens that one sequence may have."""
+        if self.context_stated or not self.kv_token:
+            return self.context_tokens
+        return max(self.context_tokens, (self.kv_room - self.state) // self.kv_token - STEP)
 
     @property
     def resident_share(self) -> float:
         return self.cache / self.experts
+
+    @property
+    def kv_room(self) -> int:
+        """What KV caches may take in all: `kv`, and what is left if no context was stated."""
+        if self.context_stated:
+            return self.kv
+        left = self.mlx_bound - self.trunk - self.cache - self.work - self.reserve
+        return max(self.kv, left)
+
+    @property
+    def kv_token(self) -> int:
+        """KV cache that a token adds to a sequence."""
+        if self.footprint is not None:
+            return self.footprint.token
+        return (self.kv - self.state) // max(1, self.context_tokens)
 
     @property
     def mlx_bound(self) -> int:
@@ -141,13 +167,20 @@ class Plan:
             past += chunks[-1]
         return chunks
 
-    def pass_bytes_of(self, tokens: int, past: int, sequences: int, quantized: bool = False) -> int:
-        """Work space of a pass, and KV cache that it adds. The arguments are as for `next_pass`."""
+    def pass_bytes_of(
+        self, tokens: int, past: int, sequences: int, quantized: bool = False, added: int = 0
+    ) -> int:
+        """Work space of a pass, and KV cache that it adds.
+
+        Args:
+            tokens, past, sequences, quantized: as for `next_pass`.
+            added: tokens that the caches have to allocate for it.
+        """
         if self.footprint is None:
             return 0
-        before, after = self.footprint.kv(past), self.footprint.kv(past + tokens, tokens)
+        grown = self.footprint.token * added + (0 if past else self.footprint.state)
         work = self.footprint.work(tokens, past + tokens, sequences, quantized)
-        return work + sequences * (after - (before if past else 0))
+        return work + sequences * grown
 
     def __str__(self) -> str:
         bound = "" if self.memory is None else f"{format_size(self.memory)} = "
@@ -257,6 +290,8 @@ def divide(
         state=footprint.state,
         bound=bound,
         footprint=footprint,
+        reserve=reserve,
+        context_stated=config.context_tokens is not None,
     )
 
 

@@ -23,9 +23,9 @@ from mlx_lm.models.cache import (
 )
 
 from .combinations import trims
+from .footprint import STEP
 from .planner import Plan
 
-_KV_STEP = 256  # mlx-lm's caches grow by so many tokens
 # Logits, their logarithms and the sampler's copies, of this step and the next, in float32.
 _LOGIT_BYTES = 24
 
@@ -54,47 +54,41 @@ class Room:
     def open(self, plan: Plan, vocabulary: int) -> None:
         """A model has been loaded."""
         self.plan, self.vocabulary = plan, vocabulary
-        self.state = plan.state or None
-
-    @property
-    def bounded(self) -> bool:
-        """Whether memory was promised; with a bound for the expert cache alone it was not."""
-        return self.plan is not None and self.plan.memory is not None
+        self.state = plan.state if plan.footprint is not None else plan.state or None
 
     def longest_reply(self, prompt_tokens: int) -> int | None:
         """Tokens that a reply to a prompt may have; None where nothing bounds it."""
-        if not self.bounded or self.plan is None:
+        if self.plan is None:
             return None
-        return self.plan.context_tokens - prompt_tokens
+        return self.plan.longest_context - prompt_tokens
 
     def admits(self, tokens: int) -> bool:
         """Does a request of so many tokens fit beside the active ones? One alone always does."""
-        if not self.active or self.plan is None or not self.bounded:
+        if not self.active or self.plan is None:
             return True
         sequences = len(self.active) + 1
         if _LOGIT_BYTES * self.vocabulary * sequences > self.plan.work or self.state is None:
             return False
-        return self._bytes(tokens, *self.active.values()) <= self.plan.kv
+        return self._bytes(tokens, *self.active.values()) <= self.plan.kv_room
 
     def kept_bytes(self) -> int:
         """What the caches of earlier replies may take now."""
-        if self.plan is None or not self.bounded:
+        if self.plan is None:
             return 1 << 62
         taken = [t for t in (*self.active.values(), self.pending) if t]
-        return max(0, self.plan.kv - (self._bytes(*taken) if taken else 0))
+        return max(0, self.plan.kv_room - (self._bytes(*taken) if taken else 0))
 
     def chunk_tokens(self, stated: int, prompts: int) -> int:
         """Tokens of each of `prompts` prompts that go into one pass together."""
-        if self.plan is None or not self.bounded:
+        if self.plan is None:
             return stated
         return max(1, min(stated, self.plan.prefill_tokens // max(1, prompts)))
 
     def _bytes(self, *tokens: int) -> int:
         """KV cache that a batch takes: as much for each sequence as for the longest."""
         assert self.plan is not None
-        of_tokens = (self.plan.kv - self.plan.state) / self.plan.context_tokens
-        longest = -(-max(tokens) // _KV_STEP) * _KV_STEP
-        return len(tokens) * (int(longest * of_tokens) + (self.state or 0))
+        longest = -(-max(tokens) // STEP) * STEP
+        return len(tokens) * (longest * self.plan.kv_token + (self.state or 0))
 
 
 class Batch(BatchGenerator):
