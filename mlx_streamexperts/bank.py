@@ -21,7 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .errors import StreamError
+from .errors import OtherThreadError, StreamError
 
 # An output above this size is evaluated at once rather than kept alive until the next write: in
 # prefill one layer's output is hundreds of megabytes.
@@ -67,11 +67,14 @@ class Bank:
         self._readers: list[mx.array] = []
         self._builder: threading.Thread | None = None  # who built them
         self._earlier: list[mx.array] = []  # of banks before this one, the same builder's
+        self.spoiled = False  # a commit failed: the arrays may hold anything
         for name, t in tensors.items():
             try:
                 array = mx.zeros((slots, *t.shape), t.dtype)  # [slots, ...]
                 mx.eval(array)
             except (MemoryError, RuntimeError) as e:
+                if not _lacks_memory(e):
+                    raise
                 needed = slots * total_bytes(list(tensors.values()))
                 raise StreamError(
                     f"no memory for {needed:,} bytes of expert slots ({e}): give the cache less, "
@@ -102,22 +105,41 @@ class Bank:
         return self.destination(name, slot) if self.in_place else self._staged[name, slot].data
 
     def commit(self) -> None:
-        """Make staged bytes visible; nothing to do where reads go straight into the arrays."""
+        """Make staged bytes visible; nothing to do where reads go straight into the arrays.
+
+        After an error no slot holds what it held, until `discard`: an update may write the array
+        that it updates, and what it returns is all slots.
+        """
+        if not self._staged or self.spoiled:
+            return
+        self.spoiled = True
         for (name, slot), staged in self._staged.items():
             t = self._tensors[name]
             array = getattr(t.module, t.attribute)
             array[slot] = mx.array(staged).view(t.dtype).reshape(t.shape)
-            mx.eval(array)
+        mx.eval([getattr(t.module, t.attribute) for t in self._tensors.values()])
         self._staged.clear()
+        self.spoiled = False
 
     def discard(self) -> None:
-        """Forget staged bytes."""
+        """Forget staged bytes; after a failed `commit`, have new arrays in place of the old."""
         self._staged.clear()
+        if self.spoiled:
+            for t in self._tensors.values():
+                setattr(t.module, t.attribute, mx.zeros((self.slots, *t.shape), t.dtype))
+            mx.eval([getattr(t.module, t.attribute) for t in self._tensors.values()])
+            self.spoiled = False
 
     def settle(self) -> None:
         """Run every unevaluated reader, so that slots can be overwritten.
 
         In the thread that built them those of banks before this one too: run-ahead's tables stay.
+
+        Raises:
+            OtherThreadError: only another thread can run them.
+            Exception: MLX's own; they have not run, or hold garbage. A device reports a failed
+                command once, to whoever waits for it first: nothing that was built before may be
+                used, by anyone.
         """
         if self._earlier and self._builder is threading.current_thread():
             self._readers += self._earlier
@@ -127,8 +149,10 @@ class Bank:
         try:
             mx.eval(self._readers)
         except RuntimeError as e:
+            if not _of_another_thread(e):
+                raise
             if self._builder is None or self._builder.is_alive():
-                raise StreamError(
+                raise OtherThreadError(
                     "another thread has built a forward pass through this model and not evaluated "
                     "it; evaluate it there first, or give each thread its own model"
                 ) from e
@@ -165,12 +189,39 @@ class Bank:
         What another thread has built and not evaluated keeps it until then: nobody writes there any
         more, and two threads must not evaluate one graph.
         """
-        if self._builder is threading.current_thread():
-            self.settle()
-        self._bytes.clear()
-        self._staged.clear()
-        for t in self._tensors.values():
-            setattr(t.module, t.attribute, mx.zeros((0, *t.shape), t.dtype))
+        try:
+            if self._builder is threading.current_thread():
+                self.settle()
+        except Exception:
+            self._readers.clear()  # or the next change would fail as well
+            self._earlier.clear()
+            raise
+        finally:
+            self._bytes.clear()
+            self._staged.clear()
+            for t in self._tensors.values():
+                setattr(t.module, t.attribute, mx.zeros((0, *t.shape), t.dtype))
+
+
+def _of_another_thread(error: RuntimeError) -> bool:
+    """Is it MLX's refusal of what another thread has built, and not a device's error?"""
+    return str(error).startswith("There is no Stream(")
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Is it an allocation that failed, and not a device's error?"""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "alloc" in said or "memory" in said
+
+
+def numbers(array: mx.array) -> np.ndarray:
+    """An array's content as NumPy's, evaluated first.
+
+    `np.array` does not do: it drops the error that evaluating raised and asks the array again,
+    which a device that reports its failure once then answers with garbage.
+    """
+    mx.eval(array)
+    return np.array(array)
 
 
 def byte_view(array: mx.array) -> memoryview:

@@ -82,6 +82,13 @@ class ExpertReadError(StreamError):
         self.file, self.offset, self.errno = file, offset, errno
 
 
+class OtherThreadError(StreamError):
+    """Another thread has built a forward pass through the model and not evaluated it.
+
+    Only that thread can; until it has, this one must not change the cache. Nothing has changed.
+    """
+
+
 class RankError(StreamError):
     """Something is wrong on another machine of a distributed run, or between two of them.
 

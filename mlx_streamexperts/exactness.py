@@ -21,6 +21,7 @@ import mlx_lm.utils
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
+from .bank import numbers
 from .config import StreamConfig
 from .locate import original_load_model
 from .patching import patch
@@ -88,7 +89,7 @@ def decode(model: nn.Module, tokens: Sequence[int]) -> tuple[list[np.ndarray], f
         step = model(mx.array([[t]]), cache=cache)
         mx.eval(step)
         seconds.append(time.perf_counter() - start)
-        logits.append(np.array(step.astype(mx.float32))[0, -1])
+        logits.append(numbers(step.astype(mx.float32))[0, -1])
     return logits, statistics.median(seconds[len(seconds) // 3 :])
 
 
@@ -199,7 +200,7 @@ def prefill_bound(dtype: mx.Dtype) -> float:
 
 def prefill_difference(expected: mx.array, got: mx.array) -> float:
     """The largest difference of some logits, relative to the largest; infinite if no numbers."""
-    return relative_difference(*(np.array(x.astype(mx.float32)) for x in (expected, got)))
+    return relative_difference(*(numbers(x.astype(mx.float32)) for x in (expected, got)))
 
 
 def relative_difference(a: np.ndarray, b: np.ndarray) -> float:

@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .bank import numbers
 from .cache import ExpertCache
 from .callers import Callers
 from .errors import StreamError
@@ -222,7 +223,7 @@ class ExpertLayer:
             with self.lock:  # the tables of one bank: another thread may be exchanging them
                 if self.resident:
                     if (record := self.record) is not None:
-                        record(np.array(indices))
+                        record(numbers(indices))
                     return self._run(x, indices)
         if self.closed:
             with self.lock:  # unless another thread is just opening it
@@ -251,7 +252,7 @@ class ExpertLayer:
             start = self.spent("map", start)
             if guesses is not None:
                 mx.eval(indices, *guesses.arrays)
-        experts = np.array(indices)  # [..., K], the call's only host sync
+        experts = numbers(indices)  # [..., K], the call's only host sync
         began = self.spent("sync", start)
         self._pace.tick(began)
         self._callers.note()

@@ -22,6 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .bank import numbers
 from .trial import Trial
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ _NORMS = (
 _GATES = ("gate", "router", "wg")
 
 _LIKELY, _NEVER = 0.6, 2.0
+
+_TRIES = 3
+"""After so many failures in a row a block is not asked any more."""
 
 SMALL_EXPERT_BYTES = 512 << 10
 """Experts below this are likely to be read faster than it takes to be clever about them."""
@@ -164,9 +168,9 @@ class Guesses:
         """Start reading what is not resident and likely enough."""
         for router, distance, precision, indices, scores in self.asked:
             layer = router.layer
-            chosen = np.array(indices).ravel()  # [N*K]
+            chosen = numbers(indices).ravel()  # [N*K]
             if scores is not None:
-                chosen = chosen[np.argsort(-np.array(scores.astype(mx.float32)).ravel())]
+                chosen = chosen[np.argsort(-numbers(scores).ravel())]
             slot_of = layer.cache.slot_of
             ranked = [
                 (rank, expert)
@@ -197,6 +201,7 @@ class Lookahead:
         self._own, self._successors, self.always = own, successors, always
         self._scales: dict[str, mx.array | None] = {}  # by successor
         self._precision = {r.layer.name: Precision() for r in successors}
+        self._failures = dict.fromkeys(self._precision, 0)  # in a row
         # What share of guesses must come true to be read; above 1 nobody is asked. Asking takes
         # half a millisecond of Python a layer, in which a small expert is read.
         small = own.layer.expert_bytes < SMALL_EXPERT_BYTES
@@ -214,6 +219,9 @@ class Lookahead:
         """Build what the successors would choose for this layer's input x [..., D].
 
         None where it does not pay.
+
+        Raises:
+            RuntimeError: MLX's: a device error is nothing that a block has to do with.
         """
         self._began = time.perf_counter()
         if not self.on:
@@ -222,13 +230,18 @@ class Lookahead:
         for distance, router in enumerate(self._successors, 1):
             if router.layer.resident:
                 continue
+            name = router.layer.name
             try:
                 scale = self._scale(router, x)
                 chosen = router.choose(x if scale is None else x * scale)
-            except Exception:  # whatever it is, this model's blocks cannot be asked like that
-                self._successors = [r for r in self._successors if r is not router]
+            except Exception as e:  # this model's blocks cannot be asked like that
+                if type(e) in (RuntimeError, MemoryError):
+                    raise
+                self._failures[name] += 1
+                if self._failures[name] >= _TRIES:
+                    self._successors = [r for r in self._successors if r is not router]
                 continue
-            precision = self._precision[router.layer.name]
+            self._failures[name], precision = 0, self._precision[name]
             asked.append(Asked(router, distance, precision, *chosen))
         at_least = 0.0 if self.always else self.trial.way
         return Guesses(asked, at_least) if asked else None
@@ -243,12 +256,12 @@ class Lookahead:
         """What turns this layer's normed input into the successor's: the ratio of the weights."""
         key = router.layer.name
         if key not in self._scales:
-            self._scales[key] = None
             mine, theirs = (r.weight(x.shape[-1], x.dtype) for r in (self._own, router))
+            ratio = None
             if mine is not None and theirs is not None:
                 ratio = mx.where(mx.abs(mine) > 1e-3, theirs / mine, 1)
                 mx.eval(ratio)
-                self._scales[key] = ratio
+            self._scales[key] = ratio
         return self._scales[key]
 
 
@@ -292,7 +305,7 @@ def _scores(said: list[Any], indices: mx.array, experts: int) -> mx.array | None
             if not mx.issubdtype(array.dtype, mx.floating):
                 continue
             if array.shape == indices.shape:
-                return array
+                return array.astype(mx.float32)
             if array.shape == (*indices.shape[:-1], experts):
-                return mx.take_along_axis(array, indices, axis=-1)
+                return mx.take_along_axis(array, indices, axis=-1).astype(mx.float32)
     return None

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
+from .bank import numbers
 from .callers import Callers
 from .rewind import Undo, remember
 from .split import SORTED_ROWS
@@ -325,7 +326,7 @@ class RunAhead:
         groups, self._sent = self._sent[:count], self._sent[count:]
         for group, indices in groups:
             start = time.perf_counter()
-            chosen = [np.array(x) for x in indices]
+            chosen = [numbers(x) for x in indices]
             if len(chosen) < len(group):
                 chosen = np.split(chosen[0], len(group))
             start = self.layers[group[0]].spent("sync", start)

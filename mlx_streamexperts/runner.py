@@ -20,8 +20,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 import mlx_lm.utils
-import numpy as np
 
+from .bank import numbers
 from .config import StreamConfig, parse_size
 from .demo import demo_model
 from .errors import StreamError
@@ -184,7 +184,7 @@ class Runner:
         """Untimed tokens; returns the digest of their logits."""
         digest = hashlib.sha256()
         for response in self._generate(model, self._prompts[0], self.workload.warm_up):
-            digest.update(np.array(response.logprobs.astype(mx.float32)).tobytes())
+            digest.update(numbers(response.logprobs.astype(mx.float32)).tobytes())
         return digest.hexdigest()
 
     def _replies(self, model: nn.Module) -> tuple[list[float], list[float], str]:

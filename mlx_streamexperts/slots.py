@@ -18,7 +18,7 @@ import numpy as np
 from .bank import Bank, SlotTensor, total_bytes
 from .cache import ExpertCache
 from .checkpoint import ExpertTable
-from .errors import ExpertReadError, StreamError
+from .errors import ExpertReadError, OtherThreadError
 from .ranges import ByteRange
 from .reader import SPECULATIVE, ExpertReader
 from .tickets import Ticket
@@ -187,11 +187,16 @@ class ExpertSlots:
         self._changing = True
         left = self._begun.left if self._begun is not None else []  # of a call that is not over
         placed = self.cache.place_ahead(candidates, {*self._flying, *left})
-        if placed:
-            with suppress(StreamError):  # another thread's graph reads the bank: not now
+        try:
+            if placed:
                 ticket = self._submit(placed, SPECULATIVE + distance - 1)
                 self.ahead.issued += len(placed)
                 self._flying.update(dict.fromkeys(placed, ticket))
+        except OtherThreadError:  # its graph reads the bank: not now
+            pass
+        except Exception:
+            self._changing = False
+            raise
         self._changing = False
 
     def landed(self) -> np.ndarray:
@@ -257,8 +262,8 @@ class ExpertSlots:
         self._changing = before
 
     def _mend(self) -> None:
-        """Start over with empty slots if a change was interrupted half-way."""
-        if self._changing:
+        """Start over with empty slots if a change was interrupted half-way, or spoiled the bank."""
+        if self._changing or self.bank.spoiled:
             self._reader.stop(self.name)
             self._flying.clear()
             self._begun = None

@@ -8,7 +8,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -261,18 +261,22 @@ class ExpertStream(Closing):
         return self._reader
 
     def close(self) -> None:
-        """Stop reading, free slots, files and threads. Later calls of the model raise."""
+        """Stop reading, free slots, files and threads. Later calls of the model raise.
+
+        A device error that comes up here is raised once all of that is done.
+        """
         if self._freed:
             return
         with self._change():
             self._closed = True
-            if self._watch is not None:
-                self._watch.close()
-            for layer in self.layers:  # interrupted, all of this can be done again
-                layer.close()
-            self._reader.close()
-            release_limits(self)
-            mx.clear_cache()
+            with ExitStack() as steps:  # from the last one up; all of them can be done again
+                steps.callback(mx.clear_cache)
+                steps.callback(release_limits, self)
+                steps.callback(self._reader.close)
+                for layer in reversed(self.layers):
+                    steps.callback(layer.close)
+                if self._watch is not None:
+                    steps.callback(self._watch.close)
             self._freed = True
 
     def held_bytes(self) -> int:
