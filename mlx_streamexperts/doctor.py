@@ -286,7 +286,8 @@ def _lines(report: dict[str, Any]) -> list[str]:
             how = "past the page cache" if measured["page_cache_bypassed"] else "page cache warm"
             lines.append(
                 f"Drive (measured, {how}): {format_size(r['rate'])}/s at {r['depth']} reads of "
-                f"{format_size(r['read_bytes'])} in flight, {1e3 * r['latency']:.2f} ms each"
+                f"{format_size(r['read_bytes'])} in flight ({r['mean_depth']:.1f} on average), "
+                f"{1e3 * r['latency']:.2f} ms each"
             )
         if not measured["drive"]:
             lines.append("Drive: not measured, the weights are not here; 5 GB/s assumed")

@@ -178,7 +178,8 @@ def direct_works(file: Path) -> bool:
     except OSError:
         return False
     try:
-        os.preadv(fd, [mmap.mmap(-1, max(alignment, platform.PAGE_BYTES))], 0)
+        block = memoryview(mmap.mmap(-1, max(alignment, platform.PAGE_BYTES)))
+        platform.read_into(fd, [block], 0)
     except OSError:
         return False
     finally:

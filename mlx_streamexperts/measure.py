@@ -6,19 +6,25 @@ do depends on what else it does.
 
 from __future__ import annotations
 
+import itertools
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
+from .files import ShardFiles
 from .ranges import ByteRange
 from .reader import ExpertReader, Ticket
 
 if TYPE_CHECKING:
     from .stream import ExpertStream
+
+_PLACES = 1024  # that a thread reads, then again: enough that none is still in a drive's cache
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,8 @@ class DriveRate:
 
     Attributes:
         read_bytes: size of a read.
-        depth: reads in flight.
+        depth: reads in flight that were aimed at: threads that read one after another.
+        mean_depth: reads in flight on average, as measured.
         rate: bytes/s.
         latency: median seconds from asking to the last byte.
         latency_p99: seconds within which 99 of 100 reads ended.
@@ -35,6 +42,7 @@ class DriveRate:
 
     read_bytes: int
     depth: int
+    mean_depth: float
     rate: float
     latency: float
     latency_p99: float
@@ -61,32 +69,48 @@ def drive_rates(
     sizes = np.array([max(0, size - read_bytes) for _, size in files], float)
     if not sizes.sum():
         return []
-    rng = np.random.default_rng(0)
-    results = []
-    for depth in depths:
-        # One reader thread a read in flight; a read is never split.
-        reader = ExpertReader(depth, read_bytes, direct)
-        memory = [memoryview(bytearray(read_bytes)) for _ in range(depth)]
-        latencies: list[float] = []
-        start, done = time.perf_counter(), 0
-        try:
-            while time.perf_counter() - start < seconds:
-                tickets = []
-                for into in memory:
-                    file = int(rng.choice(len(files), p=sizes / sizes.sum()))
-                    offset = int(rng.integers(0, int(sizes[file]) + 1))
-                    r = ByteRange(files[file][0], offset, into, "drive test", 0, "")
-                    tickets.append(reader.submit([r]))
-                for ticket in tickets:
-                    ticket.wait()
-                    latencies.append(ticket.seconds)
-                    done += read_bytes
-            elapsed = time.perf_counter() - start
-        finally:
-            reader.close()
-        median, slow = (float(x) for x in np.percentile(latencies, (50, 99)))
-        results.append(DriveRate(read_bytes, depth, done / elapsed, median, slow))
-    return results
+    shards = ShardFiles(direct, {})
+    try:
+        return [_drive_rate(shards, files, sizes, read_bytes, d, seconds) for d in depths]
+    finally:
+        shards.close()
+
+
+def _drive_rate(
+    shards: ShardFiles, files: Sequence[tuple[str, int]], sizes: np.ndarray, read_bytes: int,
+    depth: int, seconds: float,
+) -> DriveRate:  # fmt: skip
+    """One thread a read in flight: each begins its next read when its last has ended."""
+    memory = [memoryview(bytearray(read_bytes)) for _ in range(depth)]
+    begin = threading.Barrier(depth)
+
+    def read(seed: int) -> list[tuple[float, float]]:
+        rng = np.random.default_rng((depth, seed))
+        order = rng.choice(len(files), _PLACES, p=sizes / sizes.sum())
+        places = [(files[i][0], int(rng.integers(0, int(sizes[i]) + 1))) for i in order]
+        ranges = [
+            [ByteRange(file, offset, memory[seed], "drive test", 0, "")] for file, offset in places
+        ]
+        spans = []
+        begin.wait()
+        end = time.perf_counter() + seconds
+        for place in itertools.cycle(ranges):
+            start = time.perf_counter()
+            shards.read(place)
+            now = time.perf_counter()
+            spans.append((start, now))
+            if now >= end:
+                return spans
+        raise AssertionError("places without end")
+
+    with ThreadPoolExecutor(depth) as pool:
+        threads = [pool.submit(read, i) for i in range(depth)]
+        spans = np.array([span for thread in threads for span in thread.result()])
+    begun, ended = spans.T  # [reads], [reads]
+    elapsed = float(ended.max() - begun.min())
+    median, slow = (float(x) for x in np.percentile(ended - begun, (50, 99)))
+    mean_depth = float((ended - begun).sum()) / elapsed
+    return DriveRate(read_bytes, depth, mean_depth, len(spans) * read_bytes / elapsed, median, slow)
 
 
 def drive_bandwidth(expert_stream: ExpertStream, bypass: bool, seconds: float = 1.0) -> float:
@@ -97,30 +121,32 @@ def drive_bandwidth(expert_stream: ExpertStream, bypass: bool, seconds: float = 
         bypass: read past the page cache.
         seconds: about how long.
     """
-    reader = ExpertReader(direct=bypass)
     size = max(x.expert_bytes for x in expert_stream.layers)
     halves = [memoryview(bytearray(size * 8)) for _ in range(2)]
-    order, start, done = np.random.default_rng(1), time.perf_counter(), 0
+    order, done = np.random.default_rng(1), 0
     pending: list[Ticket] = []
-    while time.perf_counter() - start < seconds:
-        layer = expert_stream.layers[order.integers(len(expert_stream.layers))]
-        if len(pending) == 2:
-            pending.pop(0).wait()
-        memory, at, ranges = halves[0], 0, []
-        halves.reverse()
-        for expert in order.choice(layer.experts, min(8, layer.experts), replace=False):
-            for t in layer.tensors.values():
-                into = memory[at : at + t.stored.row_bytes]
-                file, offset = t.stored.files[expert], t.stored.offsets[expert]
-                ranges.append(ByteRange(file, offset, into, "", int(expert), ""))
-                at += len(into)
-        pending.append(reader.submit(ranges))
-        done += at
-    for ticket in pending:
-        ticket.wait()
-    rate = done / (time.perf_counter() - start)
-    reader.close()
-    return rate
+    reader = ExpertReader(direct=bypass)
+    try:
+        start = time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            layer = expert_stream.layers[order.integers(len(expert_stream.layers))]
+            if len(pending) == 2:
+                pending.pop(0).wait()
+            memory, at, ranges = halves[0], 0, []
+            halves.reverse()
+            for expert in order.choice(layer.experts, min(8, layer.experts), replace=False):
+                for t in layer.tensors.values():
+                    into = memory[at : at + t.stored.row_bytes]
+                    file, offset = t.stored.files[expert], t.stored.offsets[expert]
+                    ranges.append(ByteRange(file, offset, into, "", int(expert), ""))
+                    at += len(into)
+            pending.append(reader.submit(ranges))
+            done += at
+        for ticket in pending:
+            ticket.wait()
+        return done / (time.perf_counter() - start)
+    finally:
+        reader.close()
 
 
 def memory_rate(nbytes: int = 256 << 20, repeats: int = 7) -> float:

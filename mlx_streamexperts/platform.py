@@ -39,7 +39,8 @@ def open_direct(path: Path) -> tuple[int, int]:
 
     Returns:
         The file descriptor, and the alignment in bytes that offset, length and memory address
-        must have: 1 where the system asks for none (macOS).
+        must have. macOS takes any, and copies what is unaligned through its page cache, without
+        reading ahead: there it is a page.
 
     Raises:
         OSError: the system or the file system has no way to bypass the page cache.
@@ -53,7 +54,7 @@ def open_direct(path: Path) -> tuple[int, int]:
         except OSError:
             os.close(fd)
             raise
-        return fd, 1
+        return fd, PAGE_BYTES
     flag = getattr(os, "O_DIRECT", None)
     if flag is None:
         raise OSError(errno.ENOTSUP, "this system has no O_DIRECT", str(path))
@@ -379,18 +380,21 @@ def apple_working_set(memory: int) -> int:
 
 
 def available_memory_bytes() -> int:
-    """Memory that can be taken without swapping, in bytes (an estimate of the system's)."""
+    """Memory that can be taken without swapping, in bytes (an estimate of the system's).
+
+    On macOS free pages, pages of files, and what programs allow it to purge; "inactive" pages are
+    no measure, for anonymous ones among them have to be compressed or swapped.
+    """
+    if sys.platform == "darwin":
+        pages = _vm_stat()
+        free = sum(pages.get(k, 0) for k in ("Pages free", "File-backed pages", "Pages purgeable"))
+        return min(free * PAGE_BYTES or total_memory_bytes() // 2, total_memory_bytes())
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return min(int(line.split()[1]) * 1024, total_memory_bytes())
     except OSError:
         pass
-    if sys.platform == "darwin":
-        pages = _vm_stat()
-        free = sum(pages.get(k, 0) for k in ("free", "inactive", "speculative", "purgeable"))
-        if free:
-            return free * PAGE_BYTES
     return total_memory_bytes() // 2
 
 
@@ -424,13 +428,7 @@ def config_folder() -> Path:
 def processor_name() -> str:
     """What the processor calls itself; empty where the system does not say."""
     if sys.platform == "darwin":
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        try:
-            return subprocess.run(
-                command, capture_output=True, text=True, check=True
-            ).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return ""
+        return _output("/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string").strip()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -444,28 +442,34 @@ def free_disk_bytes(folder: Path) -> int:
 
 
 def resident_bytes() -> int:
-    """This process's resident memory (RSS), in bytes."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
-    except OSError:
-        out = subprocess.run(
-            ["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True, text=True, check=True
-        )
-        return int(out.stdout) * 1024
+    """This process's resident memory (RSS), in bytes; macOS leaves out what only the GPU maps."""
+    if sys.platform == "darwin":
+        return int(_output("/bin/ps", "-o", "rss=", "-p", str(os.getpid())) or 0) * 1024
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
 
 
 def _vm_stat() -> dict[str, int]:
     """Page counts by kind from macOS's `vm_stat`."""
-    try:
-        out = subprocess.run(["vm_stat"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return {}
     pages = {}
-    for line in out.splitlines():
+    for line in _output("/usr/bin/vm_stat").splitlines():
         name, _, count = line.partition(":")
-        if name.startswith("Pages ") and count.strip().rstrip(".").isdigit():
-            pages[name.removeprefix("Pages ")] = int(count.strip().rstrip("."))
+        if count.strip().rstrip(".").isdigit():
+            pages[name] = int(count.strip().rstrip("."))
     return pages
+
+
+def _output(*command: str) -> str:
+    """What a program of the system prints; empty where it fails.
+
+    With a full path and descriptors left alone Python spawns it: a fork would copy the page tables
+    of a process that holds a model.
+    """
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, close_fds=False
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def usable_cores() -> int:

@@ -382,7 +382,8 @@ class ExpertStream(Closing):
             return True
         # Others measured a page cache that competes with the expert cache for memory. Where the
         # page cache has room for what the slots leave out, it makes misses cheap instead.
-        room = available_memory_bytes() - self.plan.trunk - self.plan.cache
+        unread = max(0, self.plan.trunk - mx.get_active_memory())  # the rest is no longer free
+        room = available_memory_bytes() - unread - self.plan.cache
         return possible and self.plan.experts - self.plan.cache > room // 2
 
     def _disown(self) -> None:

@@ -165,6 +165,7 @@ def test_measurements_are_of_the_right_order(tmp_path: Path) -> None:
     file.write_bytes(bytes(1 << 20))
     (one, two) = drive_rates([(str(file), 1 << 20)], 4096, (1, 2), direct=False, seconds=0.05)
     for r in (one, two):
+        assert 0 < r.mean_depth <= r.depth
         assert 1e5 < r.rate < 1e12
         assert 0 < r.latency < 1
     assert drive_rates([(str(file), 100)], 4096, (1,), direct=False) == []

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import mlx_lm.utils
+import numpy as np
 import pytest
+from conftest import QUIET, load_streamed, smallest_cache
 
-from mlx_streamexperts import platform
+from mlx_streamexperts import ExpertReadError, pack, platform, stream
+from mlx_streamexperts.files import ShardFiles, direct_works
 from mlx_streamexperts.platform import METAL_SHARE, apple_limit, device_limit, metal_limit
+from mlx_streamexperts.ranges import ByteRange
 
 GB, GIB = 10**9, 2**30
+module = sys.modules[stream.__module__]
 
 # As Macs describe themselves. Working sets of 16 and 96 GB: what llama.cpp and MLX print there; of
 # 128 and 512 GB: three quarters, as up to macOS 14. The longest buffer is a share of the memory.
@@ -183,3 +195,196 @@ def test_no_limit_is_the_machine(tmp_path: Path) -> None:
     assert platform.total_memory_bytes(tmp_path) == whole  # neither /proc nor /sys
     root = machine(tmp_path, "0::/\n", V2.format(shown="/"), {"memory.max": "max\n"})
     assert platform.total_memory_bytes(root) == whole
+
+
+# macOS, with stand-ins for what it says.
+
+VM_STAT = """\
+Mach Virtual Memory Statistics: (page size of 16384 bytes)
+Pages free:                               20000.
+Pages active:                            300000.
+Pages inactive:                          290000.
+Pages speculative:                         3000.
+Pages throttled:                              0.
+Pages wired down:                         90000.
+Pages purgeable:                           2000.
+"Translation faults":                 123456789.
+Pages copy-on-write:                    1234567.
+File-backed pages:                       150000.
+Anonymous pages:                         443000.
+Pages stored in compressor:              100000.
+Pages occupied by compressor:             40000.
+"""
+
+
+@pytest.fixture
+def mac(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """A Mac with 16 GB and pages of 16 KiB; returns the programs that are run."""
+    said = {
+        "/usr/bin/vm_stat": VM_STAT,
+        "/bin/ps": "  54321\n",
+        "/usr/sbin/sysctl": "Apple M4\n",
+    }
+    ran: list[list[str]] = []
+
+    def run(command: tuple[str, ...], **options: object) -> subprocess.CompletedProcess[str]:
+        # A full path, and no descriptor to be closed: then Python spawns and does not fork.
+        assert (os.path.isabs(command[0]), options["close_fds"]) == (True, False)
+        ran.append(list(command))
+        return subprocess.CompletedProcess(command, 0, said[command[0]])
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(platform, "PAGE_BYTES", 16_384)
+    monkeypatch.setattr(platform.subprocess, "run", run)
+    monkeypatch.setattr(platform, "total_memory_bytes", lambda: 16 * GIB)
+    for name in ("posix_fadvise", "sched_getaffinity", "O_DIRECT"):
+        monkeypatch.delattr(os, name, raising=False)
+    return ran
+
+
+def test_inactive_pages_are_not_all_available_on_a_mac(mac: list[list[str]]) -> None:
+    assert platform.available_memory_bytes() == (20_000 + 150_000 + 2000) * 16_384
+    assert mac == [["/usr/bin/vm_stat"]]
+
+
+def test_a_mac_whose_programs_fail(mac: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(2, "No such file or directory")
+
+    monkeypatch.setattr(platform.subprocess, "run", fail)
+    assert platform.available_memory_bytes() == 8 * GIB
+    assert platform.processor_name() == ""
+    assert platform.resident_bytes() == 0
+
+
+def test_what_a_mac_says_of_itself(mac: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert platform.processor_name() == "Apple M4"
+    assert platform.resident_bytes() == 54_321 * 1024
+    assert mac[-1] == ["/bin/ps", "-o", "rss=", "-p", str(os.getpid())]
+    assert platform.usable_cores() == os.cpu_count()
+    monkeypatch.setenv("HOME", "/Users/somebody")
+    folder = Path("/Users/somebody/Library/Application Support")
+    assert platform.config_folder() == folder
+
+
+def test_a_mac_cannot_drop_cached_pages(mac: list[list[str]], tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    assert not platform.drop_page_cache(tmp_path / "file")
+    os.close(platform.open_buffered(tmp_path / "file"))
+
+
+@pytest.fixture
+def nocache(monkeypatch: pytest.MonkeyPatch, mac: list[list[str]]) -> list[tuple[int, int]]:
+    """Calls of `fcntl` that macOS would take."""
+    calls: list[tuple[int, int]] = []
+    monkeypatch.setattr(fcntl, "fcntl", lambda fd, what, value: calls.append((what, value)))
+    return calls
+
+
+def test_reads_past_a_macs_page_cache_are_aligned(
+    nocache: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """XNU sends what is unaligned through the page cache: offset, length and address."""
+    data = np.random.default_rng(0).integers(0, 256, 200_001, np.uint8).tobytes()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(data)
+    reads: list[tuple[int, int]] = []
+    read_into = platform.read_into
+
+    def record(fd: int, buffers: list[memoryview], offset: int) -> int:
+        reads.append((offset, sum(map(len, buffers))))
+        return read_into(fd, buffers, offset)
+
+    monkeypatch.setattr(platform, "read_into", record)
+    assert direct_works(file)
+    assert nocache == [(48, 1)]
+    reads.clear()
+    shards = ShardFiles(True, {str(file): platform.file_mark(file)})
+    try:
+        for offset, nbytes in ((0, 16_384), (5, 7), (16_380, 9), (40_000, 100_000), (199_990, 11)):
+            into = memoryview(bytearray(nbytes))
+            half = nbytes // 2
+            parts = [
+                ByteRange(str(file), offset, into[:half], "layer", 0, "a"),
+                ByteRange(str(file), offset + half, into[half:], "layer", 0, "b"),
+            ]
+            shards.read(parts)
+            assert bytes(into) == data[offset : offset + nbytes]
+        with pytest.raises(ExpertReadError):
+            end = ByteRange(str(file), 200_000, memoryview(bytearray(2)), "layer", 0, "a")
+            shards.read([end])
+    finally:
+        shards.close()
+    assert nocache == [(48, 1)] * 2
+    assert reads
+    assert all(offset % 16_384 == 0 and nbytes % 16_384 == 0 for offset, nbytes in reads)
+
+
+def test_a_macs_file_system_without_it(
+    mac: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(45, "Operation not supported")
+
+    (tmp_path / "file").write_bytes(b"x")
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    before = platform.open_descriptors()
+    assert not direct_works(tmp_path / "file")
+    assert platform.open_descriptors() == before
+
+
+def test_a_mac_before_preadv(
+    nocache: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "preadv")
+    (tmp_path / "file").write_bytes(b"0123456789")
+    fd, _ = platform.open_direct(tmp_path / "file")
+    try:
+        first, second = bytearray(4), bytearray(4)
+        assert platform.read_into(fd, [memoryview(first), memoryview(second)], 3) == 4
+        assert (bytes(first), bytes(second)) == (b"3456", bytes(4))  # the caller goes on
+    finally:
+        os.close(fd)
+    assert direct_works(tmp_path / "file")
+
+
+@pytest.mark.parametrize("store", [False, True])
+def test_a_model_runs_on_a_mac_past_the_page_cache(
+    store: bool, nocache: list[tuple[int, int]], checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Every read of every expert through the aligned path: the same bits."""
+    folder = checkpoint("qwen3_moe")
+    config = replace(QUIET, bypass_page_cache="on")
+    if store:
+        out = tmp_path / "store"
+        assert pack.main(["--model", str(folder), "--out", str(out), "--no-progress"]) == 0
+        config = replace(config, store=str(out))
+    tokens = mx.array([[3, 1, 4, 1, 5]])
+    expected = np.array(mlx_lm.utils.load_model(folder)[0](tokens))
+    model = load_streamed(folder, 1 << 40, config)
+    with stream(model) as expert_stream:
+        expert_stream.resize(smallest_cache(expert_stream))
+        assert np.array_equal(np.array(model(tokens)), expected)
+    assert set(nocache) == {(48, 1)}
+
+
+@pytest.mark.parametrize(("active", "left"), [(0, 0), (2 * GB, 2 * GB), (9 * GB, 2 * GB)])
+def test_what_is_read_of_the_trunk_is_not_counted_twice(
+    active: int,
+    left: int,
+    streamed: tuple[object, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bypassed where the rest of the experts exceeds half of what is free beside the slots."""
+    _, expert_stream = streamed
+    # 2 GB of trunk, 3 GB of slots, 3.9 GB free once the trunk is read: 0.9 GB are left.
+    plan = replace(expert_stream.plan, trunk=2 * GB, cache=3 * GB, experts=int(3.44 * GB))
+    monkeypatch.setattr(expert_stream, "plan", plan)
+    monkeypatch.setattr(expert_stream, "config", replace(QUIET, bypass_page_cache="auto"))
+    monkeypatch.setattr(mx, "get_active_memory", lambda: active)
+    free = int(3.9 * GB) + 2 * GB - left
+    monkeypatch.setattr(module, "available_memory_bytes", lambda: free)
+    monkeypatch.setattr(module, "direct_works", lambda file: True)
+    assert not expert_stream._decide_bypass()
+    monkeypatch.setattr(module, "available_memory_bytes", lambda: free - GB // 10)
+    assert expert_stream._decide_bypass()

@@ -1,0 +1,95 @@
+"""What a drive is said to give at so many reads in flight was measured with as many in flight."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from conftest import leftovers
+
+from mlx_streamexperts import ExpertReadError, platform
+from mlx_streamexperts.measure import drive_bandwidth, drive_rates
+from mlx_streamexperts.throttle import slowed
+
+READ = 4096
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> tuple[str, int]:
+    made = tmp_path / "file"
+    made.write_bytes(bytes(1 << 20))
+    return str(made), 1 << 20
+
+
+class Drive:
+    """Stands in for `platform.read_into`: each read takes 10 ms; counts those under way."""
+
+    def __init__(self) -> None:
+        self.lock, self.now, self.since, self.sum = threading.Lock(), 0, 0.0, 0.0
+        self.begun = self.ended = 0.0
+        self.most = self.reads = 0
+
+    def change(self, by: int) -> None:
+        with self.lock:
+            at = time.perf_counter()
+            self.begun = self.begun or at
+            self.sum += self.now * (at - (self.since or at))
+            self.now, self.since, self.ended = self.now + by, at, at
+            self.most, self.reads = max(self.most, self.now), self.reads + (by > 0)
+
+    def __call__(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        self.change(1)
+        time.sleep(0.01)
+        self.change(-1)
+        return sum(map(len, buffers))
+
+    @property
+    def mean_depth(self) -> float:
+        return self.sum / (self.ended - self.begun)
+
+
+@pytest.mark.parametrize("depth", [1, 4, 16])
+def test_the_stated_depth_is_kept(
+    depth: int, file: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drive = Drive()
+    monkeypatch.setattr(platform, "read_into", drive)
+    (found,) = drive_rates([file], READ, (depth,), direct=False, seconds=0.3)
+    assert drive.most == depth
+    assert 0.9 * depth <= drive.mean_depth <= depth
+    assert 0.9 * depth <= found.mean_depth <= depth  # it is reported, too
+    assert found.rate == pytest.approx(drive.reads * READ / (drive.ended - drive.begun), rel=0.1)
+
+
+def test_a_drive_of_known_rate(file: tuple[str, int]) -> None:
+    """Latency alone bounds one read, the bus bounds eight."""
+    with slowed(4e6, 0.005):
+        one, eight = drive_rates([file], READ, (1, 8), direct=False, seconds=0.3)
+    assert one.rate <= READ / 0.005
+    assert one.latency >= 0.005
+    assert one.rate < eight.rate <= 4.1e6
+    assert eight.mean_depth >= 7.2
+
+
+def test_a_file_that_cannot_be_read(file: tuple[str, int], tmp_path: Path) -> None:
+    before = leftovers()
+    with pytest.raises(ExpertReadError):
+        drive_rates([(str(tmp_path / "none"), 1 << 20)], READ, (4,), direct=False, seconds=0.05)
+    assert leftovers() == before
+
+
+def test_nothing_is_left_of_a_measurement_that_fails(
+    streamed: tuple[object, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        raise OSError(5, "Input/output error")
+
+    _, expert_stream = streamed
+    before = leftovers()
+    monkeypatch.setattr(platform, "read_into", fail)
+    with pytest.raises(ExpertReadError):
+        drive_bandwidth(expert_stream, False, seconds=0.05)  # type: ignore[arg-type]
+    assert leftovers() == before
