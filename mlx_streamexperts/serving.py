@@ -24,6 +24,7 @@ from mlx_lm import server as stock
 from mlx_lm.models.cache import make_prompt_cache
 
 from .combinations import batches
+from .accounts import leave
 from .errors import StreamError
 from .room import Room
 from .stream import ExpertStream, is_streamed, stream
@@ -158,6 +159,7 @@ class Provider(stock.ModelProvider):
             expert_stream.close()
             for module in model.modules():
                 module.clear()
+            leave(expert_stream)  # nothing of it is left, whoever refers to the model
         del model, expert_stream
         gc.collect()
         mx.clear_cache()

@@ -20,6 +20,7 @@ from mlx_streamexperts.traffic import FIRST_TOKEN_BOUNDS, Traffic
 def room() -> Room:
     room = Room()
     planned = plan(str(demo_model()), memory="1GB")
+    planned = replace(planned, footprint=None, context_stated=True)  # 100 bytes a token
     room.open(replace(planned, context_tokens=4096, kv=4096 * 100), vocabulary=1000)
     room.state = 0  # a sequence was seen
     return room
@@ -102,14 +103,22 @@ def test_the_logits_of_a_batch_stay_in_the_work_space(room: Room) -> None:
     assert not room.admits(1)
 
 
-def test_nothing_is_bounded_where_nothing_was_promised(room: Room) -> None:
+def test_everything_is_bounded_where_the_expert_cache_alone_was_stated(room: Room) -> None:
     assert room.plan is not None
     room.plan = replace(room.plan, memory=None)
     room.active = dict.fromkeys(range(100), 4096)
-    assert room.admits(10**6)
-    assert room.longest_reply(10**6) is None
-    assert room.kept_bytes() > 1 << 60
-    assert room.chunk_tokens(2048, 8) == 2048
+    assert not room.admits(10**6)
+    assert room.longest_reply(10) == 4086
+    assert room.kept_bytes() == 0
+
+
+def test_a_context_that_nobody_stated_takes_what_is_left(room: Room) -> None:
+    assert room.plan is not None
+    plan = replace(room.plan, context_stated=False)
+    assert plan.kv_room == plan.mlx_bound - plan.trunk - plan.cache - plan.work > 2 * plan.kv
+    assert plan.longest_context == plan.kv_room // 100 - 256
+    room.open(plan, vocabulary=1000)
+    assert room.longest_reply(5000) == plan.longest_context - 5000
 
 
 def test_traffic_counts() -> None:
