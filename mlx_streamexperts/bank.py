@@ -254,7 +254,8 @@ def in_place_fault(rounds: int = 3) -> str | None:
     Another thread writes, as the reader does, and kernels read, again and again, so that a stale
     copy on the device is noticed: arrays of the element types in use, from one page to a quarter of
     a megabyte; slices of an array, written through the whole array's memory (as run-ahead's tables
-    are); one part of an array while kernels that read another part run.
+    are); one part of an array while kernels that read another part run; neighbouring rows of 4
+    bytes by two threads at once, while kernels read those between.
 
     Args:
         rounds: how often each of them is written.
@@ -267,6 +268,8 @@ def in_place_fault(rounds: int = 3) -> str | None:
         return "slices of an array do not see bytes written into the array"
     if not _survives(_check_beside, rounds):
         return "writing into an array while kernels read another part of it goes wrong"
+    if not _survives(_check_neighbours, rounds):
+        return "two threads that write neighbouring rows of 4 bytes disturb each other or a kernel"
     return None
 
 
@@ -332,6 +335,43 @@ def _check_beside(rounds: int) -> bool:
         if not np.array_equal(seen, expected):
             return False
     return True
+
+
+def _check_neighbours(rounds: int) -> bool:
+    """Of rows of 4 bytes every third is read by kernels, while two threads write the others."""
+    rows, hops = 3 * 1024, 60
+    table = mx.zeros((rows, 1), mx.uint32)
+    mx.eval(table)
+    memory = np.frombuffer(byte_view(table), np.uint32)  # [rows]
+    chance = np.random.default_rng(0)
+    expected = 3 * chance.permutation(rows // 3).astype(np.uint32)  # pointers among them
+    memory[::3] = expected
+    for _ in range(2 * rounds):
+        at, wanted = 3 * mx.arange(rows // 3), np.arange(rows // 3, dtype=np.uint32)
+        for _ in range(hops):
+            at, wanted = table[at, 0], expected[wanted] // 3
+        mx.async_eval(at)
+        halves = [chance.integers(0, 1 << 32, rows // 3, dtype=np.uint32) for _ in range(2)]
+        writers = [
+            threading.Thread(target=_write_rows, args=(memory[i + 1 :: 3], half))
+            for i, half in enumerate(halves)
+        ]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+        seen = np.array(table[:, 0] + mx.zeros(rows, mx.uint32)).reshape(-1, 3)
+        if not np.array_equal(np.array(at), 3 * wanted):
+            return False
+        if not np.array_equal(seen, np.stack([expected, *halves], axis=1)):
+            return False
+    return True
+
+
+def _write_rows(rows: np.ndarray, values: np.ndarray) -> None:
+    """One after another, as tables are written."""
+    for i, value in enumerate(values.tolist()):
+        rows[i] = value
 
 
 def _write_elsewhere(view: memoryview, pattern: np.ndarray) -> threading.Thread:

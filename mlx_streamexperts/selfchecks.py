@@ -7,6 +7,7 @@ written to a temporary folder.
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -219,6 +220,45 @@ class Lab:
         return Outcome(
             row.difference <= row.bound, what + ("are the same bits" if same else differ)
         )
+
+    def around_four_rows(self, model: str, config: StreamConfig) -> Outcome:
+        """Prompts just below and just above four rows an expert, where kernels change.
+
+        MLX takes others for prompts whose rows exceed four times the experts that they choose from.
+        """
+        planned = plan(str(self.folder(model)), config=replace(config, memory=None, cache="1TB"))
+        limit = 4 * max(planned.layer_experts) // planned.top_k
+        lengths = [limit - 1, limit, limit + 1]
+        rows = exactness.prompts(self.folder(model), lengths, config, [0.25])
+        worst = max(row.difference for row in rows.values())
+        what = f"logits of {lengths[0]} to {lengths[-1]} tokens "
+        bound = max(row.bound for row in rows.values())
+        differ = f"differ by {worst:.1e} of the largest, {bound:g} allowed"
+        return Outcome(worst <= bound, what + ("are the same bits" if worst == 0 else differ))
+
+    def failing_device(self, config: StreamConfig) -> Outcome:
+        """An evaluation that fails once, and then gives garbage: is the error handed on?"""
+        file = self._work / "cut.safetensors"
+        mx.save_safetensors(str(file), {"x": mx.ones((1 << 16,))})
+        (stored,) = mx.load(str(file)).values()  # type: ignore[union-attr]
+        os.truncate(file, 1000)  # what is read of it now fails, truly
+        module = nn.Module()
+        bank = Bank({"x": SlotTensor(module, "x", (1,), mx.float32)}, 1, in_place=False)
+        bank.reading(stored[:16] + 1)
+        error: BaseException | None = None
+        try:
+            bank.settle()
+        except Exception as e:
+            error = e
+        said = []
+        while error is not None:
+            said.append(str(error))
+            error = error.__cause__
+        if not any("read" in text and "file" in text for text in said):
+            return Outcome(
+                False, f"the error was {'swallowed' if not said else 'lost: ' + said[0]}"
+            )
+        return Outcome(True, "an evaluation that failed once was reported by its own name")
 
     def memory(self, config: StreamConfig) -> Outcome:
         """MLX's peak while loading, through a prompt and decoding, against the budget."""

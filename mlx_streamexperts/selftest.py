@@ -150,6 +150,12 @@ def _of_memory(lab: Lab, base: StreamConfig) -> Iterator[Check]:
             "an expert that is read while the device computes could change an answer",
             always="in_place",
         )
+    yield Check(
+        "a device's error is reported",
+        lab.failing_device,
+        base,
+        "after an error of the device answers could be wrong without a word",
+    )
     if base.bypass_page_cache != "off":
         yield Check(
             "reads past the page cache give the file's bytes",
@@ -182,6 +188,14 @@ def _of_models(lab: Lab, base: StreamConfig) -> Iterator[Check]:
             partial(lab.prefill, model),
             ways["ordinary"],
             "answers to prompts would differ by more than the order of sums explains",
+        )
+    for model in lab.models:
+        yield Check(
+            f"prompts around four rows an expert: {model}",
+            partial(lab.around_four_rows, model),
+            ways["ordinary"],
+            "answers to prompts of such lengths would differ by more than the order of sums "
+            "explains",
         )
     yield Check(
         "memory stays within the budget",
