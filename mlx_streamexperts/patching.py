@@ -24,7 +24,6 @@ import mlx_lm.utils
 from .accounts import alive, held
 from .checkpoint import read_header
 from .config import StreamConfig
-from .discarded import PromptPasses
 from .errors import RankError, StreamError, UnsupportedModelError
 from .guards import GUARDS
 from .hub import had, headers_only
@@ -38,6 +37,8 @@ from .prefetch import link
 from .profiles import Profile, with_profile
 from .progress import progress_bar
 from .ranks import Ranks
+from .refusals import guard
+from .strangers import Strangers
 from .stream import ExpertStream, attach, flatten, is_streamed, stream
 from .watch import Watch
 
@@ -268,6 +269,7 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         model = located.model
         for layer in located.layers:
             _replace(model, layer.name, StreamedSwitch(layer))
+        guard(model)
         if not lazy:
             _load_trunk(model, config.progress)
         if config.prefetch != "off":
@@ -279,11 +281,9 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
             expert_stream.stage = located.stage
         attach(model, expert_stream)
         run_ahead = expert_stream.run_ahead
-        step = None if run_ahead is None else run_ahead.step
-        if located.stage is None:
-            step = PromptPasses(located.layers[-1], step).step
-        if step is not None:
-            intercept_passes(model, step)
+        if run_ahead is not None:
+            run_ahead.strangers = Strangers(model)
+            intercept_passes(model, run_ahead.step)
         self.streams.append(expert_stream)
         return expert_stream
 
