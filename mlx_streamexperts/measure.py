@@ -102,25 +102,26 @@ def drive_bandwidth(expert_stream: ExpertStream, bypass: bool, seconds: float = 
     halves = [memoryview(bytearray(size * 8)) for _ in range(2)]
     order, start, done = np.random.default_rng(1), time.perf_counter(), 0
     pending: list[Ticket] = []
-    while time.perf_counter() - start < seconds:
-        layer = expert_stream.layers[order.integers(len(expert_stream.layers))]
-        if len(pending) == 2:
-            pending.pop(0).wait()
-        memory, at, ranges = halves[0], 0, []
-        halves.reverse()
-        for expert in order.choice(layer.experts, min(8, layer.experts), replace=False):
-            for t in layer.tensors.values():
-                into = memory[at : at + t.stored.row_bytes]
-                file, offset = t.stored.files[expert], t.stored.offsets[expert]
-                ranges.append(ByteRange(file, offset, into, "", int(expert), ""))
-                at += len(into)
-        pending.append(reader.submit(ranges))
-        done += at
-    for ticket in pending:
-        ticket.wait()
-    rate = done / (time.perf_counter() - start)
-    reader.close()
-    return rate
+    try:
+        while time.perf_counter() - start < seconds:
+            layer = expert_stream.layers[order.integers(len(expert_stream.layers))]
+            if len(pending) == 2:
+                pending.pop(0).wait()
+            memory, at, ranges = halves[0], 0, []
+            halves.reverse()
+            for expert in order.choice(layer.experts, min(8, layer.experts), replace=False):
+                for t in layer.tensors.values():
+                    into = memory[at : at + t.stored.row_bytes]
+                    file, offset = t.stored.files[expert], t.stored.offsets[expert]
+                    ranges.append(ByteRange(file, offset, into, "", int(expert), ""))
+                    at += len(into)
+            pending.append(reader.submit(ranges))
+            done += at
+        for ticket in pending:
+            ticket.wait()
+        return done / (time.perf_counter() - start)
+    finally:
+        reader.close()
 
 
 def memory_rate(nbytes: int = 256 << 20, repeats: int = 7) -> float:

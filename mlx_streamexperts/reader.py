@@ -237,6 +237,10 @@ class ExpertReader:
             self._bury()
         self._files.close()
 
+    def is_mine(self) -> bool:
+        """Is this one of the reader's threads?"""
+        return threading.current_thread() in self._threads
+
     def revive(self) -> None:
         """Threads that died (none should) are replaced; what they were reading has failed."""
         self._bury()

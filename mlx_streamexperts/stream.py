@@ -418,7 +418,11 @@ def attach(model: nn.Module, expert_stream: ExpertStream) -> None:
 
 def _gone(expert_stream: ExpertStream) -> None:
     leave(expert_stream)
-    expert_stream.close()
+    if expert_stream.reader.is_mine():
+        # Python's collector ran in a thread that `close` waits for, or with a lock that it takes.
+        threading.Thread(target=expert_stream.close, name="expert-stream-close").start()
+    else:
+        expert_stream.close()
 
 
 def stream(model: nn.Module) -> ExpertStream:
