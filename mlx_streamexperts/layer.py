@@ -44,8 +44,8 @@ WAYS = ("whole", "halves", "lots")
 _CLOSED = "this model's expert stream is closed"
 _FORKED = (
     "this process was forked after the model was loaded, and threads and devices do not survive a "
-    "fork: start the process by multiprocessing's 'spawn' (get_context('spawn')), or as a program of "
-    "its own, and load the model there. To load it in a forked process hangs, in MLX"
+    "fork: start the process by multiprocessing's 'spawn' (get_context('spawn')), or as a program "
+    "of its own, and load the model there. To load it in a forked process hangs, in MLX"
 )
 
 
