@@ -340,8 +340,7 @@ def _conversion(plan: dict[str, Any]) -> list[str]:
 
 
 def _range(value: dict[str, float], form: str) -> str:
-    ends = sorted((value["low"], value["high"]))
-    return f"{value['likely']:{form}} ({ends[0]:{form}} to {ends[1]:{form}})"
+    return f"{value['likely']:{form}} ({value['low']:{form}} to {value['high']:{form}})"
 
 
 if __name__ == "__main__":

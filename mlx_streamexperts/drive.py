@@ -91,11 +91,11 @@ class ReadLog:
 def logged(reader: ExpertReader) -> Iterator[ReadLog]:
     """Log a reader's reads meanwhile."""
     log = ReadLog()
-    reader.on_read = log.note
+    reader.on_read.add(log.note)
     try:
         yield log
     finally:
-        reader.on_read = None
+        reader.on_read.remove(log.note)
 
 
 def sensitivity(

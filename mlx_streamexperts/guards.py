@@ -3,7 +3,7 @@
 A streamed model's experts are no parameters: whatever walks those (a saver, a quantizer, a
 trainer) would leave them out without a word. While a patch is installed, mlx-lm's functions that do
 so refuse streamed models; `mlx_streamexperts.run` refuses the programs that would find out only at
-their end.
+their end. The model's own methods are refused in refusals.py.
 """
 
 from __future__ import annotations
@@ -17,18 +17,9 @@ import mlx_lm.tuner.trainer
 import mlx_lm.utils
 
 from .errors import UnsupportedModelError
+from .refusals import SAVE, TRAIN
 from .stream import is_streamed
 
-_SAVE = (
-    "The experts of a streamed model are not in memory: what is saved of it has none. To change a "
-    "checkpoint's quantization in little memory use python -m mlx_streamexperts.convert; otherwise "
-    "load the model with mlx-lm alone."
-)
-_TRAIN = (
-    "A streamed model cannot be trained: the backward pass would need the step's experts again. "
-    "Train adapters of the trunk with mlx-lm alone, on a machine that holds the model; streamed "
-    "models take them with --adapter-path."
-)
 _CONVERT = "python -m mlx_streamexperts.convert --quantize does it in the memory of a few experts"
 _QUANTIZER = (
     "it runs calibration data through every expert and writes the model, which needs them in "
@@ -60,7 +51,7 @@ def check_program(module: str, arguments: list[str]) -> None:
     if module == "mlx_lm.quant.dwq" and "--targets-only" in arguments:
         return
     if module == "mlx_lm.lora" and "--train" in arguments:
-        raise UnsupportedModelError(f"{module} --train: {_TRAIN} --test runs streamed.")
+        raise UnsupportedModelError(f"{module} --train: {TRAIN} --test runs streamed.")
     if module in REFUSED_PROGRAMS:
         raise UnsupportedModelError(
             f"{module} does not run on a streamed model: {REFUSED_PROGRAMS[module]}."
@@ -84,10 +75,10 @@ def _guarded(original: Callable[..., Any], reason: str) -> Callable[..., Any]:
 GUARDS: tuple[tuple[Callable[..., Any], Callable[..., Any]], ...] = tuple(
     (original, _guarded(original, reason))
     for original, reason in (
-        (mlx_lm.utils.save_model, _SAVE),
-        (mlx_lm.utils.quantize_model, _SAVE),
-        (mlx_lm.utils.dequantize_model, _SAVE),
-        (mlx_lm.tuner.trainer.train, _TRAIN),
+        (mlx_lm.utils.save_model, SAVE),
+        (mlx_lm.utils.quantize_model, SAVE),
+        (mlx_lm.utils.dequantize_model, SAVE),
+        (mlx_lm.tuner.trainer.train, TRAIN),
     )
 )
 """mlx-lm's functions, and what stands in for them while a patch is installed."""

@@ -24,8 +24,10 @@ from .cache import ExpertCache
 from .callers import Callers
 from .errors import StreamError
 from .lanes import Lanes
+from .listeners import Listeners
 from .prefetch import Heard, Lookahead, Precision, asking
 from .reader import ExpertReader
+from .refusals import Experts, refuse_transforms
 from .slots import Arrivals, ExpertSlots, ExpertTensor
 from .split import SORTED_ROWS, RowRule, SplitCall
 from .timeline import PHASES
@@ -42,7 +44,8 @@ WAYS = ("whole", "halves", "lots")
 _CLOSED = "this model's expert stream is closed"
 _FORKED = (
     "this process was forked after the model was loaded, and threads and devices do not survive a "
-    "fork: load the model in the new process, or start it by multiprocessing's 'spawn'"
+    "fork: start the process by multiprocessing's 'spawn' (get_context('spawn')), or as a program "
+    "of its own, and load the model there. To load it in a forked process hangs, in MLX"
 )
 
 
@@ -54,18 +57,16 @@ class LayerStats:
         calls: forward calls that had to ask which experts are wanted.
         waves: extra passes of calls that needed more experts than there are slots.
         overlapped: calls that ran resident experts while missing ones were read.
-        left_out: calls of prompt passes that nobody wanted this layer's output of.
         seconds: the caller's time by phase; see `timeline.py`.
     """
 
     calls: int = 0
     waves: int = 0
     overlapped: int = 0
-    left_out: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
 
-class StreamedSwitch(nn.Module):
+class StreamedSwitch(Experts):
     """Stands in for one `SwitchGLU` or `SwitchMLP`: `y[..., k, :] = expert[indices[..., k]](x)`.
 
     Bank memory is kept out of the module tree: it is no parameter, and nothing that walks the model
@@ -76,6 +77,7 @@ class StreamedSwitch(nn.Module):
     def __init__(self, layer: ExpertLayer) -> None:
         super().__init__()
         self.layer = layer
+        object.__setattr__(self, "tables", layer.switch)  # not as a child: no parameters
         holders = {id(t.slot.module) for t in layer.tensors.values()}
         for key, value in layer.switch.items():
             if id(value) not in holders:
@@ -85,7 +87,11 @@ class StreamedSwitch(nn.Module):
         """See `ExpertLayer.__call__`."""
         if asking.layer is self.layer:
             raise Heard(indices)
-        return self.layer(x, indices)
+        try:
+            return self.layer(x, indices)
+        except ValueError as e:
+            refuse_transforms(e)
+            raise
 
 
 class ExpertLayer:
@@ -101,8 +107,8 @@ class ExpertLayer:
         slots: the slots and what is on its way into them.
         stats: further counters.
         resident: all experts are in the slot of their own index, nothing is asked or mapped.
-        record: called with each call's experts [..., K] while a trace is taken.
-        on_phase: told of each phase while a timeline is taken: phase, layer, begin, end.
+        record: called with each call's experts [..., K] while traces are taken.
+        on_phase: told of each phase while timelines are taken: phase, layer, begin, end.
         ahead: asks the next layers' routers; None where that cannot be done.
         awaited: the layer before, if it looks ahead to this one.
         guessed: what others guessed that this layer wants next: precision, rank, expert.
@@ -111,7 +117,6 @@ class ExpertLayer:
         lacked: one of them was not there when the layer was asked.
         closed, why_closed: calls raise `StreamError`, and what that says.
         calling: a call has the lock (or had, and raised): no time for guesses.
-        aside: the thread whose present pass does without this layer's output, or None.
     """
 
     def __init__(
@@ -122,8 +127,8 @@ class ExpertLayer:
         self.expert_bytes = self.slots.expert_bytes
         self.stats = LayerStats()
         self.resident = False
-        self.record: Callable[[np.ndarray], None] | None = None
-        self.on_phase: Callable[[str, str, float, float], None] | None = None
+        self.record = Listeners[Callable[[np.ndarray], None]]()
+        self.on_phase = Listeners[Callable[[str, str, float, float], None]]()
         self.ahead: Lookahead | None = None
         self.awaited: Lookahead | None = None
         self.guessed: list[tuple[Precision, int, int]] = []
@@ -132,7 +137,6 @@ class ExpertLayer:
         self.lacked = False
         self.closed, self.why_closed = True, _CLOSED
         self.calling = False  # a call has the lock, or was interrupted
-        self.aside: int | None = None
         self._pace = Pace(Trial(WAYS, WAYS[0]))
         self._rows = RowRule.of(switch)
         self._lanes = Lanes(1)
@@ -222,16 +226,12 @@ class ExpertLayer:
         if self.resident:
             with self.lock:  # the tables of one bank: another thread may be exchanging them
                 if self.resident:
-                    if (record := self.record) is not None:
-                        record(numbers(indices))
+                    if self.record.now:
+                        self._record(numbers(indices))
                     return self._run(x, indices)
         if self.closed:
             with self.lock:  # unless another thread is just opening it
                 self._check_open()
-        if self.aside == threading.get_ident() and self.record is None:
-            self.stats.left_out += 1
-            y = self.switch(x, mx.zeros(indices.shape, mx.uint32))  # [..., K, D], never evaluated
-            return mx.full(y.shape, mx.nan, y.dtype)
         run_ahead = self.run_ahead
         if run_ahead is not None and run_ahead.thread == threading.get_ident():
             return run_ahead.through(self, x, indices)
@@ -303,13 +303,16 @@ class ExpertLayer:
         return needed
 
     def _note_call(self, experts: np.ndarray, needed: Sequence[int]) -> None:
-        if (record := self.record) is not None:  # looked at once: a thread may end the recording
-            record(experts)
+        self._record(experts)
         self.stats.calls += 1
         if self.guessed:
             for precision, rank, expert in self.guessed:
                 precision.note(rank, expert in needed)
             self.guessed.clear()
+
+    def _record(self, experts: np.ndarray) -> None:
+        for record in self.record.now:
+            record(experts)
 
     def complete(self, x: mx.array, experts: np.ndarray, arrivals: Arrivals) -> mx.array:
         """Run a call's experts [..., K], known and accounted for, once they have arrived."""
@@ -397,6 +400,6 @@ class ExpertLayer:
         """Account for the time since `start`; returns now."""
         now = time.perf_counter()
         self.stats.seconds[phase] += now - start
-        if (on_phase := self.on_phase) is not None:
+        for on_phase in self.on_phase.now:
             on_phase(phase, self.name, start, now)
         return now

@@ -53,7 +53,7 @@ class Ledger(Closing):
         else:
             whole_bytes = 0
         file.parent.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        self._fd: int | None = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         os.ftruncate(self._fd, whole_bytes)
         os.lseek(self._fd, whole_bytes, os.SEEK_SET)
         if not there:
@@ -67,9 +67,13 @@ class Ledger(Closing):
 
     def close(self) -> None:
         """Close the file; nothing is left to be written."""
-        os.close(self._fd)
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
 
     def _write(self, record: dict[str, Any]) -> None:
+        if self._fd is None:
+            raise StreamError(f"{self.file}: this ledger is closed")
         line = memoryview((json.dumps(record) + "\n").encode())
         while line:
             line = line[os.write(self._fd, line) :]

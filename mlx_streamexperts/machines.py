@@ -180,7 +180,7 @@ def report_lines(
         f"  predicted decode: {tokens} tokens/s = 1 / (the ranks' times + "
         f"{2 * (len(ranks) - 1)} messages of {format_size(ranks[0].hidden_bytes)} over "
         f"{format_size(link.rate)}/s with {1e6 * link.latency:.0f} us); first token of "
-        f"{prompt_tokens} after {Range(first.high, first.likely, first.low)} s",
+        f"{prompt_tokens} after {first} s",
     ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -97,6 +98,54 @@ def _busy(file: Path, advice: str) -> str:
     return f"{file.parent}: in use ({who or 'another process is starting there'}): {advice}"
 
 
+UNWRITTEN = "the recording could not be written ({}), and there is none: make room, record again"
+
+_claimed: set[str] = set()
+_claims = threading.Lock()
+
+
+def claim(file: Path) -> Path:
+    """Be the only recording of this process into a file, until `release`.
+
+    Returns:
+        What it is called until it is whole.
+
+    Raises:
+        StreamError: another one is under way.
+    """
+    with _claims:
+        if os.path.abspath(file) in _claimed:
+            raise StreamError(
+                f"{file}: another recording into it is under way: choose another name"
+            )
+        _claimed.add(os.path.abspath(file))
+    return partial_name(file)
+
+
+def release(file: Path) -> None:
+    """Undo `claim`."""
+    with _claims:
+        _claimed.discard(os.path.abspath(file))
+
+
+@contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    """Write a file under another name first: it is whole, or as it was before.
+
+    Yields:
+        That name. The file there is put in place at the end; after an error it goes.
+    """
+    partial = partial_name(file)
+    try:
+        yield partial
+        partial.replace(file)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    sync_folder(file.parent)
+
+
 def partial_name(file: Path) -> Path:
     """What a file is called until it is whole."""
     return file.with_name(file.name + ".partial")
@@ -104,13 +153,10 @@ def partial_name(file: Path) -> Path:
 
 def write_json(file: Path, content: dict[str, Any], indent: int | None = 4) -> None:
     """Under a temporary name first: the file is whole or not there."""
-    partial = partial_name(file)
-    with partial.open("w") as f:
+    with whole(file) as partial, partial.open("w") as f:
         json.dump(content, f, indent=indent)
         f.flush()
         os.fsync(f.fileno())
-    partial.replace(file)
-    sync_folder(file.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -12,7 +12,7 @@ from .config import format_size
 from .errors import StreamError
 from .figures import COLOURS, PANELS, STYLE, Panel, drawable, figure, measured
 from .findings import sentence
-from .output import partial_name, sync_folder, write_json
+from .output import whole, write_json
 from .plots import pyplot
 
 _TEMPLATE = Path(__file__).parent / "data" / "report.html"
@@ -52,12 +52,10 @@ def write_page(report: dict[str, Any], folder: Path, name: str = "report") -> Pa
     text = render(report)
     write_data(report, folder, name)
     try:
-        with partial_name(page).open("w", encoding="utf-8") as f:
+        with whole(page) as partial, partial.open("w", encoding="utf-8") as f:
             f.write(text)
             f.flush()
             os.fsync(f.fileno())
-        partial_name(page).replace(page)
-        sync_folder(folder)
     except OSError as e:
         raise StreamError(f"{folder}: cannot write the report: {e.strerror}") from e
     return page

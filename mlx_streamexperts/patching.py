@@ -40,6 +40,8 @@ from .prefetch import link
 from .profiles import Profile, with_profile
 from .progress import progress_bar
 from .ranks import Ranks
+from .refusals import guard
+from .strangers import Strangers
 from .stream import ExpertStream, attach, flatten, is_streamed, stream
 from .watch import Watch
 
@@ -289,6 +291,7 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         rows = token_rows(model) if located.stage is None else None
         for layer in located.layers:
             _replace(model, layer.name, StreamedSwitch(layer))
+        guard(model)
         if not lazy:
             _load_trunk(model, config.progress)
         if config.prefetch != "off":
@@ -300,6 +303,8 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
             expert_stream.stage = located.stage
         attach(model, expert_stream)
         ahead = expert_stream.run_ahead
+        if ahead is not None:
+            ahead.strangers = Strangers(model)
         passes = Passes(expert_stream, ahead.step if ahead else None)
         passes.install(model, PassCheck(model, rows))
         expert_stream.token_rows = rows

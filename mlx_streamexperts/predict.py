@@ -117,7 +117,7 @@ _RATE_SHARE = (0.6, 0.9)
 
 @dataclass(frozen=True)
 class Range:
-    """A prediction: the pessimistic, the likely and the optimistic value."""
+    """A prediction: the smallest, the likely and the largest value."""
 
     low: float
     likely: float
@@ -207,9 +207,9 @@ def predict(
         hit_rate=hits,
         tokens_per_s=Range(1 / slow, 1 / likely, 1 / fast),
         first_token=Range(
-            plan.experts * len(chunks) / machine.drive_rate + slow,
-            swept + likely,
             swept / 2 + fast,  # uneven routing wants fewer: half is a guess
+            swept + likely,
+            plan.experts * len(chunks) / machine.drive_rate + slow,
         ),
         prompt_tokens=prompt_tokens,
         compute_seconds=parts["memory bandwidth"],

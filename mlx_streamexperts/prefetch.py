@@ -23,6 +23,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .bank import numbers
+from .strangers import Strangers
 from .trial import Trial
 
 if TYPE_CHECKING:
@@ -72,7 +73,13 @@ class Router:
     def __init__(self, layer: ExpertLayer, block: nn.Module, norm: nn.Module | None) -> None:
         self.layer, self._block, self._norm = layer, block, norm
         self._gate = next((name for name in _GATES if name in block), None)
+        self._strangers = Strangers(block, *([norm] if norm is not None else []))
         self._lock = threading.Lock()
+
+    @property
+    def overheard(self) -> bool:
+        """Would somebody see that the block is asked?"""
+        return self._strangers.any()
 
     def choose(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
         """Let the block choose for x [..., D].
@@ -228,7 +235,7 @@ class Lookahead:
             return None
         asked = []
         for distance, router in enumerate(self._successors, 1):
-            if router.layer.resident:
+            if router.layer.resident or router.overheard:
                 continue
             name = router.layer.name
             try:

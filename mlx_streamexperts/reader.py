@@ -22,6 +22,7 @@ from queue import SimpleQueue
 
 from .errors import ExpertReadError, StreamError
 from .files import ShardFiles, label
+from .listeners import Listeners
 from .ranges import ByteRange, merge
 from .tickets import Job, Ticket, Wake
 
@@ -92,7 +93,7 @@ class ExpertReader:
         self._taken: dict[int, Job] = {}  # reads under way, by thread
         self._speculating = 0  # speculative reads under way
         self._job_seconds, self._read_seconds = 0.0, _QUICK_SECONDS  # moving averages: job, read
-        self.on_read: OnRead | None = None  # called after each read while a timeline is taken
+        self.on_read = Listeners[OnRead]()  # called after each read while timelines are taken
         self._lock = threading.Lock()
         self._work: SimpleQueue[None] = SimpleQueue()  # one for each job, taken by whom it wakes
         self._idle = Wake()  # set when a read ends
@@ -236,6 +237,10 @@ class ExpertReader:
             self._bury()
         self._files.close()
 
+    def is_mine(self) -> bool:
+        """Is this one of the reader's threads?"""
+        return threading.current_thread() in self._threads
+
     def revive(self) -> None:
         """Threads that died (none should) are replaced; what they were reading has failed."""
         self._bury()
@@ -318,7 +323,7 @@ class ExpertReader:
                 failures.append((run, error))
                 interrupt = None if isinstance(e, Exception) else e
         seconds = time.perf_counter() - start
-        if (on_read := self.on_read) is not None:
+        for on_read in self.on_read.now:
             ranges = [r for run in job.runs for r in run]
             on_read(ranges, job.priority, job.ticket._submitted, start, start + seconds)
         with self._lock:

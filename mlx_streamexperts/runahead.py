@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,8 +29,10 @@ import numpy as np
 
 from .bank import numbers
 from .callers import Callers
+from .refusals import refuse_transforms
 from .rewind import Undo, remember
 from .split import SORTED_ROWS
+from .strangers import Strangers
 from .tables import SlotTables
 from .trust import Trust
 
@@ -121,7 +124,10 @@ class RunAhead:
         thread: the thread whose step is under way, or None.
         stats: counters.
         trust: what was learned about the layers.
+        strangers: finds out who would see a pass that is run twice.
     """
+
+    strangers: Strangers | None = None
 
     def __init__(
         self,
@@ -137,7 +143,8 @@ class RunAhead:
         self._rows = (SORTED_ROWS - 1) // top_k  # tokens of a call that counts as decoding
         self._callers, self._waited = callers, waited
         self._lock = threading.RLock()  # a stream may be closed in the middle of its own step
-        self._usable = True
+        self._usable, self._overheard = True, False
+        self._caches: Callable[[], Any] = lambda: None  # the first of those of the last step
         self._number = {id(x): i for i, x in enumerate(self.layers)}
         self._tables = SlotTables(self.layers)
         # Of the step and the pass under way:
@@ -179,7 +186,7 @@ class RunAhead:
                 pass
             return call()
         undo = remember(caches) if self._usable and rows <= self._rows else None
-        if undo is None:
+        if undo is None or self._is_overheard(caches):
             return call()
         with self._lock:
             if not self._callers.shared:
@@ -187,7 +194,19 @@ class RunAhead:
                     return self._step(call, undo)
                 except _Unsuitable:
                     self._usable = False
+                except ValueError as e:
+                    refuse_transforms(e)
+                    raise
         return call()
+
+    def _is_overheard(self, caches: Any) -> bool:
+        """Would somebody see passes that may be wrong? Found out once for each sequence."""
+        first = next(iter(caches or ()), None)
+        if first is None or self._caches() is not first:
+            self._overheard = self.strangers is not None and self.strangers.any()
+            if first is not None:
+                self._caches = weakref.ref(first)
+        return self._overheard
 
     def through(self, layer: ExpertLayer, x: mx.array, indices: mx.array) -> mx.array:
         """A layer's part of the pass under way: x [..., D], indices [..., K] -> [..., K, D]."""

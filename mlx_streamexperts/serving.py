@@ -23,8 +23,8 @@ import mlx.core as mx
 from mlx_lm import server as stock
 from mlx_lm.models.cache import make_prompt_cache
 
-from .combinations import batches
 from .accounts import leave
+from .combinations import batches
 from .errors import StreamError
 from .room import Room
 from .stream import ExpertStream, is_streamed, stream
@@ -95,6 +95,7 @@ class Provider(stock.ModelProvider):
     words = 1
 
     def __init__(self, args: argparse.Namespace, served: dict[str, str], room: Room) -> None:
+        self._last: Any = None  # the model that was loaded last
         super().__init__(args)
         self.room, self.listed = room, list(served)
         default = next(iter(served))
@@ -139,6 +140,7 @@ class Provider(stock.ModelProvider):
         stated = getattr(self.cli_args, "stated_step", None)
         self.unload()
         super()._load(*args, **options)
+        self._last = self.model
         self.is_batchable = self.is_batchable and batches(self.model, make_prompt_cache(self.model))
         if (expert_stream := self.expert_stream) is not None:
             rows = expert_stream.token_rows or len(self.tokenizer)
@@ -152,15 +154,17 @@ class Provider(stock.ModelProvider):
 
         mlx-lm's generation loop does: the next model would be loaded beside this one's trunk.
         """
-        model, expert_stream = self.model, self.expert_stream
+        model, self._last = self._last, None  # mlx-lm forgets it first when its loop ends
         self.reset()
         self.room.plan = None
-        if expert_stream is not None:
+        if model is not None and is_streamed(model):
+            expert_stream = stream(model)
             expert_stream.close()
             for module in model.modules():
                 module.clear()
             leave(expert_stream)  # nothing of it is left, whoever refers to the model
-        del model, expert_stream
+            del expert_stream
+        del model
         gc.collect()
         mx.clear_cache()
 

@@ -7,11 +7,11 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .profiles import Profile
 
 _STREAM = "_expert_stream"
+Recording = TypeVar("Recording", Trace, Timeline)
 _GIVES = 8  # part of the cache that is given at once
 _log = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ class ExpertStream(Closing):
         )
         self.run_ahead: RunAhead | None = None
         self._closed = self._freed = False
+        self._recordings: list[Trace | Timeline] = []
         self._changing = threading.RLock()  # one change of the cache at a time, closing included
         _alive.add(self)
         self._callers = Callers(self._settle)
@@ -141,7 +143,7 @@ class ExpertStream(Closing):
         self._reader.stats = ReadStats()
 
     def trace(self, path: str | os.PathLike[str]) -> Trace:
-        """Record every routing decision into a file of JSON lines, until the trace is closed.
+        """Record every routing decision into a file of JSON lines, until it is closed.
 
         Layers that are wholly resident are asked for their indices too while it runs, which costs
         them their freedom from syncs.
@@ -151,30 +153,29 @@ class ExpertStream(Closing):
                 layer: its number, and for each token the experts that its router chose.
 
         Returns:
-            A context manager; the file is there when it is closed.
+            A context manager; the file is there when it is closed, or this stream is.
 
         Raises:
-            StreamError: this stream is closed.
-            OSError: the file cannot be written.
+            StreamError: this stream is closed, or another recording into that file is under way.
+            OSError: the file cannot be made.
         """
-        self._check_open()
-        return Trace(path, self.layers, self.plan)
+        return self._record(lambda: Trace(path, self.layers, self.plan))
 
     def timeline(self, path: str | os.PathLike[str]) -> Timeline:
-        """Record where time goes, until the timeline is closed, for Perfetto or chrome://tracing.
+        """Record where time goes, until it is closed, for Perfetto or chrome://tracing.
 
         Args:
             path: the file, in Chrome's trace-event format (JSON).
 
         Returns:
-            A context manager; its `summary()` gives seconds by phase.
+            A context manager, closed with this stream at the latest; its `summary()` gives seconds
+            by phase.
 
         Raises:
-            StreamError: this stream is closed.
-            OSError: the file cannot be written.
+            StreamError: this stream is closed, or another recording into that file is under way.
+            OSError: the file cannot be made.
         """
-        self._check_open()
-        return Timeline(path, self.layers, self._reader)
+        return self._record(lambda: Timeline(path, self.layers, self._reader))
 
     def save_hot_set(self, path: str | os.PathLike[str]) -> None:
         """Write which experts are cached now, for `StreamConfig(hot_set=path)` at a later load.
@@ -273,6 +274,8 @@ class ExpertStream(Closing):
                 steps.callback(mx.clear_cache)
                 steps.callback(release_limits, self)
                 steps.callback(self._reader.close)
+                for recording in self._recordings:
+                    steps.callback(recording.close)
                 for layer in reversed(self.layers):
                     steps.callback(layer.close)
                 if self._watch is not None:
@@ -316,6 +319,14 @@ class ExpertStream(Closing):
     def __repr__(self) -> str:
         state = "closed" if self._closed else str(self.plan)
         return f"<ExpertStream of {len(self.layers)} layers: {state}>"
+
+    def _record(self, begin: Callable[[], Recording]) -> Recording:
+        with self._changing:
+            self._check_open()
+            self._recordings = [x for x in self._recordings if not x.closed]
+            recording = begin()
+            self._recordings.append(recording)
+        return recording
 
     def _settle(self) -> None:
         for layer in self.layers:
@@ -464,7 +475,11 @@ def attach(model: nn.Module, expert_stream: ExpertStream) -> None:
 
 def _gone(expert_stream: ExpertStream) -> None:
     leave(expert_stream)
-    expert_stream.close()
+    if expert_stream.reader.is_mine():
+        # Python's collector ran in a thread that `close` waits for, or with a lock that it takes.
+        threading.Thread(target=expert_stream.close, name="expert-stream-close").start()
+    else:
+        expert_stream.close()
 
 
 def stream(model: nn.Module) -> ExpertStream:

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .closing import Closing
-from .output import partial_name, write_json
+from .errors import StreamError
+from .output import UNWRITTEN, claim, release, write_json
 from .ranges import ByteRange
 from .reader import DEMAND, ExpertReader
 
@@ -49,20 +50,28 @@ class Timeline(Closing):
     """A recording under way; a context manager, or call `close`.
 
     The file appears under its name only when the recording is complete.
+
+    Attributes:
+        closed: it is over.
     """
 
     def __init__(
         self, path: str | os.PathLike[str], layers: Sequence[ExpertLayer], reader: ExpertReader
     ) -> None:
         self._path, self._layers, self._reader = Path(path), layers, reader
-        partial_name(self._path).touch()  # find out now whether it can be written
+        partial = claim(self._path)
+        try:
+            partial.touch()  # find out now whether it can be written
+        except BaseException:
+            release(self._path)
+            raise
         self._start = time.perf_counter()
         self._spans: list[tuple[str, str, float, float]] = []
         self._reads: list[_Read] = []
-        self._closed = False
+        self.closed = False
         for layer in layers:
-            layer.on_phase = self._phase
-        reader.on_read = self._read
+            layer.on_phase.add(self._phase)
+        reader.on_read.add(self._read)
 
     def summary(self) -> dict[str, float]:
         """Seconds by phase so far: `sync`, `map`, `wait`, `build`.
@@ -82,16 +91,21 @@ class Timeline(Closing):
         """End the recording and put the file in place.
 
         Raises:
-            OSError: it cannot be written.
+            StreamError: it cannot be written.
         """
-        if self._closed:
+        if self.closed:
             return
-        self._closed = True
+        self.closed = True
         for layer in self._layers:
-            layer.on_phase = None
-        self._reader.on_read = None
+            layer.on_phase.remove(self._phase)
+        self._reader.on_read.remove(self._read)
         content = {"traceEvents": self._events(), "displayTimeUnit": "ms"}
-        write_json(self._path, content, indent=None)
+        try:
+            write_json(self._path, content, indent=None)
+        except OSError as e:
+            raise StreamError(f"{self._path}: {UNWRITTEN.format(e.strerror)}") from e
+        finally:
+            release(self._path)
 
     def _phase(self, phase: str, layer: str, begin: float, end: float) -> None:
         self._spans.append((phase, layer, begin, end))

@@ -21,6 +21,7 @@ import numpy as np
 from .closing import Closing
 from .errors import StreamError
 from .layer import ExpertLayer
+from .output import UNWRITTEN, claim, release, whole
 from .planner import Plan
 
 _SIZES = ("model_type", "trunk", "active_bytes_per_token", "top_k")
@@ -29,16 +30,23 @@ _SIZES = ("model_type", "trunk", "active_bytes_per_token", "top_k")
 class Trace(Closing):
     """A recording under way; a context manager, or call `close`.
 
-    The file appears under its name only when the recording is complete.
+    The file appears under its name only when the recording is complete. If it cannot be written any
+    more (a full disk) the recording ends, and generation goes on.
     """
 
     def __init__(
         self, path: str | os.PathLike[str], layers: list[ExpertLayer], plan: Plan | None = None
     ) -> None:
-        self._path, self._layers = Path(path), layers
-        self._partial = self._path.with_name(self._path.name + ".partial")
+        self._path = Path(path)
         self._lock = threading.Lock()
-        self._file: TextIO | None = self._partial.open("w")
+        self._error: OSError | None = None
+        self._partial = claim(self._path)
+        try:
+            self._file: TextIO | None = self._partial.open("w")
+        except BaseException:
+            release(self._path)
+            raise
+        self._recorders = [(x, self._recorder(number)) for number, x in enumerate(layers)]
         head: dict[str, Any] = {
             "layers": [x.name for x in layers],
             "experts": [x.experts for x in layers],
@@ -46,31 +54,52 @@ class Trace(Closing):
         }
         if plan is not None:
             head["model"] = {name: getattr(plan, name) for name in _SIZES}
-        self._file.write(json.dumps(head) + "\n")
-        for number, layer in enumerate(layers):
-            layer.record = self._recorder(number)
+        self._write(head)
+        for layer, recorder in self._recorders:
+            layer.record.add(recorder)
 
     def close(self) -> None:
-        """End the recording and put the file in place."""
+        """End the recording and put the file in place.
+
+        Raises:
+            StreamError: it could not be written to its end; there is none.
+        """
         with self._lock:
-            if self._file is None:
+            file, self._file = self._file, None
+            if file is None:
                 return
-            for layer in self._layers:
-                layer.record = None
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
-            self._partial.replace(self._path)
+            for layer, recorder in self._recorders:
+                layer.record.remove(recorder)
+            try:
+                with whole(self._path), file:
+                    if self._error is not None:
+                        raise self._error
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as e:
+                raise StreamError(f"{self._path}: {UNWRITTEN.format(e.strerror)}") from e
+            finally:
+                release(self._path)
+
+    @property
+    def closed(self) -> bool:
+        """Is it over?"""
+        return self._file is None
 
     def _recorder(self, number: int) -> Callable[[np.ndarray], None]:
         def record(experts: np.ndarray) -> None:
             rows = experts.reshape(-1, experts.shape[-1]).tolist()  # [T, K]
-            with self._lock:
-                if self._file is not None:
-                    self._file.write(json.dumps({"layer": number, "experts": rows}) + "\n")
+            self._write({"layer": number, "experts": rows})
 
         return record
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with self._lock:
+            if self._file is not None and self._error is None:
+                try:
+                    self._file.write(json.dumps(line) + "\n")
+                except OSError as e:
+                    self._error = e
 
 
 @dataclass(frozen=True)

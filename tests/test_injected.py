@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import ctypes
 import functools
+import gc
 import json
 import os
 import resource
@@ -20,7 +21,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -234,6 +235,52 @@ def test_a_forked_child_says_so_and_the_parent_goes_on(watched: Watched) -> None
     watched.assert_sound()
 
 
+FORKS = """
+import os, sys
+import mlx.core as mx
+import mlx_lm.utils
+from mlx_streamexperts import StreamConfig, StreamError, demo_model, patch, stream
+with patch(cache="3MB", config=StreamConfig(progress=False, prefetch="on")):
+    model, _ = mlx_lm.utils.load_model(demo_model())
+mx.eval(model(mx.array([[1, 2, 3]])))
+child = os.fork()
+if not child:
+    try:
+        model(mx.array([[1]]))
+    except StreamError as e:
+        sys.exit(7 if "spawn" in str(e) else 8)  # not os._exit: as a program ends
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+mx.eval(model(mx.array([[4]])))
+sys.exit(status)
+"""
+
+
+def test_a_forked_child_ends_as_programs_do() -> None:
+    """With threads and files that are its parent's; the advice is one that works."""
+    done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, timeout=60)
+    assert done.returncode == 7, done.stderr[-2000:]
+    spawned = subprocess.run([sys.executable, "-c", SPAWNS], capture_output=True, timeout=90)
+    assert spawned.returncode == 0, spawned.stderr[-2000:]
+
+
+SPAWNS = """
+import multiprocessing, subprocess, sys
+import mlx.core as mx
+import mlx_lm.utils
+from mlx_streamexperts import StreamConfig, demo_model, patch
+with patch(cache="3MB", config=StreamConfig(progress=False)):
+    model, _ = mlx_lm.utils.load_model(demo_model())
+mx.eval(model(mx.array([[1]])))
+child = multiprocessing.get_context("spawn").Process(
+    target=exec, args=("from mlx_streamexperts import demo_model, load, stream\\n"
+        "model, _ = load(str(demo_model()), cache='3MB')\\n"
+        "import mlx.core as mx\\nmx.eval(model(mx.array([[1]])))",))
+child.start()
+child.join()
+sys.exit(child.exitcode)
+"""
+
+
 def exit_code(child: int, patience: float = 20) -> int:
     end = time.monotonic() + patience
     while time.monotonic() < end:
@@ -244,6 +291,28 @@ def exit_code(child: int, patience: float = 20) -> int:
     os.kill(child, 9)
     os.waitpid(child, 0)
     raise AssertionError("the child hangs")
+
+
+@pytest.mark.parametrize("locked", [False, True])
+def test_a_model_that_is_collected_in_its_own_readers_thread_closes(
+    locked: bool, checkpoint: Callable[..., Path]
+) -> None:
+    """Python's collector runs wherever it likes, with the reader's lock held too."""
+    models = [load_streamed(checkpoint("qwen3_moe"), 1 << 18)]
+    reader, layer = stream(models[0]).reader, stream(models[0]).layers[-1]
+
+    def collect(*_: Any) -> None:
+        if models and reader.is_mine():
+            with reader._lock if locked else nullcontext():
+                models.clear()
+                gc.collect()
+
+    reader.on_read.add(collect)
+    layer.slots.read_ahead([0, 1, 2, 3])  # wakes the reader's threads
+    deadline = time.monotonic() + 20
+    while models or any(t.is_alive() for t in reader._threads):
+        assert time.monotonic() < deadline, "close hangs"
+        time.sleep(0.01)
 
 
 def test_no_memory_for_slots(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:

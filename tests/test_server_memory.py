@@ -53,9 +53,9 @@ def test_memory_holds_under_load(wide: Path) -> None:
             serving("--model", str(wide), "--memory", str(memory), *limits) as running,
         ):
             mx.reset_peak_memory()
-            body = {"max_tokens": 4, "temperature": 0}
+            bodies = [{"prompt": p, "max_tokens": 4, "temperature": 0} for p in prompts]
             with ThreadPoolExecutor(len(prompts)) as pool:
-                replies = list(pool.map(lambda p: running.post({"prompt": p, **body}), prompts))
+                replies = list(pool.map(running.post, bodies))
             texts.append([r["choices"][0]["text"] for status, r in replies if status == 200])
             peaks.append(mx.get_peak_memory() - base)
             if bounded:

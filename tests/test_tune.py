@@ -516,3 +516,12 @@ def test_the_noise_is_what_nine_of_ten_pairs_stay_below() -> None:
     t._noise = [0.01 * i for i in range(1, 11)]
     assert t.spread == pytest.approx(0.09)
     assert tuner._NOISE_SHARE == 0.9
+
+
+def test_a_ledger_can_be_closed_twice(tmp_path: Path) -> None:
+    with Ledger(tmp_path / "ledger", {}) as ledger:
+        ledger.append({"a": 1})
+        ledger.close()
+    ledger.close()
+    with pytest.raises(StreamError, match="closed"):
+        ledger.append({"a": 2})
