@@ -105,7 +105,7 @@ class Passes:
             is_quantized(part.caches),
             allocated(part.caches, part.tokens) if part.caches else 0,
         )
-        if mx.get_active_memory() + needed > self._stream.plan.mlx_bound:
+        if self._stream.plan.lacks(mx.get_active_memory() + needed) > 0:
             mx.eval([c.state for c in part.caches or ()])  # what is still computing frees some
             self._stream.make_room(needed, past + part.tokens, part.sequences)
         if self._run is None:

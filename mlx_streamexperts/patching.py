@@ -241,6 +241,7 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
             raise
         # What was reserved for other models is theirs to take, these among them.
         others, config = held(), self.config
+        strange = max(0, mx.get_active_memory() - others)
         if any(alive(s) for s in self.streams):
             config = replace(config, reserve=None)
         plan = located.plan(config, others)  # before anything is evaluated
@@ -248,6 +249,7 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         if profile is not None:
             plan = located.plan(config, others)
         check_device(plan, device_limit(plan.bound), config.oversubscribe)
+        plan = replace(plan, others=strange)
         self._put_in_place(located, plan, config, lazy, profile)
         return located.model, located.model_config
 

@@ -70,6 +70,8 @@ class Plan:
             streamed; 0 where it streams as it is.
         model_type: the checkpoint's.
         footprint: what passes take; None in a plan that was made without a model.
+        others: bytes of MLX's that were taken before the load by what is no streamed model: they
+            are beside the bound, as nobody knows what they are for.
         reserve: bytes that other models of this process have, or are to have.
         context_stated: `context_tokens` is a limit that the user set.
         pass_bytes: work space that passes are divided by; with several machines the least of them.
@@ -98,6 +100,7 @@ class Plan:
     footprint: Footprint | None = field(default=None, repr=False)
     pass_bytes: int = 0
     reserve: int = 0
+    others: int = field(default=0, compare=False)
     context_stated: bool = False
 
     @property
@@ -130,6 +133,10 @@ class Plan:
     def mlx_bound(self) -> int:
         """The part of `bound` that is MLX's: all but the process itself."""
         return self.bound - min(self.bound // _PROCESS_SHARE, _PROCESS_BYTES)
+
+    def lacks(self, active: int) -> int:
+        """Bytes by which MLX's active memory would be over the bound; negative below it."""
+        return active - self.others - self.mlx_bound
 
     def as_dict(self) -> dict[str, Any]:
         """Its figures, for JSON."""

@@ -226,7 +226,7 @@ class ExpertStream(Closing):
         """
         with self._change():
             gc.collect()
-            over = mx.get_active_memory() + needed - self.plan.mlx_bound
+            over = self.plan.lacks(mx.get_active_memory() + needed)
             if over <= 0 or self._closed:
                 return
             needs = self.needs()

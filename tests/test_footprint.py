@@ -1,0 +1,163 @@
+"""What a pass takes is known before it runs: compared with what MLX then measures.
+
+>>> graph of y = (a + b) * c, [4] floats each:  peak_bytes -> 16, for one result has the other's place
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import families
+import mlx.core as mx
+import mlx_lm.utils
+import pytest
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+
+from mlx_streamexperts import footprint
+from mlx_streamexperts.footprint import Footprint, LayerCache, in_order, measure, peak_bytes
+from mlx_streamexperts.locate import SWITCHES, _width
+
+SMALL = Footprint(((LayerCache(100), LayerCache(10, kept=512)), (LayerCache(0, 7),)),
+                  (2, 512), (512, 1 << 15), ((0, 0), (510_000, 51_000_000)), 0)  # fmt: skip
+
+
+def test_kv_grows_with_the_context_but_for_windows_and_states() -> None:
+    steps = footprint.STEP - 1
+    assert SMALL.kv(300) == (300 + steps) * 110 + 7 + 0
+    assert SMALL.kv(2000) == (2000 + steps) * 100 + (512 + steps) * 10 + 7
+    assert SMALL.kv(2000, chunk=64) - SMALL.kv(2000) == 64 * 10
+    assert SMALL.of_layers(1, 2).kv(2000) == 7
+    assert (SMALL.token, SMALL.state) == (110, 7)
+
+
+def test_chunks_get_shorter_as_the_context_grows() -> None:
+    room = SMALL.work(2048, 2048)
+    lengths = [SMALL.longest_chunk(room, past, 4096) for past in (0, 512, 4096, 16384)]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] > 2 * lengths[-1] > 0
+    for past, n in zip((0, 512, 4096, 16384), lengths, strict=True):
+        assert SMALL.work(n, past + n) <= room < SMALL.work(n + 1, past + n + 1)
+    assert SMALL.longest_chunk(0, 0, 4096) == 1  # one always runs
+    assert SMALL.longest_chunk(room, 0, 4096, sequences=4) < lengths[0] // 2 + 64
+
+
+def trace(run: Callable[..., Any], *inputs: mx.array) -> tuple[list[dict[str, Any]], list[str]]:
+    nodes, outputs = [], []
+
+    def note(found: dict[str, Any]) -> None:
+        if found["type"] == "primitive":
+            nodes.append(found)
+        elif found["type"] == "outputs":
+            outputs.extend(n for n, _, _ in found["outputs"])
+
+    mx.export_function(note, run, *inputs)
+    return nodes, outputs
+
+
+@pytest.mark.parametrize(
+    ("run", "peak"),
+    [
+        (lambda a: (a + 1) * 2, 1),  # the second result takes the first one's memory
+        (lambda a: a @ a, 1),
+        (lambda a: (a @ a) @ a, 2),  # a matmul cannot write over what it reads
+        (lambda a: [a @ a, a + 1], 2),
+        (lambda a: a.T.reshape(-1), 1),  # a copy
+        (lambda a: a.reshape(-1), 0),
+        (lambda a: mx.softmax(a @ a, axis=-1) @ a, 2),
+    ],
+)
+def test_the_peak_of_small_graphs(run: Callable[..., Any], peak: int) -> None:
+    a = mx.zeros((64, 64))
+    nodes, outputs = trace(run, a)
+    assert peak_bytes(in_order(nodes, outputs), outputs, ()) // a.nbytes == peak
+
+
+def test_what_is_held_is_freed_after_its_last_use() -> None:
+    a = mx.zeros((64, 64))
+    nodes, outputs = trace(lambda x: (x @ x) @ mx.ones((64, 64)), a)
+    mine = nodes[0]["inputs"][0][0]
+    alone = peak_bytes(in_order(nodes, outputs), outputs, ())
+    assert peak_bytes(in_order(nodes, outputs), outputs, [mine]) == alone - a.nbytes
+
+
+@pytest.fixture
+def one_after_the_other() -> Iterator[None]:
+    """MLX begins no operation before the one before has ended."""
+    before = mx.set_memory_limit(1)
+    yield
+    mx.set_memory_limit(before)
+
+
+@pytest.mark.parametrize("family", sorted(families.FAMILIES))
+def test_every_family_takes_what_was_foreseen(
+    family: str, checkpoint: Callable[..., Path], one_after_the_other: None
+) -> None:
+    """Stock's own passes, each operation after the other, at the end of a context."""
+    folder = checkpoint(family)
+    lazy, _ = mlx_lm.utils.load_model(folder, lazy=True)
+    switches = [(m, _width(m)) for m in lazy.modules() if isinstance(m, SWITCHES)]
+    foreseen = measure(lazy, switches, {})
+    model, _ = mlx_lm.utils.load_model(folder)
+    caches = make_prompt_cache(model)
+    try:
+        mx.eval(model(mx.zeros((1, 8), mx.int32), cache=caches))
+    except RuntimeError as e:
+        assert "Metal" in str(e)
+        assert foreseen.work(64, 512) > 0  # an estimate: this family needs a Mac
+        return
+    caches = make_prompt_cache(model)
+    for chunk in (384, 128):
+        mx.eval([c.state for c in caches])
+        mx.clear_cache()
+        before, kept = mx.get_active_memory(), sum(c.nbytes for c in caches)
+        mx.reset_peak_memory()
+        model(mx.zeros((1, chunk), mx.int32), cache=caches)
+        mx.eval([c.state for c in caches])
+        grown = sum(c.nbytes for c in caches) - kept
+        assert mx.get_peak_memory() - before - grown <= foreseen.work(chunk, 512)
+    assert sum(c.nbytes for c in caches) <= foreseen.kv(512, 384)
+
+
+def test_a_model_that_cannot_be_traced_is_estimated(
+    checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, config = mlx_lm.utils.load_model(checkpoint("qwen3_moe"), lazy=True)
+    switches = [(m, _width(m)) for m in model.modules() if isinstance(m, SWITCHES)]
+    traced = measure(model, switches, config)
+
+    def fail(*_: Any) -> None:
+        raise ValueError("[export_function] Unable to get state for primitive New")
+
+    monkeypatch.setattr(mx, "export_function", fail)
+    estimated = measure(model, switches, config)
+    assert "Unable to get state for primitive New" in caplog.text
+    assert estimated.kv(1000) >= traced.kv(1000)
+    for chunk, context in ((1, 4096), (64, 512), (512, 4096)):
+        assert estimated.work(chunk, context) >= traced.work(chunk, context)
+
+
+def test_tracing_leaves_the_model_as_it_was(checkpoint: Callable[..., Path]) -> None:
+    """Nothing is computed, and nothing of it is found in the model afterwards."""
+    model, _ = mlx_lm.utils.load_model(checkpoint("kimi_k3"), lazy=True)
+    switches = [(m, _width(m)) for m in model.modules() if isinstance(m, SWITCHES)]
+    kinds = [type(m) for m in model.modules()]
+    operations = {name: getattr(mx, name) for name in ("contiguous", "to_fp8", "from_fp8")}
+    before = mx.get_active_memory()
+    measure(model, switches, {})
+    assert mx.get_active_memory() - before < 1 << 20
+    assert [type(m) for m in model.modules()] == kinds
+    assert {name: getattr(mx, name) for name in operations} == operations
+    mx.eval(model(mx.array([[1, 2, 3]])))
+
+
+def test_room_in_caches() -> None:
+    full, window = KVCache(), RotatingKVCache(8)
+    assert footprint.allocated([window, full], 1) == 256  # nothing is there yet
+    full.update_and_fetch(mx.zeros((1, 1, 250, 4)), mx.zeros((1, 1, 250, 4)))
+    assert footprint.allocated([window, full], 6) == 0
+    assert footprint.allocated([window, full], 7) == 256
+    assert footprint.tokens_in(full) == 250
