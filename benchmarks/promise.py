@@ -1,6 +1,6 @@
-"""Is a stated memory kept? Families with each kind of attention, at several contexts, by each caller.
+"""Is a stated memory kept? Each kind of attention, at several contexts, by each caller.
 
-    python benchmarks/promise.py                  # all rows, as a table in Markdown; 10 to 20 minutes
+    python benchmarks/promise.py                  # all rows, as a table in Markdown
     python benchmarks/promise.py --family kimi_k25 --context 2000 --caller bare
 
 Each family is a small random checkpoint whose attention is wide, so that its work space counts. It

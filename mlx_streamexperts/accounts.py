@@ -103,7 +103,12 @@ def hold_limits(expert_stream: ExpertStream, plan: Plan, wired: bool = True) -> 
     kept = plan.work if metal else plan.work // 16
     with _lock:
         _want("set_cache_limit", _limits, expert_stream, max(_KEPT_BYTES, kept))
-        _want("set_memory_limit", _unfinished, expert_stream, plan.mlx_bound + plan.others - plan.work // 2)
+        _want(
+            "set_memory_limit",
+            _unfinished,
+            expert_stream,
+            plan.mlx_bound + plan.others - plan.work // 2,
+        )
         if metal and wired:
             total = plan.trunk + plan.cache + plan.kv + plan.work
             _want("set_wired_limit", _wired, expert_stream, min(total, working_set_bytes()))

@@ -194,18 +194,23 @@ class Footprint:
     Attributes:
         layers: the caches of each decoder layer, in order.
         chunks, contexts: tokens of a pass, and tokens of the context at its end, of `peaks`.
-        peaks: work space of a pass, by chunk and context.
+        peaks: what a pass's operations take one after the other, by chunk and context.
+        totals: what they would take if nothing were freed before the end of the pass.
         logits: one token's.
         scores: attention's between one new token and one of the context, where they are
             materialised: of all heads, with copies.
+        unfinished: what a GPU's operations hold after they were begun, beyond what the next ones
+            need (`platform.unfinished_bytes`).
     """
 
     layers: tuple[tuple[LayerCache, ...], ...]
     chunks: tuple[int, int]
     contexts: tuple[int, int]
     peaks: tuple[tuple[int, int], tuple[int, int]]
+    totals: tuple[tuple[int, int], tuple[int, int]]
     logits: int
     scores: int = 0
+    unfinished: int = 0
 
     def of_layers(self, start: int, end: int) -> Footprint:
         """The footprint of some decoder layers, where several machines share the model."""
@@ -243,16 +248,25 @@ class Footprint:
             sequences: that it has side by side.
             quantized: keys and values are, so that attention has no fused kernel.
         """
-        (c0, c1), (s0, s1) = self.chunks, self.contexts
-        share = (max(context, s0) - s0) / (s1 - s0)
-        low, high = (p[0] + share * (p[1] - p[0]) for p in self.peaks)
-        peak = low + max(0.0, high - low) * (max(chunk, c0) - c0) / (c1 - c0)
+        peak = self._between(self.peaks, chunk, context)
+        held = self.unfinished
+        if held:
+            total = sequences * self._between(self.totals, chunk, context)
+            held = int(max(0.0, min(held, total - sequences * peak)))
         # A cache that grows is copied, one layer after the other.
         most = max((c.token for layer in self.layers for c in layer if c.kept is None), default=0)
         if quantized:
             peak += self.scores * chunk * context
         each = int(peak) + most * _up(context) + _LOGIT_COPIES * self.logits
-        return sequences * each + _FLOOR_BYTES
+        return sequences * each + held + _FLOOR_BYTES
+
+    def _between(
+        self, corners: tuple[tuple[int, int], tuple[int, int]], chunk: int, context: int
+    ) -> float:
+        (c0, c1), (s0, s1) = self.chunks, self.contexts
+        share = (max(context, s0) - s0) / (s1 - s0)
+        low, high = (p[0] + share * (p[1] - p[0]) for p in corners)
+        return low + max(0.0, high - low) * (max(chunk, c0) - c0) / (c1 - c0)
 
     def longest_chunk(
         self,
@@ -297,14 +311,16 @@ def measure(
     try:
         layers, logits = _caches(model)
         chunks, contexts = _CHUNKS, _CONTEXTS
-        if _trace(model, switches, 3, 3)[1] != _trace(model, switches, 4, 4)[1]:
+        if _trace(model, switches, 3, 3).operations != _trace(model, switches, 4, 4).operations:
             chunks, contexts = _LOOPED_CHUNKS, _LOOPED_CONTEXTS
+        few, many = ([_trace(model, switches, c, n) for n in contexts] for c in chunks)
 
-        def peaks(chunk: int) -> tuple[int, int]:
-            short, long = (int(_MARGIN * _trace(model, switches, chunk, n)[0]) for n in contexts)
-            return short, max(short, long)
+        def corners(of: Callable[[_Trace], int]) -> tuple[tuple[int, int], tuple[int, int]]:
+            (a, b), (c, d) = (of(few[0]), of(few[1])), (of(many[0]), of(many[1]))
+            return (a, max(a, b)), (c, max(c, d))
 
-        return Footprint(layers, chunks, contexts, (peaks(chunks[0]), peaks(chunks[1])), logits)
+        peaks = corners(lambda t: int(_MARGIN * t.peak))
+        return Footprint(layers, chunks, contexts, peaks, corners(lambda t: t.total), logits)
     except Exception as e:
         reason = f"{type(e).__name__}: {e}"
         _log.warning(f"KV cache and work space of this model are estimated: {reason}")
@@ -333,6 +349,7 @@ def _estimate(switches: Sequence[tuple[nn.Module, int]], config: dict[str, Any])
         _CHUNKS,
         _CONTEXTS,
         ((a, b), (c, d)),
+        ((3 * a, 3 * b), (3 * c, 3 * d)),
         _ITEM_BYTES * number("vocab_size", default=1 << 17),
     )
 
@@ -424,10 +441,19 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+@dataclass(frozen=True)
+class _Trace:
+    """What a traced pass takes in bytes, one operation after the other and all together."""
+
+    peak: int
+    total: int
+    operations: int
+
+
 def _trace(
     model: nn.Module, switches: Sequence[tuple[nn.Module, int]], chunk: int, context: int
-) -> tuple[int, int]:
-    """Peak bytes of a pass of `chunk` tokens at the end of `context`, and its operations."""
+) -> _Trace:
+    """A pass of `chunk` tokens at the end of `context`."""
     caches = _filled(copied(model), max(0, context - chunk), context)
     memo: dict[int, Any] = {}
     model = copied(model, memo)
@@ -455,7 +481,9 @@ def _trace(
 
     with _exportable():
         mx.export_function(note, run, (mx.zeros((1, chunk), mx.int32),), {**weights, **cached})
-    return peak_bytes(in_order(nodes, outputs), outputs, held), len(nodes)
+    results = (r for node in nodes if node["name"] not in _VIEWS for r in node["outputs"])
+    total = sum(math.prod(shape) * dtype.size for _, shape, dtype in results)
+    return _Trace(peak_bytes(in_order(nodes, outputs), outputs, held), total, len(nodes))
 
 
 def _filled(model: nn.Module, tokens: int, capacity: int) -> list[Any]:

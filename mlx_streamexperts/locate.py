@@ -48,6 +48,7 @@ from .footprint import Footprint, copied, measure
 from .layer import ExpertLayer
 from .pipeline import Part, Stage, cut
 from .planner import Plan, Sizes, divide, text_config
+from .platform import unfinished_bytes
 from .slots import ExpertTensor
 from .store import use_store
 from .stream import flatten, layer_needs, unwritten
@@ -94,7 +95,11 @@ class Located:
             needs = layer_needs(self.layers, self.model_config)
             footprint = _footprint(self.whole, self.model_config)
             heads = text_config(self.model_config).get("num_attention_heads") or 1
-            footprint = replace(footprint, scores=_SCORE_COPIES * heads * self.item_bytes)
+            footprint = replace(
+                footprint,
+                scores=_SCORE_COPIES * heads * self.item_bytes,
+                unfinished=unfinished_bytes(self.item_bytes),
+            )
             if self.stage is not None:  # only its own layers have a KV cache
                 footprint = footprint.of_layers(self.stage.start, self.stage.end)
             return divide(self.sizes, needs, self.model_config, config, footprint, held)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from mlx_streamexperts.footprint import Footprint, LayerCache, in_order, measure
 from mlx_streamexperts.locate import SWITCHES, _width
 
 SMALL = Footprint(((LayerCache(100), LayerCache(10, kept=512)), (LayerCache(0, 7),)),
-                  (2, 512), (512, 1 << 15), ((0, 0), (510_000, 51_000_000)), 0)  # fmt: skip
+                  (2, 512), (512, 1 << 15), ((0, 0), (510_000, 51_000_000)), ((0, 0), (10**9, 10**9)), 0)  # fmt: skip
 
 
 def test_kv_grows_with_the_context_but_for_windows_and_states() -> None:
@@ -161,3 +162,11 @@ def test_room_in_caches() -> None:
     assert footprint.allocated([window, full], 6) == 0
     assert footprint.allocated([window, full], 7) == 256
     assert footprint.tokens_in(full) == 250
+
+
+def test_a_gpu_holds_what_it_has_not_finished() -> None:
+    """As much as a group of operations has, but no more than the whole pass."""
+    gpu = replace(SMALL, unfinished=10**6)
+    assert gpu.work(512, 512) - SMALL.work(512, 512) == 10**6
+    small = replace(gpu, totals=((0, 0), (600_000, 600_000)))
+    assert small.work(512, 512) - SMALL.work(512, 512) == 600_000 - 510_000

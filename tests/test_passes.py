@@ -190,7 +190,9 @@ def test_a_budget_that_the_device_cannot_hold_is_refused(planned: Plan) -> None:
     check_device(planned, limit, oversubscribe=True)
     check_device(planned, replace(limit, nbytes=planned.bound))
     with pytest.raises(BudgetError, match=r"sudo sysctl iogpu\.wired_limit_mb=\d+"):
-        check_device(replace(planned, bound=100 * 1000 * MB), apple_limit(128 << 30, 100 * 1000 * MB))
+        check_device(
+            replace(planned, bound=100 * 1000 * MB), apple_limit(128 << 30, 100 * 1000 * MB)
+        )
 
 
 def test_a_load_beyond_the_machine_is_refused_before_anything_is_read() -> None:

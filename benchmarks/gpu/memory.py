@@ -2,8 +2,8 @@
 
     python benchmarks/gpu/memory.py FOLDER --out memory.json
 
-Writes the stand-in's first layers (examples/fullsize) into FOLDER, and runs prompts through mlx-lm's
-own `generate_step`, with its own step of 2,048 tokens. No bytes are read: only memory counts here.
+Writes the stand-in's first layers (examples/fullsize) into FOLDER, and runs prompts through
+mlx-lm's own `generate_step`, with its step of 2,048 tokens. No bytes are read: only memory counts.
 """
 
 from __future__ import annotations
