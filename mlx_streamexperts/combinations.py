@@ -31,6 +31,7 @@ from mlx_lm.utils import _download, load_tokenizer
 from .config import StreamConfig
 from .errors import TokenError, UnsupportedModelError
 from .locate import locate, original_load_model
+from .refusals import refuse_transforms
 
 BATCHED = frozenset(
     (
@@ -252,7 +253,11 @@ def check_tokens(ids: mx.array, rows: int | None) -> None:
     if rows is None or not ids.size or not mx.issubdtype(ids.dtype, mx.integer):
         return
     # As int64: the largest uint32 and a negative int32 are what they are.
-    values = np.array(ids)
+    try:
+        values = np.array(ids)
+    except ValueError as e:
+        refuse_transforms(e)
+        raise
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= rows:
         raise TokenError(

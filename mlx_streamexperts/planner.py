@@ -135,7 +135,11 @@ class Plan:
         return self.bound - min(self.bound // _PROCESS_SHARE, _PROCESS_BYTES)
 
     def lacks(self, active: int) -> int:
-        """Bytes by which MLX's active memory would be over the bound; negative below it."""
+        """Bytes by which MLX's memory would be over the bound; negative below it.
+
+        Args:
+            active: bytes of MLX's memory (`mx.get_active_memory`).
+        """
         return active - self.others - self.mlx_bound
 
     def as_dict(self) -> dict[str, Any]:
@@ -166,7 +170,14 @@ class Plan:
         )
 
     def passes(self, tokens: int) -> list[int]:
-        """Tokens of each pass over a prompt of so many tokens."""
+        """The passes over a prompt.
+
+        Args:
+            tokens: of the prompt.
+
+        Returns:
+            Tokens of each pass.
+        """
         chunks: list[int] = []
         past = 0
         while past < tokens:
@@ -248,7 +259,8 @@ def divide(
     longest = min(config.prefill_tokens or context, context)
     least_work = footprint.work(min(_LEAST_PREFILL_TOKENS, longest), context)
     most_work = footprint.work(longest, context)
-    work = max(least_work, min(most_work, room // _PREFILL_SHARE, room - fewest))
+    share = room // _PREFILL_SHARE + footprint.unfinished
+    work = max(least_work, min(most_work, share, room - fewest))
     fixed = sizes.trunk + kv + work + reserve
     parts = _parts(sizes.trunk, kv, work, reserve - held, held)
     least = _with_process(fixed - work + least_work + fewest)

@@ -1,6 +1,7 @@
 """What a pass takes is known before it runs: compared with what MLX then measures.
 
->>> graph of y = (a + b) * c, [4] floats each:  peak_bytes -> 16, for one result has the other's place
+>>> peak_bytes of (a + b) * c, [4] floats each    # the second result takes the first one's place
+    16
 """
 
 from __future__ import annotations
@@ -20,8 +21,14 @@ from mlx_streamexperts import footprint
 from mlx_streamexperts.footprint import Footprint, LayerCache, in_order, measure, peak_bytes
 from mlx_streamexperts.locate import SWITCHES, _width
 
-SMALL = Footprint(((LayerCache(100), LayerCache(10, kept=512)), (LayerCache(0, 7),)),
-                  (2, 512), (512, 1 << 15), ((0, 0), (510_000, 51_000_000)), ((0, 0), (10**9, 10**9)), 0)  # fmt: skip
+SMALL = Footprint(
+    layers=((LayerCache(100), LayerCache(10, kept=512)), (LayerCache(0, 7),)),
+    chunks=(2, 512),
+    contexts=(512, 1 << 15),
+    peaks=((0, 0), (510_000, 51_000_000)),
+    totals=((0, 0), (10**9, 10**9)),
+    logits=0,
+)
 
 
 def test_kv_grows_with_the_context_but_for_windows_and_states() -> None:
