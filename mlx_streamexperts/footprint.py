@@ -213,7 +213,11 @@ class Footprint:
     unfinished: int = 0
 
     def of_layers(self, start: int, end: int) -> Footprint:
-        """The footprint of some decoder layers, where several machines share the model."""
+        """The footprint of some decoder layers, where several machines share the model.
+
+        Args:
+            start, end: the first of them, and the one after the last.
+        """
         return replace(self, layers=self.layers[start:end])
 
     @property
