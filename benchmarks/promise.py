@@ -39,7 +39,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4": ("two head sizes", {"num_attention_heads": 16}),
 }
 CALLERS = ("generate", "quantized", "batch", "bare")
-CONTEXTS = (500, 4000)
+CONTEXTS = (500, 3000)
 BATCH = 16
 SLACK = 48 << 20
 """Of the resident peak: code that is loaded, and Python's objects, beside MLX's memory."""
@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
                 if not found:
                     raise SystemExit(f"{family}: {done.stderr}")
                 rows += found
-                print(table(found).splitlines()[-1], file=sys.stderr)
+                print("\n".join(table(found).splitlines()[2:]), file=sys.stderr, flush=True)
     print("\n".join(map(json.dumps, rows)) if args.json else table(rows))
     return int(not all(r["kept"] for r in rows))
 

@@ -40,6 +40,12 @@ def memory_bytes(plan: Plan | None) -> dict[str, int | None]:
     }
 
 
+def _plan(generator: Generator) -> Plan | None:
+    """How the memory of the loaded model is divided now."""
+    expert_stream = generator.model_provider.expert_stream
+    return None if expert_stream is None else expert_stream.plan
+
+
 def live(generator: Generator) -> dict[str, Any]:
     """The live page's figures as plain numbers: counters since loading, bytes, seconds.
 
@@ -50,7 +56,7 @@ def live(generator: Generator) -> dict[str, Any]:
     answer: dict[str, Any] = {
         "model": _name(generator),
         "traffic": asdict(generator.traffic.stats()),
-        "memory": memory_bytes(generator.room.plan),
+        "memory": memory_bytes(_plan(generator)),
         "experts": None,
     }
     if expert_stream is not None:
@@ -133,9 +139,7 @@ class _Collector:
             buckets=_cumulative(t),
             sum_value=t.first_token_seconds,
         )
-        memory = {
-            k: float(v) for k, v in memory_bytes(generator.room.plan).items() if v is not None
-        }
+        memory = {k: float(v) for k, v in memory_bytes(_plan(generator)).items() if v is not None}
         yield GaugeMetricFamily(
             "process_resident_memory_bytes", "Resident memory", memory.pop("resident")
         )

@@ -179,7 +179,7 @@ def _watched(stock: ModuleType, session: Session, warm_up: int) -> Iterator[None
                 timing.first_token = (timing.first_token or 0.0) + elapsed
                 timing.generations += 1
                 timing.prompt_tokens += response.prompt_tokens
-                timing.chunks += -(-response.prompt_tokens // streamed.plan.prefill_tokens)
+                timing.chunks += len(streamed.plan.passes(response.prompt_tokens))
                 bytes_first, experts_first = streamed.stats().read.bytes, experts_read(streamed)
                 timing.prompt_bytes += bytes_first - bytes_before
             yield response
