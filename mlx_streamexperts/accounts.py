@@ -29,6 +29,7 @@ _wired: dict[int, int] = {}  # bytes that each wants to be kept wired
 _unfinished: dict[int, int] = {}  # bytes above which nothing is begun before something ends
 _before: dict[str, int] = {}  # each limit while none is open, by the function that sets it
 _KEPT_BYTES = 16 << 20
+_SMALL_BYTES = 1 << 20  # token ids, random states: work space has 8 MB for them
 _lock = threading.RLock()  # a collected model may close its stream in the middle of anything
 
 
@@ -77,6 +78,19 @@ def check_address_space(plan: Plan, threads: int) -> None:
         )
 
 
+def lacking(active: int) -> int:
+    """Bytes by which MLX's memory would be over the bound of this process; negative below it.
+
+    The bound is the largest of its streamed models': each was given what the ones before it left.
+
+    Args:
+        active: bytes of MLX's memory (`mx.get_active_memory`).
+    """
+    plans = [s.plan for s in list(_living.values())]
+    bound = max((p.mlx_bound + p.others for p in plans), default=active)
+    return active - bound - _SMALL_BYTES
+
+
 def hold_limits(expert_stream: ExpertStream, plan: Plan, wired: bool = True) -> None:
     """Set MLX's limits for a stream that opens or changes its size, for the whole process.
 
@@ -107,7 +121,7 @@ def hold_limits(expert_stream: ExpertStream, plan: Plan, wired: bool = True) -> 
             "set_memory_limit",
             _unfinished,
             expert_stream,
-            plan.mlx_bound + plan.others - plan.work // 2,
+            plan.mlx_bound + plan.others - (plan.work + plan.spare) // 2,
         )
         if metal and wired:
             total = plan.trunk + plan.cache + plan.kv + plan.work

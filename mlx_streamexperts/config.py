@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import numbers
+import operator
 import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -21,7 +23,7 @@ def parse_size(size: float | str) -> int:
     Raises:
         StreamError: the size is not understood, or not positive.
     """
-    if isinstance(size, int | float) and not isinstance(size, bool):
+    if isinstance(size, numbers.Real) and not isinstance(size, bool):
         if not math.isfinite(size):
             raise StreamError(f"a size must be a number of bytes, got {size}")
         value = int(size)
@@ -201,8 +203,15 @@ class StreamConfig:
         if self.verify_reads and self.store is None:
             raise StreamError("verify_reads needs a store: a checkpoint has no checksums")
         for name in ("threads", "prefetch_depth", "cores", "context_tokens", "prefill_tokens"):
-            if (count := getattr(self, name)) is not None and count < 1:
-                raise StreamError(f"{name} must be at least 1")
+            if (count := getattr(self, name)) is None:
+                continue
+            try:
+                whole = operator.index(count)
+            except TypeError as e:
+                raise StreamError(f"{name} must be a whole number, got {count!r}") from e
+            if isinstance(count, bool) or whole < 1:
+                raise StreamError(f"{name} must be at least 1, got {count!r}")
+            object.__setattr__(self, name, whole)  # an int, whatever it was
         for name in ("memory", "cache", "read_size", "reserve"):
             value = getattr(self, name)
             for size in value.split(",") if isinstance(value, str) else [value]:

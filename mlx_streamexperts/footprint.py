@@ -243,6 +243,18 @@ class Footprint:
             total += c.state + c.token * (tokens + STEP - 1)  # it grows by whole steps
         return total
 
+    def grown(self, added: int, chunk: int = 0) -> int:
+        """KV cache that a sequence's next tokens add.
+
+        Args:
+            added: tokens that its caches allocate.
+            chunk: as for `kv`.
+        """
+        total = 0
+        for c in (c for layer in self.layers for c in layer):
+            total += c.token * (added if c.kept is None else min(added, c.kept + chunk))
+        return total
+
     def work(self, chunk: int, context: int, sequences: int = 1, quantized: bool = False) -> int:
         """Work space of a pass.
 
@@ -374,7 +386,7 @@ def allocated(caches: Sequence[Any], tokens: int) -> int:
 
 def tokens_in(cache: Any) -> int:
     """Tokens of each sequence in a single cache."""
-    for name in ("_idx", "_offset", "offset"):  # of batches, `offset` is an array
+    for name in ("offset", "_offset", "_idx"):  # of batches, `offset` is an array
         value = getattr(cache, name, None)
         if isinstance(value, int):
             return value
@@ -384,6 +396,8 @@ def tokens_in(cache: Any) -> int:
 def leaves(caches: Sequence[Any]) -> Iterator[Any]:
     """Single caches, of lists of caches those within."""
     for cache in caches:
+        if cache is None:
+            continue
         inner = getattr(cache, "caches", None)
         yield from leaves(inner) if inner is not None else (cache,)
 
@@ -524,7 +538,7 @@ def _exportable() -> Iterator[None]:
         "to_fp8": lambda a, *_, **__: mx.abs(a).astype(mx.uint8),
         "from_fp8": lambda a, dtype=mx.bfloat16, **__: a.astype(dtype),
     }
-    originals = {name: getattr(mx, name) for name in instead}
+    originals: dict[str, Callable[..., mx.array]] = {}
 
     def either(name: str) -> Callable[..., mx.array]:
         def call(*args: Any, **kwargs: Any) -> mx.array:
@@ -533,7 +547,8 @@ def _exportable() -> Iterator[None]:
 
         return call
 
-    with _exporting:
+    with _exporting:  # the originals too: another thread's stand-ins are none
+        originals.update((name, getattr(mx, name)) for name in instead)
         try:
             for name in instead:
                 setattr(mx, name, either(name))

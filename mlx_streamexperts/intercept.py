@@ -42,7 +42,8 @@ class Pass:
     @property
     def caches(self) -> Any:
         """The caches that it changes, one a layer; None where it was given none."""
-        return self.given.get("cache")
+        caches = self.given.get("cache")
+        return None if not caches or any(c is None for c in caches) else caches
 
     @property
     def divisible(self) -> bool:

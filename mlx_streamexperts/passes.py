@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as stock
 
+from .accounts import lacking
 from .footprint import allocated, leaves, tokens_in
 from .intercept import Check, Pass, intercept, intercept_passes
 
@@ -36,7 +37,7 @@ class Passes:
         run: Callable[[Callable[[], Any], int, Any], Any] | None = None,
     ) -> None:
         self._stream, self._run = expert_stream, run
-        self._dividing: int | None = None  # the thread whose pass is taken in parts
+        self._local = threading.local()  # .dividing: this thread's pass is taken in parts
 
     def install(self, model: nn.Module, check: Check) -> None:
         """Let the model's passes come here.
@@ -60,7 +61,7 @@ class Passes:
         original = getattr(type(module), method)
 
         def call(self: nn.Module, x: mx.array) -> mx.array:
-            if passes._dividing == threading.get_ident():
+            if getattr(passes._local, "dividing", False):
                 mx.eval(x)
             return original(self, x)
 
@@ -77,15 +78,25 @@ class Passes:
         if whole.tokens == 1 or not whole.divisible:
             return self._one(whole, past)
         plan, quantized = self._stream.plan, is_quantized(whole.caches)
-        if plan.next_pass(whole.tokens, past, whole.sequences, quantized) >= whole.tokens:
+        added = allocated(whole.caches, whole.tokens)
+        grown = whole.sequences * (plan.footprint.grown(added) if plan.footprint else 0)
+        free = -lacking(mx.get_active_memory()) - grown
+
+        def next_pass(tokens: int, past: int) -> int:
+            return plan.next_pass(tokens, past, whole.sequences, quantized, free)
+
+        if next_pass(whole.tokens, past) >= whole.tokens:
             return self._one(whole, past)
+        # Before the first part: a pass that is refused has changed no cache.
+        end = past + whole.tokens
+        self._fit(whole, next_pass(whole.tokens, end), end, added)
         results: list[mx.array] = []
         begin = 0
-        self._dividing = threading.get_ident()
+        self._local.dividing = True
         try:
             while begin < whole.tokens:
                 left = whole.tokens - begin
-                count = plan.next_pass(left, past + begin, whole.sequences, quantized)
+                count = next_pass(left, past + begin)
                 # mlx-lm takes a pass of one token for the first after the prompt.
                 count = max(2, count - 1 if left - count == 1 else count) if left > 3 else left
                 results.append(self._one(whole.part(begin, begin + count), past + begin))
@@ -94,23 +105,31 @@ class Passes:
                     mx.eval([c.state for c in whole.caches])
                     mx.clear_cache()
         finally:
-            self._dividing = None
+            self._local.dividing = False
         return mx.concatenate(results, axis=1)
 
     def _one(self, part: Pass, past: int) -> Any:
-        needed = self._stream.plan.pass_bytes_of(
-            part.tokens,
-            past,
-            part.sequences,
-            is_quantized(part.caches),
-            allocated(part.caches, part.tokens) if part.caches else 0,
-        )
-        if self._stream.plan.lacks(mx.get_active_memory() + needed) > 0:
-            mx.eval([c.state for c in part.caches or ()])  # what is still computing frees some
-            self._stream.make_room(needed, past + part.tokens, part.sequences)
+        added = allocated(part.caches, part.tokens) if part.caches else 0
+        self._fit(part, part.tokens, past + part.tokens, added)
         if self._run is None:
             return part()
         return self._run(part, part.sequences * part.tokens, part.caches)
+
+    def _fit(self, part: Pass, tokens: int, end: int, added: int) -> None:
+        """See to it that a pass fits.
+
+        Args:
+            part: whose sequences and caches it has.
+            tokens: of each sequence.
+            end: tokens of the context after it.
+            added: tokens that caches allocate for it.
+        """
+        quantized = is_quantized(part.caches)
+        past = end - tokens
+        needed = self._stream.plan.pass_bytes_of(tokens, past, part.sequences, quantized, added)
+        if lacking(mx.get_active_memory() + needed) > 0:
+            mx.eval([c.state for c in part.caches or ()])  # what is still computing frees some
+            self._stream.make_room(needed, end, part.sequences)
 
 
 def context(caches: Sequence[Any] | None) -> int:

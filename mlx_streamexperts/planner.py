@@ -134,21 +134,26 @@ class Plan:
         """The part of `bound` that is MLX's: all but the process itself."""
         return self.bound - min(self.bound // _PROCESS_SHARE, _PROCESS_BYTES)
 
-    def lacks(self, active: int) -> int:
-        """Bytes by which MLX's memory would be over the bound; negative below it.
-
-        Args:
-            active: bytes of MLX's memory (`mx.get_active_memory`).
-        """
-        return active - self.others - self.mlx_bound
-
     def as_dict(self) -> dict[str, Any]:
         """Its figures, for JSON."""
         figures = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "footprint"}
         return {**figures, "resident_share": self.resident_share, "text": str(self)}
 
+    @property
+    def spare(self) -> int:
+        """What the budget leaves beside everything planned: prompts may use it while it is free."""
+        if self.pass_bytes:  # of several machines all must divide a pass alike
+            return 0
+        taken = self.trunk + self.cache + self.kv + self.work + self.reserve
+        return max(0, self.mlx_bound - taken)
+
     def next_pass(
-        self, tokens: int, past: int = 0, sequences: int = 1, quantized: bool = False
+        self,
+        tokens: int,
+        past: int = 0,
+        sequences: int = 1,
+        quantized: bool = False,
+        free: int | None = None,
     ) -> int:
         """Tokens of each sequence that the next pass over a prompt may have.
 
@@ -157,13 +162,17 @@ class Plan:
             past: of the context before them.
             sequences: that the pass has side by side.
             quantized: keys and values are.
+            free: bytes that the context leaves free; None for all that should be.
         """
+        sequences = max(1, sequences)
         longest = max(1, min(tokens, self.prefill_tokens // sequences))
         if self.footprint is None or tokens == 1:
             return longest
         if mx.metal.is_available():
             longest = max(1, min(longest, _METAL_PAIRS // (sequences * (past + longest))))
         work = self.pass_bytes or self.work
+        if free is None or free >= work + self.spare:
+            work += self.spare
         fitting = self.footprint.longest_chunk(work, past, longest, sequences, quantized)
         return (
             fitting if fitting in (tokens, longest) or fitting < _EVEN else fitting // _EVEN * _EVEN
@@ -196,7 +205,7 @@ class Plan:
         """
         if self.footprint is None:
             return 0
-        grown = self.footprint.token * added + (0 if past else self.footprint.state)
+        grown = self.footprint.grown(added, tokens) + (0 if past else self.footprint.state)
         work = self.footprint.work(tokens, past + tokens, sequences, quantized)
         return work + sequences * grown
 
@@ -288,6 +297,7 @@ def divide(
     slots = share_slots(cache, layers)
     used = sum(s * n.expert_bytes for s, n in zip(slots, layers, strict=True))
     cold = sum(n.top_k * n.expert_bytes for n in layers)
+    spare = max(0, bound - process - fixed - used)
     return Plan(
         memory=None if config.memory is None and config.cache is not None else memory,
         trunk=sizes.trunk,
@@ -298,7 +308,7 @@ def divide(
         slots=tuple(slots),
         layer_experts=tuple(n.experts for n in layers),
         top_k=max(n.top_k for n in layers),
-        prefill_tokens=footprint.longest_chunk(work, 0, longest),
+        prefill_tokens=footprint.longest_chunk(work + spare, 0, longest),
         context_tokens=context,
         disk=sizes.disk,
         active_bytes_per_token=sizes.trunk - sizes.looked_up + cold,

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .accounts import enter, held, hold_limits, leave, release_limits
+from .accounts import enter, held, hold_limits, lacking, leave, release_limits
 from .bank import in_place_works
 from .cache import CacheStats, LayerNeed, fewest_slots, share_slots
 from .callers import Callers
@@ -226,7 +226,8 @@ class ExpertStream(Closing):
         """
         with self._change():
             gc.collect()
-            over = self.plan.lacks(mx.get_active_memory() + needed)
+            active = mx.get_active_memory()
+            over = lacking(active + needed)
             if over <= 0 or self._closed:
                 return
             needs = self.needs()
@@ -236,25 +237,25 @@ class ExpertStream(Closing):
                 enough = self.plan.bound + over - (has - least)
                 raise BudgetError(
                     f"{sequences} x {context:,} tokens of context do not fit: a forward pass needs "
-                    f"{format_size(needed)} more within {format_size(self.plan.bound)}, and the "
-                    f"expert cache can give no more than {format_size(has - least)}. Load with at "
+                    f"{format_size(needed)} beside the {format_size(active)} that MLX holds within "
+                    f"{format_size(self.plan.bound)}, and the expert cache can give no more than "
+                    f"{format_size(has - least)}. Load with at "
                     f"least memory={enough:,} bytes ({format_size(enough)}), or shorten the "
-                    "context, the batch or the prompt caches that are kept",
+                    "context, the batch, or what else is kept (prompt caches, logits)",
                     needed_bytes=enough,
                 )
             # A cache that shrinks starts empty: better once by much than often.
             slots = share_slots(max(least, has - max(over, has // _GIVES)), needs)
             taken = sum(n * x.expert_bytes for n, x in zip(slots, self.layers, strict=True))
             _log.warning(
-                f"{sequences} x {context:,} tokens of context are more than was planned for "
-                f"({self.plan.context_tokens:,}): the expert cache gives "
-                f"{format_size(has - taken)} and keeps {format_size(taken)}. A larger "
-                "context_tokens plans for them from the start"
+                f"a forward pass for {sequences} x {context:,} tokens of context needs "
+                f"{format_size(needed)} beside the {format_size(active)} that MLX holds, more than "
+                f"was planned: the expert cache gives {format_size(has - taken)} and keeps "
+                f"{format_size(taken)}. A larger context_tokens plans for longer contexts and for "
+                "batches, a reserve for other arrays"
             )
             self._open(slots)
-            self.plan = replace(
-                self.plan, cache=taken, slots=tuple(slots), kv=self.plan.kv + has - taken
-            )
+            self.plan = replace(self.plan, cache=taken, slots=tuple(slots))
 
     @property
     def reader(self) -> ExpertReader:

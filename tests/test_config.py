@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 
+import numpy as np
 import pytest
 
 from mlx_streamexperts import StreamConfig, StreamError
@@ -18,8 +19,16 @@ from mlx_streamexperts.config import add_arguments, from_arguments, parse_size
 
 @pytest.mark.parametrize(
     ("size", "nbytes"),
-    [(1, 1), (96e9, 96 * 10**9), ("96GB", 96 * 10**9), ("1.5g", 1_500_000_000), ("2KiB", 2048)],
-)
+    [
+        (1, 1),
+        (np.int64(5), 5),
+        (np.float32(8), 8),
+        (96e9, 96 * 10**9),
+        ("96GB", 96 * 10**9),
+        ("1.5g", 1_500_000_000),
+        ("2KiB", 2048),
+    ],
+)  # fmt: skip
 def test_sizes(size: float | str, nbytes: int) -> None:
     assert parse_size(size) == nbytes
     assert isinstance(parse_size(size), int)
@@ -30,6 +39,14 @@ def test_sizes(size: float | str, nbytes: int) -> None:
 def test_what_is_no_size(size: object) -> None:
     with pytest.raises(StreamError, match="size"):
         StreamConfig(memory=size)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("option", ["threads", "context_tokens", "prefill_tokens", "cores"])
+def test_counts_are_whole_numbers(option: str) -> None:
+    for wrong in (0, -1, 1.5, "64", math.nan, True):
+        with pytest.raises(StreamError, match=f"{option} must be"):
+            StreamConfig(**{option: wrong})
+    assert type(getattr(StreamConfig(**{option: np.int64(7)}), option)) is int
 
 
 def parsed(*argv: str) -> StreamConfig:
