@@ -25,7 +25,7 @@ from played import Played, write
 from mlx_streamexperts import BudgetError, StreamConfig, patch, platform, stream
 
 LAYERS = 2  # with experts; the first layer has none
-RUNS = (("14GB", 24576, 20000), ("30GB", 24576, 16000), ("14GB", 4096, 4000), ("20GB", None, 12000))
+RUNS = (("30GB", 24576, 16000), ("14GB", 4096, 4000), ("20GB", None, 12000), ("14GB", 24576, 20000))
 
 
 def measure(folder: Path, memory: str, context: int | None, prompt: int) -> dict[str, Any]:
