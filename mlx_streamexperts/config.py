@@ -211,7 +211,8 @@ class StreamConfig:
                 raise StreamError(f"{name} must be a whole number, got {count!r}") from e
             if isinstance(count, bool) or whole < 1:
                 raise StreamError(f"{name} must be at least 1, got {count!r}")
-            object.__setattr__(self, name, whole)  # an int, whatever it was
+            if not isinstance(count, int):  # NumPy's, say; an unstated default stays one
+                object.__setattr__(self, name, whole)
         for name in ("memory", "cache", "read_size", "reserve"):
             value = getattr(self, name)
             for size in value.split(",") if isinstance(value, str) else [value]:
