@@ -256,6 +256,7 @@ class ExpertStream(Closing):
             )
             self._open(slots)
             self.plan = replace(self.plan, cache=taken, slots=tuple(slots))
+            hold_limits(self, self.plan, self.config.wired == "auto")
 
     @property
     def reader(self) -> ExpertReader:
