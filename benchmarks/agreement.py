@@ -28,10 +28,10 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_streamexperts import StreamConfig, demo_model, patch, stream
-from mlx_streamexperts.cache import ExpertCache
-from mlx_streamexperts.layer import StreamedSwitch
-from mlx_streamexperts.plots import pyplot, save_figure
-from mlx_streamexperts.prefetch import asking
+from mlx_streamexperts._analysis.plots import pyplot, save_figure
+from mlx_streamexperts._cache.expert_map import ExpertCache
+from mlx_streamexperts._experts.layer import StreamedSwitch
+from mlx_streamexperts._experts.prefetch import asking
 
 SHARES = (0.125, 0.25, 0.5, 0.75, 0.9)
 NOTHING, SCALED, ANY, NEAREST = "nothing", "present rows scaled up", "slot 0", "nearest resident"

@@ -32,11 +32,12 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from random_model import write_random_model
 
-from mlx_streamexperts import StreamConfig, demo_model, patch, platform, stream
-from mlx_streamexperts.config import parse_size
-from mlx_streamexperts.measure import drive_bandwidth
-from mlx_streamexperts.stream import is_streamed
-from mlx_streamexperts.throttle import Throttle
+from mlx_streamexperts import StreamConfig, demo_model, patch, stream
+from mlx_streamexperts import _osinfo as platform
+from mlx_streamexperts._analysis.measure import drive_bandwidth
+from mlx_streamexperts._analysis.throttle import Throttle
+from mlx_streamexperts._config import parse_size
+from mlx_streamexperts._experts.stream import is_streamed
 
 
 def topics(folder: Path) -> list[list[int]]:

@@ -28,11 +28,11 @@ from contextlib import nullcontext
 
 with atheris.instrument_imports(["mlx_streamexperts"]) if atheris else nullcontext():
     from mlx_streamexperts import StreamConfig, StreamError, demo_model, pack
-    from mlx_streamexperts.checkpoint import INDEX, read_checkpoint, read_header
-    from mlx_streamexperts.hotset import identity, read_hot_set
-    from mlx_streamexperts.locate import locate
-    from mlx_streamexperts.store import use_store, verify_store
-    from mlx_streamexperts.trace import read_trace
+    from mlx_streamexperts._experts.hot_set import identity, read_hot_set
+    from mlx_streamexperts._experts.packed_store import use_store, verify_store
+    from mlx_streamexperts._experts.trace import read_trace
+    from mlx_streamexperts._io.checkpoint import INDEX, read_checkpoint, read_header
+    from mlx_streamexperts._loading.discover import locate
 
 SLOWEST_SECONDS = 2.0
 Target = Callable[[bytes], None]

@@ -25,19 +25,19 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
 from mlx_streamexperts import StreamConfig, demo_model, load, stream
-from mlx_streamexperts.cache import ExpertCache
-from mlx_streamexperts.plots import plot_rates
-from mlx_streamexperts.policies import LRFU
-from mlx_streamexperts.predict import NAMED_MACHINES
-from mlx_streamexperts.replay import BEST
-from mlx_streamexperts.simulate import (
+from mlx_streamexperts._analysis.plots import plot_rates
+from mlx_streamexperts._analysis.replay import BEST
+from mlx_streamexperts._analysis.simulation import (
     CANDIDATES,
     Report,
     Row,
     simulate,
     with_expert_bytes,
 )
-from mlx_streamexperts.trace import Routing, read_trace
+from mlx_streamexperts._cache.expert_map import ExpertCache
+from mlx_streamexperts._cache.policies import LRFU
+from mlx_streamexperts._experts.trace import Routing, read_trace
+from mlx_streamexperts._memory.hardware import NAMED_MACHINES
 
 # Besides the two a topic that come with the model.
 PROMPTS = {

@@ -36,7 +36,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_streamexperts import demo_model
-from mlx_streamexperts.output import partial_name
+from mlx_streamexperts._io.output import partial_name
 from mlx_streamexperts.run import programs
 
 OURS = ["-m", "mlx_streamexperts.run", "--cache", "10MB", "--no-progress"]

@@ -46,9 +46,9 @@ from mlx_lm.models.cache import make_prompt_cache
 from yields import Yields
 
 from mlx_streamexperts import ExpertStream, StreamConfig, StreamError
-from mlx_streamexperts.exactness import load_stock, load_streamed
-from mlx_streamexperts.files import direct_works
-from mlx_streamexperts.random_model import write_random_model
+from mlx_streamexperts._analysis.exactness import load_stock, load_streamed
+from mlx_streamexperts._analysis.random_model import write_random_model
+from mlx_streamexperts._io.files import direct_works
 
 VOCAB, EXPERTS, LAYERS = 256, 8, 3
 EXPERT_BYTES = 3 * 64 * 128 * 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mlx_streamexperts.random_model import write_random_model as write_random_model
+from mlx_streamexperts._analysis.random_model import write_random_model as write_random_model
 
 
 def main() -> None:

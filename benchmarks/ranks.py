@@ -30,7 +30,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from random_model import write_random_model
 
 from mlx_streamexperts import StreamConfig, demo_model, patch, stream
-from mlx_streamexperts.config import format_size
+from mlx_streamexperts._config import format_size
 
 
 def measure(model_folder: str, cache: str, warm_up: int, tokens: int) -> None:

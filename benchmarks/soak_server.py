@@ -17,7 +17,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_streamexperts.server import main
+from mlx_streamexperts.server._command import main
 
 EVERY = 5.0  # seconds
 

@@ -1,8 +1,8 @@
 """Run Mixture-of-Experts models larger than memory: mlx-lm with experts streamed from disk."""
 
-from .config import StreamConfig
-from .demo import demo_model
-from .errors import (
+from ._analysis.machines import RankPlan, plan_ranks
+from ._config import StreamConfig
+from ._errors import (
     BudgetError,
     CheckpointError,
     ExpertReadError,
@@ -12,11 +12,12 @@ from .errors import (
     TokenError,
     UnsupportedModelError,
 )
-from .machines import RankPlan, plan_ranks
-from .patching import load, patch, plan
-from .planner import Plan
-from .stats import StreamStats
-from .stream import ExpertStream, stream
+from ._experts.stats import StreamStats
+from ._experts.stream import ExpertStream, stream
+from ._experts.trace import read_trace
+from ._loading.demo import demo_model
+from ._loading.load import load, patch, plan
+from ._memory.budget import Plan
 
 __version__ = "0.1.0"
 
@@ -39,5 +40,11 @@ __all__ = [
     "patch",
     "plan",
     "plan_ranks",
+    "read_trace",
     "stream",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names; modules of commands are imported by name."""
+    return [*__all__, "__version__"]

@@ -1,15 +1,15 @@
 """Stream Mixture-of-Experts models larger than memory, with mlx-lm: one command for all of ours.
 
-Each subcommand is a module of this package with a `main`, imported only when it is asked for.
+Each command is a module or package beside this one, imported only when it is asked for.
 """
 
 from __future__ import annotations
 
-import ast
 import difflib
 import importlib
 import sys
-from pathlib import Path
+
+from ._cli.commands import COMMANDS
 
 _HELP = """usage: streamexperts COMMAND [options]
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; returns its exit status, 2 if there is none of that name."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help", "help"):
-        lines = (f"  {name:12} {text}" for name, text in commands().items())
+        lines = (f"  {name:12} {text}" for name, text in COMMANDS.items())
         print(_HELP.format(commands="\n".join(lines)))
         return 0
     if name in ("-V", "--version"):
@@ -40,24 +40,13 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"mlx-streamexperts {__version__}")
         return 0
-    if name not in (known := commands()):
-        alike = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {alike[0]}?" if alike else f"commands: {', '.join(known)}"
+    if name not in COMMANDS:
+        alike = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {alike[0]}?" if alike else f"commands: {', '.join(COMMANDS)}"
         print(f"error: no command {name!r}; {hint}", file=sys.stderr)
         return 2
     status = importlib.import_module(f"{__package__}.{name}").main(rest)
     return int(status or 0)
-
-
-def commands() -> dict[str, str]:
-    """Every module here that has a `main`, and the first line of what it says of itself."""
-    found = {}
-    for file in sorted(Path(__file__).parent.glob("[a-z]*.py")):
-        source = file.read_text()
-        if "\ndef main(" in source:
-            text = ast.get_docstring(ast.parse(source)) or ""
-            found[file.stem] = text.partition("\n\n")[0].replace("\n", " ").rstrip(".:")
-    return found
 
 
 if __name__ == "__main__":

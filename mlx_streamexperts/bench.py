@@ -14,10 +14,10 @@ import importlib
 import sys
 from dataclasses import replace
 
-from .cli import failed, stream_settings
-from .config import StreamConfig
-from .errors import StreamError
-from .wrap import program, program_parser
+from ._cli.mlx_lm_program import program, program_parser
+from ._cli.options import failed, stream_settings
+from ._config import StreamConfig
+from ._errors import StreamError
 
 stock = importlib.import_module("mlx_lm.benchmark")
 

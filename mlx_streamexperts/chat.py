@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from .cli import failed, stream_settings
-from .errors import StreamError
-from .wrap import program, program_parser
+from ._cli.mlx_lm_program import program, program_parser
+from ._cli.options import failed, stream_settings
+from ._errors import StreamError
 
 stock = importlib.import_module("mlx_lm.chat")
 

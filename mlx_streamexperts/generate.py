@@ -12,11 +12,11 @@ import sys
 
 import mlx.core as mx
 
-from .cli import failed, join_ranks, only_rank_0_prints, stream_settings
-from .demo import DEMO_PROMPT, demo_model
-from .errors import StreamError
-from .stream import ExpertStream
-from .wrap import program, program_parser
+from ._cli.mlx_lm_program import program, program_parser
+from ._cli.options import failed, join_ranks, only_rank_0_prints, stream_settings
+from ._errors import StreamError
+from ._experts.stream import ExpertStream
+from ._loading.demo import DEMO_PROMPT, demo_model
 
 # Not `import mlx_lm.generate`: the package binds that name to a function.
 stock = importlib.import_module("mlx_lm.generate")

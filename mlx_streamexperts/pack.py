@@ -13,15 +13,15 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .cli import add_output_arguments, failed
-from .config import StreamConfig, format_size
-from .demo import demo_model
-from .errors import StreamError
-from .locate import locate
-from .output import check_not_written
-from .patching import resolve
-from .progress import progress_bar
-from .store import verify_store, write_store
+from ._cli.options import add_output_arguments, failed
+from ._config import StreamConfig, format_size
+from ._errors import StreamError
+from ._experts.packed_store import verify_store, write_store
+from ._io.output import check_not_written
+from ._loading.demo import demo_model
+from ._loading.discover import locate
+from ._loading.load import resolve
+from ._progress import progress_bar
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:

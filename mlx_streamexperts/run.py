@@ -27,15 +27,15 @@ from unittest import mock
 
 import mlx.nn as nn
 
-from .__main__ import commands
-from .cli import failed, following_stock_options
-from .combinations import Options, check_options
-from .config import StreamConfig, add_arguments, from_arguments
-from .errors import StreamError
-from .guards import REFUSED_PROGRAMS, check_program
-from .patching import patch, resolve
-from .stream import is_streamed, stream
-from .wrap import Session, add_report_arguments
+from ._cli.commands import COMMANDS
+from ._cli.mlx_lm_program import Session, add_report_arguments
+from ._cli.options import failed, following_stock_options
+from ._config import StreamConfig, add_arguments, from_arguments
+from ._errors import StreamError
+from ._experts.stream import is_streamed, stream
+from ._loading.combinations import Options, check_options
+from ._loading.guards import REFUSED_PROGRAMS, check_program
+from ._loading.load import patch, resolve
 
 _NO_MODEL = ("mlx_lm.manage", "mlx_lm.share", "mlx_lm.upload")
 _OURS = {
@@ -197,9 +197,9 @@ def _status(end: SystemExit) -> int:
 
 def _known() -> str:
     """mlx-lm's programs and what becomes of them, for --help."""
-    lines, ours = ["mlx-lm's programs:"], commands()
+    lines = ["mlx-lm's programs:"]
     for name, module in programs().items():
-        if _OURS.get(name) in ours:
+        if _OURS.get(name) in COMMANDS:
             note = (
                 f"runs; python -m mlx_streamexperts.{_OURS[name]} has its options and ours together"
             )

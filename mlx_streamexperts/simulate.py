@@ -14,254 +14,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-from .cache import LayerNeed, fewest_slots, share_slots
-from .config import parse_size
-from .errors import StreamError
-from .planner import Plan
-from .policies import LRFU, POLICIES, PolicyMaker
-from .predict import NAMED_MACHINES, Machine, Range, parse_rate, predict
-from .replay import BEST, LayerReplay, replay_routing, total
-from .sharing import hot_experts, keep_whole, miss_curves, share_by_gain
-from .trace import Routing, read_trace
-
-CANDIDATES: dict[str, PolicyMaker] = {
-    **POLICIES,
-    "lfu": partial(LRFU, half_life=math.inf),
-    "lrfu-1": partial(LRFU, half_life=1.0),
-    "lrfu-4": partial(LRFU, half_life=4.0),
-}
-"""Policies by name: those of the live cache, plain LFU, and LRFU with other half-lives."""
+from ._analysis.replay import BEST
+from ._analysis.simulation import CANDIDATES, FIRST_CALLS, Report, simulate, with_expert_bytes
+from ._config import parse_size
+from ._errors import StreamError
+from ._experts.trace import read_trace
+from ._memory.hardware import NAMED_MACHINES, Machine, parse_rate
 
 _DEFAULT_POLICIES = ("lru", "s3fifo", "lfu", "lrfu", BEST)
 _DEFAULT_SHARES = "0.125,0.25,0.375,0.5,0.75"
-_FIRST_CALLS = 100  # of each layer, in which a hot set can show
-
-
-@dataclass(frozen=True)
-class Row:
-    """One trace, or several together, at one cache size under one policy.
-
-    Attributes:
-        trace, share, policy: what was replayed; `share` is the resident part of all expert bytes.
-        way: how the budget is divided: "even", "by gain", "1 whole", ...
-        slots: of each layer.
-        hits, compulsory, capacity: as in `CacheStats`.
-        hit_rate, decode_hit_rate: of all calls, and of those of one token.
-        missed_per_token: experts that a token (not of a prompt) had to read, over all layers.
-        prompt_missed: experts that calls of several tokens read.
-        layer_hit_rates: `hit_rate` by layer.
-        tokens_per_s: predicted for decoding; None without the experts' sizes.
-    """
-
-    trace: str
-    share: float
-    policy: str
-    way: str
-    slots: tuple[int, ...]
-    hits: int
-    compulsory: int
-    capacity: int
-    hit_rate: float
-    decode_hit_rate: float
-    missed_per_token: float
-    prompt_missed: int
-    layer_hit_rates: tuple[float, ...]
-    tokens_per_s: float | None = None
-
-
-@dataclass(frozen=True)
-class Warmth:
-    """The first calls of a trace with an empty cache, and with a hot set read beforehand.
-
-    Attributes:
-        read: experts of the hot set.
-        cold, hot: misses of the first prompt.
-        cold_calls, hot_calls: misses of each layer's first calls.
-    """
-
-    trace: str
-    share: float
-    policy: str
-    read: int
-    cold: int
-    hot: int
-    cold_calls: int
-    hot_calls: int
-
-
-@dataclass
-class Report:
-    """What `simulate` returns."""
-
-    rows: list[Row] = field(default_factory=list)
-    warmth: list[Warmth] = field(default_factory=list)
-
-
-def simulate(
-    traces: Sequence[Routing],
-    shares: Sequence[float],
-    policies: Sequence[str],
-    machine: Machine,
-    fit: Sequence[Routing] = (),
-    fit_policy: str = "lrfu",
-) -> Report:
-    """Replay every trace at every share under every policy; then what is fitted on `fit`.
-
-    Raises:
-        StreamError: traces of different models, or a share too small to work.
-    """
-    first = traces[0]
-    for other in (*traces, *fit):
-        if (other.experts, other.expert_bytes) != (first.experts, first.expert_bytes):
-            raise StreamError(f"{other.name} and {first.name} are traces of different models")
-    report = Report()
-    top_k = max(rows.shape[1] for t in (*traces, *fit) for calls in t.layers for rows in calls)
-    even = {share: even_slots(first, share, top_k) for share in shares}
-    for share in shares:
-        for policy in policies:
-            add_rows(report.rows, traces, share, policy, "even", even[share], machine)
-    if fit:
-        curves, hot = miss_curves(fit, CANDIDATES[fit_policy]), hot_experts(fit)
-        for share in shares:
-            for way, slots in divisions(first, even[share], top_k, curves).items():
-                add_rows(report.rows, traces, share, fit_policy, way, slots, machine)
-            report.warmth += [warmth(t, share, fit_policy, even[share], hot) for t in traces]
-    return report
-
-
-def even_slots(routing: Routing, share: float, top_k: int) -> list[int]:
-    """Slots of each layer as the live cache shares out this part of all experts' bytes."""
-    sizes = routing.expert_bytes or (1,) * len(routing.experts)
-    needs = [
-        LayerNeed(n, b, fewest_slots(top_k), top_k)
-        for n, b in zip(routing.experts, sizes, strict=True)
-    ]
-    budget = share * sum(n.experts * n.expert_bytes for n in needs)
-    return share_slots(int(budget + 1e-6), needs)
-
-
-def divisions(
-    routing: Routing, even: list[int], top_k: int, curves: Sequence[Any]
-) -> dict[str, list[int]]:
-    """Other ways to divide what the even division takes."""
-    sizes = routing.expert_bytes or (1,) * len(routing.experts)
-    least = [min(n, top_k) for n in even]
-    ways = {"by gain": share_by_gain(even, sizes, least, curves)}
-    for count in (1, 2):
-        slots = keep_whole(count, even, routing.experts, sizes, least, curves)
-        if slots is not None and count < len(even):
-            ways[f"{count} whole"] = slots
-    return ways
-
-
-def add_rows(
-    rows: list[Row], traces: Sequence[Routing], share: float, policy: str, way: str,
-    slots: Sequence[int], machine: Machine,
-) -> None:  # fmt: skip
-    """One row a trace, and one for all of them where there are several."""
-    maker = policy if policy == BEST else CANDIDATES[policy]
-    together = [LayerReplay() for _ in slots]
-    for trace in traces:
-        layers = replay_routing(trace, slots, maker)
-        rows.append(_row(trace.name, share, policy, way, slots, layers, trace, machine))
-        for sums, layer in zip(together, layers, strict=True):
-            sums.add(layer)
-    if len(traces) > 1:
-        rows.append(_row("all", share, policy, way, slots, together, traces[0], machine))
-
-
-def _row(
-    name: str, share: float, policy: str, way: str, slots: Sequence[int],
-    layers: list[LayerReplay], routing: Routing, machine: Machine,
-) -> Row:  # fmt: skip
-    summed = total(layers)
-    tokens = max(1, max(x.tokens for x in layers))
-    return Row(
-        trace=name,
-        share=share,
-        policy=policy,
-        way=way,
-        slots=tuple(slots),
-        hits=summed.stats.hits,
-        compulsory=summed.stats.compulsory,
-        capacity=summed.stats.capacity,
-        hit_rate=summed.stats.hit_rate,
-        decode_hit_rate=summed.decode_hit_rate,
-        missed_per_token=summed.missed / tokens,
-        prompt_missed=summed.prompt_missed,
-        layer_hit_rates=tuple(x.stats.hit_rate for x in layers),
-        tokens_per_s=speed(routing, slots, layers, machine),
-    )
-
-
-def speed(
-    routing: Routing, slots: Sequence[int], layers: Sequence[LayerReplay], machine: Machine
-) -> float | None:
-    """Predicted decode rate: `predict`'s likely value at the replayed hit rate.
-
-    Wholly resident layers ask the device nothing and read nothing. A trace without the model's
-    sizes counts the experts' bytes as all that computing reads.
-    """
-    if not routing.expert_bytes:
-        return None
-    top_k = routing.model.get("top_k") or max(r.shape[1] for c in routing.layers for r in c)
-    cold = sum(
-        min(top_k, n) * b for n, b in zip(routing.experts, routing.expert_bytes, strict=True)
-    )
-    plan = Plan(
-        memory=None,
-        trunk=routing.model.get("trunk", 0),
-        experts=sum(n * b for n, b in zip(routing.experts, routing.expert_bytes, strict=True)),
-        cache=sum(n * b for n, b in zip(slots, routing.expert_bytes, strict=True)),
-        kv=0,
-        work=0,
-        slots=tuple(slots),
-        layer_experts=routing.experts,
-        top_k=top_k,
-        prefill_tokens=2048,
-        context_tokens=0,
-        disk=0,
-        active_bytes_per_token=routing.model.get("active_bytes_per_token", cold),
-        cold_bytes_per_token=cold,
-        minimum=0,
-        model_type=routing.model.get("model_type", ""),
-    )
-    streamed = [x for x, n, e in zip(layers, slots, routing.experts, strict=True) if n < e]
-    rate = total(streamed).decode_hit_rate
-    return predict(plan, machine, 1, Range(rate, rate, rate)).tokens_per_s.likely
-
-
-def warmth(
-    trace: Routing, share: float, policy: str, slots: Sequence[int], hot: list[list[int]]
-) -> Warmth:
-    """What a hot set saves at the start of a trace."""
-    begin = replace(trace, layers=tuple(calls[:_FIRST_CALLS] for calls in trace.layers))
-    prompt = replace(trace, layers=tuple(calls[:1] for calls in trace.layers))
-    maker = CANDIDATES[policy]
-    misses = [
-        total(replay_routing(part, slots, maker, before)).stats.misses
-        for part in (prompt, begin)
-        for before in ((), hot)
-    ]
-    return Warmth(trace.name, share, policy, sum(slots), *misses)
-
-
-def with_expert_bytes(routing: Routing, expert_bytes: int) -> Routing:
-    """The same routing, as if its experts had another size."""
-    model = dict(routing.model)
-    if model:
-        old = sum(routing.expert_bytes) * model["top_k"]
-        new = len(routing.experts) * expert_bytes * model["top_k"]
-        model["active_bytes_per_token"] += new - old
-    return replace(routing, expert_bytes=(expert_bytes,) * len(routing.experts), model=model)
 
 
 def parse_ssd(text: str, machine: Machine) -> Machine:
@@ -325,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         report = simulate(traces, _shares(args.shares), policies, machine, fit)
         if args.plot:
-            from .plots import plot_rates
+            from ._analysis.plots import plot_rates
 
             plot_rates(report.rows, args.plot)
     except StreamError as e:
@@ -363,7 +128,7 @@ def _lines(report: Report, args: argparse.Namespace) -> list[str]:
             if args.layers:
                 lines.append("        by layer: " + " ".join(f"{x:.0%}" for x in r.layer_hit_rates))
     if report.warmth:
-        lines += ["", f"Hot set read beforehand; misses of the first prompt, {_FIRST_CALLS} calls:"]
+        lines += ["", f"Hot set read beforehand; misses of the first prompt, {FIRST_CALLS} calls:"]
     for w in report.warmth:
         lines.append(
             f"{w.share:6.1%}  {w.trace:24s} {w.read} read, {w.cold} -> {w.hot}, "

@@ -16,8 +16,9 @@ import mlx_lm.utils
 import numpy as np
 import pytest
 
-from mlx_streamexperts import ExpertStream, StreamConfig, demo_model, patch, patching, stream
-from mlx_streamexperts.locate import original_load_model
+from mlx_streamexperts import ExpertStream, StreamConfig, demo_model, patch, stream
+from mlx_streamexperts._loading import load as patching
+from mlx_streamexperts._loading.discover import original_load_model
 
 QUIET = StreamConfig(progress=False, prefetch="off")
 """Without guesses, whose reads come by chance: counts are exact. test_prefetch.py turns them on."""

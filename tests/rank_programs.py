@@ -26,12 +26,12 @@ from mlx_streamexperts import (
     StreamConfig,
     StreamError,
     generate,
-    joint,
     load,
     patch,
     stream,
-    watch,
 )
+from mlx_streamexperts._distributed import watch
+from mlx_streamexperts._loading import on_ranks as joint
 
 TOKENS, PREFILL = 20, 14
 SHARED = StreamConfig(progress=False, prefetch="off", pipeline=True)

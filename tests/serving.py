@@ -19,8 +19,8 @@ import openai
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mlx_streamexperts import server
-from mlx_streamexperts.serving import Generator
+from mlx_streamexperts.server import _command as server
+from mlx_streamexperts.server._generation import Generator
 
 
 class Running:

@@ -15,9 +15,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_streamexperts import bank as bank_module
-from mlx_streamexperts.bank import Bank, SlotTensor, byte_view, in_place_works, total_bytes
-from mlx_streamexperts.errors import StreamError
+from mlx_streamexperts._errors import StreamError
+from mlx_streamexperts._experts import bank as bank_module
+from mlx_streamexperts._experts.bank import Bank, SlotTensor, byte_view, in_place_works, total_bytes
 
 SLOTS = 5
 DTYPES = [mx.uint32, mx.bfloat16, mx.float16, mx.float32, mx.uint8, mx.int8, mx.int64, mx.bool_]

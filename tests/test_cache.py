@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_streamexperts.cache import CacheStats, ExpertCache, LayerNeed, share_slots
-from mlx_streamexperts.errors import BudgetError
-from mlx_streamexperts.policies import LRFU, POLICIES
+from mlx_streamexperts._cache.expert_map import CacheStats, ExpertCache, LayerNeed, share_slots
+from mlx_streamexperts._cache.policies import LRFU, POLICIES
+from mlx_streamexperts._errors import BudgetError
 
 thorough = settings(max_examples=120, deadline=None)
 every_policy = pytest.mark.parametrize("policy", sorted(POLICIES))

@@ -22,14 +22,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from mlx_streamexperts.checkpoint import (
+from mlx_streamexperts._errors import CheckpointError
+from mlx_streamexperts._io.checkpoint import (
     ExpertTable,
     TensorEntry,
     read_checkpoint,
     read_header,
     whereabouts,
 )
-from mlx_streamexperts.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 ITEM_BYTES = {

@@ -29,8 +29,10 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
-from mlx_streamexperts import combinations, demo_model, load, stream
-from mlx_streamexperts.combinations import (
+from mlx_streamexperts import demo_model, load, stream
+from mlx_streamexperts._errors import TokenError, UnsupportedModelError
+from mlx_streamexperts._loading import combinations
+from mlx_streamexperts._loading.combinations import (
     BATCHED,
     Options,
     batches,
@@ -41,8 +43,7 @@ from mlx_streamexperts.combinations import (
     token_rows,
     trims,
 )
-from mlx_streamexperts.errors import TokenError, UnsupportedModelError
-from mlx_streamexperts.study import QUICK, batch_sizes
+from mlx_streamexperts.report._study import QUICK, batch_sizes
 
 TOKENS = families.token_stream(families.VOCAB, 200, seed=4).tolist()
 STEPS = 6

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from mlx_streamexperts import StreamConfig, StreamError
-from mlx_streamexperts.cli import following_stock_options
-from mlx_streamexperts.config import add_arguments, from_arguments, parse_size
+from mlx_streamexperts._cli.options import following_stock_options
+from mlx_streamexperts._config import add_arguments, from_arguments, parse_size
 
 
 @pytest.mark.parametrize(

@@ -23,16 +23,11 @@ from conftest import all_experts, assert_same, load_streamed
 from mlx.utils import tree_flatten
 from mlx_lm.convert import convert as stock_convert
 
-from mlx_streamexperts import (
-    CheckpointError,
-    StreamError,
-    UnsupportedModelError,
-    rewrite,
-    shards,
-    stream,
-)
-from mlx_streamexperts.convert import convert, main
-from mlx_streamexperts.rewrite import Options
+from mlx_streamexperts import CheckpointError, StreamError, UnsupportedModelError, stream
+from mlx_streamexperts.convert import _rewrite as rewrite
+from mlx_streamexperts.convert import _shards as shards
+from mlx_streamexperts.convert._command import convert, main
+from mlx_streamexperts.convert._rewrite import Options
 
 Build = Callable[..., Path]
 FORMS = {

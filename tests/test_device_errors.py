@@ -25,19 +25,14 @@ from conftest import QUIET, all_experts, load_streamed, smallest_cache
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_streamexperts import (
-    bank,
-    lanes,
-    layer,
-    prefetch,
-    rewind,
-    runahead,
-    split,
-    stream,
-    tables,
-)
-from mlx_streamexperts.bank import Bank, SlotTensor, numbers
-from mlx_streamexperts.errors import OtherThreadError, StreamError
+from mlx_streamexperts import stream
+from mlx_streamexperts._errors import OtherThreadError, StreamError
+from mlx_streamexperts._experts import bank, layer, prefetch, split
+from mlx_streamexperts._experts import cpu_streams as lanes
+from mlx_streamexperts._experts.bank import Bank, SlotTensor, numbers
+from mlx_streamexperts._experts.speculative import cache_snapshot as rewind
+from mlx_streamexperts._experts.speculative import runahead
+from mlx_streamexperts._experts.speculative import slot_tables as tables
 
 EVALUATING = (bank, layer, lanes, prefetch, rewind, runahead, split, tables)
 """Every module on the path of a token that uses MLX."""

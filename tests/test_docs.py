@@ -30,11 +30,13 @@ from snippets import (
 )
 
 import mlx_streamexperts
-from mlx_streamexperts import StreamConfig, StreamStats, demo_model, doctor, errors
-from mlx_streamexperts.cache import CacheStats
-from mlx_streamexperts.reader import ReadStats
-from mlx_streamexperts.runahead import RunAheadStats
-from mlx_streamexperts.slots import AheadStats
+from mlx_streamexperts import StreamConfig, StreamStats, demo_model
+from mlx_streamexperts import _errors as errors
+from mlx_streamexperts._cache.expert_map import CacheStats
+from mlx_streamexperts._experts.slots import AheadStats
+from mlx_streamexperts._experts.speculative.runahead import RunAheadStats
+from mlx_streamexperts._io.reader import ReadStats
+from mlx_streamexperts.doctor import _command as doctor
 
 RUN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 """Pages whose snippets run. Those of other pages are for other machines: only checked."""

@@ -13,8 +13,15 @@ import originals
 import pytest
 from conftest import QUIET
 
-from mlx_streamexperts import CheckpointError, doctor, hub, plan
-from mlx_streamexperts.measure import drive_rates, layer_seconds, memory_rate, sync_seconds
+from mlx_streamexperts import CheckpointError, plan
+from mlx_streamexperts._analysis.measure import (
+    drive_rates,
+    layer_seconds,
+    memory_rate,
+    sync_seconds,
+)
+from mlx_streamexperts._io import hub
+from mlx_streamexperts.doctor import _command as doctor
 
 
 class FakeHub:

@@ -18,12 +18,13 @@ import pytest
 from conftest import QUIET, all_experts, assert_same, demo_tokens, load_streamed, smallest_cache
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_streamexperts import StreamConfig, demo_model, lanes, stream
-from mlx_streamexperts.exactness import prefill_bound, prefill_difference
-from mlx_streamexperts.lanes import Lanes
-from mlx_streamexperts.layer import ExpertLayer
-from mlx_streamexperts.locate import locate
-from mlx_streamexperts.split import RowRule
+from mlx_streamexperts import StreamConfig, demo_model, stream
+from mlx_streamexperts._analysis.exactness import prefill_bound, prefill_difference
+from mlx_streamexperts._experts import cpu_streams as lanes
+from mlx_streamexperts._experts.cpu_streams import Lanes
+from mlx_streamexperts._experts.layer import ExpertLayer
+from mlx_streamexperts._experts.split import RowRule
+from mlx_streamexperts._loading.discover import locate
 
 HEADLINE = (
     "qwen3_moe", "qwen3_5_moe", "kimi_k25", "deepseek_v3", "gpt_oss", "mixtral", "nemotron_h",

@@ -18,7 +18,8 @@ import pytest
 from conftest import remove_patches
 from snippets import ROOT
 
-from mlx_streamexperts import demo_model, patching
+from mlx_streamexperts import demo_model
+from mlx_streamexperts._loading import load as patching
 
 EXAMPLES = ROOT / "examples"
 

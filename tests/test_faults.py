@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from conftest import load_streamed, smallest_cache
 
-from mlx_streamexperts import ExpertReadError, platform, stream
+from mlx_streamexperts import ExpertReadError, stream
+from mlx_streamexperts import _osinfo as platform
 
 TOKENS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 
@@ -83,7 +84,7 @@ def test_interrupt_leaves_no_slot_with_wrong_bytes(
     model = load_streamed(folder, 1 << 40)
     with stream(model) as expert_stream:
         expert_stream.resize(smallest_cache(expert_stream))
-        from mlx_streamexperts import reader
+        from mlx_streamexperts._io import reader
 
         with monkeypatch.context() as m:
             m.setattr(reader.Ticket, "wait_for_any", interrupted)

@@ -17,9 +17,9 @@ import mlx_lm.utils
 import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from mlx_streamexperts import footprint
-from mlx_streamexperts.footprint import Footprint, LayerCache, in_order, measure, peak_bytes
-from mlx_streamexperts.locate import SWITCHES, _width
+from mlx_streamexperts._loading.discover import SWITCHES, _width
+from mlx_streamexperts._memory import footprint
+from mlx_streamexperts._memory.footprint import Footprint, LayerCache, in_order, measure, peak_bytes
 
 SMALL = Footprint(
     layers=((LayerCache(100), LayerCache(10, kept=512)), (LayerCache(0, 7),)),

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 from conftest import QUIET
 
-from mlx_streamexperts import CheckpointError, convert, load, plan, shards, stream
-from mlx_streamexperts.checkpoint import read_checkpoint
-from mlx_streamexperts.rewrite import Options
-from mlx_streamexperts.stream import expert_files
+from mlx_streamexperts import CheckpointError, load, plan, stream
+from mlx_streamexperts._experts.stream import expert_files
+from mlx_streamexperts._io.checkpoint import read_checkpoint
+from mlx_streamexperts.convert import _command as convert
+from mlx_streamexperts.convert import _shards as shards
+from mlx_streamexperts.convert._rewrite import Options
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "fullsize"))
 import check

@@ -12,7 +12,7 @@ import pytest
 from conftest import QUIET
 
 from mlx_streamexperts import StreamConfig, demo_model, generate, load, stream
-from mlx_streamexperts.demo import DEMO_PROMPT
+from mlx_streamexperts._loading.demo import DEMO_PROMPT
 
 stock = importlib.import_module("mlx_lm.generate")
 

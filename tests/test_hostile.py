@@ -22,18 +22,12 @@ from conftest import QUIET
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_streamexperts import (
-    CheckpointError,
-    StreamConfig,
-    StreamError,
-    convert,
-    doctor,
-    load,
-    plan,
-)
-from mlx_streamexperts.checkpoint import INDEX, read_checkpoint, read_header
-from mlx_streamexperts.locate import locate
-from mlx_streamexperts.trace import read_trace
+from mlx_streamexperts import CheckpointError, StreamConfig, StreamError, load, plan
+from mlx_streamexperts._experts.trace import read_trace
+from mlx_streamexperts._io.checkpoint import INDEX, read_checkpoint, read_header
+from mlx_streamexperts._loading.discover import locate
+from mlx_streamexperts.convert import _command as convert
+from mlx_streamexperts.doctor import _command as doctor
 
 HERE = Path(__file__).parent
 

@@ -15,9 +15,9 @@ import pytest
 from conftest import QUIET, assert_same, load_streamed
 
 from mlx_streamexperts import CheckpointError, ExpertStream, StreamError, plan, stream
-from mlx_streamexperts.replay import replay_routing
-from mlx_streamexperts.store import write_store
-from mlx_streamexperts.trace import read_trace
+from mlx_streamexperts._analysis.replay import replay_routing
+from mlx_streamexperts._experts.packed_store import write_store
+from mlx_streamexperts._experts.trace import read_trace
 
 TOKENS = families.token_stream(families.VOCAB, 30, seed=4)
 

@@ -16,16 +16,10 @@ import originals
 import pytest
 from conftest import QUIET, load_streamed, smallest_cache
 
-from mlx_streamexperts import (
-    CheckpointError,
-    ExpertReadError,
-    StreamError,
-    convert,
-    pack,
-    platform,
-    stream,
-)
-from mlx_streamexperts.convert import convert as convert_folder
+from mlx_streamexperts import CheckpointError, ExpertReadError, StreamError, pack, stream
+from mlx_streamexperts import _osinfo as platform
+from mlx_streamexperts.convert import _command as convert
+from mlx_streamexperts.convert._command import convert as convert_folder
 
 TOKENS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 Build = Callable[..., Path]

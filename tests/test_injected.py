@@ -35,15 +35,8 @@ from conftest import QUIET, all_experts, leftovers, load_streamed, smallest_cach
 from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_streamexperts
-from mlx_streamexperts import (
-    ExpertReadError,
-    ExpertStream,
-    StreamConfig,
-    StreamError,
-    convert,
-    pack,
-    stream,
-)
+from mlx_streamexperts import ExpertReadError, ExpertStream, StreamConfig, StreamError, pack, stream
+from mlx_streamexperts.convert import _command as convert
 
 HERE = Path(__file__).parent
 TOKENS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -406,12 +399,19 @@ def test_ctrl_c_at_every_step_of_guessing(run_ahead: str, folder: Path) -> None:
 
 Place = tuple[str, int]
 OURS = {
-    "reader.py", "tickets.py", "files.py", "ranges.py", "slots.py", "cache.py", "bank.py",
+    "reader.py", "files.py", "ranges.py", "slots.py", "expert_map.py", "bank.py",
     "layer.py", "policies.py",
 }  # fmt: skip
 USED = {
-    "off": {"prefetch.py", "split.py", "callers.py", "trial.py"},
-    "on": {"runahead.py", "tables.py", "rewind.py", "trust.py", "split.py", "callers.py"},
+    "off": {"prefetch.py", "split.py", "thread_guard.py", "autotune.py"},
+    "on": {
+        "runahead.py",
+        "slot_tables.py",
+        "cache_snapshot.py",
+        "policy.py",
+        "split.py",
+        "thread_guard.py",
+    },
 }
 GUESSING = USED["off"] | USED["on"] | {"layer.py", "slots.py", "bank.py"}
 
@@ -426,11 +426,11 @@ def steps(
     watched.stream._reader._job_seconds = 0.0  # the caller reads, which a signal can end
     seen: list[Place] = []
     left = [stop_at[1] if stop_at else -1]
-    package = str(Path(mlx_streamexperts.__file__).parent)
+    package = Path(mlx_streamexperts.__file__).parent
 
     def trace(frame: FrameType, event: str, arg: object) -> Any:
         file = Path(frame.f_code.co_filename)
-        if str(file.parent) != package or file.name not in files:
+        if not file.is_relative_to(package) or file.name not in files:
             return None
         handlers, withs = uninterrupted(file)
         been: set[int] = set()

@@ -9,8 +9,9 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from mlx_streamexperts import StreamConfig, StreamError, lanes
-from mlx_streamexperts.lanes import Lanes
+from mlx_streamexperts import StreamConfig, StreamError
+from mlx_streamexperts._experts import cpu_streams as lanes
+from mlx_streamexperts._experts.cpu_streams import Lanes
 
 pytestmark = pytest.mark.skipif(
     mx.default_device() != mx.cpu, reason="a GPU shares its rows out itself"

@@ -21,14 +21,8 @@ import pytest
 from conftest import all_experts, leftovers, load_streamed, smallest_cache
 from mlx_lm.generate import generate_step
 
-from mlx_streamexperts import (
-    BudgetError,
-    ExpertReadError,
-    StreamConfig,
-    StreamError,
-    platform,
-    stream,
-)
+from mlx_streamexperts import BudgetError, ExpertReadError, StreamConfig, StreamError, stream
+from mlx_streamexperts import _osinfo as platform
 
 TOKENS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 TIMES = 36

@@ -20,8 +20,9 @@ import originals
 import pytest
 from serving import Running, until
 
-from mlx_streamexperts import StreamError, demo_model, platform
-from mlx_streamexperts.files import allow_open, room_for_clients
+from mlx_streamexperts import StreamError, demo_model
+from mlx_streamexperts import _osinfo as platform
+from mlx_streamexperts._io.files import allow_open, room_for_clients
 
 SHARDS, CLIENTS = 180, 100
 HARD = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import leftovers
 
-from mlx_streamexperts import ExpertReadError, platform
-from mlx_streamexperts.measure import drive_bandwidth, drive_rates
-from mlx_streamexperts.throttle import slowed
+from mlx_streamexperts import ExpertReadError
+from mlx_streamexperts import _osinfo as platform
+from mlx_streamexperts._analysis.measure import drive_bandwidth, drive_rates
+from mlx_streamexperts._analysis.throttle import slowed
 
 READ = 4096
 

@@ -15,7 +15,7 @@ from conftest import demo_texts
 from serving import Running, serving, until
 
 from mlx_streamexperts import demo_model
-from mlx_streamexperts.serving import stock
+from mlx_streamexperts.server._generation import stock
 
 PROMPT = demo_texts()[0]
 LENGTH = 24

@@ -16,8 +16,9 @@ from pathlib import Path
 import originals
 import pytest
 
-from mlx_streamexperts import StreamError, output, pack
-from mlx_streamexperts.output import LOCK, exclusive
+from mlx_streamexperts import StreamError, pack
+from mlx_streamexperts._io import output
+from mlx_streamexperts._io.output import LOCK, exclusive
 
 Build = Callable[..., Path]
 

@@ -33,11 +33,11 @@ from mlx_streamexperts import (
     plan,
     stream,
 )
-from mlx_streamexperts.footprint import measure
-from mlx_streamexperts.locate import SWITCHES
-from mlx_streamexperts.passes import Passes, context, is_quantized
-from mlx_streamexperts.planner import Plan, check_device
-from mlx_streamexperts.platform import DeviceLimit, apple_limit
+from mlx_streamexperts._loading.discover import SWITCHES
+from mlx_streamexperts._memory.budget import Plan, check_device
+from mlx_streamexperts._memory.footprint import measure
+from mlx_streamexperts._memory.passes import Passes, context, is_quantized
+from mlx_streamexperts._osinfo import DeviceLimit, apple_limit
 
 TOKENS = families.token_stream(families.VOCAB, 300, seed=5).tolist()
 MB = 10**6

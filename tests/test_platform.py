@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 from conftest import QUIET, load_streamed, smallest_cache
 
-from mlx_streamexperts import ExpertReadError, pack, platform, stream
-from mlx_streamexperts.files import ShardFiles, direct_works
-from mlx_streamexperts.platform import METAL_SHARE, apple_limit, device_limit, metal_limit
-from mlx_streamexperts.ranges import ByteRange
+from mlx_streamexperts import ExpertReadError, pack, stream
+from mlx_streamexperts import _osinfo as platform
+from mlx_streamexperts._io.files import ShardFiles, direct_works
+from mlx_streamexperts._io.ranges import ByteRange
+from mlx_streamexperts._osinfo import METAL_SHARE, apple_limit, device_limit, metal_limit
 
 GB, GIB = 10**9, 2**30
 module = sys.modules[stream.__module__]

@@ -14,17 +14,16 @@ from conftest import QUIET, all_experts, load_streamed
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_streamexperts import StreamError, plan, stream
-from mlx_streamexperts.planner import Plan
-from mlx_streamexperts.predict import (
-    NAMED_MACHINES,
+from mlx_streamexperts._analysis.predict import (
     PUBLISHED_HIT_RATES,
-    Machine,
     Range,
     predict,
     published_hit_rate,
     replay,
     replayed_hit_rate,
 )
+from mlx_streamexperts._memory.budget import Plan
+from mlx_streamexperts._memory.hardware import NAMED_MACHINES, Machine
 
 MACHINE = Machine(
     "test", 10**10, 100e9, 1e9, drive_latency=0.0, sync_seconds=0.0, layer_seconds=0.0

@@ -21,9 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_streamexperts import ExpertStream, demo_model, platform, stream
-from mlx_streamexperts.cache import POLICIES, ExpertCache
-from mlx_streamexperts.trial import Trial
+from mlx_streamexperts import ExpertStream, demo_model, stream
+from mlx_streamexperts import _osinfo as platform
+from mlx_streamexperts._cache.expert_map import POLICIES, ExpertCache
+from mlx_streamexperts._experts.autotune import Trial
 
 ALWAYS = replace(QUIET, prefetch="on")
 # Their routers are called outside of the block that holds the experts, or their experts see

@@ -20,10 +20,9 @@ from conftest import QUIET, assert_same
 
 from mlx_streamexperts import StreamConfig, StreamError, demo_model, generate, load, patch, plan
 from mlx_streamexperts import stream as stream_of
-from mlx_streamexperts.config import TUNED
-from mlx_streamexperts.locate import locate
-from mlx_streamexperts.platform import config_folder
-from mlx_streamexperts.profiles import (
+from mlx_streamexperts._config import TUNED
+from mlx_streamexperts._loading.discover import locate
+from mlx_streamexperts._loading.profiles import (
     CACHE_SHARE,
     Place,
     default_file,
@@ -31,7 +30,8 @@ from mlx_streamexperts.profiles import (
     profile_folder,
     write_profile,
 )
-from mlx_streamexperts.tune import _VALUES
+from mlx_streamexperts._osinfo import config_folder
+from mlx_streamexperts.tune._command import _VALUES
 
 DEMO = demo_model()
 CONFIG = StreamConfig(cache="10MB", progress=False)
@@ -80,7 +80,7 @@ def test_which_options_are_stated() -> None:
 
 
 def test_a_command_line_states_what_is_on_it() -> None:
-    from mlx_streamexperts.config import from_arguments
+    from mlx_streamexperts._config import from_arguments
 
     parser = generate.setup_arg_parser()
     assert not any(from_arguments(parser.parse_args([])).stated(n) for n in TUNED)

@@ -29,8 +29,8 @@ from mlx_streamexperts import (
     stream,
 )
 from mlx_streamexperts import __main__ as entry
-from mlx_streamexperts.summary import Timing, rows, summary
-from mlx_streamexperts.terminal import print_rows
+from mlx_streamexperts._cli.summary import Timing, rows, summary
+from mlx_streamexperts._cli.terminal import print_rows
 
 DEMO = str(demo_model())
 SMALL = ["--cache", "10MB", "--no-progress"]

@@ -24,8 +24,10 @@ import numpy as np
 import pytest
 from conftest import QUIET, all_experts, load_streamed, smallest_cache
 
-from mlx_streamexperts import ExpertStream, StreamConfig, StreamError, callers, prefetch, stream
-from mlx_streamexperts.trial import Trial
+from mlx_streamexperts import ExpertStream, StreamConfig, StreamError, stream
+from mlx_streamexperts._experts import prefetch
+from mlx_streamexperts._experts import thread_guard as callers
+from mlx_streamexperts._experts.autotune import Trial
 
 RACES = Path(__file__).parent.parent / "benchmarks" / "races.py"
 

@@ -30,19 +30,20 @@ from mlx_streamexperts import (
     StreamError,
     UnsupportedModelError,
     demo_model,
-    doctor,
     generate,
     patch,
     plan,
 )
-from mlx_streamexperts.joint import part_of_repository
-from mlx_streamexperts.locate import locate
-from mlx_streamexperts.machines import Link, plan_ranks, predict_ranks
-from mlx_streamexperts.pipeline import Part, Stage, cut, parse_split, wait_on_host
-from mlx_streamexperts.planner import default_memory
-from mlx_streamexperts.predict import NAMED_MACHINES, predict
-from mlx_streamexperts.store import write_store
-from mlx_streamexperts.watch import address_of_rank_0
+from mlx_streamexperts._analysis.machines import Link, plan_ranks, predict_ranks
+from mlx_streamexperts._analysis.predict import predict
+from mlx_streamexperts._distributed.pipeline import Part, Stage, cut, parse_split, wait_on_host
+from mlx_streamexperts._distributed.watch import address_of_rank_0
+from mlx_streamexperts._experts.packed_store import write_store
+from mlx_streamexperts._loading.discover import locate
+from mlx_streamexperts._loading.on_ranks import part_of_repository
+from mlx_streamexperts._memory.budget import default_memory
+from mlx_streamexperts._memory.hardware import NAMED_MACHINES
+from mlx_streamexperts.doctor import _command as doctor
 
 HOST = socket.gethostname()
 

@@ -21,16 +21,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_streamexperts import platform
-from mlx_streamexperts.errors import ExpertReadError, StreamError
-from mlx_streamexperts.files import direct_works
-from mlx_streamexperts.ranges import ByteRange
-from mlx_streamexperts.reader import (
-    DEMAND,
-    SPECULATIVE,
-    ExpertReader,
-    Ticket,
-)
+from mlx_streamexperts import _osinfo as platform
+from mlx_streamexperts._errors import ExpertReadError, StreamError
+from mlx_streamexperts._io.files import direct_works
+from mlx_streamexperts._io.ranges import ByteRange
+from mlx_streamexperts._io.reader import DEMAND, SPECULATIVE, ExpertReader, Ticket
 
 FILE_BYTES = 300_007  # no multiple of any block size
 CONTENT = random.Random(0).randbytes(FILE_BYTES)

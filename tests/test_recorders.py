@@ -16,7 +16,7 @@ from conftest import QUIET, all_experts, load_streamed, smallest_cache
 from mlx_lm.generate import generate_step
 
 from mlx_streamexperts import stream
-from mlx_streamexperts.strangers import Strangers
+from mlx_streamexperts._experts.foreign_modules import Strangers
 
 PROMPT = mx.array(families.token_stream(families.VOCAB, 40, seed=2))
 

@@ -14,7 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_streamexperts import ExpertStream, StreamError, output
+from mlx_streamexperts import ExpertStream, StreamError
+from mlx_streamexperts._io import output
 
 Streamed = tuple[nn.Module, ExpertStream]
 KINDS = ["trace", "timeline"]

@@ -18,9 +18,16 @@ from hypothesis import strategies as st
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_streamexperts import demo_model, stream
-from mlx_streamexperts.policies import POLICIES
-from mlx_streamexperts.replay import BEST, best_layer, replay, replay_layer, replay_routing, total
-from mlx_streamexperts.trace import read_trace
+from mlx_streamexperts._analysis.replay import (
+    BEST,
+    best_layer,
+    replay,
+    replay_layer,
+    replay_routing,
+    total,
+)
+from mlx_streamexperts._cache.policies import POLICIES
+from mlx_streamexperts._experts.trace import read_trace
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))

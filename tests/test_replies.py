@@ -8,7 +8,13 @@ from types import SimpleNamespace
 import pytest
 from mlx_lm.generate import TextStateMachine
 
-from mlx_streamexperts.replies import Piece, Reply, StopText, TokenNames, completion_logprobs
+from mlx_streamexperts.server._replies import (
+    Piece,
+    Reply,
+    StopText,
+    TokenNames,
+    completion_logprobs,
+)
 
 STATES = TextStateMachine(
     {

@@ -21,13 +21,19 @@ import pytest
 from conftest import demo_tokens
 
 import mlx_streamexperts
-from mlx_streamexperts import demo_model, page, platform, power, quality, report, speed
-from mlx_streamexperts.exactness import prefill_bound
-from mlx_streamexperts.figures import COLOURS, PANELS, drawable, figure
-from mlx_streamexperts.findings import sentence
-from mlx_streamexperts.locality import reuse_distances, token_overlap
-from mlx_streamexperts.throttle import slowed
-from mlx_streamexperts.trace import Routing
+from mlx_streamexperts import _osinfo as platform
+from mlx_streamexperts import demo_model
+from mlx_streamexperts._analysis.exactness import prefill_bound
+from mlx_streamexperts._analysis.throttle import slowed
+from mlx_streamexperts._experts.trace import Routing
+from mlx_streamexperts.report import _command as report
+from mlx_streamexperts.report import _page as page
+from mlx_streamexperts.report import _power as power
+from mlx_streamexperts.report import _quality as quality
+from mlx_streamexperts.report import _speed as speed
+from mlx_streamexperts.report._captions import sentence
+from mlx_streamexperts.report._figures import COLOURS, PANELS, drawable, figure
+from mlx_streamexperts.report._locality import reuse_distances, token_overlap
 
 SCHEMA = json.loads(
     (Path(mlx_streamexperts.__file__).parent / "data" / "report-schema.json").read_text()

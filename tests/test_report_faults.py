@@ -14,12 +14,19 @@ import numpy as np
 import pytest
 from test_report import SCHEMA, TINY
 
-from mlx_streamexperts import StreamConfig, locality, page, power, quality, report, speed, study
-from mlx_streamexperts.drive import ReadLog
-from mlx_streamexperts.figures import PANELS
-from mlx_streamexperts.findings import sentence
-from mlx_streamexperts.limits import limits_of
-from mlx_streamexperts.reader import DEMAND
+from mlx_streamexperts import StreamConfig
+from mlx_streamexperts._io.reader import DEMAND
+from mlx_streamexperts.report import _command as report
+from mlx_streamexperts.report import _locality as locality
+from mlx_streamexperts.report import _page as page
+from mlx_streamexperts.report import _power as power
+from mlx_streamexperts.report import _quality as quality
+from mlx_streamexperts.report import _speed as speed
+from mlx_streamexperts.report import _study as study
+from mlx_streamexperts.report._captions import sentence
+from mlx_streamexperts.report._caveats import limits_of
+from mlx_streamexperts.report._drive import ReadLog
+from mlx_streamexperts.report._figures import PANELS
 
 DEMO = Path(__file__).parents[1] / "docs" / "report" / "demo.json"
 

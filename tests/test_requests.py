@@ -10,8 +10,8 @@ import mlx.core as mx
 import pytest
 from serving import Running, serving, until
 
-from mlx_streamexperts.bodies import CHAT_FIELDS, NO_EFFECT, TEXT_FIELDS
-from mlx_streamexperts.serving import sound_random_state, stock
+from mlx_streamexperts.server._generation import sound_random_state, stock
+from mlx_streamexperts.server._request_checks import CHAT_FIELDS, NO_EFFECT, TEXT_FIELDS
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 GOOD: dict[str, dict[str, Any]] = {

@@ -12,8 +12,8 @@ from conftest import load_streamed
 from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
 
 from mlx_streamexperts import demo_model, plan, stream
-from mlx_streamexperts.room import PromptCache, Room, state_bytes
-from mlx_streamexperts.traffic import FIRST_TOKEN_BOUNDS, Traffic
+from mlx_streamexperts.server._kv_admission import PromptCache, Room, state_bytes
+from mlx_streamexperts.server._traffic import FIRST_TOKEN_BOUNDS, Traffic
 
 
 @pytest.fixture

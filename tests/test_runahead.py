@@ -32,8 +32,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from test_exactness import HEADLINE, OTHERS, PREFILL, compare
 
 from mlx_streamexperts import ExpertReadError, StreamConfig, demo_model, stream
-from mlx_streamexperts.rewind import remember
-from mlx_streamexperts.trust import Trust
+from mlx_streamexperts._experts.speculative.cache_snapshot import remember
+from mlx_streamexperts._experts.speculative.policy import Trust
 
 ON = replace(QUIET, run_ahead="on")
 

@@ -12,12 +12,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_streamexperts import bank, doctor, exactness, selfchecks, selftest
-from mlx_streamexperts.files import ShardFiles
-from mlx_streamexperts.reader import ExpertReader
-from mlx_streamexperts.slots import ExpertSlots
-from mlx_streamexperts.split import SplitCall
-from mlx_streamexperts.tables import SlotTables
+from mlx_streamexperts._analysis import exactness
+from mlx_streamexperts._experts import bank
+from mlx_streamexperts._experts.slots import ExpertSlots
+from mlx_streamexperts._experts.speculative.slot_tables import SlotTables
+from mlx_streamexperts._experts.split import SplitCall
+from mlx_streamexperts._io.files import ShardFiles
+from mlx_streamexperts._io.reader import ExpertReader
+from mlx_streamexperts.doctor import _command as doctor
+from mlx_streamexperts.doctor import _selfchecks as selfchecks
+from mlx_streamexperts.doctor import _selftest as selftest
 
 Patch = pytest.MonkeyPatch
 

@@ -13,7 +13,8 @@ import mlx_lm
 import pytest
 from serving import Running, letters, serving
 
-from mlx_streamexperts import generate, run, server
+from mlx_streamexperts import generate, run
+from mlx_streamexperts.server import _command as server
 
 TEXT = "".join(chr(33 + i * 37 % 90) for i in range(400))
 
@@ -94,7 +95,7 @@ def test_what_cannot_work_is_refused_at_the_start(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from mlx_streamexperts import patching
+    from mlx_streamexperts._loading import load as patching
 
     monkeypatch.setattr(patching, "_load_trunk", lambda *_: pytest.fail("weights were read"))
     options = [str(checkpoints("qwen3_moe")) if o == "DRAFT" else o for o in options]

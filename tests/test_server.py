@@ -18,8 +18,10 @@ from conftest import demo_texts
 from prometheus_client.parser import text_string_to_metric_families
 from serving import Running, serving, until
 
-from mlx_streamexperts import StreamConfig, demo_model, platform, server
-from mlx_streamexperts.serving import stock
+from mlx_streamexperts import StreamConfig, demo_model
+from mlx_streamexperts import _osinfo as platform
+from mlx_streamexperts.server import _command as server
+from mlx_streamexperts.server._generation import stock
 
 LENGTH = 6
 TEMPLATE = (

@@ -20,9 +20,10 @@ import openai
 import pytest
 from serving import serving
 
-from mlx_streamexperts import StreamConfig, demo_model, plan, server
-from mlx_streamexperts.room import Room
-from mlx_streamexperts.serving import Provider, stock
+from mlx_streamexperts import StreamConfig, demo_model, plan
+from mlx_streamexperts.server import _command as server
+from mlx_streamexperts.server._generation import Provider, stock
+from mlx_streamexperts.server._kv_admission import Room
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from conftest import QUIET, load_streamed
 from mlx_streamexperts import (
     BudgetError,
     StreamConfig,
-    accounts,
     demo_model,
     generate,
     load,
@@ -26,6 +25,7 @@ from mlx_streamexperts import (
     plan,
     stream,
 )
+from mlx_streamexperts._memory import process_memory as accounts
 
 DEMO = str(demo_model())
 ROOM = replace(QUIET, context_tokens=256, prefill_tokens=64)
@@ -184,7 +184,8 @@ def test_the_default_budget_counts_what_the_process_has_itself(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What the system has available no longer contains what our models took of it."""
-    from mlx_streamexperts import planner, platform
+    from mlx_streamexperts import _osinfo as platform
+    from mlx_streamexperts._memory import budget as planner
 
     available = 400 * MB
     monkeypatch.setattr(platform, "available_memory_bytes", lambda: available)

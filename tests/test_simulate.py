@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_streamexperts import StreamError
-from mlx_streamexperts.predict import NAMED_MACHINES, Machine
-from mlx_streamexperts.replay import BEST, LayerReplay, replay
-from mlx_streamexperts.sharing import hot_experts, keep_whole, miss_curves, share_by_gain
-from mlx_streamexperts.simulate import CANDIDATES, main, parse_ssd, simulate, speed
-from mlx_streamexperts.trace import Routing, read_trace
+from mlx_streamexperts._analysis.replay import BEST, LayerReplay, replay
+from mlx_streamexperts._analysis.sharing import hot_experts, keep_whole, miss_curves, share_by_gain
+from mlx_streamexperts._analysis.simulation import CANDIDATES, simulate, speed
+from mlx_streamexperts._experts.trace import Routing, read_trace
+from mlx_streamexperts._memory.hardware import NAMED_MACHINES, Machine
+from mlx_streamexperts.simulate import main, parse_ssd
 
 EXPERTS = (12, 12, 6)
 BYTES = (1000, 1000, 2000)

@@ -14,7 +14,7 @@ import pytest
 from conftest import leftovers
 from serving import Running, serving, until
 
-from mlx_streamexperts.serving import Client
+from mlx_streamexperts.server._generation import Client
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 

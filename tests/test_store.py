@@ -26,13 +26,13 @@ from mlx_streamexperts import (
     StreamConfig,
     StreamError,
     pack,
-    store,
     stream,
 )
-from mlx_streamexperts.config import add_arguments, from_arguments
-from mlx_streamexperts.layer import ExpertLayer
-from mlx_streamexperts.locate import locate
-from mlx_streamexperts.stream import expert_files
+from mlx_streamexperts._config import add_arguments, from_arguments
+from mlx_streamexperts._experts import packed_store as store
+from mlx_streamexperts._experts.layer import ExpertLayer
+from mlx_streamexperts._experts.stream import expert_files
+from mlx_streamexperts._loading.discover import locate
 
 
 def layers_of(folder: Path) -> list[ExpertLayer]:

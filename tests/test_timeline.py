@@ -11,7 +11,7 @@ import pytest
 from conftest import QUIET, all_experts, load_streamed, smallest_cache
 
 from mlx_streamexperts import stream
-from mlx_streamexperts.timeline import PHASES
+from mlx_streamexperts._experts.timeline import PHASES
 
 TOKENS = families.token_stream(families.VOCAB, 20, seed=2)
 

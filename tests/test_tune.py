@@ -14,20 +14,14 @@ from typing import Any
 
 import pytest
 
-from mlx_streamexperts import (
-    StreamConfig,
-    StreamError,
-    demo_model,
-    generate,
-    load,
-    runner,
-    search,
-    tune,
-    tuner,
-)
+from mlx_streamexperts import StreamConfig, StreamError, demo_model, generate, load
 from mlx_streamexperts import stream as stream_of
-from mlx_streamexperts.ledger import Ledger
-from mlx_streamexperts.tune import Outcome, Run, Tuner
+from mlx_streamexperts.tune import _command as tune
+from mlx_streamexperts.tune import _runner as runner
+from mlx_streamexperts.tune import _search as search
+from mlx_streamexperts.tune import _tuner as tuner
+from mlx_streamexperts.tune._command import Outcome, Run, Tuner
+from mlx_streamexperts.tune._ledger import Ledger
 
 SPACE = {"threads": (8, 1, 4, 16), "prefetch": ("auto", "off", "on"), "prefetch_depth": (1, 2),
          "policy": ("lrfu", "lru")}  # fmt: skip
@@ -327,7 +321,7 @@ def test_without_optuna_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
 def test_importing_the_package_and_its_commands_imports_no_optuna() -> None:
     code = "import sys, mlx_streamexperts.tune as t; print(t.setup_arg_parser, *sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "mlx_streamexperts.tuner" in out.stdout
+    assert "mlx_streamexperts.tune._tuner" in out.stdout
     assert "optuna" not in out.stdout
 
 

@@ -17,9 +17,9 @@ from mlx_lm.convert import convert as stock_convert
 from test_convert import FORMS, FOUR_BITS, assert_same_model, tensors
 
 from mlx_streamexperts import UnsupportedModelError, plan, stream
-from mlx_streamexperts.checkpoint import read_checkpoint
-from mlx_streamexperts.convert import main
-from mlx_streamexperts.stream import flatten
+from mlx_streamexperts._experts.stream import flatten
+from mlx_streamexperts._io.checkpoint import read_checkpoint
+from mlx_streamexperts.convert._command import main
 
 Build = Callable[..., Path]
 VISION = {"vision_config": {"depth": 2, "hidden_size": 64}}

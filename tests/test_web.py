@@ -14,7 +14,9 @@ import openai
 import pytest
 from serving import Running, serving, until
 
-from mlx_streamexperts import demo_model, server, web
+from mlx_streamexperts import demo_model
+from mlx_streamexperts.server import _command as server
+from mlx_streamexperts.server import _web as web
 
 KEY = "open sesame"
 

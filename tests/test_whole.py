@@ -17,8 +17,8 @@ import pytest
 from conftest import assert_same, load_streamed
 
 from mlx_streamexperts import CheckpointError, stream
-from mlx_streamexperts.checkpoint import INDEX
-from mlx_streamexperts.convert import convert
+from mlx_streamexperts._io.checkpoint import INDEX
+from mlx_streamexperts.convert._command import convert
 
 Build = Callable[..., Path]
 

@@ -13,7 +13,8 @@ import pytest
 from conftest import QUIET
 from test_platform import MACS
 
-from mlx_streamexperts import ExpertStream, accounts, demo_model, load, stream
+from mlx_streamexperts import ExpertStream, demo_model, load, stream
+from mlx_streamexperts._memory import process_memory as accounts
 
 RECOMMENDED = int(MACS["M4 16 GB"]["max_recommended_working_set_size"])
 KINDS = ("set_wired_limit", "set_cache_limit", "set_memory_limit")

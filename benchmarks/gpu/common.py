@@ -19,10 +19,10 @@ from mlx_lm.models.cache import make_prompt_cache
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mlx_streamexperts import ExpertStream
-from mlx_streamexperts.exactness import PLAIN as PLAIN
-from mlx_streamexperts.layer import ExpertLayer
-from mlx_streamexperts.output import write_json
-from mlx_streamexperts.trust import Trust
+from mlx_streamexperts._analysis.exactness import PLAIN as PLAIN
+from mlx_streamexperts._experts.layer import ExpertLayer
+from mlx_streamexperts._experts.speculative.policy import Trust
+from mlx_streamexperts._io.output import write_json
 
 
 class Fixed(Trust):

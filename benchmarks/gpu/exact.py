@@ -19,8 +19,7 @@ import mlx.core as mx
 from common import report
 
 from mlx_streamexperts import demo_model
-from mlx_streamexperts.bank import in_place_works
-from mlx_streamexperts.exactness import (
+from mlx_streamexperts._analysis.exactness import (
     decoding,
     prompts,
     random_tokens,
@@ -28,7 +27,8 @@ from mlx_streamexperts.exactness import (
     schedules,
     ways,
 )
-from mlx_streamexperts.random_model import write_random_model
+from mlx_streamexperts._analysis.random_model import write_random_model
+from mlx_streamexperts._experts.bank import in_place_works
 
 
 def models(folder: Path) -> dict[str, Path]:

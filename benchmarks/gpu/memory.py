@@ -22,7 +22,8 @@ import mlx_lm.utils
 from mlx_lm.generate import generate_step
 from played import Played, write
 
-from mlx_streamexperts import BudgetError, StreamConfig, patch, platform, stream
+from mlx_streamexperts import BudgetError, StreamConfig, patch, stream
+from mlx_streamexperts import _osinfo as platform
 
 LAYERS = 2  # with experts; the first layer has none
 RUNS = (("30GB", 24576, 16000), ("14GB", 4096, 4000), ("20GB", None, 12000), ("14GB", 24576, 20000))

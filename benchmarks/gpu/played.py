@@ -21,11 +21,12 @@ import mlx.nn as nn
 import mlx_lm.utils
 from common import PLAIN, Fixed
 
-from mlx_streamexperts import ExpertStream, patch, platform, stream
-from mlx_streamexperts.bank import byte_view
-from mlx_streamexperts.layer import ExpertLayer
-from mlx_streamexperts.runahead import RunAhead
-from mlx_streamexperts.throttle import Throttle
+from mlx_streamexperts import ExpertStream, patch, stream
+from mlx_streamexperts import _osinfo as platform
+from mlx_streamexperts._analysis.throttle import Throttle
+from mlx_streamexperts._experts.bank import byte_view
+from mlx_streamexperts._experts.layer import ExpertLayer
+from mlx_streamexperts._experts.speculative.runahead import RunAhead
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "fullsize"))
 import write as fullsize

@@ -30,7 +30,7 @@ from mlx_lm.models import qwen3_moe
 from random_model import write_random_model
 
 from mlx_streamexperts import ExpertStream, patch, stream
-from mlx_streamexperts.trust import Trust
+from mlx_streamexperts._experts.speculative.policy import Trust
 
 _WAITED = "stock, each token waited for"
 _HEADS = 1024  # of the wide attention: 2 x 1 GB of weights a layer, one layer's for all

@@ -32,7 +32,7 @@ from common import earlier, everything_in_memory, report
 from mlx_lm.models.cache import make_prompt_cache
 from played import SHAPES, Played, Standin, load, write
 
-from mlx_streamexperts import platform
+from mlx_streamexperts import _osinfo as platform
 
 DRIVES = {
     "2.4": 2.4e9, "7.4": 7.4e9, "12.6": 12.6e9, "17.5": 17.5e9, "unthrottled": 1e15,

@@ -25,19 +25,12 @@ import mlx_lm
 import numpy as np
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from mlx_streamexperts import (
-    CheckpointError,
-    ExpertStream,
-    StreamConfig,
-    StreamError,
-    load,
-    stream,
-)
-from mlx_streamexperts.bank import byte_view
-from mlx_streamexperts.checkpoint import read_checkpoint
-from mlx_streamexperts.config import format_size, parse_size
-from mlx_streamexperts.layer import ExpertLayer
-from mlx_streamexperts.platform import resident_bytes
+from mlx_streamexperts import CheckpointError, ExpertStream, StreamConfig, StreamError, load, stream
+from mlx_streamexperts._config import format_size, parse_size
+from mlx_streamexperts._experts.bank import byte_view
+from mlx_streamexperts._experts.layer import ExpertLayer
+from mlx_streamexperts._io.checkpoint import read_checkpoint
+from mlx_streamexperts._osinfo import resident_bytes
 
 
 def check_experts(expert_stream: ExpertStream, folder: Path) -> int:

@@ -23,11 +23,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_streamexperts import CheckpointError, StreamError, convert, shards
-from mlx_streamexperts.checkpoint import Checkpoint, TensorEntry, read_checkpoint
-from mlx_streamexperts.config import format_size
-from mlx_streamexperts.platform import resident_bytes
-from mlx_streamexperts.rewrite import Options
+from mlx_streamexperts import CheckpointError, StreamError
+from mlx_streamexperts._config import format_size
+from mlx_streamexperts._io.checkpoint import Checkpoint, TensorEntry, read_checkpoint
+from mlx_streamexperts._osinfo import resident_bytes
+from mlx_streamexperts.convert import _command as convert
+from mlx_streamexperts.convert import _shards as shards
+from mlx_streamexperts.convert._rewrite import Options
 
 _HOLE = 1 << 20
 _PARTS = ("gate_proj", "up_proj", "down_proj")

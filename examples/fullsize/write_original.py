@@ -27,7 +27,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_streamexperts import StreamError, demo_model
-from mlx_streamexperts.output import write_json
+from mlx_streamexperts._io.output import write_json
 
 FORMS = {
     "kimi-k2.5-int4": "kimi-k2.5",  # compressed-tensors, packed, expert by expert

@@ -15,7 +15,7 @@ import subprocess
 from pathlib import Path
 
 from mlx_streamexperts import StreamConfig, plan_ranks
-from mlx_streamexperts.machines import other_files
+from mlx_streamexperts._analysis.machines import other_files
 
 
 def main() -> None:

@@ -1,0 +1,1 @@
+"""Predicting and measuring speed, replaying routing, comparing with stock."""

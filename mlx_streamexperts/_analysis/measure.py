@@ -1,0 +1,196 @@
+"""Measurements of this machine that decide how fast a streamed model runs.
+
+Each takes about a second, reads only, and is used by `doctor`. None is cached: what a machine can
+do depends on what else it does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+
+from .._io.files import ShardFiles
+from .._io.ranges import ByteRange
+from .._io.reader import ExpertReader, Ticket
+
+if TYPE_CHECKING:
+    from .._experts.stream import ExpertStream
+
+_PLACES = 1024  # that a thread reads, then again: enough that none is still in a drive's cache
+
+
+@dataclass(frozen=True)
+class DriveRate:
+    """Random reads of one size at one queue depth.
+
+    Attributes:
+        read_bytes: size of a read.
+        depth: reads in flight that were aimed at: threads that read one after another.
+        mean_depth: reads in flight on average, as measured.
+        rate: bytes/s.
+        latency: median seconds from asking to the last byte.
+        latency_p99: seconds within which 99 of 100 reads ended.
+    """
+
+    read_bytes: int
+    depth: int
+    mean_depth: float
+    rate: float
+    latency: float
+    latency_p99: float
+
+
+def drive_rates(
+    files: Sequence[tuple[str, int]],
+    read_bytes: int,
+    depths: Sequence[int],
+    direct: bool,
+    seconds: float = 1.0,
+) -> list[DriveRate]:
+    """Read at random places of `files` for about `seconds` at each depth.
+
+    Args:
+        files: path and size in bytes of each; larger ones are read more often.
+        read_bytes: size of a read: one expert's.
+        depths: reads in flight at once.
+        direct: bypass the page cache; without it, warm files measure memory.
+
+    Raises:
+        ExpertReadError: a file could not be read.
+    """
+    sizes = np.array([max(0, size - read_bytes) for _, size in files], float)
+    if not sizes.sum():
+        return []
+    shards = ShardFiles(direct, {})
+    try:
+        return [_drive_rate(shards, files, sizes, read_bytes, d, seconds) for d in depths]
+    finally:
+        shards.close()
+
+
+def _drive_rate(
+    shards: ShardFiles, files: Sequence[tuple[str, int]], sizes: np.ndarray, read_bytes: int,
+    depth: int, seconds: float,
+) -> DriveRate:  # fmt: skip
+    """One thread a read in flight: each begins its next read when its last has ended."""
+    memory = [memoryview(bytearray(read_bytes)) for _ in range(depth)]
+    begin = threading.Barrier(depth)
+
+    def read(seed: int) -> list[tuple[float, float]]:
+        rng = np.random.default_rng((depth, seed))
+        order = rng.choice(len(files), _PLACES, p=sizes / sizes.sum())
+        places = [(files[i][0], int(rng.integers(0, int(sizes[i]) + 1))) for i in order]
+        ranges = [
+            [ByteRange(file, offset, memory[seed], "drive test", 0, "")] for file, offset in places
+        ]
+        spans = []
+        begin.wait()
+        end = time.perf_counter() + seconds
+        for place in itertools.cycle(ranges):
+            start = time.perf_counter()
+            shards.read(place)
+            now = time.perf_counter()
+            spans.append((start, now))
+            if now >= end:
+                return spans
+        raise AssertionError("places without end")
+
+    with ThreadPoolExecutor(depth) as pool:
+        threads = [pool.submit(read, i) for i in range(depth)]
+        spans = np.array([span for thread in threads for span in thread.result()])
+    begun, ended = spans.T  # [reads], [reads]
+    elapsed = float(ended.max() - begun.min())
+    median, slow = (float(x) for x in np.percentile(ended - begun, (50, 99)))
+    mean_depth = float((ended - begun).sum()) / elapsed
+    return DriveRate(read_bytes, depth, mean_depth, len(spans) * read_bytes / elapsed, median, slow)
+
+
+def drive_bandwidth(expert_stream: ExpertStream, bypass: bool, seconds: float = 1.0) -> float:
+    """Bytes/s of reading random experts with the queue never empty: what the drive can give.
+
+    Args:
+        expert_stream: the model whose experts are read; its cache is left alone.
+        bypass: read past the page cache.
+        seconds: about how long.
+    """
+    size = max(x.expert_bytes for x in expert_stream.layers)
+    halves = [memoryview(bytearray(size * 8)) for _ in range(2)]
+    order, done = np.random.default_rng(1), 0
+    pending: list[Ticket] = []
+    reader = ExpertReader(direct=bypass)
+    try:
+        start = time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            layer = expert_stream.layers[order.integers(len(expert_stream.layers))]
+            if len(pending) == 2:
+                pending.pop(0).wait()
+            memory, at, ranges = halves[0], 0, []
+            halves.reverse()
+            for expert in order.choice(layer.experts, min(8, layer.experts), replace=False):
+                for t in layer.tensors.values():
+                    into = memory[at : at + t.stored.row_bytes]
+                    file, offset = t.stored.files[expert], t.stored.offsets[expert]
+                    ranges.append(ByteRange(file, offset, into, "", int(expert), ""))
+                    at += len(into)
+            pending.append(reader.submit(ranges))
+            done += at
+        for ticket in pending:
+            ticket.wait()
+        return done / (time.perf_counter() - start)
+    finally:
+        reader.close()
+
+
+def memory_rate(nbytes: int = 256 << 20, repeats: int = 7) -> float:
+    """Bytes/s of a matrix-vector product in float32, which like decoding reads weights once."""
+    matrix = mx.ones((nbytes // 4 // 4096, 4096), mx.float32)
+    x = mx.ones((4096,), mx.float32)
+    mx.eval(matrix, x, matrix @ x)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        mx.eval(matrix @ x)
+        times.append(time.perf_counter() - start)
+    return matrix.nbytes / float(np.median(times))
+
+
+def layer_seconds(layers: int = 20, kernels: int = 25) -> float:
+    """Seconds of launching one layer's kernels (about 25 in mlx-lm's decode) on tiny arrays."""
+    one = mx.ones((1, 64))
+    mx.eval(one)
+    times = []
+    for _ in range(7):
+        x, start = one, time.perf_counter()
+        for _ in range(layers * kernels):
+            x = mx.softmax(x)
+        mx.eval(x)
+        times.append(time.perf_counter() - start)
+    return float(np.median(times)) / layers
+
+
+def sync_seconds(layers: int = 60, width: int = 2048) -> float:
+    """What reading one layer's indices on the host adds to a chain of small kernels, in seconds."""
+    matrix = mx.random.normal((width, width)) * width**-0.5
+    mx.eval(matrix)
+
+    def chain(ask: bool) -> float:
+        x = mx.ones((1, width))
+        start = time.perf_counter()
+        for _ in range(layers):
+            x = mx.tanh(x @ matrix)
+            if ask:
+                np.array(mx.argpartition(x, kth=8, axis=-1)[:, :8])
+        mx.eval(x)
+        return time.perf_counter() - start
+
+    chain(True)
+    differences = [chain(True) - chain(False) for _ in range(9)]
+    return max(0.0, float(np.median(differences))) / layers

@@ -1,0 +1,85 @@
+"""Pictures of simulated caches. Needs matplotlib: the `plots` extra."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .._errors import StreamError
+from .replay import BEST
+
+if TYPE_CHECKING:
+    from .simulation import Row
+
+_STYLES = ("-o", "-s", "-^", "-D", "-v", "-P", "-X")
+
+
+def plot_rates(rows: Sequence[Row], file: Path) -> None:
+    """Draw hit rate by resident share and policy, and by layer under one policy.
+
+    Of several traces their sum is drawn.
+
+    Raises:
+        StreamError: matplotlib is missing, or does not know the kind of file.
+    """
+    plt = pyplot()
+    name = rows[-1].trace  # all of them together, if there are several
+    rows = [r for r in rows if r.trace == name and r.way == "even"]
+    policies = list(dict.fromkeys(r.policy for r in rows))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    for policy, style in zip(policies, _STYLES * len(policies), strict=False):
+        mine = sorted((r.share, r.hit_rate) for r in rows if r.policy == policy)
+        label, color = (f"{policy} (optimum)", "black") if policy == BEST else (policy, None)
+        left.plot(
+            [100 * s for s, _ in mine], [100 * h for _, h in mine], style, label=label, color=color,
+            markersize=4,
+        )  # fmt: skip
+    first = rows[0]
+    seen = first.hits + first.compulsory + first.capacity
+    ceiling = 100 * (1 - first.compulsory / seen)
+    left.axhline(ceiling, color="grey", linestyle=":", label="all but first uses")
+    left.set_xlabel("resident experts, %")
+    left.set_ylabel("hit rate, %")
+    left.set_title("Hit rate by resident share")
+    left.legend()
+    left.grid(alpha=0.3)
+
+    shown = next((p for p in ("lrfu", "lru") if p in policies), policies[0])
+    for r in sorted((r for r in rows if r.policy == shown), key=lambda r: r.share):
+        right.plot([100 * x for x in r.layer_hit_rates], "-o", markersize=4, label=f"{r.share:.1%}")
+    right.set_xlabel("expert layer")
+    right.set_ylabel("hit rate, %")
+    right.set_title(f"By layer ({shown})")
+    right.xaxis.get_major_locator().set_params(integer=True)
+    right.legend(title="resident", loc="center left", bbox_to_anchor=(1, 0.5))  # hides no line
+    right.grid(alpha=0.3)
+    save_figure(figure, file)
+    plt.close(figure)
+
+
+def save_figure(figure: Any, file: Path) -> None:
+    partial = file.with_name(f"{file.stem}.partial{file.suffix}")
+    try:
+        # No date and a fixed salt: the same rows give the same file.
+        figure.savefig(partial, dpi=110, metadata={"Date": None} if file.suffix == ".svg" else None)
+    except (ValueError, OSError) as e:
+        raise StreamError(f"{file}: cannot draw: {e}") from e
+    partial.replace(file)
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot, drawing into files.
+
+    Raises:
+        StreamError: it is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError as e:
+        raise StreamError("plots need matplotlib: pip install 'mlx-streamexperts[plots]'") from e
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "mlx-streamexperts"
+    import matplotlib.pyplot as plt
+
+    return plt

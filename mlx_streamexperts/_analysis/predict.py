@@ -1,0 +1,209 @@
+"""How fast a streamed model should run, from sizes: a model of time, not a measurement.
+
+Everything here is arithmetic on a `Plan` and a `Machine`. The formulas are in the docstrings, the
+published figures that they rest on are named where they stand, and every result is a range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .._memory.budget import Plan
+from .._memory.hardware import Machine
+from .replay import replay
+
+# Hit rate of LRU by resident share, replayed from real traces by the project boyle
+# (Qwen3.5-397B, Qwen3-235B, GLM-5.2). They contain the first touches of short traces.
+_SHARES = (0.0, 0.12, 0.25, 0.36, 0.64, 1.0)
+PUBLISHED_HIT_RATES: dict[str, tuple[float, ...]] = {
+    "qwen3_5_moe": (0.0, 0.58, 0.76, 0.83, 0.89, 1.0),
+    "qwen3_moe": (0.0, 0.58, 0.80, 0.89, 0.97, 1.0),
+    "glm_moe_dsa": (0.0, 0.50, 0.67, 0.76, 0.90, 1.0),
+}
+"""Hit rates at resident shares 0, .12, .25, .36, .64 and 1, by model type."""
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A result that others have published for a streamed model; theirs, on their machines.
+
+    Attributes:
+        model_type: as in config.json.
+        layers: expert layers of the model.
+        machine: one of `NAMED_MACHINES`.
+        memory: the budget that they state, or what the machine could give, in bytes.
+        tokens_per_s: decode rate.
+        note: who, and what differs from plain exact decoding.
+    """
+
+    model_type: str
+    layers: int
+    machine: str
+    memory: int
+    tokens_per_s: float
+    note: str
+
+
+REPORTED = (
+    Reported("qwen3_5_moe", 60, "M5 Max 128 GB", 90 * 10**9, 7.2, "boyle/oMLX, served, 83 % hits"),
+    Reported(
+        "qwen3_5_moe", 60, "M3 Max 48 GB", 42 * 10**9, 4.36, "flash-moe, top-4 instead of top-10"
+    ),
+    Reported("qwen3_5_moe", 60, "iPhone class 12 GB", 8 * 10**9, 0.6, "anemll"),
+    Reported("qwen3_moe", 94, "M5 Max 128 GB", 70 * 10**9, 11.7, "boyle, Qwen3-235B-A22B"),
+    Reported("kimi_k25", 60, "M4 Max 128 GB", 110 * 10**9, 1.7, "Daniel Isaac; budget not stated"),
+)
+
+_RATE_SHARE = (0.6, 0.9)
+"""Share of the specified memory bandwidth that decode reaches: low, high."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """A prediction: the smallest, the likely and the largest value."""
+
+    low: float
+    likely: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.likely:.3g} ({self.low:.3g} to {self.high:.3g})"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What `predict` returns.
+
+    Attributes:
+        hit_rate: share of needed experts that are resident.
+        tokens_per_s: decode rate.
+        first_token: seconds to the first token of `prompt_tokens`.
+        prompt_tokens: the prompt that `first_token` is for.
+        compute_seconds, sync_seconds, read_seconds: the likely parts of one token's time.
+        limit: which of them is largest: "memory bandwidth", "host sync and launches" or "drive".
+    """
+
+    hit_rate: Range
+    tokens_per_s: Range
+    first_token: Range
+    prompt_tokens: int
+    compute_seconds: float
+    sync_seconds: float
+    read_seconds: float
+    limit: str
+
+
+def predict(
+    plan: Plan, machine: Machine, prompt_tokens: int = 1000, hit_rate: Range | None = None
+) -> Prediction:
+    """Predict decode rate and time to first token.
+
+    One token:
+
+        compute = bytes of weights used / memory rate     (trunk, no embeddings, + top-k experts)
+        sync    = streamed layers x sync seconds           (wholly resident layers ask nothing)
+                  + layers x layer seconds
+        read    = missed bytes / drive rate + layers with a miss x drive latency
+        likely  = compute + sync + read                       (reads of a layer wait for its router)
+        high    = max(compute + sync, read), optimistic hit rate and bandwidth: perfect overlap
+        low     = the sum with the pessimistic hit rate and bandwidth
+
+    First token: each prompt chunk of `plan.prefill_tokens` reads every expert that it needs and
+    that is not resident once: `E (1 - (1 - k/E)^T)` distinct of E for T tokens, if routing
+    were even. Arithmetic is not modelled: compute-bound machines need longer.
+
+    Args:
+        plan: sizes of the model and its cache.
+        machine: the machine.
+        prompt_tokens: length of the prompt for `first_token`.
+        hit_rate: measured or replayed; default: `published_hit_rate`.
+    """
+    hits = hit_rate or published_hit_rate(plan.model_type, plan.resident_share)
+    streamed = [s for s, n in zip(plan.slots, plan.layer_experts, strict=True) if s < n]
+    layers = len(streamed)
+    launches = len(plan.slots) * machine.layer_seconds
+    sync = layers * machine.sync_seconds + launches
+    wanted = plan.top_k * layers  # experts of one token that may miss
+
+    def read(rate: float) -> float:
+        missed = (1 - rate) * plan.cold_bytes_per_token * layers / max(1, len(plan.slots))
+        stalls = layers * (1 - rate ** (wanted / max(1, layers)))
+        return missed / machine.drive_rate + stalls * machine.drive_latency
+
+    def compute(share: float) -> float:
+        return plan.active_bytes_per_token / (machine.memory_rate * share)
+
+    middle = sum(_RATE_SHARE) / 2
+    likely = compute(middle) + sync + read(hits.likely)
+    slow = compute(_RATE_SHARE[0]) + sync + read(hits.low)
+    fast = max(compute(_RATE_SHARE[1]) + sync - launches, read(hits.high))
+    parts = {
+        "memory bandwidth": compute(middle),
+        "host sync and launches": sync,
+        "drive": read(hits.likely),
+    }
+
+    chunks = plan.passes(prompt_tokens)
+    sweep = sum(_touched(plan, tokens) for tokens in chunks) * (1 - plan.resident_share)
+    swept = sweep / machine.drive_rate
+    return Prediction(
+        hit_rate=hits,
+        tokens_per_s=Range(1 / slow, 1 / likely, 1 / fast),
+        first_token=Range(
+            swept / 2 + fast,  # uneven routing wants fewer: half is a guess
+            swept + likely,
+            plan.experts * len(chunks) / machine.drive_rate + slow,
+        ),
+        prompt_tokens=prompt_tokens,
+        compute_seconds=parts["memory bandwidth"],
+        sync_seconds=sync,
+        read_seconds=parts["drive"],
+        limit=max(parts, key=lambda k: parts[k]),
+    )
+
+
+def _touched(plan: Plan, tokens: int) -> float:
+    """Expected bytes of the distinct experts that `tokens` tokens need, were routing even."""
+    total = 0.0
+    for experts in plan.layer_experts:
+        share = 1 - (1 - min(1.0, plan.top_k / experts)) ** tokens
+        total += share * plan.experts * experts / sum(plan.layer_experts)
+    return total
+
+
+def published_hit_rate(model_type: str, resident_share: float) -> Range:
+    """Hit rate of LRU at a resident share, interpolated in `PUBLISHED_HIT_RATES`.
+
+    The range spans the published models; the likely value is the model's own curve where there is
+    one, else their mean.
+    """
+    rates = [float(np.interp(resident_share, _SHARES, c)) for c in PUBLISHED_HIT_RATES.values()]
+    own = PUBLISHED_HIT_RATES.get(model_type)
+    likely = float(np.interp(resident_share, _SHARES, own)) if own else sum(rates) / len(rates)
+    return Range(min(rates), likely, max(rates))
+
+
+def replayed_hit_rate(trace: Path, slots: Sequence[int], policy: str = "lru") -> Range:
+    """Hit rate of a recorded trace (`ExpertStream.trace`) at a cache size.
+
+    The likely value counts every needed expert; the high one leaves first uses out, as in a long
+    run; the low one is the worst tenth of the calls' layers.
+
+    Args:
+        trace: the recording.
+        slots: slots of each layer, in model order.
+        policy: replacement policy.
+
+    Raises:
+        StreamError: not a trace, or one of a model with other layers.
+    """
+    total, layers = replay(trace, slots, policy)
+    later = total.hits + total.capacity
+    worst = sorted(x.hit_rate for x in layers)[: max(1, len(layers) // 10)]
+    return Range(
+        sum(worst) / len(worst), total.hit_rate, total.hits / later if later else total.hit_rate
+    )

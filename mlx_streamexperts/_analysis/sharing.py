@@ -1,0 +1,97 @@
+"""Uneven shares of a budget, layers kept whole, and hot sets: fitted on some traces, for others.
+
+What is fitted here is judged by `simulate` on traces that were not used for it. No MLX, no I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .._cache.policies import PolicyMaker
+from .._experts.trace import Routing
+from .replay import replay_layer
+
+
+def miss_curves(traces: Sequence[Routing], policy: str | PolicyMaker) -> list[np.ndarray]:
+    """Capacity misses of each layer by its slots, over some traces: float [experts + 1] each.
+
+    Replayed at 17 sizes, straight lines between them; no slots count as one.
+    """
+    curves = []
+    for layer, experts in enumerate(traces[0].experts):
+        sizes = np.unique(np.linspace(1, experts, 17).round().astype(int))
+        misses = [
+            sum(
+                replay_layer(t.layers[layer], experts, int(n), policy).stats.capacity
+                for t in traces
+            )
+            for n in sizes
+        ]
+        curves.append(np.interp(np.arange(experts + 1), sizes, misses))
+    return curves
+
+
+def share_by_gain(
+    slots: Sequence[int], expert_bytes: Sequence[int], least: Sequence[int],
+    curves: Sequence[np.ndarray],
+) -> list[int]:  # fmt: skip
+    """The bytes of an even division, handed out again to the layers that gain most by them.
+
+    Each step goes to the layer and the number of slots that save most misses a byte: not only the
+    next slot, since a curve may be flat first and steep later.
+
+    Args:
+        slots: the even division.
+        least: slots that a layer keeps whatever it gains.
+    """
+    left = sum(n * b for n, b in zip(slots, expert_bytes, strict=True))
+    shares = list(least)
+    left -= sum(n * b for n, b in zip(shares, expert_bytes, strict=True))
+    while True:
+        best: tuple[float, int, int] | None = None
+        for i, curve in enumerate(curves):
+            most = min(len(curve) - 1 - shares[i], left // expert_bytes[i])
+            if most < 1:
+                continue
+            steps = np.arange(1, most + 1)
+            gains = (curve[shares[i]] - curve[shares[i] + steps]) / (steps * expert_bytes[i])
+            step = int(np.argmax(gains))
+            if best is None or gains[step] > best[0]:
+                best = float(gains[step]), i, step + 1
+        if best is None:
+            return shares
+        shares[best[1]] += best[2]
+        left -= best[2] * expert_bytes[best[1]]
+
+
+def keep_whole(
+    count: int, slots: Sequence[int], experts: Sequence[int], expert_bytes: Sequence[int],
+    least: Sequence[int], curves: Sequence[np.ndarray],
+) -> list[int] | None:  # fmt: skip
+    """An even division in which the `count` layers with most misses are resident altogether.
+
+    The others share the rest evenly. None where that leaves them too little.
+    """
+    order = sorted(range(len(slots)), key=lambda i: -curves[i][slots[i]])
+    whole, others = order[:count], order[count:]
+    left = sum(n * b for n, b in zip(slots, expert_bytes, strict=True))
+    left -= sum(experts[i] * expert_bytes[i] for i in whole)
+    shares = list(experts)
+    for done, i in enumerate(others):
+        shares[i] = min(experts[i], max(0, left) // ((len(others) - done) * expert_bytes[i]))
+        left -= shares[i] * expert_bytes[i]
+    return shares if all(shares[i] >= least[i] for i in others) else None
+
+
+def hot_experts(traces: Sequence[Routing]) -> list[list[int]]:
+    """Each layer's experts, most used first, over some traces."""
+    order = []
+    for layer, experts in enumerate(traces[0].experts):
+        uses = np.zeros(experts, np.int64)
+        for trace in traces:
+            for rows in trace.layers[layer]:
+                uses += np.bincount(rows.ravel(), minlength=experts)
+        order.append(np.argsort(-uses, kind="stable").tolist())
+    return order

@@ -1,0 +1,1 @@
+"""What every command line shares: options, mlx-lm's own programs, closing lines."""

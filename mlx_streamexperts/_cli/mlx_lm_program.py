@@ -1,0 +1,209 @@
+"""Running mlx-lm's own programs with our options: its parser, its main, experts streamed.
+
+Nothing of a program is rewritten. Its `setup_arg_parser` is replaced by one that knows our options
+too, its generation functions by ones that are watched, both only while it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, TextIO
+from unittest import mock
+
+import mlx.nn as nn
+
+from .._config import StreamConfig
+from .._experts.stream import ExpertStream, stream
+from .._experts.timeline import Timeline
+from .._loading.load import patch
+from .options import make_parser
+from .summary import Timing, experts_read, of_all_ranks, rows
+from .terminal import print_rows
+
+_PREFILL_BATCH = 8  # prompts that mlx-lm's BatchGenerator takes into one pass
+
+
+def program_parser(
+    stock: ModuleType, command: str, description: str | None
+) -> argparse.ArgumentParser:
+    """The parser of one of mlx-lm's programs, with our options and what to report.
+
+    Args:
+        stock: the program.
+        command: ours, by the name of its module.
+        description: for `--help`.
+    """
+    prog = f"python -m mlx_streamexperts.{command}"
+    parser = make_parser(stock.setup_arg_parser(), prog, description)
+    add_report_arguments(parser)
+    return parser
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to record of a run, and to print of it at the end."""
+    group = parser.add_argument_group("recording")
+    group.add_argument(
+        "--timeline", help="write where the time went to this file, for ui.perfetto.dev"
+    )
+    group.add_argument(
+        "--trace", help="write which experts the routers chose to this file (JSON lines)"
+    )
+    group.add_argument(
+        "--layer-hits", action="store_true", help="print each layer's hit rate at the end"
+    )
+
+
+@dataclass
+class Session:
+    """One run of a program.
+
+    Attributes:
+        args: the options that it was given.
+        patched: holds the streams of the models that it loaded.
+        timing: of its generations.
+    """
+
+    args: argparse.Namespace
+    patched: patch
+    timing: Timing = field(default_factory=Timing)
+    recordings: ExitStack = field(default_factory=ExitStack)
+    _timeline: Timeline | None = None
+    _recording: bool = False
+
+    def record(self, expert_stream: ExpertStream) -> None:
+        """Begin what `--timeline` and `--trace` ask for, once."""
+        if self._recording:
+            return
+        self._recording = True
+        if self.args.timeline is not None:
+            self._timeline = self.recordings.enter_context(
+                expert_stream.timeline(self.args.timeline)
+            )
+        if self.args.trace is not None:
+            self.recordings.enter_context(expert_stream.trace(self.args.trace))
+
+    def note_phases(self) -> None:
+        """Keep the timeline's sums so far, if one is taken."""
+        if self._timeline is not None:
+            self.timing.phases = self._timeline.summary()
+
+    def print_summary(self, file: TextIO | None = None) -> None:
+        """What streaming cost; nothing where no model was loaded."""
+        if self.patched.streams:
+            lines = rows(self.patched.streams, self.timing, self.args.layer_hits)
+            lines = of_all_ranks(self.patched.streams[0], lines)
+            print_rows(lines, "Expert streaming", file)
+
+
+@contextmanager
+def program(
+    stock: ModuleType,
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None,
+    args: argparse.Namespace,
+    config: StreamConfig,
+    warm_up: int = 0,
+) -> Iterator[Session]:
+    """Everything for `stock.main()` to run with experts streamed.
+
+    Args:
+        stock: one of mlx-lm's programs.
+        parser: takes its options and ours.
+        argv: the command line's arguments, those of this process if None.
+        args: what `parser` makes of them.
+        config: how experts are streamed.
+        warm_up: generations that the session does not count.
+    """
+    with patch(config=config) as patched:
+        session = Session(args, patched)
+        with session.recordings, _watched(stock, session, warm_up), _arguments(stock, parser, argv):
+            yield session
+
+
+@contextmanager
+def _arguments(
+    stock: ModuleType, parser: argparse.ArgumentParser, argv: list[str] | None
+) -> Iterator[None]:
+    """Let mlx-lm's main parse our command line: it ignores the options it does not know."""
+    command = sys.argv if argv is None else [parser.prog, *argv]
+    with (
+        mock.patch.object(stock, "setup_arg_parser", lambda: parser),
+        mock.patch.object(sys, "argv", command),
+    ):
+        yield
+
+
+@contextmanager
+def _watched(stock: ModuleType, session: Session, warm_up: int) -> Iterator[None]:
+    """Time generations, record them if asked to, and let prompts go in chunks as planned."""
+    original, done = stock.stream_generate, 0
+    local = ("help", "model", "verbose", "pipeline")  # all else decides which text there is
+    shared = [a.dest for a in stock.setup_arg_parser()._actions if a.dest not in local]
+    said = {name: str(getattr(session.args, name, None)) for name in shared}
+    original_batch: Any = getattr(stock, "batch_generate", None)
+
+    def ended(streamed: ExpertStream) -> None:
+        nonlocal done
+        done += 1
+        session.note_phases()
+        if done == warm_up:
+            session.timing = Timing()
+            for x in session.patched.streams:
+                x.reset()
+
+    def watched(model: nn.Module, *rest: Any, **options: Any) -> Iterator[Any]:
+        streamed = stream(model)
+        session.record(streamed)
+        if streamed.ranks is not None:
+            streamed.ranks.agree({"the option": said})
+        if options.get("prefill_step_size") is None:
+            options["prefill_step_size"] = streamed.plan.prefill_tokens
+        timing, before = session.timing, session.timing.total
+        bytes_before = streamed.stats().read.bytes
+        experts_first = bytes_first = 0
+        first = True
+        start = time.perf_counter()
+        for response in original(model, *rest, **options):
+            elapsed = time.perf_counter() - start
+            timing.total = before + elapsed
+            timing.tokens += 1
+            timing.drafted += response.from_draft
+            if first:
+                first = False
+                timing.first_token = (timing.first_token or 0.0) + elapsed
+                timing.generations += 1
+                timing.prompt_tokens += response.prompt_tokens
+                timing.chunks += len(streamed.plan.passes(response.prompt_tokens))
+                bytes_first, experts_first = streamed.stats().read.bytes, experts_read(streamed)
+                timing.prompt_bytes += bytes_first - bytes_before
+            yield response
+        if not first:
+            timing.later_experts += experts_read(streamed) - experts_first
+            timing.later_bytes += streamed.stats().read.bytes - bytes_first
+        ended(streamed)
+
+    def watched_batch(
+        model: nn.Module, tokenizer: Any, prompts: list[list[int]], **options: Any
+    ) -> Any:
+        streamed, timing = stream(model), session.timing
+        session.record(streamed)
+        if options.get("prefill_step_size") is None:
+            together = min(len(prompts), options.get("prefill_batch_size", _PREFILL_BATCH))
+            options["prefill_step_size"] = max(1, streamed.plan.prefill_tokens // together)
+        start = time.perf_counter()
+        result = original_batch(model, tokenizer, prompts, **options)
+        timing.total += time.perf_counter() - start
+        timing.tokens += result.stats.generation_tokens
+        ended(streamed)
+        return result
+
+    with mock.patch.object(stock, "stream_generate", watched), ExitStack() as also:
+        if original_batch is not None:
+            also.enter_context(mock.patch.object(stock, "batch_generate", watched_batch))
+        yield

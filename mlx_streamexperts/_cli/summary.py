@@ -1,0 +1,169 @@
+"""What streaming cost: the lines that a command prints at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from .._config import format_size
+from .._experts.stream import ExpertStream
+from .terminal import Row, bar, plain
+
+
+@dataclass
+class Timing:
+    """One generation, or the sum of several.
+
+    Attributes:
+        generations: how many brought a first token.
+        first_token: seconds from their start to the first token, or None if there was none.
+        total: seconds to the last.
+        prompt_tokens: tokens of the prompts.
+        chunks: forward passes that the prompts took.
+        prompt_bytes: what was read from the drive until the first tokens.
+        tokens: tokens generated.
+        drafted: those of them that a draft model had proposed.
+        later_experts: experts read after the first tokens.
+        later_bytes: their bytes.
+        phases: seconds by phase, where a timeline was taken.
+    """
+
+    generations: int = 0
+    first_token: float | None = None
+    total: float = 0.0
+    prompt_tokens: int = 0
+    chunks: int = 0
+    prompt_bytes: int = 0
+    tokens: int = 0
+    drafted: int = 0
+    later_experts: int = 0
+    later_bytes: int = 0
+    phases: dict[str, float] = field(default_factory=dict)
+
+
+def experts_read(expert_stream: ExpertStream) -> int:
+    """Experts read since the last reset, for a call or ahead of one."""
+    stats = expert_stream.stats()
+    return stats.cache.misses + stats.ahead.issued - stats.ahead.cancelled
+
+
+def summary(expert_stream: ExpertStream, timing: Timing) -> str:
+    """The same as `rows`, as lines of text."""
+    return plain(rows([expert_stream], timing))
+
+
+def rows(streams: Sequence[ExpertStream], timing: Timing, layers: bool = False) -> list[Row]:
+    """What streaming cost.
+
+    Args:
+        streams: of the model, and of others that were loaded beside it.
+        timing: how long it took; of a program that was not timed, all zero.
+        layers: with each layer's hit rate.
+    """
+    first, *others = streams
+    lines = [*_prompt(timing), *_experts(first, timing)]
+    if timing.drafted:
+        later = max(1, timing.tokens - timing.generations)
+        lines.append(
+            (
+                "Drafts",
+                f"{timing.drafted} of {timing.tokens} tokens were drafted and accepted; "
+                f"{timing.later_experts / later:.1f} experts, "
+                f"{format_size(timing.later_bytes / later)} read per token after the first",
+            )
+        )
+    for other in others:
+        lines += [(f"{label} (second model)", text) for label, text in _experts(other, Timing())]
+    if timing.phases:
+        elapsed = timing.phases["elapsed"]
+        parts = ", ".join(
+            f"{name} {seconds / elapsed:.1%}"
+            for name, seconds in timing.phases.items()
+            if name != "elapsed"
+        )
+        lines.append(("Timeline", f"{elapsed:.3f} s: {parts}"))
+    if layers:
+        lines += [(name, bar(rate)) for name, rate in first.stats().layer_hit_rates.items()]
+    if first.profile is not None:
+        lines.append(("Profile", str(first.profile)))
+    plan = first.plan
+    lines.append(
+        (
+            "Memory",
+            f"peak {format_size(mx.get_peak_memory())}"
+            + ("" if plan.memory is None else f" of {format_size(plan.memory)}")
+            + f" (trunk {format_size(plan.trunk)}, expert cache {format_size(plan.cache)})",
+        )
+    )
+    return lines
+
+
+def of_all_ranks(expert_stream: ExpertStream, lines: list[Row]) -> list[Row]:
+    """The lines of every rank, where several machines share the model."""
+    if (ranks := expert_stream.ranks) is None:
+        return lines
+    everybody = ranks.exchange([str(expert_stream.stage).partition(", ")[2], lines])
+    return [
+        row
+        for (stage, theirs), name in zip(everybody, ranks.names, strict=True)
+        for row in [(name, stage), *((f"  {label}", text) for label, text in theirs)]
+    ]
+
+
+def _prompt(timing: Timing) -> list[Row]:
+    """Of the time until the first token; nothing where there was none."""
+    if timing.first_token is None:
+        return []
+    many = timing.generations > 1
+    mean = f" on average of {timing.generations}" if many else ""
+    return [
+        (
+            "Time to first token",
+            f"{timing.first_token / timing.generations:.3f} s{mean}, {timing.prompt_tokens} tokens "
+            f"in {timing.chunks} chunk{'s' if timing.chunks > 1 else ''}, "
+            f"{format_size(timing.prompt_bytes)} read",
+        )
+    ]
+
+
+def _experts(expert_stream: ExpertStream, timing: Timing) -> list[Row]:
+    """Of one model's cache and reads."""
+    stats, plan = expert_stream.stats(), expert_stream.plan
+    if stats.resident_layers == len(expert_stream.layers):
+        return [("Experts", "all resident, nothing was streamed")]
+    waited = stats.read.wait_seconds
+    share = f", {waited / timing.total:.0%} of the time" if timing.total else ""
+    lines = [
+        (
+            "Experts",
+            f"{stats.cache.hit_rate:.1%} hit rate with {plan.resident_share:.1%} resident "
+            f"({stats.cache.compulsory} first uses, {stats.cache.capacity} misses after eviction)",
+        ),
+        (
+            "Read",
+            f"{format_size(stats.read.bytes)} in {stats.read.reads} reads, "
+            f"waited {waited:.3f} s{share}",
+        ),
+    ]
+    if (ran := stats.run_ahead).steps:
+        lines.append(
+            (
+                "Run-ahead",
+                f"{ran.trusted} waits for the device saved, {ran.asked} left; {ran.exact_at_once} "
+                f"of {ran.steps} steps exact at once, {ran.passes / ran.steps:.2f} passes a step",
+            )
+        )
+    if stats.ahead.issued:
+        lines.append(
+            (
+                "Read ahead",
+                f"{stats.ahead.issued} experts, {stats.cache.prefetched} used "
+                f"({stats.ahead.late} of them late), {stats.cache.wasted} wasted, "
+                f"{stats.ahead.cancelled} taken back; delayed others by "
+                f"{stats.read.delay_seconds:.3f} s; {stats.looking_ahead} of "
+                f"{len(expert_stream.layers)} layers look ahead",
+            )
+        )
+    return lines

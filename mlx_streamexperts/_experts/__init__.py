@@ -1,0 +1,1 @@
+"""The streamed expert layer, its slots, and the stream behind a model."""

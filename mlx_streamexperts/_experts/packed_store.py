@@ -1,0 +1,387 @@
+"""The packed store: each expert's parts side by side, so that a miss is one read.
+
+A folder with one file a layer and a manifest, made from a checkpoint and tied to it. Each expert's
+block starts at a page of 16 KiB (Apple's page size, a multiple of every drive's block), holds the
+expert's parts in a fixed order, and has a checksum. The manifest is written last: a folder without
+one is unfinished.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .._errors import CheckpointError, StreamError
+from .._io.checkpoint import file_identity, read_json_object
+from .._io.output import exclusive, sync_folder, write_json
+from .layer import ExpertLayer
+from .slots import ExpertTensor
+from .stream import expert_files
+
+PAGE_BYTES = 16_384
+_FORMAT = 1
+_MANIFEST = "manifest.json"
+# What packing writes, and so all that it may delete: the folder may hold a user's files too.
+_LAYER_FILE = re.compile(r"layer-\d{5}\.experts")
+_OURS = re.compile(rf"({_LAYER_FILE.pattern}(\.json)?|manifest\.json)(\.partial)?")
+
+
+@dataclass(frozen=True)
+class Damage:
+    """An expert whose bytes are not those that were packed."""
+
+    layer: str
+    expert: int
+    file: Path
+
+
+def write_store(
+    layers: Sequence[ExpertLayer], folder: Path, overwrite: bool = False
+) -> Iterator[int]:
+    """Pack the experts of `layers`; yields bytes done as it goes, resumed layers included.
+
+    Interrupted at any moment and run again, it goes on after the last whole layer.
+
+    Args:
+        layers: as located in their checkpoint.
+        folder: where to; created.
+        overwrite: discard another checkpoint's store there.
+
+    Raises:
+        StreamError: the disk has no room or cannot be written, `folder` holds the store of
+            another checkpoint, or somebody else is writing there.
+        CheckpointError: the source ends early or cannot be read.
+    """
+    try:
+        with exclusive(folder, "packing"):
+            yield from _write_store(layers, folder, overwrite)
+    except OSError as e:
+        raise StreamError(
+            f"{e.filename or folder}: packing stopped: {e.strerror}; layers that are whole are "
+            "kept, run again to go on"
+        ) from e
+
+
+def _write_store(layers: Sequence[ExpertLayer], folder: Path, overwrite: bool) -> Iterator[int]:
+    source = _source(layers)
+    plans = [_describe(number, layer) for number, layer in enumerate(layers)]
+    if not overwrite:
+        _refuse_foreign(folder, source)
+    finished = [None if overwrite else _finished(folder, plan, source) for plan in plans]
+    unfinished = [p for p, done in zip(plans, finished, strict=True) if done is None]
+    redone = {p["file"] for p in unfinished} | {_sidecar(folder, p).name for p in unfinished}
+    stale = [
+        file
+        for file in _ours(folder)
+        if overwrite or file.name.endswith(".partial") or file.name in redone
+    ]
+    needed = sum(map(_file_bytes, unfinished))
+    free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in stale)
+    if needed > free:  # before anything is discarded: the old store may be all there is
+        raise StreamError(
+            f"{folder}: packing needs {needed:,} bytes and {free:,} are free; nothing was written"
+        )
+    for file in stale:
+        file.unlink()
+    for i, (layer, plan) in enumerate(zip(layers, plans, strict=True)):
+        if finished[i] is None:
+            yield from _write_layer(layer, plan, folder)
+            write_json(_sidecar(folder, plan), {"source": source, "layer": plan})
+        else:
+            plan["checksums"] = finished[i]
+            yield layer.experts * layer.expert_bytes
+    write_json(
+        folder / _MANIFEST,
+        {"format": _FORMAT, "page_bytes": PAGE_BYTES, "source": source, "layers": plans},
+    )
+    for plan in plans:
+        _sidecar(folder, plan).unlink(missing_ok=True)
+
+
+def use_store(
+    layers: Sequence[ExpertLayer],
+    folder: Path,
+    verify_reads: bool = False,
+    in_part: bool = False,
+    planning: bool = False,
+) -> None:
+    """Read the experts of `layers` from a store from now on.
+
+    Args:
+        layers: as located in their checkpoint.
+        folder: the store.
+        verify_reads: compare each expert's checksum after each of its reads.
+        in_part: `layers` are some of the model's; files of the others need not be there.
+        planning: the checkpoint's headers may be all that is here of it.
+
+    Raises:
+        CheckpointError: it is not a finished store, is damaged, or was made of another checkpoint.
+        StreamError: `verify_reads` without the library of the checksums.
+    """
+    file = folder / _MANIFEST
+    source, stored = _read_manifest(file)
+    own, numbers = _source(layers), list(range(len(layers)))
+    if in_part and isinstance(source, dict):
+        source = {shard: source[shard] for shard in source if shard in own}
+        at = {entry["name"]: number for number, entry in enumerate(stored)}
+        numbers = [at[layer.name] for layer in layers if layer.name in at]
+        stored = [stored[number] for number in numbers]
+    if planning:
+        source, own = _headers(source), _headers(own)
+    _compare_sources(file, source, own)
+    expected = [_describe(n, layer) for n, layer in zip(numbers, layers, strict=False)]
+    if len(stored) != len(layers):
+        raise CheckpointError(f"{file}: does not describe {len(layers)} layers: pack again")
+    for layer, mine, theirs in zip(layers, expected, stored, strict=True):
+        # Everything that places bytes follows from the checkpoint; nothing is taken on trust.
+        if mine != {k: theirs.get(k) for k in mine}:
+            raise CheckpointError(
+                f"{file}: {layer.name} is not laid out as this checkpoint's would be: pack again"
+            )
+        path = folder / mine["file"]
+        size = path.stat().st_size if path.is_file() else -1
+        if size != _file_bytes(mine):
+            state = "is missing" if size < 0 else f"has {size:,} bytes of {_file_bytes(mine):,}"
+            raise CheckpointError(f"{path} {state}: pack again")
+    for layer, mine, theirs in zip(layers, expected, stored, strict=True):
+        if verify_reads:
+            layer.slots.as_packed = _read_check(theirs["checksums"])
+        files = (str(folder / mine["file"]),) * layer.experts
+        for part in mine["parts"]:
+            tensor = layer.tensors[part["name"]]
+            offsets = range(part["offset"], _file_bytes(mine), mine["stride"])
+            packed = replace(tensor.stored, files=files, offsets=tuple(offsets))
+            layer.tensors[part["name"]] = ExpertTensor(tensor.slot, packed)
+
+
+def verify_store(folder: Path) -> Iterator[tuple[int, Damage | None]]:
+    """Re-read every expert of a store; yields bytes read, and what is damaged.
+
+    Raises:
+        CheckpointError: not a finished store, or a file is missing or cannot be read.
+    """
+    for layer in _read_manifest(folder / _MANIFEST)[1]:
+        path, stride, used = folder / layer["file"], layer["stride"], layer["used"]
+        try:
+            with path.open("rb") as f:
+                size = os.fstat(f.fileno()).st_size
+                for expert, expected in enumerate(layer["checksums"]):
+                    # Nothing is read past the end: a manifest's sizes must not decide how much
+                    # memory is taken. The padding belongs to the block.
+                    good = (expert + 1) * stride <= size
+                    if good:
+                        f.seek(expert * stride)
+                        good = _checksum(f.read(used)) == expected
+                    yield used, None if good else Damage(layer["name"], expert, path)
+        except OSError as e:
+            raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
+
+
+def _read_manifest(file: Path) -> tuple[Any, list[dict[str, Any]]]:
+    """What a manifest says of its source, and its layers.
+
+    Raises:
+        CheckpointError: it is not one that packing writes.
+    """
+    manifest = read_json_object(file, "layers")
+    if manifest.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{file}: format {manifest.get('format')!r}, this version reads {_FORMAT}: pack again"
+        )
+    layers = manifest.get("layers")
+    if not isinstance(layers, list) or not layers:
+        raise CheckpointError(f"{file}: describes no layers: pack again")
+    for number, layer in enumerate(layers):
+        if not _as_packed(layer):
+            raise CheckpointError(
+                f"{file}: layer {number} is not described as packing does: pack again"
+            )
+    return manifest.get("source"), layers
+
+
+def _as_packed(layer: Any) -> bool:
+    """Is this a layer's entry as packing writes it, with a checksum for every expert?"""
+    if not isinstance(layer, dict):
+        return False
+    sizes = [layer.get(k) for k in ("experts", "used", "stride")]
+    sums, file = layer.get("checksums"), layer.get("file")
+    return (
+        isinstance(layer.get("name"), str)
+        and isinstance(file, str)
+        and _LAYER_FILE.fullmatch(file) is not None
+        and all(type(n) is int and 0 < n < 1 << 63 for n in sizes)
+        and layer["used"] <= layer["stride"]
+        and layer["stride"] % PAGE_BYTES == 0
+        and isinstance(sums, list)
+        and len(sums) == layer["experts"]
+        and all(isinstance(s, str) for s in sums)
+    )
+
+
+def _ours(folder: Path) -> list[Path]:
+    """The files in a folder that packing wrote."""
+    return sorted(f for f in folder.iterdir() if _OURS.fullmatch(f.name) and not f.is_dir())
+
+
+def _describe(number: int, layer: ExpertLayer) -> dict[str, Any]:
+    """A layer's entry in the manifest, but for the checksums."""
+    parts, offset = [], 0
+    for name, tensor in layer.tensors.items():
+        nbytes = tensor.stored.row_bytes
+        parts.append(
+            {
+                "name": name,
+                "tensor": tensor.stored.names[0],
+                "dtype": tensor.stored.dtype,
+                "shape": list(tensor.slot.shape),
+                "offset": offset,
+                "nbytes": nbytes,
+            }
+        )
+        offset += nbytes
+    return {
+        "name": layer.name,
+        "file": f"layer-{number:05d}.experts",
+        "experts": layer.experts,
+        "stride": -(-offset // PAGE_BYTES) * PAGE_BYTES,
+        "used": offset,
+        "parts": parts,
+    }
+
+
+def _file_bytes(plan: dict[str, Any]) -> int:
+    return int(plan["experts"] * plan["stride"])
+
+
+def _sidecar(folder: Path, plan: dict[str, Any]) -> Path:
+    """Says that a layer's file is whole, until the manifest does."""
+    return folder / f"{plan['file']}.json"
+
+
+def _write_layer(layer: ExpertLayer, plan: dict[str, Any], folder: Path) -> Iterator[int]:
+    """Copy a layer, expert by expert; adds the checksums to its entry."""
+    path, sums = folder / plan["file"], []
+    partial = path.with_name(path.name + ".partial")
+    block = bytearray(plan["stride"])  # what follows the last part stays zero
+    sources = {f: os.open(f, os.O_RDONLY) for f in expert_files([layer])}
+    try:
+        with partial.open("wb") as out:
+            for expert in range(layer.experts):
+                for part in plan["parts"]:
+                    stored = layer.tensors[part["name"]].stored
+                    file, offset = stored.files[expert], stored.offsets[expert]
+                    try:
+                        data = os.pread(sources[file], part["nbytes"], offset)
+                    except OSError as e:
+                        raise CheckpointError(
+                            f"{file}: tensor {stored.names[expert]} cannot be read: {e.strerror}"
+                        ) from e
+                    if len(data) != part["nbytes"]:
+                        raise CheckpointError(
+                            f"{file}: tensor {stored.names[expert]} ends within expert {expert}"
+                        )
+                    block[part["offset"] : part["offset"] + part["nbytes"]] = data
+                sums.append(_checksum(memoryview(block)[: plan["used"]]))
+                out.write(block)
+                yield layer.expert_bytes
+            out.flush()
+            os.fsync(out.fileno())
+    finally:
+        for fd in sources.values():
+            os.close(fd)
+    partial.replace(path)
+    sync_folder(folder)
+    plan["checksums"] = sums
+
+
+def _finished(folder: Path, plan: dict[str, Any], source: dict[str, Any]) -> list[str] | None:
+    """Checksums of a layer that an earlier run packed whole; None where it has to be packed."""
+    path, sidecar = folder / plan["file"], _sidecar(folder, plan)
+    if not path.is_file() or path.stat().st_size != _file_bytes(plan):
+        return None
+    entries: list[Any]
+    try:
+        if sidecar.is_file():
+            known = read_json_object(sidecar, "layer")
+            known_source, entries = known.get("source"), [known.get("layer")]
+        else:
+            known_source, entries = _read_manifest(folder / _MANIFEST)
+    except CheckpointError:  # it cannot vouch for the file
+        return None
+    for entry in entries:
+        if _as_packed(entry) and plan == {k: entry.get(k) for k in plan}:
+            return entry["checksums"] if known_source == source else None
+    return None
+
+
+def _refuse_foreign(folder: Path, source: dict[str, Any]) -> None:
+    for file in _ours(folder):
+        if file.suffix != ".json":
+            continue
+        try:
+            _compare_sources(file, read_json_object(file, "layers").get("source"), source)
+        except CheckpointError as e:
+            raise StreamError(
+                f"{e}. Choose another folder, or --overwrite to discard what is there."
+            ) from e
+
+
+def _source(layers: Sequence[ExpertLayer]) -> dict[str, Any]:
+    """What ties a store to its checkpoint: each shard's size, digests of header and samples."""
+    return {file.name: file_identity(file) for file in map(Path, expert_files(layers))}
+
+
+def _headers(source: Any) -> Any:
+    """A source without the samples of its data."""
+    if not isinstance(source, dict):
+        return source
+    return {
+        shard: {k: v for k, v in known.items() if k != "sample"}
+        if isinstance(known, dict)
+        else known
+        for shard, known in source.items()
+    }
+
+
+def _compare_sources(file: Path, theirs: Any, mine: dict[str, Any]) -> None:
+    if theirs == mine:
+        return
+    if not isinstance(theirs, dict) or set(theirs) != set(mine):
+        raise CheckpointError(f"{file}: packed from a checkpoint with other shards")
+    shard = next(s for s in mine if theirs[s] != mine[s])
+    raise CheckpointError(
+        f"{file}: packed when {shard} was {theirs[shard]}, now it is {mine[shard]}: the checkpoint "
+        "changed, or is another one"
+    )
+
+
+def _xxhash() -> Any:
+    try:
+        import xxhash
+    except ImportError as e:
+        raise StreamError(
+            "checksums need the xxhash library: pip install 'mlx-streamexperts[pack]'"
+        ) from e
+    return xxhash
+
+
+def _checksum(data: bytes | memoryview) -> str:
+    return str(_xxhash().xxh3_64_hexdigest(data))
+
+
+def _read_check(checksums: list[str]) -> Callable[[int, Sequence[memoryview]], bool]:
+    """Are an expert's parts, in the order of its block, the bytes that were packed?"""
+    xxh3_64 = _xxhash().xxh3_64
+
+    def as_packed(expert: int, parts: Sequence[memoryview]) -> bool:
+        digest = xxh3_64()
+        for part in parts:
+            digest.update(part)
+        return bool(digest.hexdigest() == checksums[expert])
+
+    return as_packed

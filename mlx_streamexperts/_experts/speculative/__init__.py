@@ -1,0 +1,1 @@
+"""Run-ahead decoding: a whole token in one graph, checked afterwards."""

@@ -1,0 +1,52 @@
+"""What a stream has counted, summed over its layers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .._cache.expert_map import CacheStats
+from .._io.reader import ReadStats
+from .slots import AheadStats
+from .speculative.runahead import RunAheadStats
+
+
+@dataclass(frozen=True)
+class StreamStats:
+    """Counters since the last `reset`.
+
+    Attributes:
+        cache: hits and misses over all layers.
+        read: bytes, reads and seconds of the reader.
+        layer_hit_rates: hit rate by layer name, 0 to 1.
+        ahead: what became of experts read before they were asked for.
+        looking_ahead: layers that do so at present.
+        seconds: the caller's seconds in expert layers by phase: `sync` waiting for routers'
+            indices, the device's own work included; `map` experts to slots and queueing reads;
+            `wait` for reads; `build` the graph.
+        calls: of expert layers, summed over layers; wholly resident ones are not counted.
+        waves: extra passes of calls that needed more experts than a layer has slots.
+        overlapped: calls that ran resident experts while missing ones were read.
+        resident_layers: layers whose experts are all in memory; they count no hits.
+        run_ahead: what became of steps that did not wait for each layer's indices.
+    """
+
+    cache: CacheStats
+    read: ReadStats
+    layer_hit_rates: dict[str, float]
+    ahead: AheadStats
+    looking_ahead: int
+    seconds: dict[str, float]
+    calls: int
+    waves: int
+    overlapped: int
+    resident_layers: int
+    run_ahead: RunAheadStats
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain numbers, for JSON."""
+        return {
+            **asdict(self),
+            "misses": self.cache.misses,
+            "hit_rate": self.cache.hit_rate,
+        }

@@ -1,0 +1,506 @@
+"""The expert stream behind a model: its layers, its reader, its budget and its statistics."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .._cache.expert_map import CacheStats, LayerNeed, fewest_slots, share_slots
+from .._closing import Closing
+from .._config import StreamConfig, format_size, parse_size
+from .._distributed.pipeline import Stage
+from .._distributed.ranks import Ranks
+from .._distributed.watch import Watch
+from .._errors import BudgetError, CheckpointError, StreamError, UnsupportedModelError
+from .._io.files import allow_open, direct_works
+from .._io.reader import ExpertReader, ReadStats
+from .._memory.budget import Plan, check_resize, experts_per_token
+from .._memory.process_memory import enter, held, hold_limits, lacking, leave, release_limits
+from .._osinfo import available_memory_bytes, file_mark
+from .._progress import progress_bar
+from .autotune import Pace, Trial
+from .bank import in_place_works
+from .cpu_streams import Lanes
+from .hot_set import read_hot_set, read_in, save_hot_set
+from .layer import WAYS, ExpertLayer
+from .prefetch import SMALL_EXPERT_BYTES
+from .slots import AheadStats
+from .speculative.runahead import RunAhead, RunAheadStats
+from .stats import StreamStats
+from .thread_guard import Callers
+from .timeline import PHASES, Timeline
+from .trace import Trace
+
+_STREAM = "_expert_stream"
+Recording = TypeVar("Recording", Trace, Timeline)
+_GIVES = 8  # part of the cache that is given at once
+_log = logging.getLogger(__name__)
+
+
+class ExpertStream(Closing):
+    """What `stream(model)` returns. A context manager: leaving it closes the stream.
+
+    Close it, or let the model go, to free slots, files and threads.
+
+    Attributes:
+        layers: the expert layers in model order, for diagnosis; no part of the stable interface.
+        plan: how the budget was divided.
+        config: the options in force.
+        bypasses_page_cache: whether reads go past the system's page cache.
+        in_place: whether reads go straight into MLX's memory.
+        run_ahead: runs steps that do not wait for each layer; None where that is off.
+        stage: the decoder layers that are this rank's, where several machines share the model.
+        ranks: those machines.
+        profile: the settings of an earlier `tune` that are in use; None where there are none.
+        token_rows: tokens that the model knows; None where its own code does not tell.
+    """
+
+    profile: Any = None
+    stage: Stage | None = None
+    token_rows: int | None = None
+    ranks: Ranks | None = None
+    _watch: Watch | None = None
+
+    def __init__(
+        self,
+        layers: list[ExpertLayer],
+        plan: Plan,
+        config: StreamConfig,
+        model_config: dict[str, Any],
+    ) -> None:
+        self.layers, self.plan, self.config = layers, plan, config
+        self._model_config = model_config
+        self.in_place = config.in_place == "auto" and in_place_works()
+        self.bypasses_page_cache = self._decide_bypass()
+        hot = read_hot_set(layers, Path(config.hot_set)) if config.hot_set else []
+        _let_go(layers)
+        files = expert_files(layers)
+        allow_open(len(files), str(Path(files[0]).parent))
+        marks = _marks(files)
+        self._reader = ExpertReader(
+            config.threads, parse_size(config.read_size), self.bypasses_page_cache, marks
+        )
+        self.run_ahead: RunAhead | None = None
+        self._closed = self._freed = False
+        self._recordings: list[Trace | Timeline] = []
+        self._changing = threading.RLock()  # one change of the cache at a time, closing included
+        _alive.add(self)
+        self._callers = Callers(self._settle)
+        self._lanes = Lanes(config.cores)
+        self._paces: dict[int, Pace] = {}  # by the size of an expert
+        hold_limits(self, plan, config.wired == "auto")
+        try:
+            self._open(plan.slots)
+            self.run_ahead = self._make_run_ahead()
+            if hot:
+                read_in(layers, hot, config.progress)
+                self._reader.stats = ReadStats()
+        except BaseException:
+            self.close()
+            raise
+
+    def stats(self) -> StreamStats:
+        """Counters since the last `reset`, summed over layers."""
+        total = CacheStats()
+        for layer in self.layers:
+            total.add(layer.cache.stats)
+        ahead = [asdict(x.slots.ahead) for x in self.layers]
+        return StreamStats(
+            cache=total,
+            read=ReadStats(**asdict(self._reader.stats)),
+            layer_hit_rates={x.name: x.cache.stats.hit_rate for x in self.layers},
+            ahead=AheadStats(**{k: sum(a[k] for a in ahead) for k in ahead[0]}),
+            looking_ahead=sum(x.ahead is not None and x.ahead.on for x in self.layers),
+            seconds={p: sum(x.stats.seconds[p] for x in self.layers) for p in PHASES},
+            calls=sum(x.stats.calls for x in self.layers),
+            waves=sum(x.stats.waves for x in self.layers),
+            overlapped=sum(x.stats.overlapped for x in self.layers),
+            resident_layers=sum(x.resident for x in self.layers),
+            run_ahead=RunAheadStats(**asdict(self.run_ahead.stats) if self.run_ahead else {}),
+        )
+
+    def reset(self) -> None:
+        """Set every counter to zero; cached experts stay."""
+        for layer in self.layers:
+            layer.reset()
+        if self.run_ahead is not None:
+            self.run_ahead.stats = RunAheadStats()
+        self._reader.stats = ReadStats()
+
+    def trace(self, path: str | os.PathLike[str]) -> Trace:
+        """Record every routing decision into a file of JSON lines, until it is closed.
+
+        Layers that are wholly resident are asked for their indices too while it runs, which costs
+        them their freedom from syncs.
+
+        Args:
+            path: the file. Its first line describes the layers, each further one is one call of one
+                layer: its number, and for each token the experts that its router chose.
+
+        Returns:
+            A context manager; the file is there when it is closed, or this stream is.
+
+        Raises:
+            StreamError: this stream is closed, or another recording into that file is under way.
+            OSError: the file cannot be made.
+        """
+        return self._record(lambda: Trace(path, self.layers, self.plan))
+
+    def timeline(self, path: str | os.PathLike[str]) -> Timeline:
+        """Record where time goes, until it is closed, for Perfetto or chrome://tracing.
+
+        Args:
+            path: the file, in Chrome's trace-event format (JSON).
+
+        Returns:
+            A context manager, closed with this stream at the latest; its `summary()` gives seconds
+            by phase.
+
+        Raises:
+            StreamError: this stream is closed, or another recording into that file is under way.
+            OSError: the file cannot be made.
+        """
+        return self._record(lambda: Timeline(path, self.layers, self._reader))
+
+    def save_hot_set(self, path: str | os.PathLike[str]) -> None:
+        """Write which experts are cached now, for `StreamConfig(hot_set=path)` at a later load.
+
+        Args:
+            path: the file (JSON).
+
+        Raises:
+            StreamError: this stream is closed.
+            CheckpointError: the checkpoint's files cannot be read.
+        """
+        self._check_open()
+        save_hot_set(self.layers, Path(path))
+
+    def resize(self, cache: int | str) -> None:
+        """Change the expert cache's size while the model lives. It starts empty again.
+
+        Args:
+            cache: bytes, or a string such as "24GB".
+
+        Raises:
+            BudgetError: too small, or more than the `memory` stated at load allows beside what else
+                is held; nothing has changed.
+            StreamError: the size is not understood, or this stream is closed.
+            ExpertReadError: a layer that is now wholly resident could not be read in.
+        """
+        self._check_open()
+        slots = share_slots(parse_size(cache), self.needs())
+        taken = sum(n * x.expert_bytes for n, x in zip(slots, self.layers, strict=True))
+        reserve = parse_size(self.config.reserve) if self.config.reserve else 0
+        with self._change():
+            self._check_open()
+            bound = check_resize(self.plan, taken, reserve, held() - self.held_bytes())
+            self._open(slots)
+            self.plan = replace(self.plan, cache=taken, slots=tuple(slots), bound=bound)
+            hold_limits(self, self.plan, self.config.wired == "auto")
+
+    def make_room(self, needed: int, context: int, sequences: int) -> None:
+        """Let the expert cache shrink until a pass fits that the plan did not foresee.
+
+        Args:
+            needed: bytes that the pass takes.
+            context: tokens that each sequence has after it.
+            sequences: that it has side by side.
+
+        Raises:
+            BudgetError: it does not fit beside the fewest experts that the model works with.
+        """
+        with self._change():
+            gc.collect()
+            active = mx.get_active_memory()
+            over = lacking(active + needed)
+            if over <= 0 or self._closed:
+                return
+            needs = self.needs()
+            has = sum(x.cache.slots * x.expert_bytes for x in self.layers)
+            least = sum(n.minimum * n.expert_bytes for n in needs)
+            if has - over < least:
+                enough = self.plan.bound + over - (has - least)
+                raise BudgetError(
+                    f"{sequences} x {context:,} tokens of context do not fit: a forward pass needs "
+                    f"{format_size(needed)} beside the {format_size(active)} that MLX holds within "
+                    f"{format_size(self.plan.bound)}, and the expert cache can give no more than "
+                    f"{format_size(has - least)}. Load with at "
+                    f"least memory={enough:,} bytes ({format_size(enough)}), or shorten the "
+                    "context, the batch, or what else is kept (prompt caches, logits)",
+                    needed_bytes=enough,
+                )
+            # A cache that shrinks starts empty: better once by much than often.
+            slots = share_slots(max(least, has - max(over, has // _GIVES)), needs)
+            taken = sum(n * x.expert_bytes for n, x in zip(slots, self.layers, strict=True))
+            _log.warning(
+                f"a forward pass for {sequences} x {context:,} tokens of context needs "
+                f"{format_size(needed)} beside the {format_size(active)} that MLX holds, more than "
+                f"was planned: the expert cache gives {format_size(has - taken)} and keeps "
+                f"{format_size(taken)}. A larger context_tokens plans for longer contexts and for "
+                "batches, a reserve for other arrays"
+            )
+            self._open(slots)
+            self.plan = replace(self.plan, cache=taken, slots=tuple(slots))
+            hold_limits(self, self.plan, self.config.wired == "auto")
+
+    @property
+    def reader(self) -> ExpertReader:
+        """Reads the experts; for diagnosis, no part of the stable interface."""
+        return self._reader
+
+    def close(self) -> None:
+        """Stop reading, free slots, files and threads. Later calls of the model raise.
+
+        A device error that comes up here is raised once all of that is done.
+        """
+        if self._freed:
+            return
+        with self._change():
+            self._closed = True
+            with ExitStack() as steps:  # from the last one up; all of them can be done again
+                steps.callback(mx.clear_cache)
+                steps.callback(release_limits, self)
+                steps.callback(self._reader.close)
+                for recording in self._recordings:
+                    steps.callback(recording.close)
+                for layer in reversed(self.layers):
+                    steps.callback(layer.close)
+                if self._watch is not None:
+                    steps.callback(self._watch.close)
+            self._freed = True
+
+    def held_bytes(self) -> int:
+        """What this model holds, and may yet take by its plan, in bytes."""
+        if self._closed:
+            return self.plan.trunk
+        cache = sum(x.cache.slots * x.expert_bytes for x in self.layers)
+        return self.plan.trunk + cache + self.plan.kv + self.plan.work
+
+    def accompany(self, ranks: Ranks, watch: Watch) -> None:
+        """Know the other ranks of a distributed run, until closed.
+
+        Args:
+            ranks: all of them.
+            watch: notices when one is lost.
+        """
+        self.ranks, self._watch = ranks, watch
+
+    def lost_rank(self) -> str | None:
+        """Why a distributed run cannot go on, naming the rank; None while nothing is known."""
+        return None if self._watch is None else self._watch.why()
+
+    def leave(self, reason: str) -> None:
+        """Close, and tell the other ranks of a distributed run why it cannot go on.
+
+        Args:
+            reason: one sentence, which they show their users.
+        """
+        if self._watch is not None:
+            self._watch.close(reason)
+        self.close()
+
+    def needs(self) -> list[LayerNeed]:
+        """What each layer asks of a budget, in model order."""
+        return layer_needs(self.layers, self._model_config)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else str(self.plan)
+        return f"<ExpertStream of {len(self.layers)} layers: {state}>"
+
+    def _record(self, begin: Callable[[], Recording]) -> Recording:
+        with self._changing:
+            self._check_open()
+            self._recordings = [x for x in self._recordings if not x.closed]
+            recording = begin()
+            self._recordings.append(recording)
+        return recording
+
+    def _settle(self) -> None:
+        for layer in self.layers:
+            layer.settle()
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """Nobody else changes the cache meanwhile, and no step runs ahead."""
+        with self._changing, self.run_ahead.paused() if self.run_ahead else nullcontext():
+            yield
+
+    def _open(self, slots: Sequence[int]) -> None:
+        """Give each layer so many slots, and read in those that are to be wholly resident."""
+        shrink, grow = [], []
+        for layer, count in zip(self.layers, slots, strict=True):
+            whole = count == layer.experts
+            if count > layer.cache.slots or (whole and not layer.resident):
+                grow.append((layer, count))
+            elif count < layer.cache.slots or layer.closed:  # closed: an interrupted resize
+                shrink.append((layer, count))
+        total = sum(x.experts * x.expert_bytes for x, count in grow if count == x.experts)
+        with progress_bar("Loading experts", bool(self.config.progress and total), total) as bar:
+            for layer, count in shrink:
+                self._open_layer(layer, count)
+            mx.clear_cache()  # shrink first, and give it back, so that growing stays in the budget
+            for layer, count in grow:
+                with layer.lock:  # nobody calls it half-filled
+                    self._open_layer(layer, count)
+                    for nbytes in layer.load_all() if count == layer.experts else ():
+                        bar.update(nbytes)
+        self._reader.stats = ReadStats()
+
+    def _open_layer(self, layer: ExpertLayer, slots: int) -> None:
+        ways = {"auto": WAYS, "on": WAYS[-1:], "off": WAYS[:1]}[self.config.overlap]
+        small = layer.expert_bytes < SMALL_EXPERT_BYTES
+        likely = "halves" if small and len(ways) > 1 else ways[-1]
+        pace = self._paces.setdefault(layer.expert_bytes, Pace(Trial(ways, likely)))
+        layer.open(
+            slots, self._reader, self.config.policy, pace, self._callers, self._lanes, self.in_place
+        )
+
+    def _make_run_ahead(self) -> RunAhead | None:
+        """None where it cannot be, or where the host is the device and waits for nobody."""
+        wanted = {"auto": mx.default_device() != mx.cpu, "on": True, "off": False}
+        if not (wanted[self.config.run_ahead] and self.in_place):
+            return None
+        top_k = max(need.top_k for need in self.needs())
+        always = self.config.run_ahead == "on"
+        return RunAhead(
+            self.layers, top_k, self._callers, lambda: self._reader.stats.wait_seconds, always
+        )
+
+    def _decide_bypass(self) -> bool:
+        if self.config.bypass_page_cache == "off":
+            return False
+        files = expert_files(self.layers)
+        possible = all(direct_works(Path(f)) for f in files[:1])
+        if self.config.bypass_page_cache == "on":
+            if not possible:
+                raise StreamError(
+                    f"bypass_page_cache='on', but the file system of {files[0]} cannot read past "
+                    "the page cache; use 'auto' or 'off'"
+                )
+            return True
+        # Others measured a page cache that competes with the expert cache for memory. Where the
+        # page cache has room for what the slots leave out, it makes misses cheap instead.
+        unread = max(0, self.plan.trunk - mx.get_active_memory())  # the rest is no longer free
+        room = available_memory_bytes() - unread - self.plan.cache
+        return possible and self.plan.experts - self.plan.cache > room // 2
+
+    def _disown(self) -> None:
+        """In a process that was forked: its model raises `StreamError` where it would hang."""
+        self._closed = self._freed = True
+        self._changing = threading.RLock()
+        for layer in self.layers:
+            layer.disown()
+        if self.run_ahead is not None:
+            self.run_ahead.disown()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StreamError("this expert stream is closed")
+
+
+_alive: weakref.WeakSet[ExpertStream] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for expert_stream in list(_alive):
+        expert_stream._disown()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def layer_needs(layers: list[ExpertLayer], model_config: dict[str, Any]) -> list[LayerNeed]:
+    """Sizes and minimum slots of some layers."""
+    needs = []
+    for x in layers:
+        top_k = experts_per_token(model_config, x.experts)
+        needs.append(LayerNeed(x.experts, x.expert_bytes, fewest_slots(top_k), top_k))
+    return needs
+
+
+def expert_files(layers: Sequence[ExpertLayer]) -> list[str]:
+    """Every file that holds experts of some layers."""
+    return sorted({f for x in layers for t in x.tensors.values() for f in t.stored.files})
+
+
+def unwritten(layers: Sequence[ExpertLayer]) -> bool:
+    """Are some experts in no file yet, because the checkpoint has to be converted first?"""
+    return any(not t.stored.files for x in layers for t in x.tensors.values())
+
+
+def _let_go(layers: Sequence[ExpertLayer]) -> None:
+    """Drop the lazy arrays of all experts: MLX holds their files open as long as they live."""
+    for layer in layers:
+        for slot in (tensor.slot for tensor in layer.tensors.values()):
+            setattr(slot.module, slot.attribute, mx.zeros((0, *slot.shape), slot.dtype))
+
+
+def _marks(files: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """What tells each file from one that may take its place.
+
+    Raises:
+        CheckpointError: one is gone.
+    """
+    try:
+        return {f: file_mark(Path(f)) for f in files}
+    except OSError as e:
+        raise CheckpointError(f"{e.filename}: cannot be read: {e.strerror}") from e
+
+
+def flatten(module: nn.Module) -> list[tuple[str, mx.array]]:
+    """A module's parameters by path."""
+    return cast(list[tuple[str, mx.array]], tree_flatten(module.parameters()))
+
+
+def attach(model: nn.Module, expert_stream: ExpertStream) -> None:
+    """Remember the stream on its model; it closes when the model is collected."""
+    object.__setattr__(model, _STREAM, expert_stream)
+    enter(expert_stream)
+    weakref.finalize(model, _gone, expert_stream)
+
+
+def _gone(expert_stream: ExpertStream) -> None:
+    leave(expert_stream)
+    if expert_stream.reader.is_mine():
+        # Python's collector ran in a thread that `close` waits for, or with a lock that it takes.
+        threading.Thread(target=expert_stream.close, name="expert-stream-close").start()
+    else:
+        expert_stream.close()
+
+
+def stream(model: nn.Module) -> ExpertStream:
+    """The `ExpertStream` behind a model that `load` or `patch` made.
+
+    Args:
+        model: what `load`, or `mlx_lm.load` under `patch`, returned.
+
+    Returns:
+        The same object at each call, closed or not.
+
+    Raises:
+        UnsupportedModelError: the model is not streamed.
+    """
+    if not is_streamed(model):
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} is not streamed: load it with mlx_streamexperts.load, or "
+            "with mlx_lm.load inside mlx_streamexperts.patch"
+        )
+    return cast(ExpertStream, model.__dict__[_STREAM])
+
+
+def is_streamed(model: nn.Module) -> bool:
+    """Does `stream(model)` have an answer?"""
+    return _STREAM in model.__dict__

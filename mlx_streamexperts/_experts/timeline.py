@@ -1,0 +1,150 @@
+"""Where the time of a step goes: spans of the layers and of the reader's threads.
+
+A timeline is a file in Chrome's trace-event format; Perfetto (ui.perfetto.dev) and chrome://tracing
+show it. Spans are appended to a list while it is taken (1 us each) and written when it is closed.
+
+A layer's phases, which follow one another:
+    sync    waiting for the router's indices: the device works through what was built before
+    map     experts to slots, queueing reads, asking the next layers' routers
+    wait    standing still for reads
+    build   building the graph of the expert matmuls
+What lies between two layers' spans is the model's own Python.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from .._closing import Closing
+from .._errors import StreamError
+from .._io.output import UNWRITTEN, claim, release, write_json
+from .._io.ranges import ByteRange
+from .._io.reader import DEMAND, ExpertReader
+
+if TYPE_CHECKING:
+    from .layer import ExpertLayer
+
+PHASES = ("sync", "map", "wait", "build")
+
+
+class _Read(NamedTuple):
+    """One system call's worth, labelled by its first range. Times of `perf_counter`."""
+
+    thread: str
+    layer: str
+    expert: int
+    tensor: str
+    nbytes: int
+    priority: int
+    queued: float
+    begin: float
+    end: float
+
+
+class Timeline(Closing):
+    """A recording under way; a context manager, or call `close`.
+
+    The file appears under its name only when the recording is complete.
+
+    Attributes:
+        closed: it is over.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], layers: Sequence[ExpertLayer], reader: ExpertReader
+    ) -> None:
+        self._path, self._layers, self._reader = Path(path), layers, reader
+        partial = claim(self._path)
+        try:
+            partial.touch()  # find out now whether it can be written
+        except BaseException:
+            release(self._path)
+            raise
+        self._start = time.perf_counter()
+        self._spans: list[tuple[str, str, float, float]] = []
+        self._reads: list[_Read] = []
+        self.closed = False
+        for layer in layers:
+            layer.on_phase.add(self._phase)
+        reader.on_read.add(self._read)
+
+    def summary(self) -> dict[str, float]:
+        """Seconds by phase so far: `sync`, `map`, `wait`, `build`.
+
+        Returns:
+            Those, `elapsed` (of all), and `between` (outside of expert layers).
+        """
+        seconds = dict.fromkeys(PHASES, 0.0)
+        first, last = self._start, self._start
+        for phase, _, begin, end in self._spans:
+            seconds[phase] += end - begin
+            last = max(last, end)
+        elapsed = last - first
+        return {**seconds, "between": elapsed - sum(seconds.values()), "elapsed": elapsed}
+
+    def close(self) -> None:
+        """End the recording and put the file in place.
+
+        Raises:
+            StreamError: it cannot be written.
+        """
+        if self.closed:
+            return
+        self.closed = True
+        for layer in self._layers:
+            layer.on_phase.remove(self._phase)
+        self._reader.on_read.remove(self._read)
+        content = {"traceEvents": self._events(), "displayTimeUnit": "ms"}
+        try:
+            write_json(self._path, content, indent=None)
+        except OSError as e:
+            raise StreamError(f"{self._path}: {UNWRITTEN.format(e.strerror)}") from e
+        finally:
+            release(self._path)
+
+    def _phase(self, phase: str, layer: str, begin: float, end: float) -> None:
+        self._spans.append((phase, layer, begin, end))
+
+    def _read(
+        self, ranges: Sequence[ByteRange], priority: int, queued: float, begin: float, end: float
+    ) -> None:
+        first = ranges[0]  # taken apart: its view would keep a bank's memory alive
+        self._reads.append(
+            _Read(
+                threading.current_thread().name, first.layer, first.expert, first.tensor,
+                sum(len(r.into) for r in ranges), priority, queued, begin, end,
+            )
+        )  # fmt: skip
+
+    def _events(self) -> list[dict[str, object]]:
+        """Complete events ("X") in microseconds; each reader thread is a row of its own."""
+        rows = {"layers": 0}
+        events: list[dict[str, object]] = []
+
+        def add(row: str, name: str, begin: float, end: float, **details: object) -> None:
+            number = rows.setdefault(row, len(rows))
+            events.append(
+                {
+                    "name": name, "ph": "X", "pid": 1, "tid": number,
+                    "ts": 1e6 * (begin - self._start), "dur": 1e6 * (end - begin), "args": details,
+                }
+            )  # fmt: skip
+
+        for phase, layer, begin, end in self._spans:
+            add("layers", phase, begin, end, layer=layer)
+        for r in self._reads:
+            add(
+                r.thread, "read" if r.priority == DEMAND else "read ahead", r.begin, r.end,
+                layer=r.layer, expert=r.expert, tensor=r.tensor, bytes=r.nbytes,
+                queued_us=1e6 * (r.begin - r.queued),
+            )  # fmt: skip
+        names: list[dict[str, object]] = [
+            {"name": "thread_name", "ph": "M", "pid": 1, "tid": number, "args": {"name": row}}
+            for row, number in rows.items()
+        ]
+        return names + events

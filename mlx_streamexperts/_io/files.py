@@ -1,0 +1,209 @@
+"""One read of a shard, whole or an error: system calls, alignment, short reads.
+
+Called by many threads at once. The only module that opens weight files for streaming.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .. import _osinfo as platform
+from .._errors import ExpertReadError, StreamError
+from .checkpoint import shard_files
+from .ranges import ByteRange
+
+_REPLACED = "the file was replaced by another one, or rewritten, after the model was loaded"
+
+_SPARE_FILES, _FEWEST_FILES = 64, 8  # what libraries open beside: allowed for, and at least
+
+_SHORT_COPY_BYTES = 32 << 10  # copied in the time it takes to let other threads run
+
+
+class ShardFiles:
+    """Shards, opened at first use.
+
+    Args:
+        direct: bypass the page cache.
+        expected: which file each path was when the model was loaded; see `platform.file_mark`.
+    """
+
+    def __init__(self, direct: bool, expected: dict[str, tuple[int, ...]]) -> None:
+        self.direct, self._expected = direct, expected
+        self._files: dict[str, tuple[int, int]] = {}  # path -> (descriptor, alignment)
+        self._lock = threading.Lock()
+        self._local = threading.local()
+
+    def close(self) -> None:
+        """Close all descriptors; nobody may be reading."""
+        while self._files:
+            os.close(self._files.popitem()[1][0])
+
+    def read(self, ranges: Sequence[ByteRange]) -> int:
+        """Read ranges that lie side by side in one file; returns the number of system calls.
+
+        Raises:
+            ExpertReadError: the file cannot be read, or ends too early.
+        """
+        fd, alignment = self._open(ranges[0])
+        if alignment > 1 and not _aligned(ranges, alignment):
+            return self._read_bounced(ranges, fd, alignment)
+        buffers = [r.into for r in ranges]
+        offset, calls = ranges[0].offset, 0
+        while buffers:
+            try:
+                count = platform.read_into(fd, buffers, offset)
+            except OSError as e:
+                raise _failure(ranges, offset, e.errno) from e
+            calls += 1
+            if count == 0:
+                raise _failure(ranges, offset, None)
+            offset += count
+            while buffers and count >= len(buffers[0]):
+                count -= len(buffers.pop(0))
+            if count:
+                if alignment > 1 and count % alignment:
+                    # A direct read stops short only at the end.
+                    raise _failure(ranges, offset, None)
+                buffers[0] = buffers[0][count:]
+        return calls
+
+    def _read_bounced(self, ranges: Sequence[ByteRange], fd: int, alignment: int) -> int:
+        """Read the widened, aligned range into aligned memory of this thread, then copy out."""
+        begin = ranges[0].offset
+        end = begin + sum(len(r.into) for r in ranges)
+        start = begin - begin % alignment
+        length = -(-(end - start) // alignment) * alignment
+        bounce = self._bounce(length)
+        got = calls = 0
+        while start + got < end:
+            try:
+                count = platform.read_into(fd, [bounce[got:length]], start + got)
+            except OSError as e:
+                raise _failure(ranges, start + got, e.errno) from e
+            calls += 1
+            if count == 0 or (count % alignment and start + got + count < end):
+                raise _failure(ranges, start + got + count, None)
+            got += count
+        position = begin - start
+        for r in ranges:
+            size = len(r.into)
+            source = bounce[position : position + size]
+            if size <= _SHORT_COPY_BYTES:
+                r.into[:] = source
+            else:  # NumPy lets other threads run meanwhile
+                np.copyto(np.frombuffer(r.into, np.uint8), np.frombuffer(source, np.uint8))
+            position += size
+        return calls
+
+    def _bounce(self, nbytes: int) -> memoryview:
+        """This thread's page-aligned buffer of at least `nbytes`."""
+        buffer = getattr(self._local, "buffer", None)
+        if buffer is None or len(buffer) < nbytes:
+            buffer = self._local.buffer = memoryview(mmap.mmap(-1, nbytes))
+        return buffer
+
+    def _open(self, first: ByteRange) -> tuple[int, int]:
+        """The shard's descriptor, opened at first use, and the alignment it asks for."""
+        known = self._files.get(first.file)
+        if known is None:
+            with self._lock:
+                known = self._files.get(first.file)
+                if known is None:
+                    try:
+                        if self.direct:
+                            known = platform.open_direct(Path(first.file))
+                        else:
+                            known = platform.open_buffered(Path(first.file)), 1
+                    except OSError as e:
+                        raise ExpertReadError(*label(first), first.offset, e.errno) from e
+                    try:
+                        self._check_same(first, known[0])
+                    except BaseException:
+                        os.close(known[0])
+                        raise
+                    self._files[first.file] = known
+        return known
+
+    def _check_same(self, first: ByteRange, fd: int) -> None:
+        expected = self._expected.get(first.file)
+        try:
+            if expected and not platform.same_file(expected, fd, Path(first.file)):
+                raise ExpertReadError(*label(first), first.offset, None, _REPLACED)
+        except OSError as e:
+            raise ExpertReadError(*label(first), first.offset, e.errno) from e
+
+
+def allow_open(count: int, what: str) -> None:
+    """See to it that this process may open `count` files more, by raising its own limit.
+
+    Args:
+        count: how many.
+        what: whose, for the error.
+
+    Raises:
+        StreamError: the system does not allow as many.
+    """
+    opened = platform.open_descriptors()
+    wanted = opened + count + _SPARE_FILES
+    allowed = platform.allow_descriptors(wanted)
+    if allowed < opened + count + _FEWEST_FILES:
+        raise StreamError(
+            f"{what}: {count} files have to be open at once. This process has {opened} open and "
+            f"may have {allowed}: start it after `ulimit -n {wanted}`"
+        )
+
+
+def room_for_clients(most: int, folders: Sequence[Path]) -> int:
+    """How many connections a server may have open beside the shards that it reads.
+
+    Args:
+        most: that many suffice.
+        folders: of the models, of which one at a time is loaded.
+    """
+    shards = max([len(shard_files(f)) for f in folders], default=0)
+    others = shards + max(_SPARE_FILES, platform.open_descriptors() - shards)
+    return max(1, min(most, platform.allow_descriptors(others + most) - others))
+
+
+def direct_works(file: Path) -> bool:
+    """Can `file` be read past the page cache? Reads its first block to find out."""
+    try:
+        fd, alignment = platform.open_direct(file)
+    except OSError:
+        return False
+    try:
+        block = memoryview(mmap.mmap(-1, max(alignment, platform.PAGE_BYTES)))
+        platform.read_into(fd, [block], 0)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _aligned(ranges: Sequence[ByteRange], alignment: int) -> bool:
+    return ranges[0].offset % alignment == 0 and all(
+        len(r.into) % alignment == 0
+        and np.frombuffer(r.into, np.uint8).ctypes.data % alignment == 0
+        for r in ranges
+    )
+
+
+def label(r: ByteRange) -> tuple[str, int, str, Path]:
+    return r.layer, r.expert, r.tensor, Path(r.file)
+
+
+def _failure(ranges: Sequence[ByteRange], offset: int, errno: int | None) -> ExpertReadError:
+    """The error of the range in which `offset` lies."""
+    at = ranges[0]
+    offset = max(offset, at.offset)  # a widened read may fail before the first wanted byte
+    for r in ranges:
+        if r.offset <= offset:
+            at = r
+    return ExpertReadError(*label(at), offset, errno)

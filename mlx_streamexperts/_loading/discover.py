@@ -1,0 +1,472 @@
+"""Find a model's expert layers and tie their tables to bytes on disk.
+
+A module's weights are tied to bytes by identity, not by name: the arrays that mlx-lm hands to the
+model's `sanitize` are remembered, and what it stacks from them. An expert table is streamed only if
+the array that ends up in the module is one of them, untouched, or such a stack. A table that mlx-lm
+computes otherwise (split, scaled, unpacked) is refused, not guessed at. Nothing is evaluated here.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.utils
+from mlx_lm.models.switch_layers import (
+    QuantizedSwitchLinear,
+    SwitchGLU,
+    SwitchLinear,
+    SwitchMLP,
+)
+
+from .._config import StreamConfig
+from .._distributed.pipeline import Part, Stage, cut
+from .._errors import CheckpointError, StreamError, UnsupportedModelError
+from .._experts.bank import SlotTensor
+from .._experts.layer import ExpertLayer
+from .._experts.packed_store import use_store
+from .._experts.slots import ExpertTensor
+from .._experts.stream import flatten, layer_needs, unwritten
+from .._io.checkpoint import (
+    Checkpoint,
+    ExpertTable,
+    TensorEntry,
+    check_model_folder,
+    read_checkpoint,
+    read_model_config,
+    shard_files,
+    whereabouts,
+)
+from .._io.files import allow_open
+from .._memory.budget import Plan, Sizes, divide, text_config
+from .._memory.footprint import Footprint, copied, measure
+from .._osinfo import unfinished_bytes
+
+# Looked up before anything can be patched.
+original_load_model = mlx_lm.utils.load_model
+
+SWITCHES = (SwitchGLU, SwitchMLP)
+_SCORE_COPIES = 3  # scores, the mask added, their softmax
+PROJECTIONS = (SwitchLinear, QuantizedSwitchLinear)
+
+
+@dataclass(frozen=True)
+class Located:
+    """A lazily loaded model, nothing evaluated, and where its experts are.
+
+    Attributes:
+        model, model_config: what mlx-lm's `load_model` returns.
+        layers: the expert layers, in model order.
+        sizes: bytes of the model's parts.
+        item_bytes: bytes of one activation.
+        shards: the checkpoint's files.
+        whole: the model with the layers of all machines.
+        stage: the decoder layers that are this rank's, where several machines share the model.
+    """
+
+    model: nn.Module
+    model_config: dict[str, Any]
+    layers: list[ExpertLayer]
+    sizes: Sizes
+    item_bytes: int
+    shards: list[Path]
+    whole: nn.Module
+    stage: Stage | None = None
+
+    def plan(self, config: StreamConfig, held: int = 0) -> Plan:
+        """Divide the budget that `config` states, less `held` bytes that other models have.
+
+        Raises:
+            BudgetError: it is too small; says the smallest that works.
+            CheckpointError: the model's configuration makes no sense.
+        """
+        try:
+            needs = layer_needs(self.layers, self.model_config)
+            footprint = _footprint(self.whole, self.model_config)
+            heads = text_config(self.model_config).get("num_attention_heads") or 1
+            footprint = replace(
+                footprint,
+                scores=_SCORE_COPIES * heads * self.item_bytes,
+                unfinished=unfinished_bytes(self.item_bytes),
+            )
+            if self.stage is not None:  # only its own layers have a KV cache
+                footprint = footprint.of_layers(self.stage.start, self.stage.end)
+            return divide(self.sizes, needs, self.model_config, config, footprint, held)
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as e:
+            if isinstance(e, StreamError):
+                raise
+            raise CheckpointError(
+                f"{self.shards[0].parent / 'config.json'}: its numbers make no sense: {e!r}"
+            ) from e
+
+
+def locate(
+    folder: Path,
+    config: StreamConfig,
+    arguments: dict[str, Any],
+    as_converted: bool = False,
+    part: Part | None = None,
+) -> Located:
+    """Check the checkpoint, build the model without evaluating it, and find its experts.
+
+    Args:
+        folder: the model folder.
+        config: where a packed store is, if one is to be read.
+        arguments: of mlx-lm's `load_model`.
+        as_converted: for planning: experts that mlx-lm computes while loading are nowhere, and have
+            the size that a conversion gives them.
+        part: of several machines, the one whose layers are wanted. The others' are left out, and
+            shards that hold nothing else need not be there.
+
+    Raises:
+        CheckpointError: the files are damaged or incomplete.
+        UnsupportedModelError: no routed experts, or a layout that cannot be streamed.
+    """
+    check_model_folder(folder)
+    checkpoint = read_checkpoint(folder)
+    if part is not None and checkpoint.absent:
+        arguments = {**arguments, "strict": False}
+    model, model_config, seen = load_remembering(folder, arguments)
+    whole = model if part is None else copied(model)
+    stage = None if part is None else cut(model, part)
+    if stage is not None:
+        _check_whole(model, stage, checkpoint, seen)
+    layers = _find_layers(model, checkpoint, seen, as_converted and config.store is None)
+    if not layers:
+        if stage is not None:
+            raise UnsupportedModelError(
+                f"{folder}: {stage}: none of these has routed experts; use fewer machines or "
+                "another --split"
+            )
+        raise UnsupportedModelError(nothing_found(folder, model, model_config))
+    if config.store is not None:
+        use_store(
+            layers,
+            Path(config.store),
+            config.verify_reads,
+            in_part=stage is not None,
+            planning=as_converted,
+        )
+    expert_bytes = sum(x.experts * x.expert_bytes for x in layers)
+    parameters = [array for _, array in flatten(model)]
+    sizes = Sizes(
+        trunk=sum(a.nbytes for a in parameters) - expert_bytes,
+        looked_up=_embedding_bytes(model, model_config),
+        disk=checkpoint.nbytes if stage is None else _needed_bytes(checkpoint, stage),
+        conversion=sum(a.nbytes for a in parameters) if unwritten(layers) else 0,
+    )
+    item_bytes = max(a.dtype.size for a in parameters if mx.issubdtype(a.dtype, mx.floating))
+    shards = sorted({t.file for t in checkpoint.tensors.values()})
+    return Located(model, model_config, layers, sizes, item_bytes, shards, whole, stage)
+
+
+def _footprint(model: nn.Module, model_config: dict[str, Any]) -> Footprint:
+    """What the model's passes take. Kept: to plan again, as `tune` does, costs nothing then."""
+    key = json.dumps([model_config, str(mx.default_device())], sort_keys=True, default=str)
+    if key not in _footprints:
+        switches = [(m, _width(m)) for m in model.modules() if isinstance(m, SWITCHES)]
+        _footprints[key] = measure(model, switches, text_config(model_config))
+    return _footprints[key]
+
+
+_footprints: dict[str, Footprint] = {}
+
+
+def _width(switch: nn.Module) -> int:
+    """Width of an expert's hidden layer: of what its first projections give."""
+    tables = [p.weight for p in switch.children().values() if isinstance(p, PROJECTIONS)]
+    return max((t.shape[1] for t in tables[:-1]), default=1)
+
+
+def _check_whole(model: nn.Module, stage: Stage, checkpoint: Checkpoint, seen: Seen) -> None:
+    """Is everything there that a rank's layers need?"""
+    lacking = next((name for name, _ in flatten(model) if name not in seen.given), None)
+    if lacking is None:
+        return
+    for tensor, shard in checkpoint.absent.items():
+        if stage.needs(tensor) and not (checkpoint.folder / shard).exists():
+            raise CheckpointError(
+                f"{checkpoint.folder / shard} is missing: {stage}, needs tensor {tensor} of it"
+            )
+    raise CheckpointError(
+        f"{checkpoint.folder}: {stage}: no shard that is here has what {lacking} is made of"
+    )
+
+
+def _needed_bytes(checkpoint: Checkpoint, stage: Stage) -> int:
+    return sum(t.nbytes for name, t in checkpoint.tensors.items() if stage.needs(name))
+
+
+@dataclass
+class Seen:
+    """Arrays of a checkpoint, and what was stacked from them while they were sanitized.
+
+    Attributes:
+        as_stored: by name in the checkpoint.
+        stacks: by identity of the result (kept, so that no other array gets its identity).
+        skeleton: makes another such model, without weights.
+        given: names of the parameters that the model was given arrays of their shape for.
+    """
+
+    as_stored: dict[str, mx.array] = field(default_factory=dict)
+    stacks: dict[int, tuple[mx.array, list[mx.array]]] = field(default_factory=dict)
+    skeleton: Callable[[], nn.Module] = nn.Module
+    given: set[str] = field(default_factory=set)
+
+
+def load_remembering(
+    folder: Path, arguments: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Any], Seen]:
+    """mlx-lm's `load_model`, nothing evaluated, with a record of where its arrays come from.
+
+    Raises:
+        CheckpointError: mlx-lm cannot load the checkpoint.
+        StreamError: the checkpoint has more files than this process may open.
+    """
+    # MLX holds each file open from here until its last array is evaluated.
+    allow_open(len(shard_files(folder)), str(folder))
+    seen = Seen()
+    arguments = dict(arguments)
+    get_classes = arguments.pop("get_model_classes", mlx_lm.utils._get_classes)
+    arguments["get_model_classes"] = lambda config: _remembering(get_classes(config), seen)
+    try:
+        overrides, custom = _custom_classes(folder, arguments)
+        if custom is not None:
+            arguments["model_config"] = overrides
+            arguments["get_model_classes"] = lambda config: _remembering(custom, seen)
+        with _quantize_lock, mock.patch.object(mx, "quantize", _checked_quantize):
+            return *original_load_model(folder, True, **arguments), seen
+    except StreamError:
+        raise
+    except Exception as e:  # config.json may hold anything, and mlx-lm trusts it
+        raise _not_loaded(folder, e) from e
+
+
+def _not_loaded(folder: Path, error: Exception) -> StreamError:
+    """Why mlx-lm cannot load a checkpoint; foreign quantization is named."""
+    method = _quantized_by(folder)
+    # AutoAWQ and GPTQ store `qweight`, which mlx-lm rewrites too late for experts to be joined.
+    checkpoint = read_checkpoint(folder)
+    if alien := [n for n in checkpoint.tensors if re.search(r"\.experts\..*\.qw", n)]:
+        found = f"its experts are quantized with {method or 'AWQ or GPTQ'} (tensor {alien[0]})"
+    elif method and "not in model" in str(error):
+        found = f"it is quantized with {method}, which mlx-lm does not read for this kind of model"
+    else:
+        lines = str(error).splitlines()  # one for each of thousands of tensors, perhaps
+        rest = f" (and {len(lines) - 4} more)" if len(lines) > 4 else ""
+        reason = " ".join(lines[:4])[:2000] + rest
+        if not isinstance(error, ValueError):
+            reason = f"{type(error).__name__}: {reason}"
+        known = whereabouts(checkpoint) if _lacks_weights(error, checkpoint) else ""
+        known = f". {known}" if known else ""
+        return CheckpointError(f"{folder}: mlx-lm cannot load this checkpoint: {reason}{known}")
+    return UnsupportedModelError(
+        f"{folder}: {found}. mlx-lm cannot load such a checkpoint, so that it can be neither "
+        "streamed nor converted. Use an MLX conversion (mlx-community), or convert what it was "
+        "quantized from: python -m mlx_streamexperts.convert -q --model <original> --out <folder>"
+    )
+
+
+def _lacks_weights(error: Exception, checkpoint: Checkpoint) -> bool:
+    """Is this how mlx-lm, or a model's `sanitize`, fails without some of the weights?"""
+    if isinstance(error, KeyError):
+        return bool(error.args) and error.args[0] in checkpoint.absent
+    return str(error).startswith(("Missing ", "Received ", "Expected shape "))
+
+
+def _quantized_by(folder: Path) -> str | None:
+    """The method that config.json names for a quantization that is not MLX's."""
+    config = read_model_config(folder)
+    for place in (config, config.get("text_config")):
+        found = place.get("quantization_config") if isinstance(place, dict) else None
+        if isinstance(found, dict):
+            return found.get("quant_method")
+    return None
+
+
+_stack_lock, _quantize_lock = threading.Lock(), threading.Lock()
+_quantize = mx.quantize
+
+
+def _checked_quantize(
+    w: mx.array, group_size: int | None = None, bits: int | None = None, **kwargs: Any
+) -> Any:
+    """MLX 0.32 divides by the group size, and one of 0 ends the process with SIGFPE.
+
+    mlx-lm works it out from the widths in config.json, which may be anybody's.
+    """
+    if not all(n is None or n > 0 for n in (group_size, bits)):
+        raise ValueError(f"no table has groups of {group_size} with {bits} bits each")
+    return _quantize(w, group_size, bits, **kwargs)
+
+
+@contextmanager
+def _recording_stacks(seen: Seen) -> Iterator[None]:
+    """Note what this thread makes with `mx.stack`, which is how mlx-lm joins single experts."""
+    original, thread = mx.stack, threading.get_ident()
+
+    def stack(arrays: list[mx.array], *args: Any, **kwargs: Any) -> mx.array:
+        result = original(arrays, *args, **kwargs)
+        if threading.get_ident() == thread and not args and not kwargs:
+            seen.stacks[id(result)] = (result, list(arrays))
+        return result
+
+    with _stack_lock, mock.patch.object(mx, "stack", stack):
+        yield
+
+
+def _remembering(
+    classes: tuple[Callable[..., nn.Module], type], seen: Seen
+) -> tuple[Callable[..., nn.Module], type]:
+    """Model classes whose model notes the loaded weights in `seen` while sanitizing."""
+    model_class, arguments_class = classes
+
+    def build(arguments: Any) -> nn.Module:
+        fresh = copy.deepcopy(arguments)  # some classes write into what they are given
+        seen.skeleton = lambda: model_class(copy.deepcopy(fresh))
+        model = model_class(arguments)
+        sanitize = getattr(model, "sanitize", None)
+
+        def remember(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            seen.as_stored.update(weights)
+            object.__delattr__(model, "sanitize")
+            with _recording_stacks(seen):
+                return sanitize(weights) if sanitize is not None else weights
+
+        def note(weights: list[tuple[str, mx.array]], strict: bool = True) -> nn.Module:
+            object.__delattr__(model, "load_weights")
+            shapes = {name: array.shape for name, array in flatten(model)}
+            seen.given.update(n for n, array in weights if shapes.get(n) == array.shape)
+            return model.load_weights(weights, strict=strict)
+
+        object.__setattr__(model, "sanitize", remember)
+        object.__setattr__(model, "load_weights", note)
+        return model
+
+    return build, arguments_class
+
+
+def _custom_classes(
+    folder: Path, arguments: dict[str, Any]
+) -> tuple[dict[str, Any], tuple[Callable[..., nn.Module], type] | None]:
+    """A checkpoint's own model file, which mlx-lm would import past `get_model_classes`.
+
+    Only with `trust_remote_code`; without it mlx-lm refuses such a checkpoint itself.
+    """
+    overrides = dict(arguments.get("model_config") or {})
+    model_file = {**mlx_lm.utils.load_config(folder), **overrides}.get("model_file")
+    if model_file is None or not arguments.get("trust_remote_code"):
+        return overrides, None
+    spec = importlib.util.spec_from_file_location("custom_model", folder / model_file)
+    if spec is None or spec.loader is None:
+        raise CheckpointError(f"{folder / model_file}: not a Python module")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return {**overrides, "model_file": None}, (module.Model, module.ModelArgs)
+
+
+def _find_layers(
+    model: nn.Module, checkpoint: Checkpoint, seen: Seen, as_converted: bool
+) -> list[ExpertLayer]:
+    """Every expert module of the model with its tables' places on disk, in model order."""
+    entries = {id(array): checkpoint.tensors[name] for name, array in seen.as_stored.items()}
+    layers = []
+    for path, switch in model.named_modules():
+        if not isinstance(switch, SWITCHES):
+            continue
+        tensors = {}
+        for part, projection in switch.children().items():
+            if not isinstance(projection, PROJECTIONS):
+                continue
+            for attribute, table in flatten(projection):
+                where = f"{path}.{part}.{attribute}"
+                _, parts = seen.stacks.get(id(table), (table, []))
+                if entry := entries.get(id(table)):
+                    _check_table(where, table, entry, entry.shape, entry.nbytes)
+                    stored = ExpertTable.stacked(entry)
+                elif parts and all(id(p) in entries for p in parts):
+                    stored = ExpertTable.separate([entries[id(p)] for p in parts])
+                    entry, count = entries[id(parts[0])], len(parts)
+                    _check_table(where, table, entry, (count, *entry.shape), count * entry.nbytes)
+                elif as_converted:
+                    stored = ExpertTable.nowhere(table.nbytes, table.shape[0])
+                else:
+                    raise UnsupportedModelError(_rewritten(where, seen.as_stored, checkpoint))
+                slot = SlotTensor(projection, attribute, tuple(table.shape[1:]), table.dtype)
+                tensors[f"{part}.{attribute}"] = ExpertTensor(slot, stored)
+        counts = {t.stored.experts: t.stored for t in tensors.values()}
+        if len(counts) != 1:
+            (a, first), (b, second), *_ = counts.items()
+            raise CheckpointError(
+                f"{path}: {first.names[0]} in {first.files[0]} has {a} experts, but "
+                f"{second.names[0]} in {second.files[0]} has {b}"
+            )
+        layers.append(ExpertLayer(path, switch, tensors, next(iter(counts))))
+    return sorted(layers, key=lambda x: [int(p) if p.isdigit() else -1 for p in x.name.split(".")])
+
+
+def _check_table(
+    where: str, table: mx.array, stored: TensorEntry, shape: tuple[int, ...], nbytes: int
+) -> None:
+    """Is the table that mlx-lm sees the bytes that are stored?"""
+    if tuple(table.shape) != shape or table.nbytes != nbytes or not shape or not table.size:
+        raise CheckpointError(
+            f"{stored.file}: tensor {stored.name} is {stored.dtype} {list(stored.shape)}, but "
+            f"mlx-lm reads it as {table.dtype} {list(table.shape)} for {where}"
+        )
+
+
+def _rewritten(where: str, as_stored: dict[str, mx.array], checkpoint: Checkpoint) -> str:
+    """Why a table that is not stored as such cannot be streamed, and what to do."""
+    layer = where[: where.find(".", where.find("layers.") + len("layers.")) + 1]
+    alike = sorted(n for n in as_stored if ".experts." in n and layer in n)
+    seen = f" (it holds {alike[0]}, for example)" if alike else ""
+    return (
+        f"{checkpoint.folder} does not store {where} as one table, nor expert by expert as it is "
+        f"used{seen}; mlx-lm computes it while loading, with all experts in memory. Convert the "
+        f"checkpoint once, in little memory: python -m mlx_streamexperts.convert --model "
+        f"{checkpoint.folder} --out <new folder>"
+    )
+
+
+def nothing_found(folder: Path, model: nn.Module, model_config: dict[str, Any]) -> str:
+    """What was found instead of SwitchGLU and SwitchMLP modules."""
+    kinds = sorted(
+        {type(m).__name__ for path, m in model.named_modules() if "expert" in path.split(".")[-1]}
+    )
+    kind = model_config.get("model_type")
+    if kinds:
+        found = f"its experts are {', '.join(kinds)} modules, a layout not supported yet"
+    else:
+        found = "it has no routed experts, and loads with mlx_lm.load as it is"
+    return (
+        f"{folder} ({kind}) cannot be streamed: no SwitchGLU or SwitchMLP module in the model; "
+        + found
+    )
+
+
+def _embedding_bytes(model: nn.Module, model_config: dict[str, Any]) -> int:
+    """Bytes of embeddings that only look up; a tied one is the output matrix too."""
+    if text_config(model_config).get("tie_word_embeddings"):
+        return 0
+    return sum(
+        array.nbytes
+        for module in model.modules()
+        if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding))
+        for _, array in flatten(module)
+    )
+
+
+def mentions_experts(folder: Path) -> bool:
+    return any("expert" in name for name in read_checkpoint(folder).tensors)

@@ -1,0 +1,135 @@
+"""How several ranks come to load one model together: the same checkpoint, options and versions.
+
+Each rank locates and plans its own layers, with its own budget; then they compare notes, before
+anything is evaluated. What must be equal is compared by digests, so that a checkpoint of hundreds
+of gigabytes costs a few kilobytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm.utils
+
+from .._config import StreamConfig
+from .._distributed.pipeline import Part, cut, parse_split
+from .._distributed.ranks import Ranks, libraries
+from .._io.checkpoint import (
+    INDEX,
+    header_identity,
+    is_shard,
+    read_checkpoint,
+    read_index,
+    read_model_config,
+)
+from .._io.hub import SMALL_FILES, had
+from .._memory.budget import Plan, check_device, default_memory
+from .._osinfo import device_limit
+from .discover import Located, locate, original_load_model
+
+_SAMPLE_BYTES = 4096
+_DIGEST_CHARS = 16
+_OPTIONS = ("context_tokens", "prefill_tokens", "split")
+
+
+def meet(
+    ranks: Ranks, folder: Path, config: StreamConfig, arguments: dict[str, Any]
+) -> tuple[Located, Plan, StreamConfig]:
+    """Locate and plan this rank's layers, and check that all ranks are about the same thing.
+
+    Args:
+        ranks: those that share the model.
+        folder: this rank's copy of the checkpoint, or of its part.
+        config: as every rank was given it.
+        arguments: of mlx-lm's `load_model`.
+
+    Returns:
+        What was located, its plan, and the options that this rank goes by.
+
+    Raises:
+        RankError: another rank failed, or two disagree.
+        StreamError: as `locate` and `Located.plan`.
+    """
+    options = {name: getattr(config, name) for name in _OPTIONS}
+
+    def prepare() -> tuple[Located, Plan, StreamConfig]:
+        own = config.for_rank(ranks.rank, ranks.size)
+        if own.memory is None and own.cache is None and ranks.on_this_host > 1:
+            own = replace(own, memory=default_memory() // ranks.on_this_host)
+        part = Part(ranks.rank, ranks.size, parse_split(config.split, ranks.size))
+        located = locate(folder, own, arguments, part=part)
+        return located, located.plan(own), own
+
+    ranks.agree({"the version of": libraries(), "the option": options})
+    located, plan, own = ranks.all_or_none(prepare)
+    ranks.agree({"the digest of": digests(folder)})
+    # A prompt goes through all ranks in the same chunks, those of the rank with the least room.
+    plan = in_chunks(plan, min(ranks.exchange(plan.prefill_tokens)), min(ranks.exchange(plan.work)))
+    check_device(plan, device_limit(plan.bound), own.oversubscribe)
+    if ranks.rank != 0:
+        own = replace(own, progress=False)
+    return located, plan, own
+
+
+def in_chunks(plan: Plan, tokens: int, work: int) -> Plan:
+    """The plan of a rank whose passes are no longer than another rank can take.
+
+    Args:
+        plan: its own.
+        tokens, work: the least tokens of a pass, and the least bytes of work space, of all ranks.
+    """
+    return replace(plan, prefill_tokens=tokens, pass_bytes=work)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """What tells one checkpoint from another, by file: for shards their headers, for tensors that
+    every rank has (embedding, norms, output matrix) their first bytes.
+    """
+    found = {}
+    for name, read in (("config.json", read_model_config), (INDEX, read_index)):
+        if (folder / name).is_file():
+            found[name] = _digest(json.dumps(read(folder), sort_keys=True).encode())
+    checkpoint = read_checkpoint(folder)
+    for shard in sorted({t.file for t in checkpoint.tensors.values()}):
+        found[shard.name] = header_identity(shard)["header_sha256"][:_DIGEST_CHARS]
+    for name, entry in sorted(checkpoint.tensors.items()):
+        if ".layers." not in name:
+            with entry.file.open("rb") as f:
+                f.seek(entry.offset)
+                found[f"tensor {name}"] = _digest(f.read(min(_SAMPLE_BYTES, entry.nbytes)))
+    return found
+
+
+def part_of_repository(
+    path_or_hf_repo: str, config: StreamConfig, group: mx.distributed.Group, trust: bool
+) -> Path:
+    """The local folder of a model; of a Hub repository only the shards that this rank needs.
+
+    Raises:
+        CheckpointError: it is neither a folder nor a repository that can be had.
+        UnsupportedModelError: the model cannot be divided.
+    """
+    if Path(path_or_hf_repo).exists():
+        return Path(path_or_hf_repo)
+    patterns = [f"*{end}" for end in SMALL_FILES]  # the index among them
+    with had(path_or_hf_repo, "cannot be downloaded"):
+        folder: Path = mlx_lm.utils._download(path_or_hf_repo, allow_patterns=patterns)
+        if promised := read_index(folder):
+            model, _ = original_load_model(folder, True, strict=False, trust_remote_code=trust)
+            split = parse_split(config.split, group.size())
+            stage = cut(model, Part(group.rank(), group.size(), split))
+            files = stage.files({name: f for name, f in promised.items() if is_shard(f)})
+            own = Path(mlx_lm.utils._download(path_or_hf_repo, allow_patterns=list(files)))
+            if all((own / f).is_file() for f in files):
+                return own
+            # The index is another conversion's: it does not tell what is where.
+        return Path(mlx_lm.utils._download(path_or_hf_repo))
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:_DIGEST_CHARS]

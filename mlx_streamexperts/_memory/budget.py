@@ -1,0 +1,420 @@
+"""How a memory budget is divided, from sizes alone, before anything is allocated.
+
+    memory = trunk + expert cache + KV cache + work space + the process itself
+
+The trunk and the experts are exact sums over the checkpoint; KV cache and work space are upper
+estimates from the graph of the model's own forward pass (footprint.py). Attention needs work space
+for each pair of a new token and one of the context, so that the tokens of a pass get fewer as the
+context grows: the work space stays what was planned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import mlx.core as mx
+
+from .._cache.expert_map import LayerNeed, share_slots
+from .._config import DEFAULT_CONTEXT, StreamConfig, format_size, parse_size
+from .._errors import BudgetError
+from .._osinfo import DeviceLimit, device_memory_bytes
+from .footprint import STEP, Footprint
+
+# What a process holds besides MLX's memory: interpreter, MLX, mlx-lm, transformers and a tokenizer
+# were 0.3 GB. A small budget (of a test, say) cannot mean that too: there it is a 50th.
+_PROCESS_BYTES = 512 << 20
+_PROCESS_SHARE = 50
+_DEFAULT_SHARE = 0.85  # of what the device recommends; the rest is the host program's
+
+# A sweep of a prompt chunk reads nearly every expert that is not resident. With a tenth of the room
+# as work space a chunk of Kimi K2.5 within 96 GB is 7k tokens long instead of 2k.
+_PREFILL_SHARE = 10
+_EVEN = 32  # passes of at least as many tokens have a multiple of them
+_LEAST_PREFILL_TOKENS = 32  # at the end of the longest context
+
+# macOS ends a GPU command that takes too long. One attention kernel covers all keys: with 2,048 new
+# tokens it was ended somewhere between 65k and 128k keys (MLX issue 3302).
+_METAL_PAIRS = 1 << 27
+
+_TOP_K_KEYS = (
+    "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k",
+    "moe_k", "num_selected_experts", "experts_per_token", "top_k",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What loading a model within a budget comes to. All sizes in bytes.
+
+    Attributes:
+        memory: the bound for everything that was stated, or None where only the cache's was.
+        bound: the bound for everything that is kept: `memory`, else the device's default.
+        trunk: weights that stay resident: everything but routed experts.
+        experts: all routed experts on disk.
+        cache: what the slots take.
+        kv: room for the KV cache of `context_tokens` tokens, `state` included.
+        state: of that, what a sequence keeps whatever its length (linear attention does).
+        work: room for what a forward pass computes.
+        slots: slots of each expert layer, in model order.
+        layer_experts: routed experts of each layer.
+        top_k: experts that a router picks for a token.
+        prefill_tokens: tokens of the longest pass, the first of a prompt.
+        context_tokens: tokens that `kv` is for.
+        disk: the checkpoint's tensors.
+        active_bytes_per_token: weights that computing one token reads.
+        cold_bytes_per_token: what one token reads from the drive if no expert is resident.
+        minimum: the smallest `memory` that works with these options.
+        conversion: disk that `convert` takes beside the checkpoint before the model can be
+            streamed; 0 where it streams as it is.
+        model_type: the checkpoint's.
+        footprint: what passes take; None in a plan that was made without a model.
+        others: bytes of MLX's that were taken before the load by what is no streamed model: they
+            are beside the bound, as nobody knows what they are for.
+        reserve: bytes that other models of this process have, or are to have.
+        context_stated: `context_tokens` is a limit that the user set.
+        pass_bytes: work space that passes are divided by; with several machines the least of them.
+        resident_share: part of all expert bytes that fits into the cache, 0 to 1.
+    """
+
+    memory: int | None
+    trunk: int
+    experts: int
+    cache: int
+    kv: int
+    work: int
+    slots: tuple[int, ...]
+    layer_experts: tuple[int, ...]
+    top_k: int
+    prefill_tokens: int
+    context_tokens: int
+    disk: int
+    active_bytes_per_token: int
+    cold_bytes_per_token: int
+    minimum: int
+    model_type: str
+    conversion: int = 0
+    state: int = 0
+    bound: int = field(default=0, compare=False)  # may follow what is available now
+    footprint: Footprint | None = field(default=None, repr=False)
+    pass_bytes: int = 0
+    reserve: int = 0
+    others: int = field(default=0, compare=False)
+    context_stated: bool = False
+
+    @property
+    def longest_context(self) -> int:
+        """Tokens that one sequence may have."""
+        if self.context_stated or not self.kv_token:
+            return self.context_tokens
+        return max(self.context_tokens, (self.kv_room - self.state) // self.kv_token - STEP)
+
+    @property
+    def resident_share(self) -> float:
+        return self.cache / self.experts
+
+    @property
+    def kv_room(self) -> int:
+        """What KV caches may take in all: `kv`, and what is left if no context was stated."""
+        if self.context_stated:
+            return self.kv
+        left = self.mlx_bound - self.trunk - self.cache - self.work - self.reserve
+        return max(self.kv, left)
+
+    @property
+    def kv_token(self) -> int:
+        """KV cache that a token adds to a sequence."""
+        if self.footprint is not None:
+            return self.footprint.token
+        return (self.kv - self.state) // max(1, self.context_tokens)
+
+    @property
+    def mlx_bound(self) -> int:
+        """The part of `bound` that is MLX's: all but the process itself."""
+        return self.bound - min(self.bound // _PROCESS_SHARE, _PROCESS_BYTES)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its figures, for JSON."""
+        figures = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "footprint"}
+        return {**figures, "resident_share": self.resident_share, "text": str(self)}
+
+    @property
+    def spare(self) -> int:
+        """What the budget leaves beside everything planned: prompts may use it while it is free."""
+        if self.pass_bytes:  # of several machines all must divide a pass alike
+            return 0
+        taken = self.trunk + self.cache + self.kv + self.work + self.reserve
+        return max(0, self.mlx_bound - taken)
+
+    def next_pass(
+        self,
+        tokens: int,
+        past: int = 0,
+        sequences: int = 1,
+        quantized: bool = False,
+        free: int | None = None,
+    ) -> int:
+        """Tokens of each sequence that the next pass over a prompt may have.
+
+        Args:
+            tokens: of each that are to come.
+            past: of the context before them.
+            sequences: that the pass has side by side.
+            quantized: keys and values are.
+            free: bytes that the context leaves free; None for all that should be.
+        """
+        sequences = max(1, sequences)
+        longest = max(1, min(tokens, self.prefill_tokens // sequences))
+        if self.footprint is None or tokens == 1:
+            return longest
+        if mx.metal.is_available():
+            longest = max(1, min(longest, _METAL_PAIRS // (sequences * (past + longest))))
+        work = self.pass_bytes or self.work
+        if free is None or free >= work + self.spare:
+            work += self.spare
+        fitting = self.footprint.longest_chunk(work, past, longest, sequences, quantized)
+        return (
+            fitting if fitting in (tokens, longest) or fitting < _EVEN else fitting // _EVEN * _EVEN
+        )
+
+    def passes(self, tokens: int) -> list[int]:
+        """The passes over a prompt.
+
+        Args:
+            tokens: of the prompt.
+
+        Returns:
+            Tokens of each pass.
+        """
+        chunks: list[int] = []
+        past = 0
+        while past < tokens:
+            chunks.append(self.next_pass(tokens - past, past))
+            past += chunks[-1]
+        return chunks
+
+    def pass_bytes_of(
+        self, tokens: int, past: int, sequences: int, quantized: bool = False, added: int = 0
+    ) -> int:
+        """Work space of a pass, and KV cache that it adds.
+
+        Args:
+            tokens, past, sequences, quantized: as for `next_pass`.
+            added: tokens that the caches have to allocate for it.
+        """
+        if self.footprint is None:
+            return 0
+        grown = self.footprint.grown(added, tokens) + (0 if past else self.footprint.state)
+        work = self.footprint.work(tokens, past + tokens, sequences, quantized)
+        return work + sequences * grown
+
+    def __str__(self) -> str:
+        bound = "" if self.memory is None else f"{format_size(self.memory)} = "
+        return (
+            f"{bound}trunk {format_size(self.trunk)} + expert cache {format_size(self.cache)} + "
+            f"KV {format_size(self.kv)} + work space {format_size(self.work)}; "
+            f"{self.resident_share:.0%} of {format_size(self.experts)} of experts resident, "
+            f"{min(self.slots)} to {max(self.slots)} slots a layer"
+        )
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a model's parts.
+
+    Attributes:
+        trunk: weights that stay resident.
+        looked_up: the part of the trunk of which a token uses one row (an input embedding).
+        disk: the checkpoint's tensors, used or not.
+        conversion: what `convert` has to write before the model streams; 0 where it need not.
+    """
+
+    trunk: int
+    looked_up: int
+    disk: int
+    conversion: int = 0
+
+
+def divide(
+    sizes: Sizes,
+    layers: Sequence[LayerNeed],
+    model_config: dict[str, Any],
+    config: StreamConfig,
+    footprint: Footprint,
+    held: int = 0,
+) -> Plan:
+    """Divide the budget that `config` states over a model.
+
+    Args:
+        sizes: bytes of the model's parts.
+        layers: what each expert layer needs.
+        model_config: the checkpoint's config.json.
+        config: states `memory` or `cache`, or neither.
+        footprint: what the model's passes take.
+        held: bytes of `memory` that other models of this process have.
+
+    Raises:
+        BudgetError: it is too small; says the smallest that works.
+    """
+    experts = sum(n.experts * n.expert_bytes for n in layers)
+    context = config.context_tokens or DEFAULT_CONTEXT
+    memory = default_memory(held) if config.memory is None else parse_size(config.memory)
+    kv = footprint.kv(context)
+    reserve = held + (0 if config.reserve is None else parse_size(config.reserve))
+    process = min(memory // _PROCESS_SHARE, _PROCESS_BYTES)
+    fewest = sum(n.minimum * n.expert_bytes for n in layers)
+    room = memory - process - sizes.trunk - kv - reserve
+    longest = min(config.prefill_tokens or context, context)
+    least_work = footprint.work(min(_LEAST_PREFILL_TOKENS, longest), context)
+    most_work = footprint.work(longest, context)
+    share = room // _PREFILL_SHARE + footprint.unfinished
+    work = max(least_work, min(most_work, share, room - fewest))
+    fixed = sizes.trunk + kv + work + reserve
+    parts = _parts(sizes.trunk, kv, work, reserve - held, held)
+    least = _with_process(fixed - work + least_work + fewest)
+    bound = memory
+    if config.cache is not None:
+        cache = parse_size(config.cache)
+        needed = _with_process(fixed + min(cache, experts))
+        if config.memory is not None and needed > memory:
+            raise BudgetError(
+                f"memory={format_size(memory)} cannot hold cache={format_size(cache)} beside "
+                f"{parts}; the smallest memory that works with this cache "
+                f"is {needed:,} bytes ({format_size(needed)})",
+                needed_bytes=needed,
+            )
+        bound = max(memory, needed)
+    else:
+        if memory < least:
+            raise BudgetError(
+                f"memory={format_size(memory)} is too small: {parts} and "
+                f"the fewest experts that {len(layers)} layers work with need {least:,} bytes "
+                f"({format_size(least)}). Smaller --context-tokens or --prefill-tokens need less.",
+                needed_bytes=least,
+            )
+        cache = memory - fixed - process
+    slots = share_slots(cache, layers)
+    used = sum(s * n.expert_bytes for s, n in zip(slots, layers, strict=True))
+    cold = sum(n.top_k * n.expert_bytes for n in layers)
+    spare = max(0, bound - process - fixed - used)
+    return Plan(
+        memory=None if config.memory is None and config.cache is not None else memory,
+        trunk=sizes.trunk,
+        experts=experts,
+        cache=used,
+        kv=kv,
+        work=work,
+        slots=tuple(slots),
+        layer_experts=tuple(n.experts for n in layers),
+        top_k=max(n.top_k for n in layers),
+        prefill_tokens=footprint.longest_chunk(work + spare, 0, longest),
+        context_tokens=context,
+        disk=sizes.disk,
+        active_bytes_per_token=sizes.trunk - sizes.looked_up + cold,
+        cold_bytes_per_token=cold,
+        minimum=least,
+        model_type=str(model_config.get("model_type", "")),
+        conversion=sizes.conversion,
+        state=footprint.state,
+        bound=bound,
+        footprint=footprint,
+        reserve=reserve,
+        context_stated=config.context_tokens is not None,
+    )
+
+
+def default_memory(held: int = 0) -> int:
+    """The budget where none is stated, in bytes; `held` of them other models have already."""
+    return int(_DEFAULT_SHARE * device_memory_bytes(held))
+
+
+def text_config(model_config: dict[str, Any]) -> dict[str, Any]:
+    """The language model's part of a configuration (multimodal ones nest it)."""
+    inner = model_config.get("text_config")
+    return {**model_config, **inner} if isinstance(inner, dict) else model_config
+
+
+def experts_per_token(model_config: dict[str, Any], experts: int) -> int:
+    """Experts that a router picks for one token, at most `experts`; 8 where no key tells."""
+    known = text_config(model_config)
+    for key in _TOP_K_KEYS:
+        value = known.get(key)
+        if isinstance(value, list) and value:
+            value = max(value)
+        if isinstance(value, int) and value > 0:
+            return min(value, experts)
+    return min(8, experts)
+
+
+def check_device(plan: Plan, limit: DeviceLimit, oversubscribe: bool = False) -> None:
+    """Refuse a budget that a device cannot hold: the system would swap, or end the process.
+
+    Args:
+        plan: how the budget would be divided.
+        limit: what the device can hold.
+        oversubscribe: take it all the same.
+
+    Raises:
+        BudgetError: the device cannot; says what raises its limit.
+    """
+    if oversubscribe or plan.bound <= limit.nbytes:
+        return
+    raised = f" To raise that until the next restart: {limit.command}." if limit.command else ""
+    stated = (
+        "memory" if plan.memory is not None else "this cache, with all that it needs beside it,"
+    )
+    raise BudgetError(
+        f"{stated} of {format_size(plan.bound)} is more than the device can hold, "
+        f"{format_size(limit.nbytes)}: {limit.why}.{raised} State at most {limit.nbytes:,} bytes, "
+        "or oversubscribe=True (--force) to try all the same",
+        needed_bytes=plan.minimum,
+    )
+
+
+def check_resize(plan: Plan, cache: int, reserve: int, others: int) -> int:
+    """Does a memory promise still hold with another cache?
+
+    Args:
+        plan: of the model.
+        cache: bytes that its slots shall take.
+        reserve: bytes kept free for other models.
+        others: bytes that other streamed models hold, out of the reserve where there is one.
+
+    Returns:
+        The bound for everything: the plan's, or more if only the cache was stated.
+
+    Raises:
+        BudgetError: no; says the smallest memory that would do.
+    """
+    fixed = plan.trunk + plan.kv + plan.work + max(reserve, others)
+    needed = _with_process(fixed + cache)
+    if plan.memory is None:
+        return max(plan.bound, needed)
+    if needed > plan.memory:
+        raise BudgetError(
+            f"a cache of {format_size(cache)} would break the promise of "
+            f"memory={format_size(plan.memory)}, of which trunk, KV cache, work space and other "
+            f"models take {format_size(fixed)}; it needs {needed:,} bytes ({format_size(needed)})",
+            needed_bytes=needed,
+        )
+    return plan.bound
+
+
+def _with_process(nbytes: int) -> int:
+    """The smallest memory of which `nbytes` are left beside the process itself."""
+    return min(nbytes + _PROCESS_BYTES, -(-nbytes * _PROCESS_SHARE // (_PROCESS_SHARE - 1)))
+
+
+def _parts(trunk: int, kv: int, work: int, reserve: int, held: int) -> str:
+    return (
+        f"the trunk ({format_size(trunk)}), KV cache ({format_size(kv)}), "
+        f"work space ({format_size(work)})"
+        + (f", the reserve ({format_size(reserve)})" if reserve else "")
+        + (
+            f", the other streamed models of this process ({format_size(held)}: free or resize "
+            "them, or load them with a reserve)"
+            if held
+            else ""
+        )
+    )

@@ -1,0 +1,6 @@
+"""Rewrite an original checkpoint once into the form that mlx-lm holds in memory and streams."""
+
+from ._command import convert, main, setup_arg_parser
+from ._rewrite import Options
+
+__all__ = ["Options", "convert", "main", "setup_arg_parser"]

@@ -1,0 +1,232 @@
+"""Does streaming do on this machine what it promises? Each promise tried in a minute or so.
+
+`python -m mlx_streamexperts.doctor --selftest` prints what came of each check in plain words. A
+check that fails is tried again with options that might avoid the fault, so that what it advises was
+seen to help here. It works on the embedded model and on a small one that it writes to a temporary
+folder; nothing else is written.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from .._analysis.exactness import PLAIN
+from .._config import StreamConfig
+from ._selfchecks import Lab, Outcome, ways_left, while_computing, written_bytes
+
+_KEPT = (
+    "in_place", "bypass_page_cache", "run_ahead", "prefetch", "overlap", "policy", "threads",
+    "read_size",
+)  # fmt: skip
+"""Options that are put to the test as they were stated."""
+
+_SAFER = ("run_ahead", "prefetch", "overlap", "bypass_page_cache", "in_place")
+"""Options whose "off" avoids a fault, the one that costs least first."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One promise.
+
+    Attributes:
+        name: what is checked.
+        run: does it, with options of streaming.
+        config: those options.
+        meaning: of a failure, for the user.
+        always: the option that avoids a failure for certain; if none is known, the check is
+            repeated with one option of `_SAFER` after the other.
+    """
+
+    name: str
+    run: Callable[[StreamConfig], Outcome]
+    config: StreamConfig
+    meaning: str
+    always: str = ""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of a check.
+
+    Attributes:
+        name: what was checked.
+        passed: whether it is as it should be.
+        detail: how much was looked at, or what is wrong.
+        seconds: it took.
+        meaning, advice: of a failure: what it means, and what avoids it.
+    """
+
+    name: str
+    passed: bool
+    detail: str
+    seconds: float
+    meaning: str = ""
+    advice: str = ""
+
+
+def selftest(
+    config: StreamConfig, reads: Path | None = None, begin: Callable[[str, int], None] | None = None
+) -> Iterator[Finding]:
+    """Run every check that the options leave, one after the other.
+
+    Args:
+        config: options to test; sizes and folders among them do not matter.
+        reads: a model folder on the drive to test; else the embedded model's.
+        begin: told of each check, and of how many there are, before it runs.
+    """
+    with tempfile.TemporaryDirectory() as work:
+        checks = list_checks(Lab(Path(work), reads), config)
+        for check in checks:
+            if begin is not None:
+                begin(check.name, len(checks))
+            yield _examine(check)
+            gc.collect()
+            mx.clear_cache()
+
+
+def _examine(check: Check) -> Finding:
+    start = time.perf_counter()
+    outcome = _outcome(check, check.config)
+    seconds = time.perf_counter() - start
+    if outcome.passed:
+        return Finding(check.name, True, outcome.detail, seconds)
+    return Finding(check.name, False, outcome.detail, seconds, check.meaning, _advice(check))
+
+
+def _outcome(check: Check, config: StreamConfig) -> Outcome:
+    try:
+        return check.run(config)
+    except Exception as e:  # whatever it is: this check did not pass
+        return Outcome(False, f"{type(e).__name__}: {e}")
+
+
+def _advice(check: Check) -> str:
+    """What avoids the fault."""
+    if check.always:
+        return f"{_flag(check.always)} does without it"
+    for name in _SAFER:
+        if getattr(check.config, name) == "off":
+            continue
+        off: dict[str, Any] = {name: "off"}
+        if _outcome(check, replace(check.config, **off)).passed:
+            return f"{_flag(name)} avoids it (the same check passed with it just now)"
+    return "no option avoids it: do not rely on streaming on this machine, and please report it"
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')} off"
+
+
+def list_checks(lab: Lab, stated: StreamConfig) -> list[Check]:
+    """The checks that make sense with the options stated."""
+    base = replace(PLAIN, **{name: getattr(stated, name) for name in _KEPT})
+    return [*_of_memory(lab, base), *_of_models(lab, base)]
+
+
+def _of_memory(lab: Lab, base: StreamConfig) -> Iterator[Check]:
+    """Of what the system and the device do, without a model."""
+    if base.in_place != "off":
+        yield Check(
+            "kernels see bytes written into arrays",
+            written_bytes,
+            base,
+            "loading notices it and copies every expert, which is slow; answers stay right",
+            always="in_place",
+        )
+        yield Check(
+            "slots and tables are written while kernels use others",
+            while_computing,
+            base,
+            "an expert that is read while the device computes could change an answer",
+            always="in_place",
+        )
+    yield Check(
+        "a device's error is reported",
+        lab.failing_device,
+        base,
+        "after an error of the device answers could be wrong without a word",
+    )
+    if base.bypass_page_cache != "off":
+        yield Check(
+            "reads past the page cache give the file's bytes",
+            lab.direct_reads,
+            base,
+            "experts read past the page cache could be wrong",
+            always="bypass_page_cache",
+        )
+
+
+def _of_models(lab: Lab, base: StreamConfig) -> Iterator[Check]:
+    ways = ways_left(base)
+    for name, way in ways.items():
+        for model in lab.models:
+            yield Check(
+                f"decoding, {name}: {model}",
+                partial(lab.decoding, model),
+                way,
+                "answers would differ from mlx-lm's with everything loaded",
+            )
+    yield Check(
+        "sequences interleaved at random",
+        lab.schedules,
+        base,
+        "answers could differ where several sequences share a model",
+    )
+    for model in lab.models:
+        yield Check(
+            f"prompt: {model}",
+            partial(lab.prefill, model),
+            ways["ordinary"],
+            "answers to prompts would differ by more than the order of sums explains",
+        )
+    for model in lab.models:
+        yield Check(
+            f"prompts around four rows an expert: {model}",
+            partial(lab.around_four_rows, model),
+            ways["ordinary"],
+            "answers to prompts of such lengths would differ by more than the order of sums "
+            "explains",
+        )
+    yield Check(
+        "memory stays within the budget",
+        lab.memory,
+        base,
+        "more memory could be taken than was stated: leave some room",
+    )
+
+
+def describe_device() -> dict[str, Any]:
+    """What the checks ran on."""
+    return {
+        "device": str(mx.default_device()),
+        "name": str(mx.device_info().get("device_name", "")),
+        "mlx": version("mlx"),
+    }
+
+
+def lines(finding: Finding) -> list[str]:
+    """What is printed of a finding, after its name."""
+    verdict = "PASS" if finding.passed else "FAIL"
+    text = [f"{verdict}  {finding.detail} ({finding.seconds:.1f} s)"]
+    if not finding.passed:
+        text += [f"      it means: {finding.meaning}", f"      way out: {finding.advice}"]
+    return text
+
+
+def as_dict(findings: list[Finding]) -> dict[str, Any]:
+    """All findings as plain values, for JSON."""
+    return {
+        **describe_device(),
+        "passed": all(f.passed for f in findings),
+        "checks": [asdict(f) for f in findings],
+    }

@@ -1,0 +1,210 @@
+"""What a server shows of itself: figures for its live page, and for Prometheus.
+
+Everything is read when it is asked for; nothing is kept. The Prometheus form needs the `server`
+extra (prometheus_client) and uses a registry of its own, so that a host program's is left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from .._experts.stream import ExpertStream
+from .._memory.budget import Plan
+from .._osinfo import resident_bytes
+from ._traffic import FIRST_TOKEN_BOUNDS, TrafficStats
+
+if TYPE_CHECKING:
+    from ._generation import Generator
+
+_PREFIX = "streamexperts_"
+
+
+def memory_bytes(plan: Plan | None) -> dict[str, int | None]:
+    """Memory by kind: what MLX holds now and held at most, what it keeps of freed memory for reuse,
+    what the process has resident; and of the plan the budget (None without one), trunk, expert
+    cache and room for KV caches. All in bytes.
+    """
+    return {
+        "active": mx.get_active_memory(),
+        "peak": mx.get_peak_memory(),
+        "reusable": mx.get_cache_memory(),
+        "resident": resident_bytes(),
+        "budget": plan.memory if plan else None,
+        "trunk": plan.trunk if plan else 0,
+        "expert_cache": plan.cache if plan else 0,
+        "kv": plan.kv if plan else 0,
+    }
+
+
+def _plan(generator: Generator) -> Plan | None:
+    """How the memory of the loaded model is divided now."""
+    expert_stream = generator.model_provider.expert_stream
+    return None if expert_stream is None else expert_stream.plan
+
+
+def live(generator: Generator) -> dict[str, Any]:
+    """The live page's figures as plain numbers: counters since loading, bytes, seconds.
+
+    Rates are for the reader to take, from the differences of two such readings.
+    """
+    provider = generator.model_provider
+    expert_stream: ExpertStream | None = provider.expert_stream
+    answer: dict[str, Any] = {
+        "model": _name(generator),
+        "traffic": asdict(generator.traffic.stats()),
+        "memory": memory_bytes(_plan(generator)),
+        "experts": None,
+    }
+    if expert_stream is not None:
+        stats = expert_stream.stats()
+        answer["experts"] = {
+            **stats.as_dict(),
+            "resident_share": expert_stream.plan.resident_share,
+            "layers": [
+                {
+                    "name": x.name,
+                    "resident": x.resident,
+                    "hits": x.cache.stats.hits,
+                    "needed": x.cache.stats.hits + x.cache.stats.prefetched + x.cache.stats.misses,
+                }
+                for x in expert_stream.layers
+            ],
+        }
+    return answer
+
+
+def prometheus(generator: Generator) -> tuple[bytes, str]:
+    """The figures in Prometheus's text format, and its content type.
+
+    Raises:
+        Refused: prometheus_client is not installed.
+    """
+    try:
+        from prometheus_client import CollectorRegistry, generate_latest
+        from prometheus_client.exposition import CONTENT_TYPE_LATEST
+    except ImportError as e:
+        from ._generation import Refused
+
+        raise Refused(
+            501, "/metrics needs prometheus_client: pip install 'mlx-streamexperts[server]'"
+        ) from e
+    registry = CollectorRegistry()
+    registry.register(_Collector(generator))
+    return generate_latest(registry), CONTENT_TYPE_LATEST
+
+
+class _Collector:
+    """Turns one reading of the statistics into metric families."""
+
+    def __init__(self, generator: Generator) -> None:
+        self._generator = generator
+
+    def describe(self) -> list[Any]:
+        return []  # else registering would read everything once more
+
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client.core import (
+            CounterMetricFamily,
+            GaugeMetricFamily,
+            HistogramMetricFamily,
+        )
+
+        def counter(name: str, text: str, value: float | dict[str, float], label: str = "") -> Any:
+            return _family(CounterMetricFamily, name, text, value, label)
+
+        def gauge(name: str, text: str, value: float | dict[str, float], label: str = "") -> Any:
+            return _family(GaugeMetricFamily, name, text, value, label)
+
+        generator = self._generator
+        t = generator.traffic.stats()
+        yield counter("requests", "Requests by how they ended", {**t.requests}, "outcome")
+        yield gauge("requests_active", "Requests being answered or waiting", t.active)
+        yield counter("prompt_tokens", "Tokens of prompts", t.prompt_tokens)
+        yield counter(
+            "prompt_tokens_cached", "Those of them found in the prompt cache", t.cached_tokens
+        )
+        yield counter("generated_tokens", "Tokens generated", t.tokens)
+        yield gauge(
+            "generated_tokens_per_second",
+            "Tokens a second over the last ten seconds, all clients together",
+            t.tokens_per_second,
+        )
+        yield HistogramMetricFamily(
+            _PREFIX + "time_to_first_token_seconds",
+            "From a request's arrival to its first token",
+            buckets=_cumulative(t),
+            sum_value=t.first_token_seconds,
+        )
+        memory = {k: float(v) for k, v in memory_bytes(_plan(generator)).items() if v is not None}
+        yield GaugeMetricFamily(
+            "process_resident_memory_bytes", "Resident memory", memory.pop("resident")
+        )
+        yield gauge("memory_bytes", "MLX's memory, and the plan's parts, by kind", memory, "kind")
+        expert_stream = generator.model_provider.expert_stream
+        if expert_stream is None:
+            return
+        s = expert_stream.stats()
+        yield gauge(
+            "layer_hit_rate", "Needed experts that were resident", s.layer_hit_rates, "layer"
+        )
+        yield gauge("layers_looking_ahead", "Layers that read ahead at present", s.looking_ahead)
+        yield counter("expert_hits", "Needed experts that were resident", s.cache.hits)
+        yield counter(
+            "expert_misses",
+            "Needed experts that were not: first uses, and uses after eviction",
+            {"compulsory": s.cache.compulsory, "capacity": s.cache.capacity},
+            "kind",
+        )
+        yield counter("expert_evictions", "Experts that made room", s.cache.evictions)
+        yield counter("read_bytes", "Bytes read into expert memory", s.read.bytes)
+        yield counter("reads", "System calls that read", s.read.reads)
+        yield counter("read_seconds", "Reading, summed over threads", s.read.read_seconds)
+        yield counter("read_wait_seconds", "Standing still for reads", s.read.wait_seconds)
+        yield counter("read_errors", "Reads that failed", s.read.errors)
+        yield counter(
+            "read_ahead",
+            "Experts read before they were asked for: issued; used; of those late; evicted unused; "
+            "taken back; failed",
+            {
+                "issued": s.ahead.issued,
+                "used": s.cache.prefetched,
+                "late": s.ahead.late,
+                "wasted": s.cache.wasted,
+                "cancelled": s.ahead.cancelled,
+                "failed": s.ahead.failed,
+            },
+            "outcome",
+        )
+        yield counter("read_ahead_bytes", "Bytes of them", s.read.speculative_bytes)
+        yield counter(
+            "read_delay_seconds", "What awaited reads lost behind those", s.read.delay_seconds
+        )
+        yield counter("layer_seconds", "Time in expert layers by phase", {**s.seconds}, "phase")
+
+
+def _family(kind: Any, name: str, text: str, value: float | dict[str, float], label: str) -> Any:
+    if not isinstance(value, dict):
+        return kind(_PREFIX + name, text, value=value)
+    family = kind(_PREFIX + name, text, labels=[label])
+    for key, amount in value.items():
+        family.add_metric([key], amount)
+    return family
+
+
+def _cumulative(t: TrafficStats) -> list[tuple[str, int]]:
+    """Buckets as Prometheus wants them: each counts all below its bound."""
+    buckets, total = [], 0
+    for bound, count in zip((*FIRST_TOKEN_BOUNDS, "+Inf"), t.first_token, strict=True):
+        total += count
+        buckets.append((str(bound), total))
+    return buckets
+
+
+def _name(generator: Generator) -> str | None:
+    """The loaded model's name, as `/v1/models` has it."""
+    provider = generator.model_provider
+    return next((n for n in provider.listed if provider.is_loaded(n)), None)

@@ -1,0 +1,8 @@
+"""Run the command: `python -m mlx_streamexperts.tune`."""
+
+import sys
+
+from . import main
+
+if __name__ == "__main__":
+    sys.exit(main())

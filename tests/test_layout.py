@@ -1,0 +1,164 @@
+"""The layout: which modules may import which, what is public, and which commands there are."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlx_streamexperts
+from mlx_streamexperts._cli.commands import COMMANDS
+
+PACKAGE = Path(mlx_streamexperts.__file__).parent
+
+# A module imports from its own group and from groups above it in this list. Commands import each
+# other never.
+LAYERS = (
+    "_errors _osinfo _hooks _listeners _closing _progress",
+    "_io",
+    "_cache",
+    "_config",
+    "_memory",
+    "_distributed",
+    "_experts",
+    "_loading",
+    "_analysis",
+    "_cli",
+)
+RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
+MOVED = {"predict", "trace"}  # old names of modules, kept for imports
+
+
+def imports(package: Path) -> dict[str, set[str]]:
+    """Modules of a package, and which others of it each imports, wherever the line stands."""
+    files = {}
+    for file in sorted(package.rglob("*.py")):
+        *parts, last = file.relative_to(package).with_suffix("").parts
+        files[".".join(parts if last == "__init__" else [*parts, last])] = file
+    found = {}
+    for module, file in files.items():
+        folder = module.split(".") if module else []
+        if file.name != "__init__.py":
+            folder = folder[:-1]
+        found[module] = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = folder[: len(folder) + 1 - node.level]
+                base += node.module.split(".") if node.module else []
+                for alias in node.names:
+                    name = ".".join([*base, alias.name])
+                    found[module].add(name if name in files else ".".join(base))
+            elif isinstance(node, ast.Import):  # within the package imports are relative
+                assert not any(a.name.startswith("mlx_streamexperts") for a in node.names), file
+        found[module] -= {module, ""}
+    return found
+
+
+def faults(graph: dict[str, set[str]]) -> list[str]:
+    """Imports against the order, between commands, and in circles."""
+    top = len(LAYERS)
+    bad = []
+    for module, used in graph.items():
+        if not module:
+            continue  # the package itself: the whole public API
+        group = module.partition(".")[0]
+        rank = RANKS.get(group, top)
+        for other in sorted(used):
+            of = other.partition(".")[0]
+            if RANKS.get(of, top) > rank:
+                bad.append(f"{module} imports {other}, which is above it")
+            elif RANKS.get(of, top) == rank == top and of != group:
+                bad.append(f"{module} imports {other}, another command")
+    done: set[str] = set()
+
+    def follow(module: str, path: tuple[str, ...]) -> None:
+        if module in path:
+            bad.append("a circle: " + " -> ".join((*path[path.index(module) :], module)))
+        elif module not in done:
+            for other in sorted(graph.get(module, ())):
+                follow(other, (*path, module))
+            done.add(module)
+
+    for module in sorted(graph):
+        follow(module, ())
+    return bad
+
+
+def test_modules_import_only_what_is_below_them() -> None:
+    assert not faults(imports(PACKAGE))
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "complaint"),
+    [
+        ("_io/reader", "from .._experts.layer import ExpertLayer", "which is above it"),
+        ("chat", "from .generate import main", "another command"),
+        (
+            "_cache/policies",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n"
+            "    from .expert_map import ExpertCache",
+            "a circle: _cache.expert_map -> _cache.policies -> _cache.expert_map",
+        ),
+        ("_io/files", "def f():\n    from .._config import StreamConfig", "which is above it"),
+    ],
+)
+def test_a_planted_import_is_found(module: str, line: str, complaint: str, tmp_path: Path) -> None:
+    for file in PACKAGE.rglob("*.py"):
+        copy = tmp_path / file.relative_to(PACKAGE)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(file.read_text())
+    planted = tmp_path / f"{module}.py"
+    planted.write_text(f"{planted.read_text()}\n{line}\n")
+    assert any(complaint in fault for fault in faults(imports(tmp_path)))
+
+
+def test_the_package_shows_its_public_names_alone() -> None:
+    importlib.import_module("mlx_streamexperts.generate")  # commands do not appear by being used
+    assert sorted(dir(mlx_streamexperts)) == sorted([*mlx_streamexperts.__all__, "__version__"])
+    assert all(hasattr(mlx_streamexperts, name) for name in dir(mlx_streamexperts))
+
+
+def test_what_has_no_underscore_is_a_command() -> None:
+    """Private modules look private: one sees from its path what a user may import or run."""
+    public = {
+        path.stem
+        for path in PACKAGE.iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").is_file()
+    }
+    assert {p for p in public if not p.startswith("_")} - MOVED == set(COMMANDS)
+    for command in COMMANDS:
+        folder = PACKAGE / command
+        inside = {f.stem for f in folder.glob("*.py")} if folder.is_dir() else set()
+        assert all(name.startswith("_") for name in inside)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_says_what_it_does(command: str) -> None:
+    module = importlib.import_module(f"mlx_streamexperts.{command}")
+    assert callable(module.main)
+    assert callable(module.setup_arg_parser)
+    assert len(COMMANDS[command]) < 75  # one line of `streamexperts --help`
+
+
+def test_commands_that_are_packages_run_as_modules() -> None:
+    for command in COMMANDS:
+        if (PACKAGE / command).is_dir():
+            line = [sys.executable, "-W", "error::RuntimeWarning", "-m"]
+            line += [f"mlx_streamexperts.{command}", "--help"]
+            out = subprocess.run(line, capture_output=True, text=True)
+            assert out.returncode == 0, out.stderr
+            assert command in out.stdout
+
+
+def test_imports_of_version_0_1_work() -> None:
+    from mlx_streamexperts.predict import NAMED_MACHINES
+    from mlx_streamexperts.simulate import simulate
+    from mlx_streamexperts.trace import read_trace
+    from mlx_streamexperts.tune import Runner, Tuner, Workload, space
+
+    assert NAMED_MACHINES
+    assert all(map(callable, (simulate, read_trace, Runner, Tuner, Workload, space)))
