@@ -17,12 +17,10 @@ import matplotlib
 import mlx_lm
 import numpy as np
 
-from mlx_streamexperts import StreamConfig, demo_model, load, stream
+from mlx_streamexperts import StreamConfig, demo_model, load, read_trace, stream
 from mlx_streamexperts._analysis.plots import plot_rates
 from mlx_streamexperts._analysis.replay import replay_routing, total
-from mlx_streamexperts._analysis.simulation import simulate
-from mlx_streamexperts._experts.trace import read_trace
-from mlx_streamexperts._memory.hardware import NAMED_MACHINES
+from mlx_streamexperts.simulate import NAMED_MACHINES, simulate
 
 MODEL = str(demo_model())
 CONFIG = StreamConfig(cache="10MB", prefetch="off", progress=False)
