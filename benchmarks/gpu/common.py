@@ -1,4 +1,4 @@
-"""What the scripts of this folder share."""
+"""Shared by the scripts of this folder."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Full-size models on a GPU whose experts are on a drive that is played.
+"""Full-size models on a GPU with experts on a simulated ("played") drive.
 
 The model is the full-size stand-in (examples/fullsize) with a random trunk; its experts are random
 numbers put into the slots beforehand. A read ends when a bus of the stated rate that carries one
 read after another would have delivered it, 80 us later, and moves no bytes. CUDA moves managed
 memory by pages, at 2.6 GB/s when the host writes into slots, which no Mac does and which would hide
-every drive faster than that; so what is timed is the data path and the device's work, and not their
+every drive faster than that. So this times the data path and the device's work, but not their
 competition for memory.
 """
 

@@ -1,14 +1,15 @@
 """Decode speed with nothing missing: stock, everything resident, and a cache that holds it all.
 
-The last maps experts to slots like any cache, and happens to hold what is asked for: what is left
-is the price of streaming itself, with a wait for the device in every layer and with run-ahead.
-Stock builds a token while the last one runs; a step that is checked has to end first. What that
-alone costs shows in the stock model waited for token by token.
+The last one maps experts to slots like any cache, and happens to hold every needed expert. What
+remains is the cost of streaming itself, with a wait for the device in every layer and with
+run-ahead. Stock builds a token while the last one runs; a step that is checked has to end first.
+Stock with a wait for each token shows the cost of that alone.
 Layers have the shape of Qwen3.5-397B-A17B's with fewer experts, so that stock mlx-lm fits too.
 
-Twice: as the model is, where on a fast GPU the host decides (it takes longer to build a layer than
-the device to compute it); and with an attention so wide that the device decides, as it does on a
-machine whose memory is slower. Rounds take turns; medians of the rounds' ratios, and their spread.
+There are two measurements: the model as it is, with which the host decides on a fast GPU (it takes
+longer to build a layer than the device to compute it); and an attention so wide that the device
+decides, as on a machine whose memory is slower. Rounds take turns. Figures are medians of the
+rounds' ratios, and their spread.
 """
 
 from __future__ import annotations

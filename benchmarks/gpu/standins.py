@@ -1,19 +1,19 @@
-"""Streaming the stand-ins of the headline models from drives that are played, on a GPU.
+"""Streaming the stand-ins of the headline models from simulated ("played") drives, on a GPU.
 
     python benchmarks/gpu/standins.py --out RESULTS --model qwen3.5-397b --shares 0.25,0.5,0.75
     python benchmarks/gpu/standins.py --out RESULTS --model kimi-k2.5 --layers 8 --prompt 512
 
-Where a share of all experts is more than the GPU holds, the model is cut to the layers that fit; a
-token's time is given for the whole model. Played drives move no bytes (why: played.py); "this
-machine" reads for real, a sparse file into the slots.
+If a share of all experts is more than the GPU holds, the model is cut to the layers that fit, and a
+token's time is scaled to the whole model. Played drives move no bytes (played.py says why); "this
+machine" really reads a sparse file into the slots.
 
-Tokens are drawn from a few hundred, so that experts come again; hit rates are stated beside every
-figure, and are not those of a trained model. Of each way the time is that of the slower of compute
-and reads (roofline) against what was measured:
-    ask          every layer's indices are waited for; the next router's guesses are read ahead
+Tokens are drawn from a few hundred, so that experts recur. Hit rates are stated beside every
+figure, and are not those of a trained model. For each way, the measured time is compared with the
+roofline, the slower of compute and reads:
+    ask          the host waits for every layer's indices, and prefetches for the next router
     trust        run-ahead, trusting the layers that it pays to trust
-    scout        run-ahead, each token begun by a pass that tells what it will want
-With `--prompt` it is prompts that are timed, one pass of so many tokens each.
+    scout        run-ahead, each token begun by a pass made only to predict
+`--prompt` times prompts instead, in one pass of so many tokens each.
 """
 
 from __future__ import annotations
