@@ -25,7 +25,9 @@ Build = Callable[..., Path]
 # Stands still with its first file under way, until it is killed.
 _STUCK = """
 import sys, time
-from mlx_streamexperts import convert, pack, shards, store
+from mlx_streamexperts import convert, pack
+from mlx_streamexperts._experts import packed_store as store
+from mlx_streamexperts.convert import _shards as shards
 shards.write_at = store._checksum = lambda *arguments: time.sleep(600)
 sys.exit({"convert": convert, "pack": pack}[sys.argv[1]].main(sys.argv[2:]))
 """
