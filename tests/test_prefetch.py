@@ -25,6 +25,7 @@ from mlx_streamexperts import ExpertStream, demo_model, stream
 from mlx_streamexperts import _osinfo as platform
 from mlx_streamexperts._cache.expert_map import POLICIES, ExpertCache
 from mlx_streamexperts._experts.autotune import Trial
+from mlx_streamexperts._experts.prefetch import RouterPrefetcher
 
 ALWAYS = replace(QUIET, prefetch="on")
 # Their routers are called outside of the block that holds the experts, or their experts see
@@ -87,21 +88,20 @@ def test_guesses_are_what_the_next_router_would_say_of_the_same_state(
         norms = [model.layers[i].post_attention_layernorm for i in (1, 2)]
         for seed, norm in enumerate(norms):
             norm.weight = mx.random.uniform(0.2, 3, norm.weight.shape, key=mx.random.key(seed))
-        assert first.ahead is not None
+        prefetcher = first.prefetcher
+        assert isinstance(prefetcher, RouterPrefetcher)
         expert_stream.resize(all_experts(expert_stream) // 2)  # resident layers are not asked
         for seed in range(20):
             state = 5 * mx.random.normal((1, 1, families.HIDDEN), key=mx.random.key(100 + seed))
-            guesses = first.ahead.ask(norms[0](state))
-            assert guesses is not None
-            ((router, distance, _, guessed, scores),) = guesses.asked
-            assert router.layer is second
+            prediction = prefetcher.predict(norms[0](state))
+            assert prediction is not None
+            ((target, distance, _, predicted, scores),) = prediction.answers
+            assert target.router.layer is second
             assert distance == 1
-            answer = router.choose(norms[1](state))
-            assert answer is not None
-            said, _ = answer
-            assert set(np.array(guessed).ravel()) == set(np.array(said).ravel())
+            chosen, _ = target.router.choose(norms[1](state))
+            assert set(np.array(predicted).ravel()) == set(np.array(chosen).ravel())
             assert scores is not None
-            assert scores.shape == guessed.shape
+            assert scores.shape == predicted.shape
 
 
 def test_interleaved_sequences_with_reads_under_way(checkpoint: Callable[..., Path]) -> None:

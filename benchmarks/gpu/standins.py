@@ -88,8 +88,8 @@ def decode(
     model, s = standin.model, standin.stream
     standin.trust.fixed = way
     for layer in s.layers:
-        if layer.ahead is not None:
-            layer.ahead.always = way == "ask"
+        if layer.prefetcher is not None:
+            layer.prefetcher.always = way == "ask"
     cache = make_prompt_cache(model)
     attach("unthrottled")
     steps(model, cache, text[:SETTLING])

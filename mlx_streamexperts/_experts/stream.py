@@ -122,7 +122,7 @@ class ExpertStream(Closing):
             read=ReadStats(**asdict(self._reader.stats)),
             layer_hit_rates={x.name: x.cache.stats.hit_rate for x in self.layers},
             ahead=AheadStats(**{k: sum(a[k] for a in ahead) for k in ahead[0]}),
-            looking_ahead=sum(x.ahead is not None and x.ahead.on for x in self.layers),
+            looking_ahead=sum(x.prefetcher is not None and x.prefetcher.on for x in self.layers),
             seconds={p: sum(x.stats.seconds[p] for x in self.layers) for p in PHASES},
             calls=sum(x.stats.calls for x in self.layers),
             waves=sum(x.stats.waves for x in self.layers),

@@ -22,23 +22,21 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..bank import numbers
 from ..foreign_modules import Strangers
+from ..layer import ExpertLayer
 from ..refusals import refuse_transforms
+from ..slots import Arrivals
 from ..split import SORTED_ROWS
 from ..thread_guard import Callers
 from .cache_snapshot import Undo, remember
 from .policy import Trust
 from .slot_tables import SlotTables
-
-if TYPE_CHECKING:
-    from ..layer import ExpertLayer
-    from ..slots import Arrivals
 
 # After which shares of a pass's layers what was built is sent to the device. It is idle until the
 # first group comes, and every group costs the host. 60 layers on an H100, of stock mlx-lm's speed:
@@ -156,7 +154,7 @@ class RunAhead:
         self._sent: list[tuple[list[int], list[mx.array]]] = []  # and others, not checked
         self._wrong: int | None = None  # the first layer that lacked an expert
         for layer in self.layers:
-            layer.run_ahead = self
+            layer.use_runner(self)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -208,7 +206,7 @@ class RunAhead:
                 self._caches = weakref.ref(first)
         return self._overheard
 
-    def through(self, layer: ExpertLayer, x: mx.array, indices: mx.array) -> mx.array:
+    def forward(self, layer: ExpertLayer, x: mx.array, indices: mx.array) -> mx.array:
         """A layer's part of the pass under way: x [..., D], indices [..., K] -> [..., K, D]."""
         i = self._number[id(layer)]
         state = self._states[i]
@@ -218,17 +216,18 @@ class RunAhead:
         if state.y is not None:
             return state.y
         if state.arrivals is not None and state.experts is not None:
-            state.y = layer.complete(x, state.experts, state.arrivals)
+            state.y = layer.finish_arrived(x, state.experts, state.arrivals)
             state.arrivals = None
             return state.y
         if not self._trusts[i]:
             self._check()
         if self._trusts[i] or self._wrong is not None:
             return self._try(i, x, indices)
-        state.y = layer.ask(x, indices, look_ahead=not self._again)
+        result = layer.forward_synced(x, indices, predict_next=not self._again)
+        state.y = result.output
         self.stats.asked += 1
-        self.trust.note([i], layer.lacked, self._again)
-        self._compare(i, layer.chosen)
+        self.trust.note([i], result.missed, self._again)
+        self._compare(i, result.needed)
         return state.y
 
     def _step(self, call: Callable[[], Any], undo: Undo) -> Any:
@@ -314,15 +313,15 @@ class RunAhead:
         with layer.lock:
             if self._again:
                 layer.slots.await_ahead()
-                start = layer.spent("wait", start)
+                start = layer.record_phase("wait", start)
             slots, absent = self._tables.of(i)
-            start = layer.spent("map", start)
+            start = layer.record_phase("map", start)
             y = layer.switch(x, slots[indices])  # [..., K, D]
             if self._masked:  # what is not there contributes nothing
                 y = mx.where(absent[indices][..., None] > 0, 0, y)
             state.indices, state.tried = indices, layer.slots.bank.reading(y)
         self._unsent.append(i)
-        layer.spent("build", start)
+        layer.record_phase("build", start)
         if i in self._due:
             before = len(self._sent)
             self._send()
@@ -348,9 +347,9 @@ class RunAhead:
             chosen = [numbers(x) for x in indices]
             if len(chosen) < len(group):
                 chosen = np.split(chosen[0], len(group))
-            start = self.layers[group[0]].spent("sync", start)
+            start = self.layers[group[0]].record_phase("sync", start)
             if self._all_held(group, chosen):
-                self.layers[group[0]].spent("map", start)
+                self.layers[group[0]].record_phase("map", start)
                 continue
             for i, experts in zip(group, chosen, strict=True):
                 self._judge(i, experts)
@@ -416,7 +415,7 @@ class RunAhead:
                     self._wrong, state.experts, state.arrivals = i, experts, arrivals
                     self.stats.wrong += 1
                     self._goes_on = self._goes_on or self._expected(i + 1) >= 1
-        layer.spent("map", start)
+        layer.record_phase("map", start)
         if self._wrong is not None and not self._goes_on:
             raise Astray
 
