@@ -193,7 +193,7 @@ class Guesses:
             if not layer.calling:
                 with layer.lock:
                     if not (layer.resident or layer.closed):
-                        layer.slots.read_ahead(candidates, distance)
+                        layer.slots.prefetch(candidates, distance)
 
 
 class Lookahead:
