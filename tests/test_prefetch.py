@@ -213,7 +213,7 @@ def test_a_failed_guess_is_no_error_and_no_slot(
     read, _, expert_stream, stock = faulty
     slots = expert_stream.layers[1].slots
     read.failing = True
-    slots.read_ahead([0, 1, 2])
+    slots.prefetch([0, 1, 2])
     deadline = time.monotonic() + 20
     while expert_stream.stats().read.errors < 3:
         assert time.monotonic() < deadline
@@ -232,15 +232,15 @@ def test_late_guesses_are_waited_for_and_stale_ones_taken_back(
     slots = expert_stream.layers[1].slots
     whole = slots.cache.slots
     read.gate.clear()
-    slots.read_ahead([0, 1, 2, 3])
+    slots.prefetch([0, 1, 2, 3])
     opener = threading.Timer(0.05, read.gate.set)
     opener.start()
     outputs_agree(expert_stream, stock, [1, 2, 5, 7])
     assert slots.ahead.late == 2
     assert slots.cache.stats.prefetched == 2
     assert slots.cache.stats.misses == 2
-    slots.land()
-    assert not slots._flying
+    slots.drain()
+    assert not slots._in_flight
     resident = slots.cache.resident
     assert {1, 2, 5, 7} <= set(resident)
     assert len(resident) + len(slots.cache._free) == whole
@@ -256,7 +256,7 @@ def test_closing_and_resizing_with_guesses_under_way(
     read, _, expert_stream, _ = faulty
     for end in (lambda: expert_stream.resize(smallest_cache(expert_stream)), expert_stream.close):
         read.gate.clear()
-        expert_stream.layers[1].slots.read_ahead([0, 1, 2, 3])
+        expert_stream.layers[1].slots.prefetch([0, 1, 2, 3])
         opener = threading.Timer(0.05, read.gate.set)
         opener.start()
         end()
@@ -282,7 +282,7 @@ def test_guesses_never_drive_out_what_must_stay(data: st.DataObject, policy: str
         else:
             candidates = data.draw(some)
             before = set(cache.resident)
-            placed = cache.place_ahead(candidates, flying)
+            placed = cache.place_prefetched(candidates, flying)
             assert set(placed) <= set(candidates) - before
             assert before & {*candidates, *flying} <= set(cache.resident)
             assert len(cache._ahead) <= max(2 * len(candidates), experts)

@@ -3,8 +3,8 @@
 It computes what the module it stands in for computes, by calling that module itself: its expert
 tables are exchanged for a bank of slots, and expert indices for slot indices. Each (token, expert)
 row is computed on its own, so relocating experts changes no bit. It must never overwrite a slot
-that an unevaluated matmul will still read (`Bank.settle`), nor return before every expert that it
-used was read.
+that an unevaluated matmul will still read (`Bank.flush_readers`), nor return before every expert
+that it used was read.
 """
 
 from __future__ import annotations
@@ -349,7 +349,7 @@ class ExpertLayer:
                 if prefetcher is not None:
                     prefetcher.end_step()
             # A prompt's output is not kept unevaluated: it would be, of each layer.
-            y = self.slots.bank.reading(y, self._callers.shared or not few)
+            y = self.slots.bank.track_reader(y, self._callers.shared or not few)
             self._calling = False
         return SyncedForward(y, needed, missed)
 
@@ -365,7 +365,7 @@ class ExpertLayer:
         if not self._calling:
             with self.lock:
                 if not (self.resident or self.closed):
-                    self.slots.read_ahead(experts, distance)
+                    self.slots.prefetch(experts, distance)
 
     def _check_open(self) -> None:
         if self.closed:
@@ -374,7 +374,7 @@ class ExpertLayer:
     def settle(self) -> None:
         """Evaluate what this thread has built with the slots."""
         with self.lock:
-            self.slots.bank.settle()
+            self.slots.bank.flush_readers()
 
     def hit(self, experts: np.ndarray) -> None:
         """Account for a call of one token, whose experts [1, ..., K] were all there."""
@@ -401,7 +401,7 @@ class ExpertLayer:
     def finish_arrived(self, x: mx.array, experts: np.ndarray, arrivals: Arrivals) -> mx.array:
         """Run a call's experts [..., K], known and accounted for, once they have arrived."""
         with self.lock:
-            return self.slots.bank.reading(self._at_once(x, experts, arrivals))
+            return self.slots.bank.track_reader(self._at_once(x, experts, arrivals))
 
     def _at_once(self, x: mx.array, experts: np.ndarray, arrivals: Arrivals) -> mx.array:
         """All needed experts fit into the slots together: the decode path.
@@ -454,7 +454,7 @@ class ExpertLayer:
         most used experts come last and stay: what follows a prompt wants those.
         """
         slots = self.cache.slots
-        self.slots.land()
+        self.slots.drain()
         waves = self.cache.waves(needed, np.bincount(experts.ravel(), minlength=self.experts))
         self.stats.waves += len(waves) - 1
         split = self._split(x, experts)

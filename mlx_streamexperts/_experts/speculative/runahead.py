@@ -312,14 +312,14 @@ class RunAhead:
         start = time.perf_counter()
         with layer.lock:
             if self._again:
-                layer.slots.await_ahead()
+                layer.slots.await_prefetched()
                 start = layer.record_phase("wait", start)
             slots, absent = self._tables.of(i)
             start = layer.record_phase("map", start)
             y = layer.switch(x, slots[indices])  # [..., K, D]
             if self._masked:  # what is not there contributes nothing
                 y = mx.where(absent[indices][..., None] > 0, 0, y)
-            state.indices, state.tried = indices, layer.slots.bank.reading(y)
+            state.indices, state.tried = indices, layer.slots.bank.track_reader(y)
         self._unsent.append(i)
         layer.record_phase("build", start)
         if i in self._due:
@@ -401,7 +401,7 @@ class RunAhead:
             if self._wrong is not None:  # a guess, then
                 chosen = list(dict.fromkeys(experts.ravel().tolist()))
                 state.foretold = set(chosen)
-                layer.slots.read_ahead(chosen, i - self._wrong)
+                layer.slots.prefetch(chosen, i - self._wrong)
             elif len(np.unique(experts)) > layer.cache.slots:
                 self._wrong, self._trusts[i] = i, False
             else:
