@@ -48,7 +48,7 @@ def test_every_router_style_answers_or_is_left_alone(
     with stream(model) as expert_stream:
         expert_stream.resize(max(smallest_cache(expert_stream), all_experts(expert_stream) // 2))
         assert_same(expected, families.run(model, tokens, 4), family)
-        looking = expert_stream.stats().looking_ahead
+        looking = expert_stream.stats().prefetching_layers
         assert (looking == 0) == (family in CANNOT_ASK)
         assert looking in (0, len(expert_stream.layers) - 1)
 
@@ -70,12 +70,12 @@ def test_a_trained_model_is_bit_identical_and_guesses_well(depth: int) -> None:
             assert_same(expected, families.run(model, tokens, prompt), f"{size} bytes")
             stats = expert_stream.stats()
             if size >= least:
-                assert stats.cache.prefetched > stats.ahead.issued // 3 > 0
+                assert stats.cache.prefetched > stats.prefetch.issued // 3 > 0
                 assert stats.read.speculative_bytes > 0
                 # Every expert that was read ahead is accounted for, or still there unused.
                 used = stats.cache.prefetched + stats.cache.wasted
                 unused = sum(len(x.cache._ahead) for x in expert_stream.layers)
-                assert stats.ahead.issued == used + unused + stats.ahead.cancelled
+                assert stats.prefetch.issued == used + unused + stats.prefetch.cancelled
 
 
 def test_guesses_are_what_the_next_router_would_say_of_the_same_state(
@@ -220,7 +220,7 @@ def test_a_failed_guess_is_no_error_and_no_slot(
         time.sleep(0.001)
     read.failing = False
     outputs_agree(expert_stream, stock, [3, 4, 5, 6])
-    assert slots.ahead.failed == 3
+    assert slots.prefetch_stats.failed == 3
     assert all(slots.cache.slot_of[e] < 0 for e in (0, 1, 2))
     outputs_agree(expert_stream, stock, [0, 1, 2, 3])
 
@@ -236,7 +236,7 @@ def test_late_guesses_are_waited_for_and_stale_ones_taken_back(
     opener = threading.Timer(0.05, read.gate.set)
     opener.start()
     outputs_agree(expert_stream, stock, [1, 2, 5, 7])
-    assert slots.ahead.late == 2
+    assert slots.prefetch_stats.late == 2
     assert slots.cache.stats.prefetched == 2
     assert slots.cache.stats.misses == 2
     slots.drain()

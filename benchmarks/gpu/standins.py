@@ -99,9 +99,9 @@ def decode(
     done = s.stats().run_ahead
     return row(standin, drive, seconds, compute) | {
         "passes": done.passes / max(1, done.steps),
-        "asked": done.asked / len(seconds),
-        "foretold": done.foretold,
-        "came_true": done.came_true,
+        "asked": done.synced / len(seconds),
+        "foretold": done.predicted,
+        "came_true": done.predicted_used,
     }
 
 

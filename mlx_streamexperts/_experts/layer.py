@@ -277,7 +277,7 @@ class ExpertLayer:
     def reset(self) -> None:
         """Set every counter to zero."""
         self.stats = LayerStats()
-        self.slots.ahead = type(self.slots.ahead)()
+        self.slots.prefetch_stats = type(self.slots.prefetch_stats)()
         self.cache.stats = type(self.cache.stats)()
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:

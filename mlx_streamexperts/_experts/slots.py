@@ -32,7 +32,7 @@ class ExpertTensor:
 
 
 @dataclass(slots=True)
-class AheadStats:
+class PrefetchStats:
     """What became of experts read before they were asked for. See also `CacheStats`.
 
     Attributes:
@@ -114,7 +114,7 @@ class ExpertSlots:
         self.expert_bytes = total_bytes([t.slot for t in tensors.values()])
         self.cache = ExpertCache(experts, 0)
         self.bank = Bank({}, 0, in_place=True)
-        self.ahead = AheadStats()
+        self.prefetch_stats = PrefetchStats()
         self.as_packed: Callable[[int, Sequence[memoryview]], bool] | None = None
         self._reader: ExpertReader  # set by open
         self._in_flight: dict[int, Ticket] = {}  # read ahead, not known to have arrived
@@ -189,7 +189,7 @@ class ExpertSlots:
         try:
             if placed:
                 ticket = self._submit(placed, PREFETCH + distance - 1)
-                self.ahead.issued += len(placed)
+                self.prefetch_stats.issued += len(placed)
                 self._in_flight.update(dict.fromkeys(placed, ticket))
         except OtherThreadError:  # its graph reads the bank: not now
             pass
@@ -279,7 +279,7 @@ class ExpertSlots:
                 del self._in_flight[expert]
                 self._reader.promote(ticket, expert)
                 late.setdefault(id(ticket), (ticket, []))[1].append(expert)
-                self.ahead.late += 1
+                self.prefetch_stats.late += 1
             else:
                 self._withdraw(expert, ticket)
         return list(late.values())
@@ -289,7 +289,7 @@ class ExpertSlots:
             return False
         del self._in_flight[expert]
         self.cache.drop(expert)
-        self.ahead.cancelled += 1
+        self.prefetch_stats.cancelled += 1
         return True
 
     def _note_arrived(self) -> None:
@@ -298,7 +298,7 @@ class ExpertSlots:
             ticket = self._in_flight.pop(expert)
             if expert in ticket.errors or not self._is_right(expert):
                 self.cache.drop(expert)
-                self.ahead.failed += 1
+                self.prefetch_stats.failed += 1
         self._changing = before
 
     def _is_right(self, expert: int) -> bool:

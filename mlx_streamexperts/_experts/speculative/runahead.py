@@ -55,27 +55,27 @@ _PASSES = 3
 
 @dataclass(slots=True)
 class RunAheadStats:
-    """What run-ahead decoding did. A step is a forward pass of few tokens, as in decoding.
+    """Counters of run-ahead decoding. A step is a forward pass of few tokens, as in decoding.
 
     Attributes:
-        steps: steps that trusted at least one layer.
-        exact_at_once: of those, the ones whose first pass was exact.
+        steps: steps that speculated on at least one layer.
+        exact_at_once: of those, steps whose first pass was exact.
         passes: passes that these steps took.
-        trusted: layers mapped on the device and found exact: waits for the device saved.
-        asked: layers of all steps whose indices the host waited for.
-        wrong: layers found to lack an expert after they had been trusted.
-        foretold: experts that wrong passes told about layers behind the first that was wrong.
-        came_true: of those, the ones that the exact pass used.
+        speculated: layers mapped on the device and found exact; each saved a wait for the device.
+        synced: layers of all steps whose indices the host waited for.
+        wrong: layers speculated on that turned out to lack an expert.
+        predicted: experts that wrong passes chose in layers after the first wrong one.
+        predicted_used: of those, experts that the exact pass used.
     """
 
     steps: int = 0
     exact_at_once: int = 0
     passes: int = 0
-    trusted: int = 0
-    asked: int = 0
+    speculated: int = 0
+    synced: int = 0
     wrong: int = 0
-    foretold: int = 0
-    came_true: int = 0
+    predicted: int = 0
+    predicted_used: int = 0
 
 
 class Astray(Exception):  # noqa: N818, it is no error
@@ -96,7 +96,7 @@ class _State:
         y: [..., K, D], exact.
         experts: [..., K], known for certain while `y` is not.
         arrivals: what of `experts` is on its way; None where they have no slots.
-        foretold: experts that a wrong pass chose.
+        predicted: experts that a wrong pass chose.
     """
 
     called: bool = False
@@ -105,7 +105,7 @@ class _State:
     y: mx.array | None = None
     experts: np.ndarray | None = None
     arrivals: Arrivals | None = None
-    foretold: set[int] = field(default_factory=set)
+    predicted: set[int] = field(default_factory=set)
 
 
 class RunAhead:
@@ -225,7 +225,7 @@ class RunAhead:
             return self._try(i, x, indices)
         result = layer.forward_synced(x, indices, predict_next=not self._again)
         state.y = result.output
-        self.stats.asked += 1
+        self.stats.synced += 1
         self.trust.note([i], result.missed, self._again)
         self._compare(i, result.needed)
         return state.y
@@ -367,12 +367,12 @@ class RunAhead:
             return False
         for i, experts in zip(group, chosen, strict=True):
             state = self._states[i]
-            if state.foretold:
+            if state.predicted:
                 self._compare(i, experts.ravel().tolist())
             self.layers[i].hit(experts)
             state.y = state.tried
         self.trust.note(group, False, self._again)
-        self.stats.trusted += len(group)
+        self.stats.speculated += len(group)
         return True
 
     def _check(self, result: Any = None) -> None:
@@ -400,7 +400,7 @@ class RunAhead:
             self.trust.note([i], not held, self._again)
             if self._wrong is not None:  # a guess, then
                 chosen = list(dict.fromkeys(experts.ravel().tolist()))
-                state.foretold = set(chosen)
+                state.predicted = set(chosen)
                 layer.slots.prefetch(chosen, i - self._wrong)
             elif len(np.unique(experts)) > layer.cache.slots:
                 self._wrong, self._trusts[i] = i, False
@@ -410,7 +410,7 @@ class RunAhead:
                 arrivals = layer.slots.begin(needed)
                 if held:
                     state.y = state.tried
-                    self.stats.trusted += 1
+                    self.stats.speculated += 1
                 else:
                     self._wrong, state.experts, state.arrivals = i, experts, arrivals
                     self.stats.wrong += 1
@@ -422,7 +422,7 @@ class RunAhead:
     def _compare(self, i: int, needed: Sequence[int]) -> None:
         """Hold what was foretold of a layer against what it wants."""
         state = self._states[i]
-        if state.foretold:
-            self.stats.foretold += len(state.foretold)
-            self.stats.came_true += len(state.foretold.intersection(needed))
-            state.foretold = set()
+        if state.predicted:
+            self.stats.predicted += len(state.predicted)
+            self.stats.predicted_used += len(state.predicted.intersection(needed))
+            state.predicted = set()
