@@ -159,7 +159,7 @@ def test_an_interrupted_call_leaves_nothing_that_the_next_one_trusts(
     slots = expert_stream.layers[1].slots
     read.gate.clear()
     arrivals = slots.begin([0, 1, 2, 3])
-    assert arrivals.left == [0, 1, 2, 3]
+    assert list(arrivals.left) == [0, 1, 2, 3]
     opener = threading.Timer(0.05, read.gate.set)
     opener.start()
     outputs_agree(expert_stream, stock, [0, 1, 5, 6])
