@@ -74,7 +74,7 @@ def test_a_trained_model_is_bit_identical_and_guesses_well(depth: int) -> None:
                 assert stats.read.speculative_bytes > 0
                 # Every expert that was read ahead is accounted for, or still there unused.
                 used = stats.cache.prefetched + stats.cache.wasted
-                unused = sum(len(x.cache._ahead) for x in expert_stream.layers)
+                unused = sum(len(x.cache._prefetched) for x in expert_stream.layers)
                 assert stats.prefetch.issued == used + unused + stats.prefetch.cancelled
 
 
@@ -159,7 +159,7 @@ def test_an_interrupted_call_leaves_nothing_that_the_next_one_trusts(
     slots = expert_stream.layers[1].slots
     read.gate.clear()
     arrivals = slots.begin([0, 1, 2, 3])
-    assert arrivals.left == [0, 1, 2, 3]
+    assert list(arrivals.left) == [0, 1, 2, 3]
     opener = threading.Timer(0.05, read.gate.set)
     opener.start()
     outputs_agree(expert_stream, stock, [0, 1, 5, 6])
@@ -277,7 +277,7 @@ def test_guesses_never_drive_out_what_must_stay(data: st.DataObject, policy: str
             needed = data.draw(some)
             cache.place(needed)
             assert all(cache.slot_of[e] >= 0 for e in needed)
-            assert not set(needed) & set(cache._ahead)
+            assert not set(needed) & set(cache._prefetched)
             flying = []
         else:
             candidates = data.draw(some)
@@ -285,11 +285,11 @@ def test_guesses_never_drive_out_what_must_stay(data: st.DataObject, policy: str
             placed = cache.place_prefetched(candidates, flying)
             assert set(placed) <= set(candidates) - before
             assert before & {*candidates, *flying} <= set(cache.resident)
-            assert len(cache._ahead) <= max(2 * len(candidates), experts)
+            assert len(cache._prefetched) <= max(2 * len(candidates), experts)
             flying += placed
         used = [s for s in cache.slot_of.tolist() if s >= 0]
         assert sorted(used + cache._free) == list(range(slots))
-        assert set(cache._ahead) <= set(cache.resident)
+        assert set(cache._prefetched) <= set(cache.resident)
 
 
 def steps(trial: Trial[bool], count: int, seconds: Callable[[bool], float]) -> list[bool]:

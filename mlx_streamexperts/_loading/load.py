@@ -32,7 +32,7 @@ from .._experts.prefetch import connect
 from .._experts.refusals import guard
 from .._experts.stream import ExpertStream, attach, flatten, is_streamed, stream
 from .._io.checkpoint import read_header
-from .._io.hub import had, headers_only
+from .._io.hub import fetching, headers_only
 from .._memory.budget import Plan, check_device
 from .._memory.hardware import named_machine
 from .._memory.passes import Passes
@@ -154,7 +154,9 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: it is neither a folder nor a repository that can be had.
     """
-    with had(path_or_hf_repo, "is neither a model folder nor a repository that can be downloaded"):
+    with fetching(
+        path_or_hf_repo, "is neither a model folder nor a repository that can be downloaded"
+    ):
         return mlx_lm.utils._download(str(path_or_hf_repo), revision=revision)
 
 
