@@ -62,7 +62,7 @@ PROJECTIONS = (SwitchLinear, QuantizedSwitchLinear)
 
 
 @dataclass(frozen=True)
-class Located:
+class DiscoveredModel:
     """A lazily loaded model, nothing evaluated, and where its experts are.
 
     Attributes:
@@ -111,13 +111,13 @@ class Located:
             ) from e
 
 
-def locate(
+def discover(
     folder: Path,
     config: StreamConfig,
     arguments: dict[str, Any],
     as_converted: bool = False,
     part: Part | None = None,
-) -> Located:
+) -> DiscoveredModel:
     """Check the checkpoint, build the model without evaluating it, and find its experts.
 
     Args:
@@ -137,19 +137,19 @@ def locate(
     checkpoint = read_checkpoint(folder)
     if part is not None and checkpoint.absent:
         arguments = {**arguments, "strict": False}
-    model, model_config, seen = load_remembering(folder, arguments)
+    model, model_config, record = load_recorded(folder, arguments)
     whole = model if part is None else copied(model)
     stage = None if part is None else cut(model, part)
     if stage is not None:
-        _check_whole(model, stage, checkpoint, seen)
-    layers = _find_layers(model, checkpoint, seen, as_converted and config.store is None)
+        _check_whole(model, stage, checkpoint, record)
+    layers = _find_layers(model, checkpoint, record, as_converted and config.store is None)
     if not layers:
         if stage is not None:
             raise UnsupportedModelError(
                 f"{folder}: {stage}: none of these has routed experts; use fewer machines or "
                 "another --split"
             )
-        raise UnsupportedModelError(nothing_found(folder, model, model_config))
+        raise UnsupportedModelError(no_experts_message(folder, model, model_config))
     if config.store is not None:
         use_store(
             layers,
@@ -168,7 +168,7 @@ def locate(
     )
     item_bytes = max(a.dtype.size for a in parameters if mx.issubdtype(a.dtype, mx.floating))
     shards = sorted({t.file for t in checkpoint.tensors.values()})
-    return Located(model, model_config, layers, sizes, item_bytes, shards, whole, stage)
+    return DiscoveredModel(model, model_config, layers, sizes, item_bytes, shards, whole, stage)
 
 
 def _footprint(model: nn.Module, model_config: dict[str, Any]) -> Footprint:
@@ -189,9 +189,11 @@ def _width(switch: nn.Module) -> int:
     return max((t.shape[1] for t in tables[:-1]), default=1)
 
 
-def _check_whole(model: nn.Module, stage: Stage, checkpoint: Checkpoint, seen: Seen) -> None:
+def _check_whole(
+    model: nn.Module, stage: Stage, checkpoint: Checkpoint, record: LoadRecord
+) -> None:
     """Is everything there that a rank's layers need?"""
-    lacking = next((name for name, _ in flatten(model) if name not in seen.given), None)
+    lacking = next((name for name, _ in flatten(model) if name not in record.filled), None)
     if lacking is None:
         return
     for tensor, shard in checkpoint.absent.items():
@@ -209,25 +211,25 @@ def _needed_bytes(checkpoint: Checkpoint, stage: Stage) -> int:
 
 
 @dataclass
-class Seen:
+class LoadRecord:
     """Arrays of a checkpoint, and what was stacked from them while they were sanitized.
 
     Attributes:
-        as_stored: by name in the checkpoint.
+        stored: by name in the checkpoint.
         stacks: by identity of the result (kept, so that no other array gets its identity).
-        skeleton: makes another such model, without weights.
-        given: names of the parameters that the model was given arrays of their shape for.
+        build_empty: makes another such model, without weights.
+        filled: names of the parameters that the model was given arrays of their shape for.
     """
 
-    as_stored: dict[str, mx.array] = field(default_factory=dict)
+    stored: dict[str, mx.array] = field(default_factory=dict)
     stacks: dict[int, tuple[mx.array, list[mx.array]]] = field(default_factory=dict)
-    skeleton: Callable[[], nn.Module] = nn.Module
-    given: set[str] = field(default_factory=set)
+    build_empty: Callable[[], nn.Module] = nn.Module
+    filled: set[str] = field(default_factory=set)
 
 
-def load_remembering(
+def load_recorded(
     folder: Path, arguments: dict[str, Any]
-) -> tuple[nn.Module, dict[str, Any], Seen]:
+) -> tuple[nn.Module, dict[str, Any], LoadRecord]:
     """mlx-lm's `load_model`, nothing evaluated, with a record of where its arrays come from.
 
     Raises:
@@ -236,17 +238,17 @@ def load_remembering(
     """
     # MLX holds each file open from here until its last array is evaluated.
     allow_open(len(shard_files(folder)), str(folder))
-    seen = Seen()
+    record = LoadRecord()
     arguments = dict(arguments)
     get_classes = arguments.pop("get_model_classes", mlx_lm.utils._get_classes)
-    arguments["get_model_classes"] = lambda config: _remembering(get_classes(config), seen)
+    arguments["get_model_classes"] = lambda config: _remembering(get_classes(config), record)
     try:
         overrides, custom = _custom_classes(folder, arguments)
         if custom is not None:
             arguments["model_config"] = overrides
-            arguments["get_model_classes"] = lambda config: _remembering(custom, seen)
+            arguments["get_model_classes"] = lambda config: _remembering(custom, record)
         with _quantize_lock, swapped(mx, quantize=_checked_quantize):
-            return *original_load_model(folder, True, **arguments), seen
+            return *original_load_model(folder, True, **arguments), record
     except StreamError:
         raise
     except Exception as e:  # config.json may hold anything, and mlx-lm trusts it
@@ -312,14 +314,14 @@ def _checked_quantize(
 
 
 @contextmanager
-def _recording_stacks(seen: Seen) -> Iterator[None]:
+def _recording_stacks(record: LoadRecord) -> Iterator[None]:
     """Note what this thread makes with `mx.stack`, which is how mlx-lm joins single experts."""
     original, thread = mx.stack, threading.get_ident()
 
     def stack(arrays: list[mx.array], *args: Any, **kwargs: Any) -> mx.array:
         result = original(arrays, *args, **kwargs)
         if threading.get_ident() == thread and not args and not kwargs:
-            seen.stacks[id(result)] = (result, list(arrays))
+            record.stacks[id(result)] = (result, list(arrays))
         return result
 
     with _stack_lock, swapped(mx, stack=stack):
@@ -327,27 +329,27 @@ def _recording_stacks(seen: Seen) -> Iterator[None]:
 
 
 def _remembering(
-    classes: tuple[Callable[..., nn.Module], type], seen: Seen
+    classes: tuple[Callable[..., nn.Module], type], record: LoadRecord
 ) -> tuple[Callable[..., nn.Module], type]:
-    """Model classes whose model notes the loaded weights in `seen` while sanitizing."""
+    """Model classes whose model notes the loaded weights in `record` while sanitizing."""
     model_class, arguments_class = classes
 
     def build(arguments: Any) -> nn.Module:
         fresh = copy.deepcopy(arguments)  # some classes write into what they are given
-        seen.skeleton = lambda: model_class(copy.deepcopy(fresh))
+        record.build_empty = lambda: model_class(copy.deepcopy(fresh))
         model = model_class(arguments)
         sanitize = getattr(model, "sanitize", None)
 
         def remember(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            seen.as_stored.update(weights)
+            record.stored.update(weights)
             object.__delattr__(model, "sanitize")
-            with _recording_stacks(seen):
+            with _recording_stacks(record):
                 return sanitize(weights) if sanitize is not None else weights
 
         def note(weights: list[tuple[str, mx.array]], strict: bool = True) -> nn.Module:
             object.__delattr__(model, "load_weights")
             shapes = {name: array.shape for name, array in flatten(model)}
-            seen.given.update(n for n, array in weights if shapes.get(n) == array.shape)
+            record.filled.update(n for n, array in weights if shapes.get(n) == array.shape)
             return model.load_weights(weights, strict=strict)
 
         object.__setattr__(model, "sanitize", remember)
@@ -377,10 +379,10 @@ def _custom_classes(
 
 
 def _find_layers(
-    model: nn.Module, checkpoint: Checkpoint, seen: Seen, as_converted: bool
+    model: nn.Module, checkpoint: Checkpoint, record: LoadRecord, as_converted: bool
 ) -> list[ExpertLayer]:
     """Every expert module of the model with its tables' places on disk, in model order."""
-    entries = {id(array): checkpoint.tensors[name] for name, array in seen.as_stored.items()}
+    entries = {id(array): checkpoint.tensors[name] for name, array in record.stored.items()}
     layers = []
     for path, switch in model.named_modules():
         if not isinstance(switch, SWITCHES):
@@ -391,7 +393,7 @@ def _find_layers(
                 continue
             for attribute, table in flatten(projection):
                 where = f"{path}.{part}.{attribute}"
-                _, parts = seen.stacks.get(id(table), (table, []))
+                _, parts = record.stacks.get(id(table), (table, []))
                 if entry := entries.get(id(table)):
                     _check_table(where, table, entry, entry.shape, entry.nbytes)
                     stored = ExpertTable.stacked(entry)
@@ -402,7 +404,7 @@ def _find_layers(
                 elif as_converted:
                     stored = ExpertTable.nowhere(table.nbytes, table.shape[0])
                 else:
-                    raise UnsupportedModelError(_rewritten(where, seen.as_stored, checkpoint))
+                    raise UnsupportedModelError(_rewritten(where, record.stored, checkpoint))
                 slot = SlotTensor(projection, attribute, tuple(table.shape[1:]), table.dtype)
                 tensors[f"{part}.{attribute}"] = ExpertTensor(slot, stored)
         counts = {t.stored.experts: t.stored for t in tensors.values()}
@@ -427,20 +429,20 @@ def _check_table(
         )
 
 
-def _rewritten(where: str, as_stored: dict[str, mx.array], checkpoint: Checkpoint) -> str:
+def _rewritten(where: str, stored: dict[str, mx.array], checkpoint: Checkpoint) -> str:
     """Why a table that is not stored as such cannot be streamed, and what to do."""
     layer = where[: where.find(".", where.find("layers.") + len("layers.")) + 1]
-    alike = sorted(n for n in as_stored if ".experts." in n and layer in n)
-    seen = f" (it holds {alike[0]}, for example)" if alike else ""
+    alike = sorted(n for n in stored if ".experts." in n and layer in n)
+    example = f" (it holds {alike[0]}, for example)" if alike else ""
     return (
         f"{checkpoint.folder} does not store {where} as one table, nor expert by expert as it is "
-        f"used{seen}; mlx-lm computes it while loading, with all experts in memory. Convert the "
+        f"used{example}; mlx-lm computes it while loading, with all experts in memory. Convert the "
         f"checkpoint once, in little memory: python -m mlx_streamexperts.convert --model "
         f"{checkpoint.folder} --out <new folder>"
     )
 
 
-def nothing_found(folder: Path, model: nn.Module, model_config: dict[str, Any]) -> str:
+def no_experts_message(folder: Path, model: nn.Module, model_config: dict[str, Any]) -> str:
     """What was found instead of SwitchGLU and SwitchMLP modules."""
     kinds = sorted(
         {type(m).__name__ for path, m in model.named_modules() if "expert" in path.split(".")[-1]}
@@ -468,5 +470,5 @@ def _embedding_bytes(model: nn.Module, model_config: dict[str, Any]) -> int:
     )
 
 
-def mentions_experts(folder: Path) -> bool:
+def has_expert_tensors(folder: Path) -> bool:
     return any("expert" in name for name in read_checkpoint(folder).tensors)

@@ -1,6 +1,6 @@
 """Load models through mlx-lm with their expert layers streamed, and patch mlx-lm to do so.
 
-What is streamed is found in locate.py; this module puts the streamed layers in their place, loads
+What is streamed is found in discover.py; this module puts the streamed layers in place, loads
 the rest, and leaves mlx-lm as it was found.
 """
 
@@ -36,13 +36,13 @@ from .._io.hub import had, headers_only
 from .._memory.budget import Plan, check_device
 from .._memory.hardware import named_machine
 from .._memory.passes import Passes
-from .._memory.process_memory import alive, check_address_space, held
+from .._memory.process_memory import check_address_space, held_bytes, is_registered
 from .._osinfo import apple_limit, apple_working_set, device_limit
 from .._progress import progress_bar
 from .combinations import PassCheck, token_rows
-from .discover import Located, locate, mentions_experts, original_load_model
+from .discover import DiscoveredModel, discover, has_expert_tensors, original_load_model
 from .guards import GUARDS
-from .on_ranks import meet, part_of_repository
+from .on_ranks import discover_on_ranks, part_of_repository
 from .profiles import Profile, with_profile
 
 _original_load_adapters = mlx_lm.tuner.utils.load_adapters  # mlx_lm.utils' own calls it
@@ -119,18 +119,18 @@ def plan(
     with headers_only(str(path_or_hf_repo)) as (folder, _):
         merged = _merged(memory, cache, config)
         trust = {"trust_remote_code": trust_remote_code}
-        located = locate(folder, merged, trust, as_converted=True)
+        found = discover(folder, merged, trust, as_converted=True)
         if machine is None:
-            planned = located.plan(merged)
-            merged, profile = with_profile(located.layers, merged, planned)
+            planned = found.plan(merged)
+            merged, profile = with_profile(found.layers, merged, planned)
             if profile is not None:
-                planned = located.plan(merged)
+                planned = found.plan(merged)
             limit = device_limit(planned.bound)
         else:
             memory_bytes = named_machine(machine).memory
             if merged.memory is None and merged.cache is None:
                 merged = replace(merged, memory=apple_working_set(memory_bytes))
-            planned = located.plan(merged)
+            planned = found.plan(merged)
             limit = apple_limit(memory_bytes, planned.bound)
         check_device(planned, limit, merged.oversubscribe)
         return planned
@@ -234,24 +234,24 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         if group is not None:
             return self._load_part(Ranks(group), folder, lazy, arguments)
         try:
-            located = locate(folder, self.config, arguments)
+            found = discover(folder, self.config, arguments)
         except UnsupportedModelError:
-            if self.streams and not mentions_experts(folder):
+            if self.streams and not has_expert_tensors(folder):
                 return original_load_model(folder, lazy, **arguments)
             raise
         # What was reserved for other models is theirs to take, these among them.
-        others, config = held(), self.config
+        others, config = held_bytes(), self.config
         strange = max(0, mx.get_active_memory() - others)
-        if any(alive(s) for s in self.streams):
+        if any(is_registered(s) for s in self.streams):
             config = replace(config, reserve=None)
-        plan = located.plan(config, others)  # before anything is evaluated
-        config, profile = with_profile(located.layers, config, plan)
+        plan = found.plan(config, others)  # before anything is evaluated
+        config, profile = with_profile(found.layers, config, plan)
         if profile is not None:
-            plan = located.plan(config, others)
+            plan = found.plan(config, others)
         check_device(plan, device_limit(plan.bound), config.oversubscribe)
         plan = replace(plan, others=strange)
-        self._put_in_place(located, plan, config, lazy, profile)
-        return located.model, located.model_config
+        self._put_in_place(found, plan, config, lazy, profile)
+        return found.model, found.model_config
 
     def _load_part(
         self, ranks: Ranks, folder: Path, lazy: bool, arguments: dict[str, Any]
@@ -264,10 +264,8 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
             )
         watch = Watch(ranks)
         try:
-            located, plan, config = meet(ranks, folder, self.config, arguments)
-            expert_stream = ranks.all_or_none(
-                lambda: self._put_in_place(located, plan, config, lazy)
-            )
+            found, plan, config = discover_on_ranks(ranks, folder, self.config, arguments)
+            expert_stream = ranks.all_or_none(lambda: self._put_in_place(found, plan, config, lazy))
             ranks.share_random_state()
         except RankError as e:
             lost = watch.why() if e.rank < 0 else None  # MLX does not say which it was
@@ -277,32 +275,32 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
             watch.close(str(e))
             raise
         expert_stream.accompany(ranks, watch)
-        return located.model, located.model_config
+        return found.model, found.model_config
 
     def _put_in_place(
         self,
-        located: Located,
+        found: DiscoveredModel,
         plan: Plan,
         config: StreamConfig,
         lazy: bool,
         profile: Profile | None = None,
     ) -> ExpertStream:
-        """Load the trunk and stream the experts of a model that was located."""
+        """Load the trunk and stream the experts of a model that was found."""
         check_address_space(plan, config.threads)
-        model = located.model
-        rows = token_rows(model) if located.stage is None else None
-        for layer in located.layers:
+        model = found.model
+        rows = token_rows(model) if found.stage is None else None
+        for layer in found.layers:
             _replace(model, layer.name, StreamedSwitch(layer))
         guard(model)
         if not lazy:
             _load_trunk(model, config.progress)
         if config.prefetch != "off":
-            link(model, located.layers, config.prefetch_depth, config.prefetch == "on")
-        expert_stream = ExpertStream(located.layers, plan, config, located.model_config)
+            link(model, found.layers, config.prefetch_depth, config.prefetch == "on")
+        expert_stream = ExpertStream(found.layers, plan, config, found.model_config)
         expert_stream.profile = profile
-        if located.stage is not None:
-            wait_on_host(model, located.stage)
-            expert_stream.stage = located.stage
+        if found.stage is not None:
+            wait_on_host(model, found.stage)
+            expert_stream.stage = found.stage
         attach(model, expert_stream)
         ahead = expert_stream.run_ahead
         if ahead is not None:

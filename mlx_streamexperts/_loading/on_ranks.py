@@ -30,16 +30,16 @@ from .._io.checkpoint import (
 from .._io.hub import SMALL_FILES, had
 from .._memory.budget import Plan, check_device, default_memory
 from .._osinfo import device_limit
-from .discover import Located, locate, original_load_model
+from .discover import DiscoveredModel, discover, original_load_model
 
 _SAMPLE_BYTES = 4096
 _DIGEST_CHARS = 16
 _OPTIONS = ("context_tokens", "prefill_tokens", "split")
 
 
-def meet(
+def discover_on_ranks(
     ranks: Ranks, folder: Path, config: StreamConfig, arguments: dict[str, Any]
-) -> tuple[Located, Plan, StreamConfig]:
+) -> tuple[DiscoveredModel, Plan, StreamConfig]:
     """Locate and plan this rank's layers, and check that all ranks are about the same thing.
 
     Args:
@@ -49,31 +49,31 @@ def meet(
         arguments: of mlx-lm's `load_model`.
 
     Returns:
-        What was located, its plan, and the options that this rank goes by.
+        What was found, its plan, and the options that this rank goes by.
 
     Raises:
         RankError: another rank failed, or two disagree.
-        StreamError: as `locate` and `Located.plan`.
+        StreamError: as `discover` and `DiscoveredModel.plan`.
     """
     options = {name: getattr(config, name) for name in _OPTIONS}
 
-    def prepare() -> tuple[Located, Plan, StreamConfig]:
+    def prepare() -> tuple[DiscoveredModel, Plan, StreamConfig]:
         own = config.for_rank(ranks.rank, ranks.size)
         if own.memory is None and own.cache is None and ranks.on_this_host > 1:
             own = replace(own, memory=default_memory() // ranks.on_this_host)
         part = Part(ranks.rank, ranks.size, parse_split(config.split, ranks.size))
-        located = locate(folder, own, arguments, part=part)
-        return located, located.plan(own), own
+        found = discover(folder, own, arguments, part=part)
+        return found, found.plan(own), own
 
     ranks.agree({"the version of": libraries(), "the option": options})
-    located, plan, own = ranks.all_or_none(prepare)
+    found, plan, own = ranks.all_or_none(prepare)
     ranks.agree({"the digest of": digests(folder)})
     # A prompt goes through all ranks in the same chunks, those of the rank with the least room.
     plan = in_chunks(plan, min(ranks.exchange(plan.prefill_tokens)), min(ranks.exchange(plan.work)))
     check_device(plan, device_limit(plan.bound), own.oversubscribe)
     if ranks.rank != 0:
         own = replace(own, progress=False)
-    return located, plan, own
+    return found, plan, own
 
 
 def in_chunks(plan: Plan, tokens: int, work: int) -> Plan:

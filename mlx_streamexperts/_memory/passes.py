@@ -17,7 +17,7 @@ from mlx_lm.models import cache as stock
 
 from .._hooks import Check, Pass, intercept, intercept_passes
 from .footprint import allocated, leaves, tokens_in
-from .process_memory import Holder, lacking
+from .process_memory import Holder, bytes_over_bound
 
 
 class Passes:
@@ -77,7 +77,7 @@ class Passes:
         plan, quantized = self._stream.plan, is_quantized(whole.caches)
         added = allocated(whole.caches, whole.tokens)
         grown = whole.sequences * (plan.footprint.grown(added) if plan.footprint else 0)
-        free = -lacking(mx.get_active_memory()) - grown
+        free = -bytes_over_bound(mx.get_active_memory()) - grown
 
         def next_pass(tokens: int, past: int) -> int:
             return plan.next_pass(tokens, past, whole.sequences, quantized, free)
@@ -124,7 +124,7 @@ class Passes:
         quantized = is_quantized(part.caches)
         past = end - tokens
         needed = self._stream.plan.pass_bytes_of(tokens, past, part.sequences, quantized, added)
-        if lacking(mx.get_active_memory() + needed) > 0:
+        if bytes_over_bound(mx.get_active_memory() + needed) > 0:
             mx.eval([c.state for c in part.caches or ()])  # what is still computing frees some
             self._stream.make_room(needed, end, part.sequences)
 
