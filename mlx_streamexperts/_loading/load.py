@@ -6,19 +6,12 @@ the rest, and leaves mlx-lm as it was found.
 
 from __future__ import annotations
 
-import functools
-import inspect
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm.tuner.utils
 import mlx_lm.utils
 
 from .._config import StreamConfig
@@ -30,8 +23,7 @@ from .._experts.foreign_modules import Strangers
 from .._experts.layer import StreamedSwitch
 from .._experts.prefetch import link
 from .._experts.refusals import guard
-from .._experts.stream import ExpertStream, attach, flatten, is_streamed, stream
-from .._io.checkpoint import read_header
+from .._experts.stream import ExpertStream, attach, flatten
 from .._io.hub import had, headers_only
 from .._memory.budget import Plan, check_device
 from .._memory.hardware import named_machine
@@ -39,15 +31,12 @@ from .._memory.passes import Passes
 from .._memory.process_memory import check_address_space, held_bytes, is_registered
 from .._osinfo import apple_limit, apple_working_set, device_limit
 from .._progress import progress_bar
+from . import patching
 from .combinations import PassCheck, token_rows
 from .discover import DiscoveredModel, discover, has_expert_tensors, original_load_model
-from .guards import GUARDS
 from .on_ranks import discover_on_ranks, part_of_repository
 from .profiles import Profile, with_profile
 
-_original_load_adapters = mlx_lm.tuner.utils.load_adapters  # mlx_lm.utils' own calls it
-_original_sharded_load = mlx_lm.utils.sharded_load
-_SIGNATURE = inspect.signature(original_load_model)
 _TRUNK_STEP_BYTES = 256 << 20
 
 
@@ -82,7 +71,7 @@ def load(
     patched = patch(memory, cache, config)
     trust = kwargs.get("trust_remote_code", False)
     folder = local_folder(path_or_hf_repo, patched.config, kwargs.get("revision"), trust)
-    with patched._for_this_thread():
+    with patching.for_this_thread(patched):
         return mlx_lm.utils.load(str(folder), *args, **kwargs)
 
 
@@ -143,7 +132,7 @@ def local_folder(
 
     Raises: as `resolve`.
     """
-    if (group := _group(config)) is not None:
+    if (group := patching.group_of(config)) is not None:
         return part_of_repository(path_or_hf_repo, config, group, trust)
     return resolve(path_or_hf_repo, revision)
 
@@ -191,17 +180,12 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         Returns:
             Itself.
         """
-        with _lock:
-            _installed.append(self)
-            _bind()
+        patching.install(self)
         return self
 
     def remove(self) -> None:
         """Undo `install`; without it, do nothing."""
-        with _lock:
-            if self in _installed:
-                _installed.remove(self)
-                _bind()
+        patching.remove(self)
 
     def __enter__(self) -> patch:
         return self.install()
@@ -209,28 +193,11 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
-    @contextmanager
-    def _for_this_thread(self) -> Iterator[None]:
-        """Like `with self`, but other threads' loads are left alone."""
-        global _scoped
-        before = getattr(_local, "patch", None)
-        with _lock:
-            _scoped += 1
-            _bind()
-        _local.patch = self
-        try:
-            yield
-        finally:
-            _local.patch = before
-            with _lock:
-                _scoped -= 1
-                _bind()
-
     def _load_model(self, arguments: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
         """`mlx_lm.utils.load_model` with the expert layers streamed."""
         folder = Path(arguments.pop("model_path"))
         lazy = arguments.pop("lazy", False)
-        group = _group(self.config)
+        group = patching.group_of(self.config)
         if group is not None:
             return self._load_part(Ranks(group), folder, lazy, arguments)
         try:
@@ -310,110 +277,6 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         expert_stream.token_rows = rows
         self.streams.append(expert_stream)
         return expert_stream
-
-
-_lock = threading.Lock()
-# .patch: the one that this thread's `load` is using; .group: the one that it divides a model over
-_local = threading.local()
-_installed: list[patch] = []
-_scoped = 0  # `load` calls under way
-
-
-def _active() -> patch | None:
-    return getattr(_local, "patch", None) or (_installed[-1] if _installed else None)
-
-
-@functools.wraps(original_load_model)
-def _patched_load_model(*args: Any, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
-    active = _active()
-    if active is None:
-        return original_load_model(*args, **kwargs)
-    return active._load_model(dict(_SIGNATURE.bind(*args, **kwargs).arguments))
-
-
-@functools.wraps(_original_load_adapters)
-def _patched_load_adapters(model: nn.Module, adapter_path: str) -> nn.Module:
-    """Refuse adapters on streamed experts: mlx-lm would drop their weights without a word."""
-    if is_streamed(model):
-        if stream(model).stage is not None:
-            raise UnsupportedModelError(
-                f"{adapter_path}: mlx-lm has no adapters for a model that several machines share; "
-                "fuse this one into the checkpoint first (mlx_lm.fuse)"
-            )
-        for entry in read_header(Path(adapter_path) / "adapters.safetensors"):
-            for layer in stream(model).layers:
-                if entry.name.startswith(layer.name + "."):
-                    raise UnsupportedModelError(
-                        f"{entry.file}: adapter {entry.name} belongs to the streamed experts "
-                        f"{layer.name}; only adapters outside the experts work. Fuse this one into "
-                        "the checkpoint first (mlx_lm.fuse)."
-                    )
-    return _original_load_adapters(model, adapter_path)
-
-
-@functools.wraps(_original_sharded_load)
-def _patched_sharded_load(
-    repo: str,
-    pipeline_group: mx.distributed.Group | None = None,
-    tensor_group: mx.distributed.Group | None = None,
-    return_config: bool = False,
-    *,
-    tokenizer_config: dict[str, Any] | None = None,
-    trust_remote_code: bool = False,
-) -> tuple[Any, ...]:
-    """mlx-lm's way to load a rank's part, which its chat and server use."""
-    if (active := _active()) is None:
-        return _original_sharded_load(
-            repo,
-            pipeline_group,
-            tensor_group,
-            return_config,
-            tokenizer_config=tokenizer_config,
-            trust_remote_code=trust_remote_code,
-        )
-    if pipeline_group is None and tensor_group is not None and tensor_group.size() > 1:
-        raise UnsupportedModelError(
-            f"{repo}: tensor parallelism would have every machine read a piece of every expert; "
-            "streamed models are divided by layers: use --pipeline"
-        )
-    group = pipeline_group or tensor_group or mx.distributed.init()
-    folder = part_of_repository(repo, active.config, group, trust_remote_code)
-    _local.group = group
-    try:
-        return mlx_lm.utils.load(
-            str(folder),
-            tokenizer_config or {"trust_remote_code": True},
-            return_config=return_config,
-            trust_remote_code=trust_remote_code,
-        )
-    finally:
-        _local.group = None
-
-
-def _group(config: StreamConfig) -> mx.distributed.Group | None:
-    """The ranks that a model is to be divided over, if there are several."""
-    group = getattr(_local, "group", None)
-    if group is None and config.pipeline:
-        group = mx.distributed.init()
-    return group if group is not None and group.size() > 1 else None
-
-
-def _bind() -> None:
-    """Put the right functions into every module that has imported them."""
-    # `mlx_lm.load` looks these up in its module at each call, so that they cover every way to load
-    # a model, however the caller imported `load`.
-    patched = bool(_installed or _scoped)
-    for original, ours in (
-        (original_load_model, _patched_load_model),
-        (_original_load_adapters, _patched_load_adapters),
-        *GUARDS,
-        (_original_sharded_load, _patched_sharded_load),
-    ):
-        name = original.__name__
-        for module in list(sys.modules.values()):
-            names = getattr(module, "__dict__", {})
-            if names.get(name) is original or names.get(name) is ours:
-                names[name] = ours if patched else original
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
