@@ -1,7 +1,8 @@
-"""Load models through mlx-lm with their expert layers streamed, and patch mlx-lm to do so.
+"""Loads models through mlx-lm with their expert layers streamed: `load`, `plan` and `patch`.
 
-What is streamed is found in discover.py; this module puts the streamed layers in place, loads
-the rest, and leaves mlx-lm as it was found.
+discover.py finds the experts, patching.py replaces mlx-lm's functions. This module puts the
+streamed layers into the model and loads everything else. It evaluates nothing before the plan is
+accepted.
 """
 
 from __future__ import annotations
@@ -55,18 +56,18 @@ def load(
         memory: bound for all of MLX's memory: bytes, or a string such as "96GB".
         cache: bound for the expert cache alone: bytes, or a string.
         config: further options; `memory` and `cache` override its own.
-        *args, **kwargs: everything else `mlx_lm.load` takes.
+        *args, **kwargs: any other arguments of `mlx_lm.load`.
 
     Returns:
-        What `mlx_lm.load` returns: model and tokenizer (and config with `return_config=True`).
+        Model and tokenizer, as `mlx_lm.load` returns them (and config with `return_config=True`).
 
     Raises:
-        BudgetError: the memory is too small, and the message says the smallest that works; or it is
-            more than this device can hold.
+        BudgetError: the memory is too small (the message states the smallest that works), or more
+            than this device can hold.
         CheckpointError: the files are damaged or incomplete.
         UnsupportedModelError: no routed experts, or a layout that cannot be streamed.
-        ExpertReadError: a layer that fits whole, or a hot set, could not be read in.
-        StreamError: an option or a size is not understood.
+        ExpertReadError: reading a layer that fits whole, or a hot set, failed.
+        StreamError: an option or a size is invalid.
     """
     patched = patch(memory, cache, config)
     trust = kwargs.get("trust_remote_code", False)
@@ -83,27 +84,26 @@ def plan(
     trust_remote_code: bool = False,
     machine: str | None = None,
 ) -> Plan:
-    """What `load` would come to, from headers alone: no weight is read, nothing allocated.
+    """Plan a load from file headers alone: no weight is read, nothing is allocated.
 
-    Of a Hub repository only the headers are fetched. An original checkpoint that has to be
-    converted first is planned as it will be then; `conversion` of the plan says so.
+    From a Hub repository only the headers are downloaded. An original checkpoint that must be
+    converted first is planned in its converted form; the plan's `conversion` is then not 0.
 
     Args:
         path_or_hf_repo: model folder or Hugging Face repository.
         memory, cache, config: as for `load`.
         trust_remote_code: run the model code that the checkpoint brings, if it does.
-        machine: the name of a machine to plan for, as `doctor --machine` takes it; default: this
-            one.
+        machine: name of the machine to plan for, as in `doctor --machine`; default: this one.
 
     Returns:
-        The plan; as text it is one line.
+        The plan; `str(plan)` is one line.
 
     Raises:
-        BudgetError: the memory is too small, and the message says the smallest that works; or it is
-            more than the machine can hold.
+        BudgetError: the memory is too small (the message states the smallest that works), or more
+            than the machine can hold.
         CheckpointError: the files are damaged or incomplete, or there is no such model.
         UnsupportedModelError: no routed experts, or a layout that neither streams nor converts.
-        StreamError: an option or a size is not understood.
+        StreamError: an option or a size is invalid.
     """
     with headers_only(str(path_or_hf_repo)) as (folder, _):
         merged = _merged(memory, cache, config)
@@ -128,20 +128,17 @@ def plan(
 def local_folder(
     path_or_hf_repo: str, config: StreamConfig, revision: str | None = None, trust: bool = False
 ) -> Path:
-    """The local folder of a model, or of one rank's part of it.
-
-    Raises: as `resolve`.
-    """
+    """The local folder of a model, or of this rank's part of it. Raises what `resolve` raises."""
     if (group := patching.group_of(config)) is not None:
         return part_of_repository(path_or_hf_repo, config, group, trust)
     return resolve(path_or_hf_repo, revision)
 
 
 def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a model, downloaded from the Hub where it is not one already.
+    """The local folder of a model; a Hub repository is downloaded first.
 
     Raises:
-        CheckpointError: it is neither a folder nor a repository that can be had.
+        CheckpointError: there is no such folder, and no such repository can be downloaded.
     """
     with had(path_or_hf_repo, "is neither a model folder nor a repository that can be downloaded"):
         return mlx_lm.utils._download(str(path_or_hf_repo), revision=revision)
@@ -150,9 +147,9 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
 class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
     """Make `mlx_lm.load` stream experts, wherever it was imported.
 
-    A context manager; or call `install` and later `remove`, which leaves mlx-lm exactly as it was
-    found. Models loaded meanwhile stay streamed. The first model must have routed experts; after
-    it, models without any (a draft model, say) load as usual.
+    Use it as a context manager, or call `install` and later `remove`. Removing restores mlx-lm
+    exactly; models loaded in between stay streamed. The first model must have routed experts.
+    Later ones without any, such as a draft model, load as usual.
 
     Args:
         memory, cache, config: as for `load`.
@@ -162,7 +159,7 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         streams: the `ExpertStream` of every model loaded through this patch, in order.
 
     Raises:
-        StreamError: an option or a size is not understood. Loading raises what `load` raises.
+        StreamError: an option or a size is invalid. Loading raises what `load` raises.
     """
 
     def __init__(
@@ -175,16 +172,16 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         self.streams: list[ExpertStream] = []
 
     def install(self) -> patch:
-        """Patch mlx-lm from now on, for all threads. Of several patches the last one counts.
+        """Patch mlx-lm for all threads until `remove`. The last patch installed counts.
 
         Returns:
-            Itself.
+            The patch itself.
         """
         patching.install(self)
         return self
 
     def remove(self) -> None:
-        """Undo `install`; without it, do nothing."""
+        """Undo `install`; do nothing if it is not installed."""
         patching.remove(self)
 
     def __enter__(self) -> patch:
@@ -206,9 +203,9 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
             if self.streams and not has_expert_tensors(folder):
                 return original_load_model(folder, lazy, **arguments)
             raise
-        # What was reserved for other models is theirs to take, these among them.
+        # `reserve` is for other models. Once one of them is loaded, its real size counts instead.
         others, config = held_bytes(), self.config
-        strange = max(0, mx.get_active_memory() - others)
+        foreign = max(0, mx.get_active_memory() - others)
         if any(is_registered(s) for s in self.streams):
             config = replace(config, reserve=None)
         plan = found.plan(config, others)  # before anything is evaluated
@@ -216,14 +213,14 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         if profile is not None:
             plan = found.plan(config, others)
         check_device(plan, device_limit(plan.bound), config.oversubscribe)
-        plan = replace(plan, others=strange)
-        self._put_in_place(found, plan, config, lazy, profile)
+        plan = replace(plan, others=foreign)
+        self._stream_experts(found, plan, config, lazy, profile)
         return found.model, found.model_config
 
     def _load_part(
         self, ranks: Ranks, folder: Path, lazy: bool, arguments: dict[str, Any]
     ) -> tuple[nn.Module, dict[str, Any]]:
-        """The same for one rank of several: every step succeeds on all of them, or on none."""
+        """Load one rank's part: every step succeeds on all ranks or on none."""
         if self.config.profile not in ("auto", "off"):
             raise StreamError(
                 f"profile={self.config.profile!r}: profiles are for one machine alone; load "
@@ -232,10 +229,12 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         watch = Watch(ranks)
         try:
             found, plan, config = discover_on_ranks(ranks, folder, self.config, arguments)
-            expert_stream = ranks.all_or_none(lambda: self._put_in_place(found, plan, config, lazy))
+            expert_stream = ranks.all_or_none(
+                lambda: self._stream_experts(found, plan, config, lazy)
+            )
             ranks.share_random_state()
         except RankError as e:
-            lost = watch.why() if e.rank < 0 else None  # MLX does not say which it was
+            lost = watch.why() if e.rank < 0 else None  # MLX does not name the rank
             watch.close(lost or str(e))
             raise RankError(lost, e.rank) if lost else e from e.__cause__
         except BaseException as e:
@@ -244,7 +243,7 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         expert_stream.accompany(ranks, watch)
         return found.model, found.model_config
 
-    def _put_in_place(
+    def _stream_experts(
         self,
         found: DiscoveredModel,
         plan: Plan,
@@ -252,12 +251,12 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         lazy: bool,
         profile: Profile | None = None,
     ) -> ExpertStream:
-        """Load the trunk and stream the experts of a model that was found."""
+        """Put streamed layers in place of the experts, and load the trunk."""
         check_address_space(plan, config.threads)
         model = found.model
         rows = token_rows(model) if found.stage is None else None
         for layer in found.layers:
-            _replace(model, layer.name, StreamedSwitch(layer))
+            _set_module(model, layer.name, StreamedSwitch(layer))
         guard(model)
         if not lazy:
             _load_trunk(model, config.progress)
@@ -279,8 +278,8 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         return expert_stream
 
 
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` at a path such as `model.layers.3.mlp.switch_mlp`."""
+def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Replace the module at a path such as `model.layers.3.mlp.switch_mlp`."""
     *parents, last = path.split(".")
     node: Any = model
     for part in parents:
@@ -289,7 +288,7 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def _load_trunk(model: nn.Module, progress: bool) -> None:
-    """Evaluate what stays resident, a step at a time for the progress bar."""
+    """Evaluate the trunk, a step at a time for the progress bar."""
     parameters = [array for _, array in flatten(model)]
     total = sum(a.nbytes for a in parameters)
     with progress_bar("Loading trunk", progress, total) as bar:
@@ -305,6 +304,6 @@ def _load_trunk(model: nn.Module, progress: bool) -> None:
 def _merged(
     memory: int | str | None, cache: int | str | None, config: StreamConfig | None
 ) -> StreamConfig:
-    """`config` with the budgets that the caller stated beside it."""
+    """`config` with the caller's `memory` and `cache`, if stated."""
     stated = {k: v for k, v in (("memory", memory), ("cache", cache)) if v is not None}
     return replace(config or StreamConfig(), **stated)  # type: ignore[arg-type]
