@@ -31,7 +31,7 @@ from .._experts.stream import expert_files
 from .._io.files import direct_works
 from .._io.hub import headers_only
 from .._loading.demo import demo_model
-from .._loading.discover import Located, locate
+from .._loading.discover import DiscoveredModel, discover
 from .._memory.budget import Plan, check_device
 from .._memory.hardware import NAMED_MACHINES, Machine, parse_rate
 from .._osinfo import apple_limit, device_limit, device_memory_bytes, free_disk_bytes
@@ -148,7 +148,7 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
         raise StreamError(f"unknown machine {unknown[0]!r}: choose of {', '.join(NAMED_MACHINES)}")
     with headers_only(name) as (folder, downloaded):
         trust = {"trust_remote_code": args.trust_remote_code}
-        located = locate(folder, config, trust, as_converted=True)
+        located = discover(folder, config, trust, as_converted=True)
         if wanted:
             results = [_named(located, config, NAMED_MACHINES[m], args) for m in wanted]
             return {"model": name, "machines": results}
@@ -190,7 +190,7 @@ def _several(args: argparse.Namespace) -> list[str]:
     if not machines:
         with headers_only(name) as (folder, downloaded):
             trust = {"trust_remote_code": args.trust_remote_code}
-            whole = locate(folder, config.for_rank(0, args.ranks), trust, as_converted=True)
+            whole = discover(folder, config.for_rank(0, args.ranks), trust, as_converted=True)
             machines = [_this_machine(whole, downloaded)[0]] * args.ranks
     slots = [s for r in reversed(ranks) for s in r.plan.slots]  # rank 0 has the last layers
     hits = None if args.trace is None else replayed_hit_rate(args.trace, slots, args.policy)
@@ -210,7 +210,7 @@ def _several(args: argparse.Namespace) -> list[str]:
 
 
 def _named(
-    located: Located, config: StreamConfig, machine: Machine, args: argparse.Namespace
+    located: DiscoveredModel, config: StreamConfig, machine: Machine, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Prediction for a machine that is not here; its own memory unless a budget is stated."""
     if config.memory is None and config.cache is None:
@@ -240,7 +240,7 @@ def _result(plan: Plan, machine: Machine, args: argparse.Namespace) -> dict[str,
     }
 
 
-def _this_machine(located: Located, downloaded: bool) -> tuple[Machine, dict[str, Any]]:
+def _this_machine(located: DiscoveredModel, downloaded: bool) -> tuple[Machine, dict[str, Any]]:
     """Measure what decides the speed here; the drive only where the weights are on it."""
     expert_bytes = max(x.expert_bytes for x in located.layers)
     # Experts that are yet to be converted lie in no file: any shard then stands for the drive.

@@ -26,7 +26,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from .._errors import StreamError
 from .._experts.stream import ExpertStream, is_streamed, stream
 from .._loading.combinations import batches
-from .._memory.process_memory import leave
+from .._memory.process_memory import unregister
 from ._kv_admission import Room
 from ._traffic import Traffic
 
@@ -162,7 +162,7 @@ class Provider(stock.ModelProvider):
             expert_stream.close()
             for module in model.modules():
                 module.clear()
-            leave(expert_stream)  # nothing of it is left, whoever refers to the model
+            unregister(expert_stream)  # nothing of it is left, whoever refers to the model
             del expert_stream
         del model
         gc.collect()
