@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -38,6 +37,7 @@ from .._experts.layer import ExpertLayer
 from .._experts.packed_store import use_store
 from .._experts.slots import ExpertTensor
 from .._experts.stream import flatten, layer_needs, unwritten
+from .._hooks import swapped
 from .._io.checkpoint import (
     Checkpoint,
     ExpertTable,
@@ -245,7 +245,7 @@ def load_remembering(
         if custom is not None:
             arguments["model_config"] = overrides
             arguments["get_model_classes"] = lambda config: _remembering(custom, seen)
-        with _quantize_lock, mock.patch.object(mx, "quantize", _checked_quantize):
+        with _quantize_lock, swapped(mx, quantize=_checked_quantize):
             return *original_load_model(folder, True, **arguments), seen
     except StreamError:
         raise
@@ -322,7 +322,7 @@ def _recording_stacks(seen: Seen) -> Iterator[None]:
             seen.stacks[id(result)] = (result, list(arrays))
         return result
 
-    with _stack_lock, mock.patch.object(mx, "stack", stack):
+    with _stack_lock, swapped(mx, stack=stack):
         yield
 
 
