@@ -214,7 +214,7 @@ def describe_device() -> dict[str, Any]:
     }
 
 
-def lines(finding: Finding) -> list[str]:
+def finding_lines(finding: Finding) -> list[str]:
     """What is printed of a finding, after its name."""
     verdict = "PASS" if finding.passed else "FAIL"
     text = [f"{verdict}  {finding.detail} ({finding.seconds:.1f} s)"]
