@@ -85,7 +85,7 @@ class GenerationThread(stock.ResponseGenerator):
         for reply in self._replies:
             reply.put(error)
         self._replies.clear()
-        self.admission.running.clear()
+        self.admission.finish_all()
         restore_random_state()
         gc.collect()
         mx.clear_cache()

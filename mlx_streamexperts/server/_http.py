@@ -146,7 +146,7 @@ class Handler(stock.APIHandler):
             self.close_connection = True
 
     def do_OPTIONS(self) -> None:  # noqa: N802
-        """Answer a browser's question whether a page may send a request (CORS)."""
+        """Answer a browser's CORS preflight."""
         try:
             self._check_host()
             super().do_OPTIONS()
@@ -316,15 +316,15 @@ class Handler(stock.APIHandler):
         if self.stream:
             self._set_stream_headers(200)
             self.end_headers()
-        whole = Piece()
+        unsent = Piece()
         for piece in reply.pieces(started.responses):
-            whole += piece
-            if self.stream and whole:
-                self._event(self._reply(whole, calls(whole.tools)))
-                whole = Piece()
+            unsent += piece
+            if self.stream and unsent:
+                self._event(self._reply(unsent, calls(unsent.tools)))
+                unsent = Piece()
         counts = len(context.prompt), reply.tokens, max(0, context.prompt_cache_count)
         if not self.stream:
-            self._send_json(self._reply(whole, calls(whole.tools), *counts))
+            self._send_json(self._reply(unsent, calls(unsent.tools), *counts))
             return
         if (self.stream_options or {}).get("include_usage"):
             usage = self.completion_usage_response(*counts)
@@ -417,7 +417,7 @@ class Handler(stock.APIHandler):
     def log_request(self, code: Any = "-", size: Any = "-") -> None:
         """Log one line per request, but none for paths that are polled."""
         if self.path not in ("/live.json", "/metrics", "/health"):
-            logging.info(f"{self.address_string()} {self.command} {self.path!r} {int(code)}")
+            logging.info(f"{self.address_string()} {self.command or ''} {self.path!r} {int(code)}")
 
     def log_message(self, format: str, *args: Any) -> None:
         logging.info(format % args)

@@ -88,6 +88,10 @@ class KVAdmission:
         for sequence in sequences:
             self.running.pop(sequence, None)
 
+    def finish_all(self) -> None:
+        """Release what every sequence took: their batch is gone."""
+        self.running.clear()
+
     def measure(self, caches: list[Any], sequences: int) -> None:
         """Take `state_bytes` from the caches of a running batch if the plan did not know it."""
         if self.state_bytes is None:
@@ -124,7 +128,7 @@ class AdmittedBatch(BatchGenerator):
         super().__init__(model, **options)
         self._admission = admission
         self._stated_step = self.prefill_step_size
-        admission.running.clear()
+        admission.finish_all()
 
     def insert_segments(self, *args: Any, **options: Any) -> Any:
         uids = super().insert_segments(*args, **options)
