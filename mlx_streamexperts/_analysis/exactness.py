@@ -26,6 +26,7 @@ from .._experts.bank import numbers
 from .._experts.stream import ExpertStream, stream
 from .._loading.discover import original_load_model
 from .._loading.load import patch
+from .._loading.patching import for_this_thread
 
 PLAIN = StreamConfig(cache=1 << 60, progress=False, prefetch="off", run_ahead="off")
 """Room for everything, and nothing on that chooses by trial: whoever uses it says what he wants."""
@@ -65,7 +66,7 @@ def load_stock(folder: Path) -> nn.Module:
 
 def load_streamed(folder: Path, config: StreamConfig) -> Models:
     """A streamed model without tokenizer, and its stream."""
-    with patch(config=config)._for_this_thread():
+    with for_this_thread(patch(config=config)):
         model, _ = mlx_lm.utils.load_model(folder)
     return model, stream(model)
 

@@ -2,7 +2,7 @@
 
 From headers alone, on one machine, before anything is copied to the others. Layers are divided as
 `pipeline.py` does it at load; a prompt's chunks are as long as the rank with the least room allows,
-as `joint.py` has the ranks agree.
+as `on_ranks.py` has the ranks agree.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .._distributed.pipeline import Part, Stage, parse_split
 from .._errors import BudgetError
 from .._io.checkpoint import is_shard, read_checkpoint
 from .._io.hub import headers_only
-from .._loading.discover import locate
+from .._loading.discover import discover
 from .._loading.on_ranks import in_chunks
 from .._memory.budget import Plan, text_config
 from .._memory.hardware import Machine
@@ -84,7 +84,7 @@ def plan_ranks(
     with headers_only(path_or_hf_repo) as (folder, _):
         trust = {"trust_remote_code": trust_remote_code}
         located = [
-            locate(folder, c, trust, as_converted=True, part=Part(rank, ranks, split))
+            discover(folder, c, trust, as_converted=True, part=Part(rank, ranks, split))
             for rank, c in enumerate(own)
         ]
         checkpoint = read_checkpoint(folder)

@@ -27,7 +27,14 @@ from .._errors import BudgetError, CheckpointError, StreamError, UnsupportedMode
 from .._io.files import allow_open, direct_works
 from .._io.reader import ExpertReader, ReadStats
 from .._memory.budget import Plan, check_resize, experts_per_token
-from .._memory.process_memory import enter, held, hold_limits, lacking, leave, release_limits
+from .._memory.process_memory import (
+    bytes_over_bound,
+    held_bytes,
+    hold_limits,
+    register,
+    release_limits,
+    unregister,
+)
 from .._osinfo import available_memory_bytes, file_mark
 from .._progress import progress_bar
 from .autotune import Pace, Trial
@@ -205,7 +212,7 @@ class ExpertStream(Closing):
         reserve = parse_size(self.config.reserve) if self.config.reserve else 0
         with self._change():
             self._check_open()
-            bound = check_resize(self.plan, taken, reserve, held() - self.held_bytes())
+            bound = check_resize(self.plan, taken, reserve, held_bytes() - self.held_bytes())
             self._open(slots)
             self.plan = replace(self.plan, cache=taken, slots=tuple(slots), bound=bound)
             hold_limits(self, self.plan, self.config.wired == "auto")
@@ -224,7 +231,7 @@ class ExpertStream(Closing):
         with self._change():
             gc.collect()
             active = mx.get_active_memory()
-            over = lacking(active + needed)
+            over = bytes_over_bound(active + needed)
             if over <= 0 or self._closed:
                 return
             needs = self.needs()
@@ -468,12 +475,12 @@ def flatten(module: nn.Module) -> list[tuple[str, mx.array]]:
 def attach(model: nn.Module, expert_stream: ExpertStream) -> None:
     """Remember the stream on its model; it closes when the model is collected."""
     object.__setattr__(model, _STREAM, expert_stream)
-    enter(expert_stream)
+    register(expert_stream)
     weakref.finalize(model, _gone, expert_stream)
 
 
 def _gone(expert_stream: ExpertStream) -> None:
-    leave(expert_stream)
+    unregister(expert_stream)
     if expert_stream.reader.is_mine():
         # Python's collector ran in a thread that `close` waits for, or with a lock that it takes.
         threading.Thread(target=expert_stream.close, name="expert-stream-close").start()

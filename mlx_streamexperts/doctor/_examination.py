@@ -31,7 +31,7 @@ from .._experts.stream import expert_files
 from .._io.files import direct_works
 from .._io.hub import headers_only
 from .._loading.demo import demo_model
-from .._loading.discover import Located, locate
+from .._loading.discover import DiscoveredModel, discover
 from .._memory.budget import Plan, check_device
 from .._memory.hardware import NAMED_MACHINES, Machine, parse_rate
 from .._osinfo import apple_limit, device_limit, device_memory_bytes, free_disk_bytes
@@ -116,24 +116,24 @@ def examine(args: argparse.Namespace) -> Examination:
     named = list(NAMED_MACHINES) if "all" in (args.machine or ()) else args.machine or []
     machines = _named_machines(named)
     with headers_only(name) as (folder, downloaded):
-        located = _locate(folder, config, args)
+        found = _discover(folder, config, args)
         if machines:
-            return Examination(name, [_on_machine(located, config, m, args) for m in machines])
-        plan = located.plan(config)
+            return Examination(name, [_on_machine(found, config, m, args) for m in machines])
+        plan = found.plan(config)
         check_device(plan, device_limit(plan.bound), config.oversubscribe)
-        here, measured = _measure(located, downloaded)
+        here, measured = _measure(found, downloaded)
         verdict = _verdict(plan, here, args)
         return Examination(name, [verdict], measured, downloaded, free_disk_bytes(folder))
 
 
 def _on_machine(
-    located: Located, config: StreamConfig, machine: Machine, args: argparse.Namespace
+    found: DiscoveredModel, config: StreamConfig, machine: Machine, args: argparse.Namespace
 ) -> Verdict | DoesNotFit:
     """Predict for a machine that is not here, with most of its memory if none is stated."""
     if config.memory is None and config.cache is None:
         config = replace(config, memory=int(_MEMORY_SHARE * machine.memory))
     try:
-        plan = located.plan(config)
+        plan = found.plan(config)
         check_device(plan, apple_limit(machine.memory, plan.bound), config.oversubscribe)
         return _verdict(plan, machine, args)
     except BudgetError as e:
@@ -153,14 +153,14 @@ def _verdict(plan: Plan, machine: Machine, args: argparse.Namespace) -> Verdict:
     )
 
 
-def _measure(located: Located, downloaded: bool) -> tuple[Machine, Measured]:
+def _measure(found: DiscoveredModel, downloaded: bool) -> tuple[Machine, Measured]:
     """Measure what decides the speed here; the drive only if the weights are on it."""
-    expert_bytes = max(x.expert_bytes for x in located.layers)
+    expert_bytes = max(x.expert_bytes for x in found.layers)
     # No file holds experts that are still to be converted: any shard then stands for the drive.
-    names = expert_files(located.layers) or [str(f) for f in located.shards]
+    names = expert_files(found.layers) or [str(f) for f in found.shards]
     files = [(f, Path(f).stat().st_size) for f in names]
     # A miss reads each part by itself, unless they lie side by side.
-    read_bytes = max(4096, expert_bytes // len(located.layers[0].tensors))
+    read_bytes = max(4096, expert_bytes // len(found.layers[0].tensors))
     direct = downloaded and direct_works(Path(files[0][0]))
     rates = drive_rates(files, read_bytes, _DEPTHS, direct) if downloaded else []
     best = max(rates, key=lambda r: r.rate, default=None)
@@ -170,7 +170,7 @@ def _measure(located: Located, downloaded: bool) -> tuple[Machine, Measured]:
         memory_rate=memory_rate(),
         drive_rate=best.rate if best else 5e9,
         drive_latency=rates[0].latency if rates else 100e-6,
-        sync_seconds=sync_seconds(layers=len(located.layers)),
+        sync_seconds=sync_seconds(layers=len(found.layers)),
         layer_seconds=layer_seconds(),
     )
     return machine, Measured(str(mx.default_device()), in_place_works(), rates, direct)
@@ -214,8 +214,8 @@ def examine_ranks(args: argparse.Namespace) -> RanksExamination:
     if not machines:
         config = from_arguments(args).for_rank(0, args.ranks)
         with headers_only(name) as (folder, downloaded):
-            located = _locate(folder, config, args)
-            machines = [_measure(located, downloaded)[0]] * args.ranks
+            found = _discover(folder, config, args)
+            machines = [_measure(found, downloaded)[0]] * args.ranks
     slots = [s for r in reversed(ranks) for s in r.plan.slots]  # rank 0 has the last layers
     link = Link(*parse_rate(args.link, Link.latency))
     return RanksExamination(name, ranks, machines, link, args.prompt_tokens, _hit_rate(args, slots))
@@ -256,8 +256,10 @@ def _named_machines(names: list[str]) -> list[Machine]:
     return [NAMED_MACHINES[m] for m in names]
 
 
-def _locate(folder: Path, config: StreamConfig, args: argparse.Namespace) -> Located:
-    return locate(folder, config, {"trust_remote_code": args.trust_remote_code}, as_converted=True)
+def _discover(folder: Path, config: StreamConfig, args: argparse.Namespace) -> DiscoveredModel:
+    return discover(
+        folder, config, {"trust_remote_code": args.trust_remote_code}, as_converted=True
+    )
 
 
 def _hit_rate(args: argparse.Namespace, slots: Sequence[int]) -> Range | None:

@@ -14,7 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from .._experts.stream import ExpertStream, is_streamed, stream
 from .._loading.combinations import batches
-from .._memory.process_memory import leave
+from .._memory.process_memory import unregister
 from ._kv_admission import KVAdmission
 from ._refusals import Refused
 
@@ -118,7 +118,7 @@ class ModelProvider(stock.ModelProvider):
             expert_stream.close()
             for module in model.modules():
                 module.clear()
-            leave(expert_stream)  # it counts for nothing, whoever refers to the model
+            unregister(expert_stream)  # its memory no longer counts, whoever refers to it
             del expert_stream
         del model
         gc.collect()
