@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mlx_streamexperts._analysis import exactness
+from mlx_streamexperts._config import from_arguments
 from mlx_streamexperts._experts import bank
 from mlx_streamexperts._experts.slots import ExpertSlots
 from mlx_streamexperts._experts.speculative.slot_tables import SlotTables
@@ -73,7 +74,7 @@ def test_what_an_option_turns_off_is_not_checked(
     options: list[str], gone: list[str], tmp_path: Path
 ) -> None:
     args = doctor.setup_arg_parser().parse_args(options)
-    config = doctor.from_arguments(args)
+    config = from_arguments(args)
     checks = selftest.list_checks(selfchecks.Lab(tmp_path), config)
     assert len(checks) >= 8
     for check in checks:
