@@ -45,6 +45,7 @@ CHECKED = [
     *sorted((ROOT / "benchmarks").glob("*.md")),
     *sorted((ROOT / "examples").rglob("*.md")),
     ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
 ]
 MEASURED = {
     what: functools.cache(getattr(examination, what))
