@@ -29,23 +29,14 @@ _PLACES = 1024  # that a thread reads, then again: enough that none is still in 
 
 @dataclass(frozen=True)
 class DriveRate:
-    """Random reads of one size at one queue depth.
+    """Random reads of one size at one queue depth."""
 
-    Attributes:
-        read_bytes: size of a read.
-        depth: reads in flight that were aimed at: threads that read one after another.
-        mean_depth: reads in flight on average, as measured.
-        rate: bytes/s.
-        latency: median seconds from asking to the last byte.
-        latency_p99: seconds within which 99 of 100 reads ended.
-    """
-
-    read_bytes: int
-    depth: int
-    mean_depth: float
-    rate: float
-    latency: float
-    latency_p99: float
+    read_bytes: int  #: of a read
+    depth: int  #: reads in flight that were aimed at: threads that read one after another
+    rate: float  #: bytes/s
+    latency: float  #: median seconds from asking to the last byte
+    latency_p99: float  #: seconds within which 99 of 100 reads ended
+    mean_depth: float = 0.0  #: reads in flight on average, as measured; older reports lack it
 
 
 def drive_rates(
@@ -110,7 +101,7 @@ def _drive_rate(
     elapsed = float(ended.max() - begun.min())
     median, slow = (float(x) for x in np.percentile(ended - begun, (50, 99)))
     mean_depth = float((ended - begun).sum()) / elapsed
-    return DriveRate(read_bytes, depth, mean_depth, len(spans) * read_bytes / elapsed, median, slow)
+    return DriveRate(read_bytes, depth, len(spans) * read_bytes / elapsed, median, slow, mean_depth)
 
 
 def drive_bandwidth(expert_stream: ExpertStream, bypass: bool, seconds: float = 1.0) -> float:
