@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,24 @@ class Pass:
 
 Step = Callable[[Pass], Any]
 """Runs a forward pass and returns its result."""
+
+
+@contextmanager
+def swapped(owner: Any, **values: Any) -> Iterator[None]:
+    """Replace attributes of a module within the `with` block; restore them after errors too.
+
+    Args:
+        owner: a module. It must have every attribute already.
+        values: replacements by attribute name.
+    """
+    before = {name: vars(owner)[name] for name in values}
+    try:
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
 
 
 def intercept(module: nn.Module, call: Callable[..., Any], method: str = "__call__") -> None:

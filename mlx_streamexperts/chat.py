@@ -11,11 +11,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 from ._cli.mlx_lm_program import program, program_parser
 from ._cli.options import failed, stream_settings
 from ._errors import StreamError
+from ._hooks import swapped
 
 stock = importlib.import_module("mlx_lm.chat")
 
@@ -60,7 +60,7 @@ def _templates() -> Iterator[None]:
             tokenizer.has_chat_template = True
         return model, tokenizer, *rest
 
-    with mock.patch.object(stock, "load", load):
+    with swapped(stock, load=load):
         yield
 
 

@@ -19,7 +19,7 @@ from ._errors import StreamError
 from ._experts.packed_store import verify_store, write_store
 from ._io.output import check_not_written
 from ._loading.demo import demo_model
-from ._loading.discover import locate
+from ._loading.discover import discover
 from ._loading.load import resolve
 from ._progress import progress_bar
 
@@ -59,7 +59,7 @@ def _pack(args: argparse.Namespace) -> int:
     folder = resolve(args.model or demo_model())
     check_not_written(folder, "packing it")
     trust = {"trust_remote_code": args.trust_remote_code}
-    layers = locate(folder, StreamConfig(), trust).layers
+    layers = discover(folder, StreamConfig(), trust).layers
     total = sum(x.experts * x.expert_bytes for x in layers)
     with progress_bar("Packing", args.progress, total) as bar:
         for nbytes in write_store(layers, args.out, args.overwrite):

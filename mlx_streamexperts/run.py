@@ -23,7 +23,6 @@ from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import mlx.nn as nn
 
@@ -33,6 +32,7 @@ from ._cli.options import failed, following_stock_options
 from ._config import StreamConfig, add_arguments, from_arguments
 from ._errors import StreamError
 from ._experts.stream import is_streamed, stream
+from ._hooks import swapped
 from ._loading.combinations import Options, check_options
 from ._loading.guards import REFUSED_PROGRAMS, check_program
 from ._loading.load import patch, resolve
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         check_program(module, args.arguments)
         patched = _RecordedPatch(_config(args))
         session = patched.session = Session(args, patched)
-        command = mock.patch.object(sys, "argv", [module, *args.arguments])
+        command = swapped(sys, argv=[module, *args.arguments])
         with patched, session.recordings, command:
             try:
                 run()
@@ -132,7 +132,7 @@ def find_program(name: str, arguments: list[str]) -> tuple[str, Callable[[], Any
 
 def _run_file(file: Path) -> None:
     """As `python file`: what lies beside it can be imported."""
-    with mock.patch.object(sys, "path", [str(file.resolve().parent), *sys.path]):
+    with swapped(sys, path=[str(file.resolve().parent), *sys.path]):
         runpy.run_path(str(file), run_name="__main__")
 
 

@@ -32,6 +32,7 @@ from mlx_streamexperts import (
     plan,
     stream,
 )
+from mlx_streamexperts._loading.patching import for_this_thread
 
 ORIGINAL = mlx_lm.utils.load_model
 TOKENS = mx.array([[3, 1, 4, 1, 5]])
@@ -85,7 +86,7 @@ def test_another_threads_load_is_left_alone_by_ours(checkpoint: Callable[..., Pa
         model, _ = mlx_lm.utils.load_model(folder)
         found.append(any(isinstance(m, SwitchGLU) for _, m in model.named_modules()))
 
-    with patch(cache="1GB", config=QUIET)._for_this_thread():
+    with for_this_thread(patch(cache="1GB", config=QUIET)):
         other = threading.Thread(target=plain_load)
         other.start()
         other.join()

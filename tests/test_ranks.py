@@ -39,7 +39,7 @@ from mlx_streamexperts._analysis.predict import predict
 from mlx_streamexperts._distributed.pipeline import Part, Stage, cut, parse_split, wait_on_host
 from mlx_streamexperts._distributed.watch import address_of_rank_0
 from mlx_streamexperts._experts.packed_store import write_store
-from mlx_streamexperts._loading.discover import locate
+from mlx_streamexperts._loading.discover import discover
 from mlx_streamexperts._loading.on_ranks import part_of_repository
 from mlx_streamexperts._memory.budget import default_memory
 from mlx_streamexperts._memory.hardware import NAMED_MACHINES
@@ -194,7 +194,7 @@ def test_a_machine_needs_only_the_shards_of_its_layers(deep: Path, tmp_path: Pat
         *(f"model-{i}.safetensors" for i in (4, 5, 6, 7)), "model-rest.safetensors",
     ]  # fmt: skip
     store = tmp_path / "store"
-    list(write_store(locate(whole, QUIET, {}).layers, store))
+    list(write_store(discover(whole, QUIET, {}).layers, store))
     for rank, numbers in enumerate(((3, 4, 5, 6), (0, 1, 2))):
         (tmp_path / f"store-{rank}").mkdir()
         for file in ("manifest.json", *(f"layer-{n:05d}.experts" for n in numbers)):

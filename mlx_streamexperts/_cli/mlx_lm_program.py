@@ -14,13 +14,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, TextIO
-from unittest import mock
 
 import mlx.nn as nn
 
 from .._config import StreamConfig
 from .._experts.stream import ExpertStream, stream
 from .._experts.timeline import Timeline
+from .._hooks import swapped
 from .._loading.load import patch
 from .options import make_parser
 from .summary import Timing, experts_read, of_all_ranks, rows
@@ -132,10 +132,7 @@ def _arguments(
 ) -> Iterator[None]:
     """Let mlx-lm's main parse our command line: it ignores the options it does not know."""
     command = sys.argv if argv is None else [parser.prog, *argv]
-    with (
-        mock.patch.object(stock, "setup_arg_parser", lambda: parser),
-        mock.patch.object(sys, "argv", command),
-    ):
+    with swapped(stock, setup_arg_parser=lambda: parser), swapped(sys, argv=command):
         yield
 
 
@@ -203,7 +200,8 @@ def _watched(stock: ModuleType, session: Session, warm_up: int) -> Iterator[None
         ended(streamed)
         return result
 
-    with mock.patch.object(stock, "stream_generate", watched), ExitStack() as also:
-        if original_batch is not None:
-            also.enter_context(mock.patch.object(stock, "batch_generate", watched_batch))
+    replaced: dict[str, Any] = {"stream_generate": watched}
+    if original_batch is not None:
+        replaced["batch_generate"] = watched_batch
+    with swapped(stock, **replaced):
         yield

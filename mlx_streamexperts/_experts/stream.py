@@ -27,7 +27,14 @@ from .._errors import BudgetError, CheckpointError, StreamError, UnsupportedMode
 from .._io.files import allow_open, direct_works
 from .._io.reader import ExpertReader, ReadStats
 from .._memory.budget import Plan, check_resize, experts_per_token
-from .._memory.process_memory import enter, held, hold_limits, lacking, leave, release_limits
+from .._memory.process_memory import (
+    bytes_over_bound,
+    held_bytes,
+    hold_limits,
+    register,
+    release_limits,
+    unregister,
+)
 from .._osinfo import available_memory_bytes, file_mark
 from .._progress import progress_bar
 from .autotune import Pace, Trial
@@ -36,7 +43,7 @@ from .cpu_streams import Lanes
 from .hot_set import read_hot_set, read_in, save_hot_set
 from .layer import WAYS, ExpertLayer
 from .prefetch import SMALL_EXPERT_BYTES
-from .slots import AheadStats
+from .slots import PrefetchStats
 from .speculative.runahead import RunAhead, RunAheadStats
 from .stats import StreamStats
 from .thread_guard import Callers
@@ -116,13 +123,15 @@ class ExpertStream(Closing):
         total = CacheStats()
         for layer in self.layers:
             total.add(layer.cache.stats)
-        ahead = [asdict(x.slots.ahead) for x in self.layers]
+        prefetch = [asdict(x.slots.prefetch_stats) for x in self.layers]
         return StreamStats(
             cache=total,
             read=ReadStats(**asdict(self._reader.stats)),
             layer_hit_rates={x.name: x.cache.stats.hit_rate for x in self.layers},
-            ahead=AheadStats(**{k: sum(a[k] for a in ahead) for k in ahead[0]}),
-            looking_ahead=sum(x.ahead is not None and x.ahead.on for x in self.layers),
+            prefetch=PrefetchStats(**{k: sum(p[k] for p in prefetch) for k in prefetch[0]}),
+            prefetching_layers=sum(
+                x.prefetcher is not None and x.prefetcher.on for x in self.layers
+            ),
             seconds={p: sum(x.stats.seconds[p] for x in self.layers) for p in PHASES},
             calls=sum(x.stats.calls for x in self.layers),
             waves=sum(x.stats.waves for x in self.layers),
@@ -205,7 +214,7 @@ class ExpertStream(Closing):
         reserve = parse_size(self.config.reserve) if self.config.reserve else 0
         with self._change():
             self._check_open()
-            bound = check_resize(self.plan, taken, reserve, held() - self.held_bytes())
+            bound = check_resize(self.plan, taken, reserve, held_bytes() - self.held_bytes())
             self._open(slots)
             self.plan = replace(self.plan, cache=taken, slots=tuple(slots), bound=bound)
             hold_limits(self, self.plan, self.config.wired == "auto")
@@ -224,7 +233,7 @@ class ExpertStream(Closing):
         with self._change():
             gc.collect()
             active = mx.get_active_memory()
-            over = lacking(active + needed)
+            over = bytes_over_bound(active + needed)
             if over <= 0 or self._closed:
                 return
             needs = self.needs()
@@ -468,12 +477,12 @@ def flatten(module: nn.Module) -> list[tuple[str, mx.array]]:
 def attach(model: nn.Module, expert_stream: ExpertStream) -> None:
     """Remember the stream on its model; it closes when the model is collected."""
     object.__setattr__(model, _STREAM, expert_stream)
-    enter(expert_stream)
+    register(expert_stream)
     weakref.finalize(model, _gone, expert_stream)
 
 
 def _gone(expert_stream: ExpertStream) -> None:
-    leave(expert_stream)
+    unregister(expert_stream)
     if expert_stream.reader.is_mine():
         # Python's collector ran in a thread that `close` waits for, or with a lock that it takes.
         threading.Thread(target=expert_stream.close, name="expert-stream-close").start()

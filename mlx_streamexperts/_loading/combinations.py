@@ -31,7 +31,7 @@ from mlx_lm.utils import _download, load_tokenizer
 from .._config import StreamConfig
 from .._errors import TokenError, UnsupportedModelError
 from .._experts.refusals import refuse_transforms
-from .discover import locate, original_load_model
+from .discover import discover, original_load_model
 
 BATCHED = frozenset(
     (
@@ -134,7 +134,7 @@ def check_options(
         return
     if mx.distributed.init().size() > 1:  # a rank has its own part of the model's files alone
         return
-    model = locate(Path(folder), config, {"trust_remote_code": trust_remote_code}).model
+    model = discover(Path(folder), config, {"trust_remote_code": trust_remote_code}).model
     if options.draft_model is not None:
         _check_drafts(model, make_prompt_cache(model))
         _check_draft_tokens(model, Path(folder), options.draft_model)

@@ -14,12 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import mlx.core as mx
-
 from .._cache.expert_map import LayerNeed, share_slots
 from .._config import DEFAULT_CONTEXT, StreamConfig, format_size, parse_size
 from .._errors import BudgetError
-from .._osinfo import DeviceLimit, device_memory_bytes
+from .._osinfo import DeviceLimit, device_memory_bytes, on_metal
 from .footprint import STEP, Footprint
 
 # What a process holds besides MLX's memory: interpreter, MLX, mlx-lm, transformers and a tokenizer
@@ -168,7 +166,7 @@ class Plan:
         longest = max(1, min(tokens, self.prefill_tokens // sequences))
         if self.footprint is None or tokens == 1:
             return longest
-        if mx.metal.is_available():
+        if on_metal():
             longest = max(1, min(longest, _METAL_PAIRS // (sequences * (past + longest))))
         work = self.pass_bytes or self.work
         if free is None or free >= work + self.spare:

@@ -27,7 +27,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.models import cache as stock
 
-from .._hooks import intercept
+from .._hooks import intercept, swapped
 
 # Results that share their input's memory (MLX's primitives of these names copy nothing), where the
 # input is contiguous for the last two.
@@ -549,13 +549,8 @@ def _exportable() -> Iterator[None]:
 
     with _exporting:  # the originals too: another thread's stand-ins are none
         originals.update((name, getattr(mx, name)) for name in instead)
-        try:
-            for name in instead:
-                setattr(mx, name, either(name))
+        with swapped(mx, **{name: either(name) for name in instead}):
             yield
-        finally:
-            for name, original in originals.items():
-                setattr(mx, name, original)
 
 
 _exporting = threading.Lock()

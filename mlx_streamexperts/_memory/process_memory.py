@@ -33,7 +33,7 @@ class Holder(Protocol):
         """Give slots back until a pass has `needed` bytes."""
 
 
-_living: dict[int, Holder] = {}  # of models that have not been collected
+_registered: dict[int, Holder] = {}  # of models that have not been collected
 _limits: dict[int, int] = {}  # bytes of freed buffers that each open stream allows
 _wired: dict[int, int] = {}  # bytes that each wants to be kept wired
 _unfinished: dict[int, int] = {}  # bytes above which nothing is begun before something ends
@@ -43,26 +43,26 @@ _SMALL_BYTES = 1 << 20  # token ids, random states: work space has 8 MB for them
 _lock = threading.RLock()  # a collected model may close its stream in the middle of anything
 
 
-def enter(holder: Holder) -> None:
+def register(holder: Holder) -> None:
     """Its model lives from now on."""
-    _living[id(holder)] = holder
+    _registered[id(holder)] = holder
 
 
-def leave(holder: Holder) -> None:
+def unregister(holder: Holder) -> None:
     """Its model has been collected."""
-    _living.pop(id(holder), None)
+    _registered.pop(id(holder), None)
 
 
-def alive(holder: Holder) -> bool:
+def is_registered(holder: Holder) -> bool:
     """Is its model still in memory?"""
-    return id(holder) in _living
+    return id(holder) in _registered
 
 
-def held() -> int:
+def held_bytes() -> int:
     """Bytes that streamed models hold, those that nobody uses any more included."""
-    if _living:
+    if _registered:
         gc.collect()  # a model that nobody can reach may be waiting for it
-    return sum(s.held_bytes() for s in list(_living.values()))
+    return sum(s.held_bytes() for s in list(_registered.values()))
 
 
 def check_address_space(plan: Plan, threads: int) -> None:
@@ -88,7 +88,7 @@ def check_address_space(plan: Plan, threads: int) -> None:
         )
 
 
-def lacking(active: int) -> int:
+def bytes_over_bound(active: int) -> int:
     """Bytes by which MLX's memory would be over the bound of this process; negative below it.
 
     The bound is the largest of its streamed models': each was given what the ones before it left.
@@ -96,7 +96,7 @@ def lacking(active: int) -> int:
     Args:
         active: bytes of MLX's memory (`mx.get_active_memory`).
     """
-    plans = [s.plan for s in list(_living.values())]
+    plans = [s.plan for s in list(_registered.values())]
     bound = max((p.mlx_bound + p.others for p in plans), default=active)
     return active - bound - _SMALL_BYTES
 

@@ -27,7 +27,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from .._errors import CheckpointError, UnsupportedModelError
 from .._experts.stream import flatten
 from .._io.checkpoint import Checkpoint, TensorEntry
-from .._loading.discover import PROJECTIONS, SWITCHES, Seen, load_remembering, nothing_found
+from .._loading.discover import PROJECTIONS, SWITCHES, LoadRecord, load_recorded, no_experts_message
 from ._fused import FusedTables, layer_of, read_rows
 from ._shards import Piece
 
@@ -117,14 +117,14 @@ class Rewrite:
 
     def __init__(self, checkpoint: Checkpoint, options: Options, arguments: dict[str, Any]) -> None:
         self._folder = checkpoint.folder
-        model, config, seen = load_remembering(checkpoint.folder, arguments)
-        entries = {id(array): checkpoint.tensors[name] for name, array in seen.as_stored.items()}
-        self._projections = _find_projections(model, entries, seen)
+        model, config, record = load_recorded(checkpoint.folder, arguments)
+        entries = {id(array): checkpoint.tensors[name] for name, array in record.stored.items()}
+        self._projections = _find_projections(model, entries, record)
         if not self._projections:
-            raise UnsupportedModelError(nothing_found(checkpoint.folder, model, config))
+            raise UnsupportedModelError(no_experts_message(checkpoint.folder, model, config))
         self._projections.update(_find_long(model, entries))
-        self._fused = FusedTables(checkpoint, seen.skeleton)
-        del seen, entries
+        self._fused = FusedTables(checkpoint, record.build_empty)
+        del record, entries
         _cast(model, config, options.dtype)
         modules = dict(model.named_modules())
         for path, projection in self._projections.items():
@@ -221,7 +221,7 @@ class Rewrite:
 
 
 def _find_projections(
-    model: nn.Module, entries: dict[int, TensorEntry], seen: Seen
+    model: nn.Module, entries: dict[int, TensorEntry], record: LoadRecord
 ) -> dict[str, Projection]:
     """Every projection of every expert layer, with the origin of its tables."""
     found = {}
@@ -234,7 +234,7 @@ def _find_projections(
             tables = dict(flatten(projection))
             origins: dict[str, Origin] = {}
             for attribute, table in tables.items():
-                _, parts = seen.stacks.get(id(table), (table, None))
+                _, parts = record.stacks.get(id(table), (table, None))
                 origins[attribute] = entries.get(id(table), None if parts is None else [*parts])
             counts = {a: table.shape[0] for a, table in tables.items()}
             if len(set(counts.values())) != 1:
