@@ -6,9 +6,9 @@ Run-ahead decoding continues past a layer that lacks an expert, to learn what la
 Here the embedded model goes over its prompts of every topic and the completions recorded with
 them, one token at a time. Each token is one batch: its first row is the exact pass, the others lack
 the experts that a live cache of some size (LRFU, no prefetching) would not hold at that moment,
-with one way each to fill their place. Afterwards every row takes the exact row's keys and values. The
-next layers' routers are asked too, as _experts/prefetch.py asks them. Choices are compared for the
-layers after the first that lacked an expert, once the caches are full. Nothing is random.
+with one way each to fill their place. Afterwards every row takes the exact row's keys and values.
+The next layers' routers are asked too, as _experts/prefetch.py asks them. Choices are compared for
+the layers after the first that lacked an expert, once the caches are full. Nothing is random.
 
 Writes tables between two marks of DOCS/agreement.md, and DOCS/agreement.svg. Needs `plots`.
 """
