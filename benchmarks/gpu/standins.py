@@ -10,9 +10,10 @@ machine" really reads a sparse file into the slots.
 Tokens are drawn from a few hundred, so that experts recur. Hit rates are stated beside every
 figure, and are not those of a trained model. For each way, the measured time is compared with the
 roofline, the slower of compute and reads:
-    ask          the host waits for every layer's indices, and prefetches for the next router
-    trust        run-ahead, trusting the layers that it pays to trust
-    scout        run-ahead, each token begun by a pass made only to predict
+    sync         the host waits for every layer's indices; the next layer's experts are prefetched
+    speculate    run-ahead, speculating on the layers for which it pays
+    predict      run-ahead, each token begun by a pass that predicts its experts
+(Rows measured before 2026-11-28 call these ask, trust and scout.)
 `--prompt` times prompts instead, in one pass of so many tokens each.
 """
 
@@ -86,10 +87,10 @@ def decode(
 ) -> dict[str, Any]:
     """Time the text's tokens, one at a time, one way from one drive."""
     model, s = standin.model, standin.stream
-    standin.trust.fixed = way
+    standin.policy.fixed = way
     for layer in s.layers:
         if layer.prefetcher is not None:
-            layer.prefetcher.always = way == "ask"
+            layer.prefetcher.always = way == "sync"
     cache = make_prompt_cache(model)
     attach("unthrottled")
     steps(model, cache, text[:SETTLING])
@@ -170,7 +171,7 @@ def main() -> None:
     parser.add_argument("--model", choices=tuple(SHAPES), required=True)
     parser.add_argument("--shares", default="0.25,0.5,0.75", help="of the experts in memory")
     parser.add_argument("--drives", default=",".join(DRIVES), help="GB/s")
-    parser.add_argument("--ways", default="ask,trust,scout")
+    parser.add_argument("--ways", default="sync,speculate,predict")
     parser.add_argument("--tokens", type=int, default=16, help="timed steps of each setting")
     parser.add_argument("--warm-up", type=int, default=120, help="tokens that fill the cache")
     parser.add_argument("--layers", type=int, help="with experts; default: all, or what fits")

@@ -20,7 +20,6 @@ from .._errors import CheckpointError, StreamError
 from .._io.checkpoint import file_identity, read_json_object
 from .._io.output import exclusive, sync_folder, write_json
 from .layer import ExpertLayer
-from .slots import ExpertTensor
 from .stream import expert_files
 
 PAGE_BYTES = 16_384
@@ -149,14 +148,13 @@ def use_store(
             state = "is missing" if size < 0 else f"has {size:,} bytes of {_file_bytes(mine):,}"
             raise CheckpointError(f"{path} {state}: pack again")
     for layer, mine, theirs in zip(layers, expected, stored, strict=True):
-        if verify_reads:
-            layer.slots.as_packed = _read_check(theirs["checksums"])
         files = (str(folder / mine["file"]),) * layer.experts
+        packed = {}
         for part in mine["parts"]:
-            tensor = layer.tensors[part["name"]]
             offsets = range(part["offset"], _file_bytes(mine), mine["stride"])
-            packed = replace(tensor.stored, files=files, offsets=tuple(offsets))
-            layer.tensors[part["name"]] = ExpertTensor(tensor.slot, packed)
+            table = layer.tensors[part["name"]].stored
+            packed[part["name"]] = replace(table, files=files, offsets=tuple(offsets))
+        layer.slots.relocate(packed, _read_check(theirs["checksums"]) if verify_reads else None)
 
 
 def verify_store(folder: Path) -> Iterator[tuple[int, Damage | None]]:

@@ -37,17 +37,17 @@ from .._memory.process_memory import (
 )
 from .._osinfo import available_memory_bytes, file_mark
 from .._progress import progress_bar
-from .autotune import Pace, Trial
+from .autotune import AutoTuner, StepTimer
 from .bank import in_place_works
-from .cpu_streams import Lanes
+from .cpu_streams import CpuStreams
 from .hot_set import read_hot_set, read_in, save_hot_set
-from .layer import WAYS, ExpertLayer
+from .layer import OVERLAPS, PHASES, ExpertLayer
 from .prefetch import SMALL_EXPERT_BYTES
 from .slots import PrefetchStats
 from .speculative.runahead import RunAhead, RunAheadStats
 from .stats import StreamStats
-from .thread_guard import Callers
-from .timeline import PHASES, Timeline
+from .thread_guard import ThreadGuard
+from .timeline import Timeline
 from .trace import Trace
 
 _STREAM = "_expert_stream"
@@ -104,9 +104,9 @@ class ExpertStream(Closing):
         self._recordings: list[Trace | Timeline] = []
         self._changing = threading.RLock()  # one change of the cache at a time, closing included
         _alive.add(self)
-        self._callers = Callers(self._settle)
-        self._lanes = Lanes(config.cores)
-        self._paces: dict[int, Pace] = {}  # by the size of an expert
+        self._guard = ThreadGuard(self._flush_readers)
+        self._cpu_streams = CpuStreams(config.cores)
+        self._timers: dict[int, StepTimer] = {}  # by the size of an expert
         hold_limits(self, plan, config.wired == "auto")
         try:
             self._open(plan.slots)
@@ -336,9 +336,9 @@ class ExpertStream(Closing):
             self._recordings.append(recording)
         return recording
 
-    def _settle(self) -> None:
+    def _flush_readers(self) -> None:
         for layer in self.layers:
-            layer.settle()
+            layer.flush_readers()
 
     @contextmanager
     def _change(self) -> Iterator[None]:
@@ -368,13 +368,14 @@ class ExpertStream(Closing):
         self._reader.stats = ReadStats()
 
     def _open_layer(self, layer: ExpertLayer, slots: int) -> None:
-        ways = {"auto": WAYS, "on": WAYS[-1:], "off": WAYS[:1]}[self.config.overlap]
+        overlaps = {"auto": OVERLAPS, "on": OVERLAPS[-1:], "off": OVERLAPS[:1]}[self.config.overlap]
         small = layer.expert_bytes < SMALL_EXPERT_BYTES
-        likely = "halves" if small and len(ways) > 1 else ways[-1]
-        pace = self._paces.setdefault(layer.expert_bytes, Pace(Trial(ways, likely)))
+        likely = "halves" if small and len(overlaps) > 1 else overlaps[-1]
+        timer = self._timers.setdefault(layer.expert_bytes, StepTimer(AutoTuner(overlaps, likely)))
         layer.open(
-            slots, self._reader, self.config.policy, pace, self._callers, self._lanes, self.in_place
-        )
+            slots, self._reader, self.config.policy, timer, self._guard, self._cpu_streams,
+            self.in_place,
+        )  # fmt: skip
 
     def _make_run_ahead(self) -> RunAhead | None:
         """None where it cannot be, or where the host is the device and waits for nobody."""
@@ -384,7 +385,7 @@ class ExpertStream(Closing):
         top_k = max(need.top_k for need in self.needs())
         always = self.config.run_ahead == "on"
         return RunAhead(
-            self.layers, top_k, self._callers, lambda: self._reader.stats.wait_seconds, always
+            self.layers, top_k, self._guard, lambda: self._reader.stats.wait_seconds, always
         )
 
     def _decide_bypass(self) -> bool:

@@ -20,7 +20,6 @@ from .._distributed.pipeline import wait_on_host
 from .._distributed.ranks import Ranks
 from .._distributed.watch import Watch
 from .._errors import RankError, StreamError, UnsupportedModelError
-from .._experts.foreign_modules import Strangers
 from .._experts.layer import StreamedSwitch
 from .._experts.prefetch import connect
 from .._experts.refusals import guard
@@ -270,10 +269,10 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
             wait_on_host(model, found.stage)
             expert_stream.stage = found.stage
         attach(model, expert_stream)
-        ahead = expert_stream.run_ahead
-        if ahead is not None:
-            ahead.strangers = Strangers(model)
-        passes = Passes(expert_stream, ahead.step if ahead else None)
+        run_ahead = expert_stream.run_ahead
+        if run_ahead is not None:
+            run_ahead.watch(model)
+        passes = Passes(expert_stream, run_ahead.step if run_ahead else None)
         passes.install(model, PassCheck(model, rows))
         expert_stream.token_rows = rows
         self.streams.append(expert_stream)
