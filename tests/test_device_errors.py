@@ -296,7 +296,7 @@ def test_one_failure_does_not_end_looking_ahead_and_a_block_that_cannot_be_asked
 
         def step() -> int:
             mx.eval(model(mx.array([[3]]), cache=cache))
-            return s.stats().looking_ahead
+            return s.stats().prefetching_layers
 
         count = step()
         assert count == len(s.layers) - 1

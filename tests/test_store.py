@@ -225,8 +225,9 @@ def test_a_run_that_fails_at_any_write_goes_on(
 KILLED = """
 import os, sys
 from pathlib import Path
-from mlx_streamexperts import StreamConfig, store
-from mlx_streamexperts.locate import locate
+from mlx_streamexperts import StreamConfig
+from mlx_streamexperts._experts import packed_store as store
+from mlx_streamexperts._loading.discover import locate
 layers = locate(Path(sys.argv[1]), StreamConfig(), {}).layers
 for i, _ in enumerate(store.write_store(layers, Path(sys.argv[2]))):
     if i == layers[0].experts + 2:

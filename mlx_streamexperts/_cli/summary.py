@@ -46,7 +46,7 @@ class Timing:
 def experts_read(expert_stream: ExpertStream) -> int:
     """Experts read since the last reset, for a call or ahead of one."""
     stats = expert_stream.stats()
-    return stats.cache.misses + stats.ahead.issued - stats.ahead.cancelled
+    return stats.cache.misses + stats.prefetch.issued - stats.prefetch.cancelled
 
 
 def summary(expert_stream: ExpertStream, timing: Timing) -> str:
@@ -151,18 +151,19 @@ def _experts(expert_stream: ExpertStream, timing: Timing) -> list[Row]:
         lines.append(
             (
                 "Run-ahead",
-                f"{ran.trusted} waits for the device saved, {ran.asked} left; {ran.exact_at_once} "
-                f"of {ran.steps} steps exact at once, {ran.passes / ran.steps:.2f} passes a step",
+                f"{ran.speculated} waits for the device saved, {ran.synced} left; "
+                f"{ran.exact_at_once} of {ran.steps} steps exact at once, "
+                f"{ran.passes / ran.steps:.2f} passes a step",
             )
         )
-    if stats.ahead.issued:
+    if stats.prefetch.issued:
         lines.append(
             (
                 "Read ahead",
-                f"{stats.ahead.issued} experts, {stats.cache.prefetched} used "
-                f"({stats.ahead.late} of them late), {stats.cache.wasted} wasted, "
-                f"{stats.ahead.cancelled} taken back; delayed others by "
-                f"{stats.read.delay_seconds:.3f} s; {stats.looking_ahead} of "
+                f"{stats.prefetch.issued} experts, {stats.cache.prefetched} used "
+                f"({stats.prefetch.late} of them late), {stats.cache.wasted} wasted, "
+                f"{stats.prefetch.cancelled} taken back; delayed others by "
+                f"{stats.read.delay_seconds:.3f} s; {stats.prefetching_layers} of "
                 f"{len(expert_stream.layers)} layers look ahead",
             )
         )

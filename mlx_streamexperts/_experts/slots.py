@@ -34,14 +34,14 @@ class ExpertTensor:
 
 
 @dataclass(slots=True)
-class AheadStats:
-    """What became of experts read before they were asked for. See also `CacheStats`.
+class PrefetchStats:
+    """What became of prefetched experts. See also `CacheStats`.
 
     Attributes:
         issued: experts queued to be read.
-        late: asked for while their read was under way: it was hidden in part.
-        cancelled: taken back before their read began.
-        failed: could not be read; no error, since nobody had asked for them.
+        late: needed while their reads were in flight, which hid only a part of the reads.
+        cancelled: taken back before their reads began.
+        failed: could not be read. This is no error, because no call had asked for them.
     """
 
     issued: int = 0
@@ -107,7 +107,7 @@ class ExpertSlots:
     Attributes:
         cache: the expert -> slot map.
         bank: the memory.
-        ahead: what became of prefetched experts.
+        prefetch_stats: what became of prefetched experts.
         as_packed: called after each read with the expert and its tensors' bytes: are they right?
             None trusts all reads.
     """
@@ -117,7 +117,7 @@ class ExpertSlots:
         self.expert_bytes = total_bytes([t.slot for t in tensors.values()])
         self.cache = ExpertCache(experts, 0)
         self.bank = Bank({}, 0, in_place=True)
-        self.ahead = AheadStats()
+        self.prefetch_stats = PrefetchStats()
         self.as_packed: Callable[[int, Sequence[memoryview]], bool] | None = None
         self._reader: ExpertReader  # set by open
         self._in_flight: dict[int, Ticket] = {}  # prefetched, not known to have arrived
@@ -192,7 +192,7 @@ class ExpertSlots:
                 for expert in placed:
                     self.cache.drop(expert)
             else:
-                self.ahead.issued += len(placed)
+                self.prefetch_stats.issued += len(placed)
                 self._in_flight.update(dict.fromkeys(placed, ticket))
         self._changing = False
 
@@ -272,7 +272,7 @@ class ExpertSlots:
                 del self._in_flight[expert]
                 self._reader.promote(ticket, expert)
                 claimed[expert] = ticket
-                self.ahead.late += 1
+                self.prefetch_stats.late += 1
             else:
                 self._withdraw(expert, ticket)
         return claimed
@@ -292,7 +292,7 @@ class ExpertSlots:
             return False
         del self._in_flight[expert]
         self.cache.drop(expert)
-        self.ahead.cancelled += 1
+        self.prefetch_stats.cancelled += 1
         return True
 
     def _note_arrived(self) -> None:
@@ -302,7 +302,7 @@ class ExpertSlots:
             del self._in_flight[expert]
             if expert in ticket.errors or not self._is_right(expert):
                 self.cache.drop(expert)
-                self.ahead.failed += 1
+                self.prefetch_stats.failed += 1
 
     def _is_right(self, expert: int) -> bool:
         if self.as_packed is None:

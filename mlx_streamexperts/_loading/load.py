@@ -28,7 +28,7 @@ from .._distributed.watch import Watch
 from .._errors import RankError, StreamError, UnsupportedModelError
 from .._experts.foreign_modules import Strangers
 from .._experts.layer import StreamedSwitch
-from .._experts.prefetch import link
+from .._experts.prefetch import connect
 from .._experts.refusals import guard
 from .._experts.stream import ExpertStream, attach, flatten, is_streamed, stream
 from .._io.checkpoint import read_header
@@ -299,7 +299,7 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         if not lazy:
             _load_trunk(model, config.progress)
         if config.prefetch != "off":
-            link(model, located.layers, config.prefetch_depth, config.prefetch == "on")
+            connect(model, located.layers, config.prefetch_depth, config.prefetch == "on")
         expert_stream = ExpertStream(located.layers, plan, config, located.model_config)
         expert_stream.profile = profile
         if located.stage is not None:

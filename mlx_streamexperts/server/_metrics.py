@@ -151,7 +151,9 @@ class _Collector:
         yield gauge(
             "layer_hit_rate", "Needed experts that were resident", s.layer_hit_rates, "layer"
         )
-        yield gauge("layers_looking_ahead", "Layers that read ahead at present", s.looking_ahead)
+        yield gauge(
+            "layers_looking_ahead", "Layers that read ahead at present", s.prefetching_layers
+        )
         yield counter("expert_hits", "Needed experts that were resident", s.cache.hits)
         yield counter(
             "expert_misses",
@@ -170,12 +172,12 @@ class _Collector:
             "Experts read before they were asked for: issued; used; of those late; evicted unused; "
             "taken back; failed",
             {
-                "issued": s.ahead.issued,
+                "issued": s.prefetch.issued,
                 "used": s.cache.prefetched,
-                "late": s.ahead.late,
+                "late": s.prefetch.late,
                 "wasted": s.cache.wasted,
-                "cancelled": s.ahead.cancelled,
-                "failed": s.ahead.failed,
+                "cancelled": s.prefetch.cancelled,
+                "failed": s.prefetch.failed,
             },
             "outcome",
         )

@@ -6,16 +6,13 @@ The host writes where the device reads: only after everything that was built wit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
+from ..._cache.expert_map import ExpertCache
 from ..bank import byte_view
-
-if TYPE_CHECKING:
-    from ..._cache.expert_map import ExpertCache
-    from ..layer import ExpertLayer
+from ..layer import ExpertLayer
 
 
 class SlotTables:
