@@ -1,8 +1,8 @@
-"""Faults under way: each is a named error or a retry that succeeds, and leaves nothing behind.
+"""Faults at run time: each is a named error or a retry that succeeds, and leaves nothing behind.
 
-After every one the model computes what stock computes once the fault has passed, with the threads,
-descriptors and slots that it had before. Where a fault can be had from the system it is: reads that
-fail in the C library, limits, signals, forks, a full file system.
+Once a fault has passed, the model computes what stock mlx-lm computes, with the threads,
+descriptors and slots that it had before. The tests use real faults if the system can make them:
+reads that fail in the C library, limits, signals, forks, a full file system.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def test_a_shard_deleted_while_it_is_open_is_still_read(watched: Watched, folder
 def test_a_shard_replaced_by_another_is_not_read_in_its_place(
     watched: Watched, folder: Path, tmp_path: Path
 ) -> None:
-    """The other one is whole, and has the same header: a fine-tune, say."""
+    """The other one is valid and has the same header, as a fine-tune has."""
     for shard in folder.glob("*.safetensors"):
         other = bytearray(shard.read_bytes())
         other[-2000:] = bytes(2000)
@@ -127,7 +127,7 @@ def test_a_shard_replaced_by_another_is_not_read_in_its_place(
 
 
 def test_without_permission(watched: Watched, folder: Path) -> None:
-    """Lost after the model was loaded, and given back."""
+    """The permission is lost after the model was loaded, and comes back."""
     for shard in folder.glob("*.safetensors"):
         shard.chmod(0)
     if os.geteuid() == 0:
@@ -173,7 +173,7 @@ def limit(kind: int, soft: int) -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_reader_thread_that_dies_is_replaced(watched: Watched) -> None:
-    """All of them, idle: what is read next is read, by as many threads as there were."""
+    """All of them die while idle. The next reads succeed, with as many threads as before."""
     reader = watched.stream._reader
     before = list(reader._threads)
     for thread in before:
@@ -250,7 +250,7 @@ sys.exit(status)
 
 
 def test_a_forked_child_ends_as_programs_do() -> None:
-    """With threads and files that are its parent's; the advice is one that works."""
+    """With the threads and files of its parent; the advice in the error works."""
     done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, timeout=60)
     assert done.returncode == 7, done.stderr[-2000:]
     spawned = subprocess.run([sys.executable, "-c", SPAWNS], capture_output=True, timeout=90)
@@ -291,7 +291,7 @@ def exit_code(child: int, patience: float = 20) -> int:
 def test_a_model_that_is_collected_in_its_own_readers_thread_closes(
     locked: bool, checkpoint: Callable[..., Path]
 ) -> None:
-    """Python's collector runs wherever it likes, with the reader's lock held too."""
+    """Python's collector may run anywhere, even while the reader's lock is held."""
     models = [load_streamed(checkpoint("qwen3_moe"), 1 << 18)]
     reader, layer = stream(models[0]).reader, stream(models[0]).layers[-1]
 
@@ -310,7 +310,7 @@ def test_a_model_that_is_collected_in_its_own_readers_thread_closes(
 
 
 def test_no_memory_for_slots(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A larger cache that cannot be had: said, and the model goes on with one that can."""
+    """A cache that is too large is an error, and the model goes on with a smaller one."""
     real = mx.zeros
 
     def scarce(shape: Any, *args: Any) -> mx.array:
@@ -508,7 +508,7 @@ def run_apart(what: str, folder: Path, *arguments: str, **environment: str) -> A
 
 @pytest.mark.parametrize("run_ahead", ["off", "on"])
 def test_ctrl_c_at_random_moments(run_ahead: str, checkpoint: Callable[..., Path]) -> None:
-    """Real signals, some hundred a second, into calls with misses and reading ahead."""
+    """Real signals, about a hundred a second, during calls with misses and prefetches."""
     counts = run_apart("signals", checkpoint("qwen3_moe"), "3", RUN_AHEAD=run_ahead)
     assert counts["interrupted"] > 20 and counts["calls"] > 0
     assert counts["wrong"] == counts["threads"] == counts["files"] == counts["readers"] == 0
@@ -550,7 +550,7 @@ def outcomes(
 def test_reads_that_fail_in_the_c_library(
     fault: str, says: str, bypass: str, outcomes: dict[str, Any]
 ) -> None:
-    """A named error, or (where nothing is said) a retry with the same result; then exact again."""
+    """A named error, or a retry with the same result; afterwards exact again."""
     if f"{bypass}: no such reads" in outcomes:
         pytest.skip("this file system cannot read past the page cache")
     outcome = outcomes[f"{bypass}: {fault}"]
@@ -583,7 +583,7 @@ def test_a_disk_that_fills_up(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """There was room when the work began, and is again when it is repeated."""
+    """There is room when the work begins, and when it is repeated."""
     out = small_disk / "out"
     with monkeypatch.context() as m:
         usage = shutil.disk_usage("/")

@@ -1,4 +1,4 @@
-"""One process at a time writes an output folder; one that was killed is in nobody's way."""
+"""One process at a time writes an output folder; a killed one does not block the next."""
 
 from __future__ import annotations
 

@@ -140,11 +140,8 @@ def test_prefetched_experts_are_claimed_or_taken_back(
     arrivals.all()
     assert (held(slots, 6), held(slots, 1)) == ([6] * ROW, [1] * ROW)
     assert reader.stats.bytes == 2 * ROW
-    assert (
-        slots.prefetch_stats.issued,
-        slots.prefetch_stats.late,
-        slots.prefetch_stats.cancelled,
-    ) == (3, 2, 1)
+    stats = slots.prefetch_stats
+    assert (stats.issued, stats.late, stats.cancelled) == (3, 2, 1)
 
 
 def test_a_prefetch_does_not_evaluate_another_threads_graph(

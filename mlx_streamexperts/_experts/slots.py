@@ -35,13 +35,13 @@ class ExpertTensor:
 
 @dataclass(slots=True)
 class PrefetchStats:
-    """What became of experts read before they were asked for. See also `CacheStats`.
+    """What became of prefetched experts. See also `CacheStats`.
 
     Attributes:
         issued: experts queued to be read.
-        late: asked for while their read was under way: it was hidden in part.
-        cancelled: taken back before their read began.
-        failed: could not be read; no error, since nobody had asked for them.
+        late: needed while their reads were in flight, which hid only a part of the reads.
+        cancelled: taken back before their reads began.
+        failed: could not be read. This is no error, because no call had asked for them.
     """
 
     issued: int = 0
@@ -107,7 +107,7 @@ class ExpertSlots:
     Attributes:
         cache: the expert -> slot map.
         bank: the memory.
-        ahead: what became of prefetched experts.
+        prefetch_stats: what became of prefetched experts.
         as_packed: called after each read with the expert and its tensors' bytes: are they right?
             None trusts all reads.
     """
