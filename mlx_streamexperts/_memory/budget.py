@@ -173,9 +173,9 @@ class Plan:
         if free is None or free >= work + self.spare:
             work += self.spare
         fitting = self.footprint.longest_chunk(work, past, longest, sequences, quantized)
-        return (
-            fitting if fitting in (tokens, longest) or fitting < _EVEN else fitting // _EVEN * _EVEN
-        )
+        if fitting in (tokens, longest) or fitting < _EVEN:
+            return fitting
+        return fitting // _EVEN * _EVEN
 
     def passes(self, tokens: int) -> list[int]:
         """Lengths of the chunks of a prompt of `tokens` tokens."""
