@@ -20,13 +20,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mlx_streamexperts.server import _command as server
-from mlx_streamexperts.server._generation import Generator
+from mlx_streamexperts.server._generation import GenerationThread
 
 
 class Running:
     """A server that answers, and its inside."""
 
-    def __init__(self, port: int, generator: Generator) -> None:
+    def __init__(self, port: int, generator: GenerationThread) -> None:
         self.port, self.generator = port, generator
         self.url = f"http://127.0.0.1:{port}"
 

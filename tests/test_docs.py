@@ -33,10 +33,10 @@ import mlx_streamexperts
 from mlx_streamexperts import StreamConfig, StreamStats, demo_model
 from mlx_streamexperts import _errors as errors
 from mlx_streamexperts._cache.expert_map import CacheStats
-from mlx_streamexperts._experts.slots import AheadStats
+from mlx_streamexperts._experts.slots import PrefetchStats
 from mlx_streamexperts._experts.speculative.runahead import RunAheadStats
 from mlx_streamexperts._io.reader import ReadStats
-from mlx_streamexperts.doctor import _command as doctor
+from mlx_streamexperts.doctor import _examination as examination
 
 RUN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 """Pages whose snippets run. Those of other pages are for other machines: only checked."""
@@ -45,9 +45,10 @@ CHECKED = [
     *sorted((ROOT / "benchmarks").glob("*.md")),
     *sorted((ROOT / "examples").rglob("*.md")),
     ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
 ]
 MEASURED = {
-    what: functools.cache(getattr(doctor, what))
+    what: functools.cache(getattr(examination, what))
     for what in ("memory_rate", "sync_seconds", "layer_seconds")
 }
 """What `doctor` measures, once for all snippets."""
@@ -73,10 +74,10 @@ def test_snippets_run(
     monkeypatch.setenv("STREAMEXPERTS_PROFILES", str(tmp_path / "profiles"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     # A second at each depth, anew at each call, is for figures that somebody reads.
-    quick = functools.partial(doctor.drive_rates, seconds=0.01)
-    monkeypatch.setattr(doctor, "drive_rates", quick)
+    quick = functools.partial(examination.drive_rates, seconds=0.01)
+    monkeypatch.setattr(examination, "drive_rates", quick)
     for what, measured in MEASURED.items():
-        monkeypatch.setattr(doctor, what, measured)
+        monkeypatch.setattr(examination, what, measured)
     page = Page({"demo": demo_model(), "original": original})
     try:
         for snippet in snippets(file):
@@ -155,7 +156,7 @@ def test_every_statistic_is_explained() -> None:
     parts = {
         "cache": CacheStats,
         "read": ReadStats,
-        "ahead": AheadStats,
+        "prefetch": PrefetchStats,
         "run_ahead": RunAheadStats,
     }
     wanted = [f.name for f in fields(StreamStats) if f.name not in parts]

@@ -15,6 +15,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -301,7 +302,7 @@ def test_a_model_that_is_collected_in_its_own_readers_thread_closes(
                 gc.collect()
 
     reader.on_read.add(collect)
-    layer.slots.read_ahead([0, 1, 2, 3])  # wakes the reader's threads
+    layer.slots.prefetch([0, 1, 2, 3])  # wakes the reader's threads
     deadline = time.monotonic() + 20
     while models or any(t.is_alive() for t in reader._threads):
         assert time.monotonic() < deadline, "close hangs"
@@ -327,10 +328,27 @@ def test_no_memory_for_slots(watched: Watched, monkeypatch: pytest.MonkeyPatch) 
     watched.assert_sound()
 
 
-# Ctrl-C.
+# Ctrl-C, and other exceptions that any line may raise.
 
 
-def test_ctrl_c_at_every_step(watched: Watched) -> None:
+def ctrl_c() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def no_memory() -> None:
+    raise MemoryError
+
+
+@pytest.fixture(autouse=True)
+def _python_handles_ctrl_c() -> Iterator[None]:
+    """Programs that run in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("happens", [ctrl_c, no_memory])
+def test_an_exception_at_every_step(happens: Callable[[], None], watched: Watched) -> None:
     """At the first and at the last time that each line of ours runs in a call.
 
     Lines that leave a `with` or run after an exception are left out: the interpreter looks for
@@ -344,8 +362,8 @@ def test_ctrl_c_at_every_step(watched: Watched) -> None:
     interrupted = 0
     for place in sorted(places):
         try:
-            steps(watched, call, OURS, place)
-        except KeyboardInterrupt:
+            steps(watched, call, OURS, place, happens)
+        except (KeyboardInterrupt, MemoryError, ExpertReadError):
             interrupted += 1
         assert np.array_equal(np.array(watched.model(NEXT)), watched.expected[1]), place
     # Which thread reads, and so how often a line runs in this one, is left to chance.
@@ -354,11 +372,11 @@ def test_ctrl_c_at_every_step(watched: Watched) -> None:
 
 
 @pytest.mark.parametrize("run_ahead", ["off", "on"])
-def test_ctrl_c_at_every_step_of_guessing(run_ahead: str, folder: Path) -> None:
-    """The same of reading ahead, running ahead, and calls in parts: a step with a KV cache.
+def test_ctrl_c_at_every_step_of_speculation(run_ahead: str, folder: Path) -> None:
+    """The same of prefetching, run-ahead and calls in parts: a step with a KV cache.
 
-    A step that ran ahead leaves the cache as it was, so that it can simply be done again. Otherwise
-    some layers have the token already, as in stock mlx-lm.
+    A step that ran ahead leaves the KV cache as it was, so that it can simply be done again.
+    Otherwise some layers have the token already, as in stock mlx-lm.
     """
     before = leftovers()
     config = StreamConfig(progress=False, prefetch="on", overlap="on", run_ahead=run_ahead)
@@ -377,13 +395,13 @@ def test_ctrl_c_at_every_step_of_guessing(run_ahead: str, folder: Path) -> None:
             cache.trim(cache.offset - start)
 
     for _ in range(3):  # what is tried at first has been
-        times = Counter(steps(watched, call, GUESSING, None))
+        times = Counter(steps(watched, call, SPECULATION, None))
         take_back()
     assert {name for name, _ in times} >= USED[run_ahead]
     interrupted = 0
     for place in sorted({(place, n) for place, count in times.items() for n in (1, count)}):
         try:
-            steps(watched, call, GUESSING, place)
+            steps(watched, call, SPECULATION, place, ctrl_c)
         except KeyboardInterrupt:
             interrupted += 1
             if run_ahead == "on":
@@ -413,14 +431,17 @@ USED = {
         "thread_guard.py",
     },
 }
-GUESSING = USED["off"] | USED["on"] | {"layer.py", "slots.py", "bank.py"}
+SPECULATION = USED["off"] | USED["on"] | {"layer.py", "slots.py", "bank.py"}
 
 
 def steps(
     watched: Watched, call: Callable[[], mx.array], files: set[str],
-    stop_at: tuple[Place, int] | None,
+    stop_at: tuple[Place, int] | None, happens: Callable[[], None] | None = None,
 ) -> list[Place]:  # fmt: skip
-    """Call the model with empty slots; lines that ran. Ctrl-C when one runs for the nth time."""
+    """Call the model with empty slots; returns the lines that ran.
+
+    When the line of `stop_at` runs for the nth time, something happens there.
+    """
     for layer in watched.stream.layers:
         layer.slots.cache.clear()
     watched.stream._reader._job_seconds = 0.0  # the caller reads, which a signal can end
@@ -440,10 +461,10 @@ def steps(
             if event == "line" and number not in handlers and number not in been & withs:
                 seen.append((file.name, number))
                 left[0] -= stop_at is not None and seen[-1] == stop_at[0]
-                if left[0] == 0:
+                if left[0] == 0 and happens is not None:
                     left[0] = -1
                     sys.settrace(None)
-                    raise KeyboardInterrupt
+                    happens()
             been.add(number)
             return line
 

@@ -334,21 +334,6 @@ def test_a_macs_file_system_without_it(
     assert platform.open_descriptors() == before
 
 
-def test_a_mac_before_preadv(
-    nocache: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr(os, "preadv")
-    (tmp_path / "file").write_bytes(b"0123456789")
-    fd, _ = platform.open_direct(tmp_path / "file")
-    try:
-        first, second = bytearray(4), bytearray(4)
-        assert platform.read_into(fd, [memoryview(first), memoryview(second)], 3) == 4
-        assert (bytes(first), bytes(second)) == (b"3456", bytes(4))  # the caller goes on
-    finally:
-        os.close(fd)
-    assert direct_works(tmp_path / "file")
-
-
 @pytest.mark.parametrize("store", [False, True])
 def test_a_model_runs_on_a_mac_past_the_page_cache(
     store: bool, nocache: list[tuple[int, int]], checkpoint: Callable[..., Path], tmp_path: Path

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mlx_streamexperts._analysis import exactness
+from mlx_streamexperts._config import from_arguments
 from mlx_streamexperts._experts import bank
 from mlx_streamexperts._experts.slots import ExpertSlots
 from mlx_streamexperts._experts.speculative.slot_tables import SlotTables
@@ -73,7 +74,7 @@ def test_what_an_option_turns_off_is_not_checked(
     options: list[str], gone: list[str], tmp_path: Path
 ) -> None:
     args = doctor.setup_arg_parser().parse_args(options)
-    config = doctor.from_arguments(args)
+    config = from_arguments(args)
     checks = selftest.list_checks(selfchecks.Lab(tmp_path), config)
     assert len(checks) >= 8
     for check in checks:
@@ -157,7 +158,7 @@ def wrong_order_of_parts(monkeypatch: Patch) -> None:
 
 def slots_written_too_early(monkeypatch: Patch) -> None:
     monkeypatch.setattr(mx, "async_eval", lambda *arrays: None)  # or what reads them has run
-    monkeypatch.setattr(bank.Bank, "settle", lambda self: None)
+    monkeypatch.setattr(bank.Bank, "flush_readers", lambda self: None)
 
 
 def rows_of_eight_bytes(monkeypatch: Patch) -> None:
@@ -174,13 +175,13 @@ def rows_of_eight_bytes(monkeypatch: Patch) -> None:
 
 
 def errors_are_swallowed(monkeypatch: Patch) -> None:
-    real = bank.Bank.settle
+    real = bank.Bank.flush_readers
 
-    def settle(self: bank.Bank) -> None:
+    def flush_readers(self: bank.Bank) -> None:
         with suppress(Exception):
             real(self)
 
-    monkeypatch.setattr(bank.Bank, "settle", settle)
+    monkeypatch.setattr(bank.Bank, "flush_readers", flush_readers)
 
 
 def memory_taken(monkeypatch: Patch) -> None:

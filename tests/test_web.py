@@ -16,7 +16,7 @@ from serving import Running, serving, until
 
 from mlx_streamexperts import demo_model
 from mlx_streamexperts.server import _command as server
-from mlx_streamexperts.server import _web as web
+from mlx_streamexperts.server import _http as web
 
 KEY = "open sesame"
 
@@ -328,7 +328,7 @@ def test_more_connections_than_there_may_be_are_told_so(monkeypatch: pytest.Monk
         def handle(self) -> None:
             self.rfile.read(1)
 
-    monkeypatch.setattr(server, "MOST_CONNECTIONS", 3)
+    monkeypatch.setattr(server.Server, "connections", 3)
     with server.Server(("127.0.0.1", 0), Waiting) as httpd:
         for _ in range(2):  # and a place that was left is free again
             clients = [socket.create_connection(httpd.server_address, 20) for _ in range(4)]

@@ -22,10 +22,10 @@ from .._distributed.watch import Watch
 from .._errors import RankError, StreamError, UnsupportedModelError
 from .._experts.foreign_modules import Strangers
 from .._experts.layer import StreamedSwitch
-from .._experts.prefetch import link
+from .._experts.prefetch import connect
 from .._experts.refusals import guard
 from .._experts.stream import ExpertStream, attach, flatten
-from .._io.hub import had, headers_only
+from .._io.hub import fetching, headers_only
 from .._memory.budget import Plan, check_device
 from .._memory.hardware import named_machine
 from .._memory.passes import Passes
@@ -140,7 +140,9 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: there is no such folder, and no such repository can be downloaded.
     """
-    with had(path_or_hf_repo, "is neither a model folder nor a repository that can be downloaded"):
+    with fetching(
+        path_or_hf_repo, "is neither a model folder nor a repository that can be downloaded"
+    ):
         return mlx_lm.utils._download(str(path_or_hf_repo), revision=revision)
 
 
@@ -261,7 +263,7 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         if not lazy:
             _load_trunk(model, config.progress)
         if config.prefetch != "off":
-            link(model, found.layers, config.prefetch_depth, config.prefetch == "on")
+            connect(model, found.layers, config.prefetch_depth, config.prefetch == "on")
         expert_stream = ExpertStream(found.layers, plan, config, found.model_config)
         expert_stream.profile = profile
         if found.stage is not None:
