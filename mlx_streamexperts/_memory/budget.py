@@ -178,7 +178,14 @@ class Plan:
         return fitting // _EVEN * _EVEN
 
     def passes(self, tokens: int) -> list[int]:
-        """Lengths of the chunks of a prompt of `tokens` tokens."""
+        """Chunks of a prompt.
+
+        Args:
+            tokens: length of the prompt.
+
+        Returns:
+            Tokens of each chunk.
+        """
         chunks: list[int] = []
         past = 0
         while past < tokens:

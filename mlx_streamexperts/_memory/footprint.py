@@ -60,7 +60,11 @@ class Footprint:
     unfinished: int = 0
 
     def of_layers(self, start: int, end: int) -> Footprint:
-        """The footprint of decoder layers `start` to `end - 1`: one rank's, for example."""
+        """The footprint of some decoder layers: those of one rank, for example.
+
+        Args:
+            start, end: it includes layers `start` to `end - 1`.
+        """
         return replace(self, layers=self.layers[start:end])
 
     @property
