@@ -30,8 +30,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_streamexperts import StreamConfig, demo_model, patch, stream
 from mlx_streamexperts._analysis.plots import pyplot, save_figure
 from mlx_streamexperts._cache.expert_map import ExpertCache
-from mlx_streamexperts._experts.layer import StreamedSwitch
-from mlx_streamexperts._experts.prefetch import asking
+from mlx_streamexperts._experts.layer import StreamedSwitch, probe
 
 SHARES = (0.125, 0.25, 0.5, 0.75, 0.9)
 NOTHING, SCALED, ANY, NEAREST = "nothing", "present rows scaled up", "slot 0", "nearest resident"
@@ -72,7 +71,7 @@ class Probe(nn.Module):
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """x [rows, 1, D], indices [rows, 1, K] -> [rows, 1, K, D]."""
-        if asking.layer is not None:
+        if probe.layer is not None:
             return self._inner(x, indices)
         scores = mx.take_along_axis(mx.softmax(self._gate(x), axis=-1, precise=True), indices, -1)
         weights = np.array(scores.astype(mx.float32))[:, 0]  # [rows, K]
@@ -117,15 +116,15 @@ def load_probed(folder: Path) -> tuple[nn.Module, list[Probe]]:
     return model, probes
 
 
-def foretold(probes: list[Probe]) -> dict[tuple[int, int], set[int]]:
+def predicted(probes: list[Probe]) -> dict[tuple[int, int], set[int]]:
     """What routers name when asked of the exact pass: (asking layer, asked layer) -> experts."""
     layers = [p._inner.layer for p in probes]
     number = {x.name: i for i, x in enumerate(layers)}
     asked = []
-    for i, (probe, layer) in enumerate(zip(probes, layers, strict=True)):
-        guesses = layer.ahead.ask(probe.x[None]) if layer.ahead is not None else None
-        for a in guesses.asked if guesses else ():
-            asked.append((i, number[a.router.layer.name], a.indices))
+    for i, (at, layer) in enumerate(zip(probes, layers, strict=True)):
+        prediction = layer.prefetcher and layer.prefetcher.predict(at.x[None])
+        for a in prediction.answers if prediction else ():
+            asked.append((i, number[a.target.router.layer.name], a.indices))
     mx.eval([indices for *_, indices in asked])
     return {(i, j): set(np.array(indices).ravel().tolist()) for i, j, indices in asked}
 
@@ -143,9 +142,9 @@ def measure(folder: Path, longest: int) -> tuple[list[str], np.ndarray]:
             mx.eval(model.model(mx.full((rows, 1), token), cache=cache))  # no logits
             take_exact(cache)
             count_token(counts[topics.index(topic)], probes)
-            for probe in probes:
-                for live in probe.caches:
-                    live.place(live.wanted(probe.chosen[:1]))
+            for own in probes:
+                for live in own.caches:
+                    live.place(live.wanted(own.chosen[:1]))
     stream(model).close()
     return topics, counts
 
@@ -161,7 +160,7 @@ def take_exact(cache: list[Any]) -> None:
 def count_token(counts: np.ndarray, probes: list[Probe]) -> None:
     """Add one token to a topic's counts [shares, predictors, depth, COUNTS]."""
     exact = [set(p.chosen[0].tolist()) for p in probes]
-    routers = foretold(probes)
+    routers = predicted(probes)
     for share in range(len(SHARES)):
         inside = [set(p.caches[share].resident) for p in probes]
         full = all(len(r) == p.caches[share].slots for r, p in zip(inside, probes, strict=True))

@@ -160,11 +160,11 @@ def main() -> None:
                     "needed_bytes_per_token": missed,
                     "bound_by": "reads" if reading > compute else "compute",
                     "efficiency": bound * statistics.median(speeds),
-                    "read_ahead": asdict(stats.ahead)
+                    "read_ahead": asdict(stats.prefetch)
                     | {
                         "used": stats.cache.prefetched,
                         "wasted": stats.cache.wasted,
-                        "layers": stats.looking_ahead,
+                        "layers": stats.prefetching_layers,
                     },
                     "seconds": stats.seconds,
                 }

@@ -90,8 +90,8 @@ def main() -> None:
         draw(
             json.loads(file.read_text())["traceEvents"],
             f"one token, {args.share:.0%} of experts resident: {stats.cache.hits} hits, "
-            f"{stats.cache.prefetched} read ahead ({stats.ahead.late} late), {stats.cache.misses} "
-            f"misses, {stats.read.bytes / 1e6:.0f} MB read",
+            f"{stats.cache.prefetched} prefetched ({stats.prefetch.late} late), "
+            f"{stats.cache.misses} misses, {stats.read.bytes / 1e6:.0f} MB read",
             args.out,
         )
         for name, seconds in summary.items():

@@ -1,7 +1,7 @@
 """Bytes written into a bank's memory are what kernels see, and never too early.
 
-The second half of that is the hazard of writing in place: MLX is lazy, so each test of `settle` has
-a twin that leaves it out and gets the wrong answer, to show that the danger is real here.
+The second half is the hazard of writing in place. MLX is lazy, so each test of `flush_readers` has
+a twin that leaves the call out and gets the wrong answer: the danger is real here.
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ def expected_rows(value: float) -> np.ndarray:
     return np.full((8, 4), value * 2, np.float32)
 
 
-def test_without_settle_a_lazy_reader_gets_the_wrong_bytes() -> None:
-    """The hazard is real on this device; if this fails, `settle` is tested in vain."""
+def test_without_a_flush_a_lazy_reader_gets_the_wrong_bytes() -> None:
+    """The hazard is real on this device; if this fails, `flush_readers` is tested in vain."""
     bank, module = new_bank(in_place=True)
     fill(bank, 1, 3.0)
     lazy = module.weight[mx.array([1])][0] * 2
@@ -183,52 +183,52 @@ def test_without_settle_a_lazy_reader_gets_the_wrong_bytes() -> None:
 
 
 @both_ways
-def test_settle_runs_readers_before_their_slot_is_overwritten(in_place: bool) -> None:
+def test_a_flush_runs_readers_before_their_slot_is_overwritten(in_place: bool) -> None:
     bank, module = new_bank(in_place)
     fill(bank, 1, 3.0)
-    lazy = bank.reading(module.weight[mx.array([1])][0] * 2)
-    bank.settle()
+    lazy = bank.track_reader(module.weight[mx.array([1])][0] * 2)
+    bank.flush_readers()
     fill(bank, 1, 5.0)
     assert np.array_equal(np.array(lazy), expected_rows(3.0))
     assert np.array_equal(np.array(module.weight[1] * 2), expected_rows(5.0))
 
 
-def test_settle_protects_what_is_built_on_a_reader() -> None:
+def test_a_flush_protects_what_is_built_on_a_reader() -> None:
     bank, module = new_bank(in_place=True)
     fill(bank, 1, 3.0)
-    noted = bank.reading(module.weight[mx.array([1])][0] * 2)
+    noted = bank.track_reader(module.weight[mx.array([1])][0] * 2)
     lazy = mx.concatenate([noted, noted]).sum()
-    bank.settle()
+    bank.flush_readers()
     fill(bank, 1, 5.0)
     assert lazy.item() == 2 * 32 * 6.0
 
 
-def test_settle_protects_every_reader_of_a_caller_who_hoards_them() -> None:
+def test_a_flush_protects_every_reader_of_a_caller_who_hoards_them() -> None:
     """More than the bank remembers at once; none may be forgotten unevaluated."""
     bank, module = new_bank(in_place=True)
     lazy = []
     for i in range(23):
         slot = i % SLOTS
-        bank.settle() if i % 7 == 0 else None
-        lazy.append(bank.reading(module.weight[mx.array([slot])][0] + 0))
-    bank.settle()
+        bank.flush_readers() if i % 7 == 0 else None
+        lazy.append(bank.track_reader(module.weight[mx.array([slot])][0] + 0))
+    bank.flush_readers()
     for slot in range(SLOTS):
         fill(bank, slot, 9.0)
     assert not any(y.any().item() for y in lazy)
 
 
-def test_settled_readers_are_let_go() -> None:
+def test_flushed_readers_are_let_go() -> None:
     """The bank keeps no outputs alive, and remembers few at a time."""
     bank, module = new_bank(in_place=True, shape=(128, 128))
-    bank.settle()
+    bank.flush_readers()
     gc.collect()
     mx.clear_cache()
     before = mx.get_active_memory()
     for i in range(40):
-        mx.eval(bank.reading(module.weight[mx.array([i % SLOTS])] * 2))  # 64 KiB each
+        mx.eval(bank.track_reader(module.weight[mx.array([i % SLOTS])] * 2))  # 64 KiB each
         mx.synchronize()  # a GPU gives memory back when its stream has run
         assert mx.get_active_memory() - before < 16 * 65536
-    bank.settle()
+    bank.flush_readers()
     mx.synchronize()
     assert mx.get_active_memory() - before < 65536
 
@@ -236,15 +236,15 @@ def test_settled_readers_are_let_go() -> None:
 def test_reading_returns_the_output_itself() -> None:
     bank, module = new_bank(in_place=True)
     small, large = module.weight[1] * 2, mx.zeros((1 << 19,)) + module.weight[0, 0, 0]
-    assert bank.reading(small) is small
-    assert bank.reading(large) is large
+    assert bank.track_reader(small) is small
+    assert bank.track_reader(large) is large
 
 
 def evaluated_by_reading(build: Callable[[mx.array], mx.array], eager: bool) -> bool:
     """Was the output run by `reading` alone? Found out by overwriting its slot."""
     bank, module = new_bank(in_place=True)
     fill(bank, 0, 3.0)
-    y = bank.reading(build(module.weight[mx.array([0])][0, 0, 0] * 1), eager)
+    y = bank.track_reader(build(module.weight[mx.array([0])][0, 0, 0] * 1), eager)
     fill(bank, 0, 5.0)
     return {3.0: True, 5.0: False}[y.max().item()]
 
@@ -266,7 +266,7 @@ def test_another_threads_graph_is_an_error_that_says_so() -> None:
 
     def build() -> None:
         with mx.stream(mx.new_stream(mx.default_device())):
-            built.append(bank.reading(module.weight[mx.array([1])][0] * 2))
+            built.append(bank.track_reader(module.weight[mx.array([1])][0] * 2))
         ready.set()
         over.wait()
 
@@ -275,17 +275,17 @@ def test_another_threads_graph_is_an_error_that_says_so() -> None:
     ready.wait()
     refused = False
     try:
-        bank.settle()
+        bank.flush_readers()
     except StreamError as e:
         refused = True
         assert "thread" in str(e)
         with pytest.raises(StreamError):  # and again: it was not forgotten
-            bank.settle()
+            bank.flush_readers()
     finally:
         over.set()
         thread.join()
     if refused:
-        bank.settle()  # its builder is no more: nobody can evaluate it
+        bank.flush_readers()  # its builder is no more: nobody can evaluate it
         with pytest.raises(RuntimeError):
             mx.eval(built)
     else:  # this MLX can: then it has run
@@ -297,13 +297,13 @@ def test_freed_memory_stays_until_its_thread_has_evaluated() -> None:
     """A bank that follows another one knows what was built with that; only its builder runs it."""
     first, module = new_bank(in_place=True)
     fill(first, 1, 3.0)
-    output = first.reading(module.weight[mx.array([1])][0] * 2)
+    output = first.track_reader(module.weight[mx.array([1])][0] * 2)
 
     def change() -> None:
         first.free()
         banks.append(new_bank(in_place=True)[0])
-        banks[0].succeed(first)
-        banks[0].settle()  # has readers of its own only
+        banks[0].inherit_readers(first)
+        banks[0].flush_readers()  # has readers of its own only
         fill(banks[0], 1, 5.0)
 
     banks: list[Bank] = []
@@ -311,7 +311,7 @@ def test_freed_memory_stays_until_its_thread_has_evaluated() -> None:
     thread.start()
     thread.join()
     assert len(banks) == 1
-    banks[0].settle()
+    banks[0].flush_readers()
     assert not banks[0]._earlier
     assert np.array_equal(np.array(output), expected_rows(3.0))
 
@@ -333,7 +333,7 @@ def test_free_gives_the_memory_back(in_place: bool) -> None:
     assert n == 8 * (256 * 256 * 2 + 4096)
     assert mx.get_active_memory() - before >= n
     bank.destination("a", 3)[:] = bytes(256 * 256 * 2)
-    bank.reading(module.a[mx.array([3])] * 2)
+    bank.track_reader(module.a[mx.array([3])] * 2)
     bank.commit()
     bank.free()
     mx.eval(module.parameters())

@@ -48,7 +48,7 @@ def test_tokens_that_share_an_expert_share_its_read(checkpoint: Callable[..., Pa
         expert_stream.resize(smallest_cache(expert_stream))
         chosen: list[np.ndarray] = []
         for layer in expert_stream.layers:
-            layer.record.add(chosen.append)
+            layer.on_routing.add(chosen.append)
         caches = make_prompt_cache(stock), make_prompt_cache(model)
         for step in tokens:
             batch = mx.array(step)[:, None]  # [B, 1]

@@ -650,7 +650,7 @@ def test_hits_told_late_change_nothing(policy: str, seed: int) -> None:
         experts = order.choice(24 if order.random() < 0.1 else 8, 4, replace=False)
         if order.random() < 0.02:
             guesses = order.choice(24, 3, replace=False).tolist()
-            assert at_once.place_ahead(guesses) == late.place_ahead(guesses)
+            assert at_once.place_prefetched(guesses) == late.place_prefetched(guesses)
         if (late.slot_of[experts] >= 0).all():
             late.hit(experts)
         else:

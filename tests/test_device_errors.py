@@ -175,7 +175,7 @@ def built_elsewhere() -> tuple[Bank, mx.array, Callable[[], None]]:
     ready, over = threading.Event(), threading.Event()
 
     def build() -> None:
-        readers.append(its_bank.reading(module.weight[mx.array([1])] * 2))
+        readers.append(its_bank.track_reader(module.weight[mx.array([1])] * 2))
         ready.set()
         over.wait()
 
@@ -198,7 +198,7 @@ def test_mlx_refuses_what_another_thread_has_built() -> None:
             mx.eval(output)
         assert bank._of_another_thread(said.value)
         with pytest.raises(OtherThreadError, match="another thread"):
-            its_bank.settle()
+            its_bank.flush_readers()
     finally:
         end()
     assert not bank._of_another_thread(RuntimeError(FAILURE))
@@ -212,11 +212,11 @@ def test_a_device_error_is_not_taken_for_another_threads(monkeypatch: pytest.Mon
             with monkeypatch.context() as patched:
                 patched.setattr(bank, "mx", _Instead(mx, eval=_fails))
                 with pytest.raises(RuntimeError, match="Command buffer"):
-                    its_bank.settle()
+                    its_bank.flush_readers()
             end()
     finally:
         end()
-    its_bank.settle()
+    its_bank.flush_readers()
 
 
 def _fails(*_: Any) -> None:
@@ -295,7 +295,7 @@ def test_one_failure_does_not_end_looking_ahead_and_a_block_that_cannot_be_asked
 
         def step() -> int:
             mx.eval(model(mx.array([[3]]), cache=cache))
-            return s.stats().looking_ahead
+            return s.stats().prefetching_layers
 
         count = step()
         assert count == len(s.layers) - 1

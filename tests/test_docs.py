@@ -33,7 +33,7 @@ import mlx_streamexperts
 from mlx_streamexperts import StreamConfig, StreamStats, demo_model
 from mlx_streamexperts import _errors as errors
 from mlx_streamexperts._cache.expert_map import CacheStats
-from mlx_streamexperts._experts.slots import AheadStats
+from mlx_streamexperts._experts.slots import PrefetchStats
 from mlx_streamexperts._experts.speculative.runahead import RunAheadStats
 from mlx_streamexperts._io.reader import ReadStats
 from mlx_streamexperts.doctor import _examination as examination
@@ -155,7 +155,7 @@ def test_every_statistic_is_explained() -> None:
     parts = {
         "cache": CacheStats,
         "read": ReadStats,
-        "ahead": AheadStats,
+        "prefetch": PrefetchStats,
         "run_ahead": RunAheadStats,
     }
     wanted = [f.name for f in fields(StreamStats) if f.name not in parts]

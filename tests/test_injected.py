@@ -301,7 +301,7 @@ def test_a_model_that_is_collected_in_its_own_readers_thread_closes(
                 gc.collect()
 
     reader.on_read.add(collect)
-    layer.slots.read_ahead([0, 1, 2, 3])  # wakes the reader's threads
+    layer.slots.prefetch([0, 1, 2, 3])  # wakes the reader's threads
     deadline = time.monotonic() + 20
     while models or any(t.is_alive() for t in reader._threads):
         assert time.monotonic() < deadline, "close hangs"

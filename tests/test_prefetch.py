@@ -25,6 +25,7 @@ from mlx_streamexperts import ExpertStream, demo_model, stream
 from mlx_streamexperts import _osinfo as platform
 from mlx_streamexperts._cache.expert_map import POLICIES, ExpertCache
 from mlx_streamexperts._experts.autotune import Trial
+from mlx_streamexperts._experts.prefetch import RouterPrefetcher
 
 ALWAYS = replace(QUIET, prefetch="on")
 # Their routers are called outside of the block that holds the experts, or their experts see
@@ -47,7 +48,7 @@ def test_every_router_style_answers_or_is_left_alone(
     with stream(model) as expert_stream:
         expert_stream.resize(max(smallest_cache(expert_stream), all_experts(expert_stream) // 2))
         assert_same(expected, families.run(model, tokens, 4), family)
-        looking = expert_stream.stats().looking_ahead
+        looking = expert_stream.stats().prefetching_layers
         assert (looking == 0) == (family in CANNOT_ASK)
         assert looking in (0, len(expert_stream.layers) - 1)
 
@@ -69,12 +70,12 @@ def test_a_trained_model_is_bit_identical_and_guesses_well(depth: int) -> None:
             assert_same(expected, families.run(model, tokens, prompt), f"{size} bytes")
             stats = expert_stream.stats()
             if size >= least:
-                assert stats.cache.prefetched > stats.ahead.issued // 3 > 0
+                assert stats.cache.prefetched > stats.prefetch.issued // 3 > 0
                 assert stats.read.speculative_bytes > 0
                 # Every expert that was read ahead is accounted for, or still there unused.
                 used = stats.cache.prefetched + stats.cache.wasted
                 unused = sum(len(x.cache._ahead) for x in expert_stream.layers)
-                assert stats.ahead.issued == used + unused + stats.ahead.cancelled
+                assert stats.prefetch.issued == used + unused + stats.prefetch.cancelled
 
 
 def test_guesses_are_what_the_next_router_would_say_of_the_same_state(
@@ -87,21 +88,20 @@ def test_guesses_are_what_the_next_router_would_say_of_the_same_state(
         norms = [model.layers[i].post_attention_layernorm for i in (1, 2)]
         for seed, norm in enumerate(norms):
             norm.weight = mx.random.uniform(0.2, 3, norm.weight.shape, key=mx.random.key(seed))
-        assert first.ahead is not None
+        prefetcher = first.prefetcher
+        assert isinstance(prefetcher, RouterPrefetcher)
         expert_stream.resize(all_experts(expert_stream) // 2)  # resident layers are not asked
         for seed in range(20):
             state = 5 * mx.random.normal((1, 1, families.HIDDEN), key=mx.random.key(100 + seed))
-            guesses = first.ahead.ask(norms[0](state))
-            assert guesses is not None
-            ((router, distance, _, guessed, scores),) = guesses.asked
-            assert router.layer is second
+            prediction = prefetcher.predict(norms[0](state))
+            assert prediction is not None
+            ((target, distance, _, predicted, scores),) = prediction.answers
+            assert target.router.layer is second
             assert distance == 1
-            answer = router.choose(norms[1](state))
-            assert answer is not None
-            said, _ = answer
-            assert set(np.array(guessed).ravel()) == set(np.array(said).ravel())
+            chosen, _ = target.router.choose(norms[1](state))
+            assert set(np.array(predicted).ravel()) == set(np.array(chosen).ravel())
             assert scores is not None
-            assert scores.shape == guessed.shape
+            assert scores.shape == predicted.shape
 
 
 def test_interleaved_sequences_with_reads_under_way(checkpoint: Callable[..., Path]) -> None:
@@ -213,14 +213,14 @@ def test_a_failed_guess_is_no_error_and_no_slot(
     read, _, expert_stream, stock = faulty
     slots = expert_stream.layers[1].slots
     read.failing = True
-    slots.read_ahead([0, 1, 2])
+    slots.prefetch([0, 1, 2])
     deadline = time.monotonic() + 20
     while expert_stream.stats().read.errors < 3:
         assert time.monotonic() < deadline
         time.sleep(0.001)
     read.failing = False
     outputs_agree(expert_stream, stock, [3, 4, 5, 6])
-    assert slots.ahead.failed == 3
+    assert slots.prefetch_stats.failed == 3
     assert all(slots.cache.slot_of[e] < 0 for e in (0, 1, 2))
     outputs_agree(expert_stream, stock, [0, 1, 2, 3])
 
@@ -232,15 +232,15 @@ def test_late_guesses_are_waited_for_and_stale_ones_taken_back(
     slots = expert_stream.layers[1].slots
     whole = slots.cache.slots
     read.gate.clear()
-    slots.read_ahead([0, 1, 2, 3])
+    slots.prefetch([0, 1, 2, 3])
     opener = threading.Timer(0.05, read.gate.set)
     opener.start()
     outputs_agree(expert_stream, stock, [1, 2, 5, 7])
-    assert slots.ahead.late == 2
+    assert slots.prefetch_stats.late == 2
     assert slots.cache.stats.prefetched == 2
     assert slots.cache.stats.misses == 2
-    slots.land()
-    assert not slots._flying
+    slots.drain()
+    assert not slots._in_flight
     resident = slots.cache.resident
     assert {1, 2, 5, 7} <= set(resident)
     assert len(resident) + len(slots.cache._free) == whole
@@ -256,7 +256,7 @@ def test_closing_and_resizing_with_guesses_under_way(
     read, _, expert_stream, _ = faulty
     for end in (lambda: expert_stream.resize(smallest_cache(expert_stream)), expert_stream.close):
         read.gate.clear()
-        expert_stream.layers[1].slots.read_ahead([0, 1, 2, 3])
+        expert_stream.layers[1].slots.prefetch([0, 1, 2, 3])
         opener = threading.Timer(0.05, read.gate.set)
         opener.start()
         end()
@@ -282,7 +282,7 @@ def test_guesses_never_drive_out_what_must_stay(data: st.DataObject, policy: str
         else:
             candidates = data.draw(some)
             before = set(cache.resident)
-            placed = cache.place_ahead(candidates, flying)
+            placed = cache.place_prefetched(candidates, flying)
             assert set(placed) <= set(candidates) - before
             assert before & {*candidates, *flying} <= set(cache.resident)
             assert len(cache._ahead) <= max(2 * len(candidates), experts)

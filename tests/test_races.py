@@ -238,9 +238,9 @@ def test_a_router_that_is_asked_hears_its_own_gate_only(
     """Another thread's arrays could not be evaluated here."""
     pair = Pair(checkpoint("qwen3_moe"), replace(QUIET, prefetch="on"))
     with pair.stream:
-        ahead = pair.stream.layers[0].ahead
-        assert isinstance(ahead, prefetch.Lookahead)
-        router, x = ahead._successors[0], mx.random.normal((1, 1, families.HIDDEN))
+        prefetcher = pair.stream.layers[1].prefetcher
+        assert isinstance(prefetcher, prefetch.RouterPrefetcher)
+        router, x = prefetcher.router, mx.random.normal((1, 1, families.HIDDEN))
         expected = [np.array(a) for a in router.choose(x) if a is not None]
         softmax = mx.softmax
 

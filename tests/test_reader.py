@@ -25,7 +25,7 @@ from mlx_streamexperts import _osinfo as platform
 from mlx_streamexperts._errors import ExpertReadError, StreamError
 from mlx_streamexperts._io.files import direct_works
 from mlx_streamexperts._io.ranges import ByteRange
-from mlx_streamexperts._io.reader import DEMAND, SPECULATIVE, ExpertReader, Ticket
+from mlx_streamexperts._io.reader import DEMAND, PREFETCH, ExpertReader, Ticket
 
 FILE_BYTES = 300_007  # no multiple of any block size
 CONTENT = random.Random(0).randbytes(FILE_BYTES)
@@ -130,7 +130,7 @@ def join(thread: threading.Thread) -> None:
     ),
     threads=st.integers(1, 8),
     read_bytes=st.sampled_from([100, 1000, 4096, 8192, 12_345, 1 << 20]),
-    priority=st.sampled_from([DEMAND, SPECULATIVE]),
+    priority=st.sampled_from([DEMAND, PREFETCH]),
 )
 def test_arbitrary_ranges_arrive_exactly(
     spans: list[tuple[int, int]],
@@ -336,7 +336,7 @@ def test_many_threads_submit_at_once(direct: bool, shard: Path) -> None:
             spans = [(rng.randrange(FILE_BYTES - 9000), rng.randrange(9000)) for _ in range(4)]
             parts = [bytearray(n) for _, n in spans]
             ranges = [wanted(shard, a, p) for (a, _), p in zip(spans, parts, strict=True)]
-            reader.submit(ranges, rng.choice([DEMAND, SPECULATIVE])).wait()
+            reader.submit(ranges, rng.choice([DEMAND, PREFETCH])).wait()
             assert parts == [CONTENT[a : a + n] for a, n in spans]
             total[which] += sum(n for _, n in spans)
 
@@ -355,9 +355,9 @@ def test_many_threads_submit_at_once(direct: bool, shard: Path) -> None:
 
 def test_demand_overtakes_speculative(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with gated_reader(monkeypatch, shard) as (reader, gate):
-        early = reader.submit([wanted(shard, 10 * i, bytearray(5)) for i in (1, 2)], SPECULATIVE)
+        early = reader.submit([wanted(shard, 10 * i, bytearray(5)) for i in (1, 2)], PREFETCH)
         demand = reader.submit([wanted(shard, 10 * i, bytearray(5)) for i in (3, 4)], DEMAND)
-        late = reader.submit([wanted(shard, 50, bytearray(5))], SPECULATIVE)
+        late = reader.submit([wanted(shard, 50, bytearray(5))], PREFETCH)
         gate.open.set()
         for ticket in (early, demand, late):
             finished(ticket)
@@ -379,7 +379,7 @@ def test_who_waits_helps_with_demand_reads_only(
             return real(fd, buffers, offset)
 
         monkeypatch.setattr(platform, "read_into", read)
-        later = reader.submit([wanted(shard, 500, bytearray(5))], SPECULATIVE)
+        later = reader.submit([wanted(shard, 500, bytearray(5))], PREFETCH)
         reader.submit([wanted(shard, 1000, memory)], DEMAND).wait()
         assert memory == CONTENT[1000:1100]
         assert mine == [1000]
@@ -594,8 +594,8 @@ def test_cancelled_reads_touch_nothing(shard: Path, monkeypatch: pytest.MonkeyPa
     memory, other = bytearray(3000), bytearray(10)
     with gated_reader(monkeypatch, shard) as (reader, gate):
         ranges = [wanted(shard, o, memoryview(memory)[o : o + 100]) for o in range(0, 3000, 200)]
-        ticket = reader.submit(ranges, SPECULATIVE)
-        beside = reader.submit([wanted(shard, 70, other)], SPECULATIVE)
+        ticket = reader.submit(ranges, PREFETCH)
+        beside = reader.submit([wanted(shard, 70, other)], PREFETCH)
         reader.cancel(ticket)
         assert ticket.done
         gate.open.set()
@@ -647,10 +647,10 @@ def test_close_fails_what_is_queued_and_finishes_what_is_under_way(
     monkeypatch.setattr(platform, "read_into", gate)
     reader = ExpertReader(1)
     first = bytearray(10)
-    under_way = reader.submit([wanted(shard, 0, first)], SPECULATIVE)
+    under_way = reader.submit([wanted(shard, 0, first)], PREFETCH)
     assert gate.entered.wait(PATIENCE)
     ranges = [wanted(shard, o, bytearray(10), o // 100) for o in (100, 200)]
-    queued = reader.submit(ranges, SPECULATIVE)
+    queued = reader.submit(ranges, PREFETCH)
     waiters = [in_thread(queued.wait) for _ in range(3)]
     closer, close_raised = in_thread(reader.close)
     for thread, raised in waiters:
@@ -725,8 +725,8 @@ def test_nothing_is_left_behind(direct: bool, shard: Path, tmp_path: Path) -> No
         ):
             with pytest.raises(ExpertReadError):
                 reader.submit([bad]).wait()
-        reader.cancel(reader.submit([wanted(shard, 0, bytearray(100_000))], SPECULATIVE))
-        reader.submit([wanted(shard, 0, bytearray(100_000))], SPECULATIVE)
+        reader.cancel(reader.submit([wanted(shard, 0, bytearray(100_000))], PREFETCH))
+        reader.submit([wanted(shard, 0, bytearray(100_000))], PREFETCH)
         reader.close()
 
     use()
@@ -757,7 +757,7 @@ def test_counters(shard: Path) -> None:
 
 def test_standing_still_is_counted(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with gated_reader(monkeypatch, shard) as (reader, gate):
-        ticket = reader.submit([wanted(shard, 100, bytearray(9))], SPECULATIVE)
+        ticket = reader.submit([wanted(shard, 100, bytearray(9))], PREFETCH)
         thread, raised = in_thread(ticket.wait)
         thread.join(0.05)
         assert thread.is_alive() and reader.stats.wait_seconds == 0
@@ -787,7 +787,7 @@ def test_withdraw_takes_back_only_what_is_not_under_way(
         memory = bytearray(600)
         views = [memoryview(memory)[i : i + 100] for i in range(0, 600, 100)]
         ranges = [wanted(shard, 1000 * i + 7, views[i], expert=i // 2) for i in range(6)]
-        ticket = reader.submit(ranges, SPECULATIVE)
+        ticket = reader.submit(ranges, PREFETCH)
         assert reader.withdraw(ticket, 1)
         assert ticket.ended(1)
         assert not ticket.ended(0)
@@ -804,7 +804,7 @@ def test_withdraw_leaves_what_is_under_way(shard: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(platform, "read_into", gate)
     reader = ExpertReader(1)
     try:
-        ticket = reader.submit([wanted(shard, 0, memory, 4)], SPECULATIVE)
+        ticket = reader.submit([wanted(shard, 0, memory, 4)], PREFETCH)
         assert gate.entered.wait(PATIENCE)
         assert not reader.withdraw(ticket, 4)
         assert not ticket.ended(4)
@@ -818,9 +818,9 @@ def test_withdraw_leaves_what_is_under_way(shard: Path, monkeypatch: pytest.Monk
 
 def test_promoted_reads_go_among_demand_reads(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with gated_reader(monkeypatch, shard) as (reader, gate):
-        far = reader.submit([wanted(shard, 10, bytearray(5))], SPECULATIVE + 1)
+        far = reader.submit([wanted(shard, 10, bytearray(5))], PREFETCH + 1)
         near = reader.submit(
-            [wanted(shard, 10 * i, bytearray(5), expert=i) for i in (2, 3)], SPECULATIVE
+            [wanted(shard, 10 * i, bytearray(5), expert=i) for i in (2, 3)], PREFETCH
         )
         demand = reader.submit([wanted(shard, 40, bytearray(5))])
         reader.promote(near, 3)
@@ -856,7 +856,7 @@ def test_only_the_expert_that_failed_raises(shard: Path, monkeypatch: pytest.Mon
     reader = ExpertReader(2)
     try:
         ticket = reader.submit(
-            [wanted(shard, 1000 * e, bytearray(9), expert=e) for e in (1, 2, 3)], SPECULATIVE
+            [wanted(shard, 1000 * e, bytearray(9), expert=e) for e in (1, 2, 3)], PREFETCH
         )
         finished(ticket)
         assert ticket.wait_for_any([1]) == [1]
@@ -875,7 +875,7 @@ def test_demand_behind_speculation_is_accounted_for(
     monkeypatch.setattr(platform, "read_into", gate)
     reader = ExpertReader(1)
     try:
-        ahead = reader.submit([wanted(shard, 0, bytearray(10))], SPECULATIVE)
+        ahead = reader.submit([wanted(shard, 0, bytearray(10))], PREFETCH)
         assert gate.entered.wait(PATIENCE)
         demand = reader.submit([wanted(shard, 50, bytearray(10))])
         time.sleep(0.02)

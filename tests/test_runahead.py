@@ -63,7 +63,7 @@ def test_with_everything_else_on(share: float) -> None:
         counted = s.stats().run_ahead
         assert counted.steps == 60
         assert counted.passes > 60
-        assert counted.came_true > 0.6 * counted.foretold > 0
+        assert counted.predicted_used > 0.6 * counted.predicted > 0
 
 
 def test_it_counts_and_records_what_asking_counts(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_step_that_needs_one_pass_reads_nothing_and_asks_nobody() -> None:
         mx.eval(model(tokens[:, :1], cache=caches))  # the same step again: all is there
         counted = s.stats().run_ahead
         assert (counted.steps, counted.exact_at_once, counted.passes) == (1, 1, 1)
-        assert (counted.asked, counted.wrong, counted.trusted) == (0, 0, len(s.layers))
+        assert (counted.synced, counted.wrong, counted.speculated) == (0, 0, len(s.layers))
         assert s.stats().read.reads == 0
 
 

@@ -158,7 +158,7 @@ def wrong_order_of_parts(monkeypatch: Patch) -> None:
 
 def slots_written_too_early(monkeypatch: Patch) -> None:
     monkeypatch.setattr(mx, "async_eval", lambda *arrays: None)  # or what reads them has run
-    monkeypatch.setattr(bank.Bank, "settle", lambda self: None)
+    monkeypatch.setattr(bank.Bank, "flush_readers", lambda self: None)
 
 
 def rows_of_eight_bytes(monkeypatch: Patch) -> None:
@@ -175,13 +175,13 @@ def rows_of_eight_bytes(monkeypatch: Patch) -> None:
 
 
 def errors_are_swallowed(monkeypatch: Patch) -> None:
-    real = bank.Bank.settle
+    real = bank.Bank.flush_readers
 
-    def settle(self: bank.Bank) -> None:
+    def flush_readers(self: bank.Bank) -> None:
         with suppress(Exception):
             real(self)
 
-    monkeypatch.setattr(bank.Bank, "settle", settle)
+    monkeypatch.setattr(bank.Bank, "flush_readers", flush_readers)
 
 
 def memory_taken(monkeypatch: Patch) -> None:

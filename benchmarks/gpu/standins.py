@@ -88,8 +88,8 @@ def decode(
     model, s = standin.model, standin.stream
     standin.trust.fixed = way
     for layer in s.layers:
-        if layer.ahead is not None:
-            layer.ahead.always = way == "ask"
+        if layer.prefetcher is not None:
+            layer.prefetcher.always = way == "ask"
     cache = make_prompt_cache(model)
     attach("unthrottled")
     steps(model, cache, text[:SETTLING])
@@ -99,9 +99,9 @@ def decode(
     done = s.stats().run_ahead
     return row(standin, drive, seconds, compute) | {
         "passes": done.passes / max(1, done.steps),
-        "asked": done.asked / len(seconds),
-        "foretold": done.foretold,
-        "came_true": done.came_true,
+        "asked": done.synced / len(seconds),
+        "foretold": done.predicted,
+        "came_true": done.predicted_used,
     }
 
 

@@ -164,7 +164,7 @@ class ExpertCache:
                 self._seen[expert] = True
         return missing
 
-    def place_ahead(self, candidates: Sequence[int], keep: Collection[int] = ()) -> list[int]:
+    def place_prefetched(self, candidates: Sequence[int], keep: Collection[int] = ()) -> list[int]:
         """Give experts that may be needed soon a slot.
 
         None of them is evicted for another. Of those that turn out not to be used no more stay than

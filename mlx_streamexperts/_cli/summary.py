@@ -45,7 +45,7 @@ class Timing:
 def experts_read(expert_stream: ExpertStream) -> int:
     """Experts read since the last reset, on demand or as prefetches."""
     stats = expert_stream.stats()
-    return stats.cache.misses + stats.ahead.issued - stats.ahead.cancelled
+    return stats.cache.misses + stats.prefetch.issued - stats.prefetch.cancelled
 
 
 def rows(streams: Sequence[ExpertStream], timing: Timing, layers: bool = False) -> list[Row]:
@@ -145,19 +145,19 @@ def _experts(expert_stream: ExpertStream, timing: Timing) -> list[Row]:
         lines.append(
             (
                 "Run-ahead",
-                f"saved {ran.trusted} waits for the device, {ran.asked} were left; "
+                f"saved {ran.speculated} waits for the device, {ran.synced} were left; "
                 f"{ran.exact_at_once} of {ran.steps} steps exact at once, "
                 f"{ran.passes / ran.steps:.2f} passes per step",
             )
         )
-    if stats.ahead.issued:
+    if stats.prefetch.issued:
         lines.append(
             (
                 "Prefetch",
-                f"{stats.ahead.issued} experts, {stats.cache.prefetched} used "
-                f"({stats.ahead.late} of them late), {stats.cache.wasted} wasted, "
-                f"{stats.ahead.cancelled} cancelled; delayed demand reads by "
-                f"{stats.read.delay_seconds:.3f} s; {stats.looking_ahead} of "
+                f"{stats.prefetch.issued} experts, {stats.cache.prefetched} used "
+                f"({stats.prefetch.late} of them late), {stats.cache.wasted} wasted, "
+                f"{stats.prefetch.cancelled} cancelled; delayed demand reads by "
+                f"{stats.read.delay_seconds:.3f} s; {stats.prefetching_layers} of "
                 f"{len(expert_stream.layers)} layers prefetch",
             )
         )

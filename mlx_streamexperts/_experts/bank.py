@@ -7,7 +7,7 @@ where they do not, a bank stages the bytes and copies them with an MLX update.
 
 Writing in place has one hazard: MLX is lazy, and a matmul that was built but has not run reads
 whatever the slot holds when it runs. The bank therefore remembers the outputs that read it, and
-`settle` must be called before any slot is overwritten.
+`flush_readers` must be called before any slot is overwritten.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class Bank:
             mx.eval([getattr(t.module, t.attribute) for t in self._tensors.values()])
             self.spoiled = False
 
-    def settle(self) -> None:
+    def flush_readers(self) -> None:
         """Run every unevaluated reader, so that slots can be overwritten.
 
         In the thread that built them those of banks before this one too: run-ahead's tables stay.
@@ -158,7 +158,7 @@ class Bank:
                 ) from e
         self._readers.clear()  # nobody can evaluate what a thread built that is no more
 
-    def reading(self, output: mx.array, eager: bool = False) -> mx.array:
+    def track_reader(self, output: mx.array, eager: bool = False) -> mx.array:
         """Note that `output`, not yet evaluated, reads this bank; returns it.
 
         Args:
@@ -170,7 +170,7 @@ class Bank:
             return output
         if len(self._readers) >= _KEEP_OUTPUTS:
             # Steps ago; evaluated long since (0.4 us to find out) unless the caller hoards graphs.
-            self.settle()
+            self.flush_readers()
         self._readers.append(output)
         self._builder = threading.current_thread()
         return output
@@ -179,7 +179,7 @@ class Bank:
         """Nobody will look at `output`: it need not be run before a slot changes."""
         self._readers = [r for r in self._readers if r is not output]
 
-    def succeed(self, other: Bank) -> None:
+    def inherit_readers(self, other: Bank) -> None:
         """Know of what was built with the bank before, and is not known to have run."""
         self._earlier, self._builder = [*other._earlier, *other._readers], other._builder
 
@@ -191,7 +191,7 @@ class Bank:
         """
         try:
             if self._builder is threading.current_thread():
-                self.settle()
+                self.flush_readers()
         except Exception:
             self._readers.clear()  # or the next change would fail as well
             self._earlier.clear()

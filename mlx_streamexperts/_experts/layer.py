@@ -3,8 +3,8 @@
 It computes what the module it stands in for computes, by calling that module itself: its expert
 tables are exchanged for a bank of slots, and expert indices for slot indices. Each (token, expert)
 row is computed on its own, so relocating experts changes no bit. It must never overwrite a slot
-that an unevaluated matmul will still read (`Bank.settle`), nor return before every expert that it
-used was read.
+that an unevaluated matmul will still read (`Bank.flush_readers`), nor return before every expert
+that it used was read.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,15 +26,13 @@ from .._listeners import Listeners
 from .autotune import Pace, Trial
 from .bank import numbers
 from .cpu_streams import Lanes
-from .prefetch import Heard, Lookahead, Precision, asking
 from .refusals import Experts, refuse_transforms
 from .slots import Arrivals, ExpertSlots, ExpertTensor
 from .split import SORTED_ROWS, RowRule, SplitCall
 from .thread_guard import Callers
-from .timeline import PHASES
 
-if TYPE_CHECKING:
-    from .speculative.runahead import RunAhead
+PHASES = ("sync", "map", "wait", "build")
+"""Phases of a call; see `timeline.py`."""
 
 # Ways to run a call some of whose experts are still being read: wait and run it whole; run those
 # that are there meanwhile; run each lot as it arrives as well. Every part costs a set of kernel
@@ -66,6 +64,80 @@ class LayerStats:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
 
+class Prediction(Protocol):
+    """Experts that the next layers will probably choose."""
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Arrays to evaluate together with the layer's own indices."""
+
+    def start_reads(self) -> None:
+        """Prefetch the experts that are likely and not resident."""
+
+
+class Prefetcher(Protocol):
+    """The calls that a layer makes to its prefetcher; `prefetch.py` has the implementation."""
+
+    @property
+    def on(self) -> bool:
+        """Does the layer predict at present?"""
+
+    def begin_step(self) -> bool:
+        """Note that the layer is called; returns whether to predict for the next layers."""
+
+    def predict(self, x: mx.array) -> Prediction | None:
+        """Build the next layers' choices for this layer's input x [..., D]."""
+
+    def check(self, needed: Sequence[int]) -> None:
+        """Compare the experts predicted for this layer with those that it needs."""
+
+    def end_step(self) -> None:
+        """Note that this layer has its experts."""
+
+
+class PassRunner(Protocol):
+    """Runs whole forward passes through the layers; `runahead.py` has the implementation.
+
+    Attributes:
+        thread: the thread whose pass it runs, or None.
+    """
+
+    thread: int | None
+
+    def forward(self, layer: ExpertLayer, x: mx.array, indices: mx.array) -> mx.array:
+        """Run one layer of that pass: x [..., D], indices [..., K] -> [..., K, D]."""
+
+
+class SyncedForward(NamedTuple):
+    """The result of a call that waited for its indices.
+
+    Attributes:
+        output: [..., K, D].
+        needed: the distinct experts chosen.
+        missed: one of them was not resident.
+    """
+
+    output: mx.array
+    needed: list[int]
+    missed: bool
+
+
+class _Probe(threading.local):
+    """The layer whose router this thread is asking; its experts then do not run."""
+
+    layer: ExpertLayer | None = None
+
+
+probe = _Probe()
+
+
+class StopForward(Exception):  # noqa: N818, it is no error
+    """Ends a block's call during a probe, once its router has chosen."""
+
+    def __init__(self, indices: mx.array) -> None:
+        self.indices = indices
+
+
 class StreamedSwitch(Experts):
     """Stands in for one `SwitchGLU` or `SwitchMLP`: `y[..., k, :] = expert[indices[..., k]](x)`.
 
@@ -85,8 +157,8 @@ class StreamedSwitch(Experts):
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """See `ExpertLayer.__call__`."""
-        if asking.layer is self.layer:
-            raise Heard(indices)
+        if probe.layer is self.layer:
+            raise StopForward(indices)
         try:
             return self.layer(x, indices)
         except ValueError as e:
@@ -107,16 +179,10 @@ class ExpertLayer:
         slots: the slots and what is on its way into them.
         stats: further counters.
         resident: all experts are in the slot of their own index, nothing is asked or mapped.
-        record: called with each call's experts [..., K] while traces are taken.
+        on_routing: called with each call's experts [..., K] while traces are taken.
         on_phase: told of each phase while timelines are taken: phase, layer, begin, end.
-        ahead: asks the next layers' routers; None where that cannot be done.
-        awaited: the layer before, if it looks ahead to this one.
-        guessed: what others guessed that this layer wants next: precision, rank, expert.
-        run_ahead: runs steps that do not wait for this layer; None where there are none.
-        chosen: the last call's experts.
-        lacked: one of them was not there when the layer was asked.
+        prefetcher: predicts what the next layers want; None without prefetch.
         closed, why_closed: calls raise `StreamError`, and what that says.
-        calling: a call has the lock (or had, and raised): no time for guesses.
     """
 
     def __init__(
@@ -127,16 +193,12 @@ class ExpertLayer:
         self.expert_bytes = self.slots.expert_bytes
         self.stats = LayerStats()
         self.resident = False
-        self.record = Listeners[Callable[[np.ndarray], None]]()
+        self.on_routing = Listeners[Callable[[np.ndarray], None]]()
         self.on_phase = Listeners[Callable[[str, str, float, float], None]]()
-        self.ahead: Lookahead | None = None
-        self.awaited: Lookahead | None = None
-        self.guessed: list[tuple[Precision, int, int]] = []
-        self.run_ahead: RunAhead | None = None
-        self.chosen: list[int] = []
-        self.lacked = False
         self.closed, self.why_closed = True, _CLOSED
-        self.calling = False  # a call has the lock, or was interrupted
+        self.prefetcher: Prefetcher | None = None
+        self._runner: PassRunner | None = None
+        self._calling = False  # a call has the lock, or was interrupted
         self._pace = Pace(Trial(WAYS, WAYS[0]))
         self._rows = RowRule.of(switch)
         self._lanes = Lanes(1)
@@ -147,6 +209,14 @@ class ExpertLayer:
     def cache(self) -> ExpertCache:
         """The expert -> slot map and its statistics."""
         return self.slots.cache
+
+    def use_prefetcher(self, prefetcher: Prefetcher) -> None:
+        """Let calls tell this prefetcher what they need, and predict for the next layers."""
+        self.prefetcher = prefetcher
+
+    def use_runner(self, runner: PassRunner) -> None:
+        """Let calls in the thread of this runner's pass go to it."""
+        self._runner = runner
 
     def open(
         self,
@@ -207,7 +277,7 @@ class ExpertLayer:
     def reset(self) -> None:
         """Set every counter to zero."""
         self.stats = LayerStats()
-        self.slots.ahead = type(self.slots.ahead)()
+        self.slots.prefetch_stats = type(self.slots.prefetch_stats)()
         self.cache.stats = type(self.cache.stats)()
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
@@ -226,60 +296,76 @@ class ExpertLayer:
         if self.resident:
             with self.lock:  # the tables of one bank: another thread may be exchanging them
                 if self.resident:
-                    if self.record.now:
-                        self._record(numbers(indices))
+                    if self.on_routing.now:
+                        self._report_routing(numbers(indices))
                     return self._run(x, indices)
         if self.closed:
             with self.lock:  # unless another thread is just opening it
                 self._check_open()
-        run_ahead = self.run_ahead
-        if run_ahead is not None and run_ahead.thread == threading.get_ident():
-            return run_ahead.through(self, x, indices)
-        return self.ask(x, indices)
+        runner = self._runner
+        if runner is not None and runner.thread == threading.get_ident():
+            return runner.forward(self, x, indices)
+        return self.forward_synced(x, indices).output
 
-    def ask(self, x: mx.array, indices: mx.array, look_ahead: bool = True) -> mx.array:
-        """Wait for the indices, see to it that their experts are there, and run them.
+    def forward_synced(
+        self, x: mx.array, indices: mx.array, predict_next: bool = True
+    ) -> SyncedForward:
+        """Wait for the indices, make their experts resident, and run them.
 
         Args:
-            look_ahead: ask the next layers' routers meanwhile, where that pays.
+            predict_next: prefetch for the next layers meanwhile, if that pays.
         """
         start = time.perf_counter()
-        guesses = None
-        if look_ahead and self.ahead is not None and indices.size < SORTED_ROWS:
+        prefetcher, prediction = self.prefetcher, None
+        few = indices.size < SORTED_ROWS
+        if predict_next and few and prefetcher is not None and prefetcher.begin_step():
             mx.async_eval(indices)  # the device works while we ask
-            start = self.spent("sync", start)
-            guesses = self.ahead.ask(x)
-            start = self.spent("map", start)
-            if guesses is not None:
-                mx.eval(indices, *guesses.arrays)
+            start = self.record_phase("sync", start)
+            prediction = prefetcher.predict(x)
+            start = self.record_phase("map", start)
+            if prediction is not None:
+                mx.eval(indices, *prediction.arrays)
         experts = numbers(indices)  # [..., K], the call's only host sync
-        began = self.spent("sync", start)
+        began = self.record_phase("sync", start)
         self._pace.tick(began)
         self._callers.note()
         with self.lock:
             self._check_open()
-            self.calling = True
+            self._calling = True
             needed = self.count(experts)
             if len(needed) > self.cache.slots:
-                self.lacked = True
+                missed = True
                 y = self._in_waves(x, experts, sorted(needed))
             else:
                 arrivals = self.slots.begin(needed)
-                self.lacked = bool(arrivals.left)
-                if arrivals.left and indices.size < SORTED_ROWS:
+                missed = bool(arrivals.left)
+                if missed and few:
                     self._pace.mark(began)
-                if guesses is not None:
-                    guesses.read_ahead()
-                self.spent("map", began)
-                y = self._at_once(x, experts, needed, arrivals)
+                if prediction is not None:
+                    prediction.start_reads()
+                self.record_phase("map", began)
+                y = self._at_once(x, experts, arrivals)
                 mx.async_eval(y)  # the device works while the caller builds what follows
-                if self.awaited is not None:
-                    self.awaited.arrived()
+                if prefetcher is not None:
+                    prefetcher.end_step()
             # A prompt's output is not kept unevaluated: it would be, of each layer.
-            eager = self._callers.shared or indices.size >= SORTED_ROWS
-            y = self.slots.bank.reading(y, eager)
-            self.calling = False
-        return y
+            y = self.slots.bank.track_reader(y, self._callers.shared or not few)
+            self._calling = False
+        return SyncedForward(y, needed, missed)
+
+    def prefetch(self, experts: Sequence[int], distance: int) -> None:
+        """Start reading experts that this layer may need soon, the likeliest first.
+
+        Does nothing while another call of this layer is under way: the prediction is late then.
+
+        Args:
+            distance: layers until they may be needed; nearer ones are read first.
+        """
+        # Taking the lock only if it is free would let Ctrl-C keep it: `with` alone is whole.
+        if not self._calling:
+            with self.lock:
+                if not (self.resident or self.closed):
+                    self.slots.prefetch(experts, distance)
 
     def _check_open(self) -> None:
         if self.closed:
@@ -288,7 +374,7 @@ class ExpertLayer:
     def settle(self) -> None:
         """Evaluate what this thread has built with the slots."""
         with self.lock:
-            self.slots.bank.settle()
+            self.slots.bank.flush_readers()
 
     def hit(self, experts: np.ndarray) -> None:
         """Account for a call of one token, whose experts [1, ..., K] were all there."""
@@ -298,30 +384,26 @@ class ExpertLayer:
 
     def count(self, experts: np.ndarray) -> list[int]:
         """Account for a call that chose these experts [..., K]; returns the distinct ones."""
-        needed = self.chosen = self.cache.wanted(experts)
+        needed = self.cache.wanted(experts)
         self._note_call(experts, needed)
         return needed
 
     def _note_call(self, experts: np.ndarray, needed: Sequence[int]) -> None:
-        self._record(experts)
+        self._report_routing(experts)
         self.stats.calls += 1
-        if self.guessed:
-            for precision, rank, expert in self.guessed:
-                precision.note(rank, expert in needed)
-            self.guessed.clear()
+        if self.prefetcher is not None:
+            self.prefetcher.check(needed)
 
-    def _record(self, experts: np.ndarray) -> None:
-        for record in self.record.now:
-            record(experts)
+    def _report_routing(self, experts: np.ndarray) -> None:
+        for listener in self.on_routing.now:
+            listener(experts)
 
-    def complete(self, x: mx.array, experts: np.ndarray, arrivals: Arrivals) -> mx.array:
+    def finish_arrived(self, x: mx.array, experts: np.ndarray, arrivals: Arrivals) -> mx.array:
         """Run a call's experts [..., K], known and accounted for, once they have arrived."""
         with self.lock:
-            return self.slots.bank.reading(self._at_once(x, experts, self.chosen, arrivals))
+            return self.slots.bank.track_reader(self._at_once(x, experts, arrivals))
 
-    def _at_once(
-        self, x: mx.array, experts: np.ndarray, needed: list[int], arrivals: Arrivals
-    ) -> mx.array:
+    def _at_once(self, x: mx.array, experts: np.ndarray, arrivals: Arrivals) -> mx.array:
         """All needed experts fit into the slots together: the decode path.
 
         Those that are resident run while others are read, and these in lots as they arrive.
@@ -329,32 +411,33 @@ class ExpertLayer:
         start, way = time.perf_counter(), self._pace.trial.way
         if arrivals.left and way != "whole":
             split = self._split(x, experts)
-            ready = [e for e in needed if e not in arrivals.left]
+            chosen = dict.fromkeys(experts.ravel().tolist())
+            ready = [e for e in chosen if e not in arrivals.left]
             self.stats.overlapped += bool(ready)
             try:
                 while arrivals.left:
                     if ready:
                         mx.async_eval(split.run(split.rows_of(ready)))
-                    start = self.spent("build", start)
+                    start = self.record_phase("build", start)
                     ready = arrivals.some() if way == "lots" else arrivals.all()
-                    start = self.spent("wait", start)
+                    start = self.record_phase("wait", start)
             except Exception:
                 arrivals.abandon()
                 raise
             if split.begun:
                 split.run(split.rows_of(ready))
                 y = split.joined()
-                self.spent("build", start)
+                self.record_phase("build", start)
                 return y
         arrivals.all()
-        start = self.spent("wait", start)
+        start = self.record_phase("wait", start)
         if self._rows.divides(experts.size, self.experts, self.cache.slots):
             split = self._split(x, experts)
             split.run(np.arange(experts.size))
             y = split.joined()
         else:
             y = self._run(x, mx.array(self.cache.slot_of[experts].astype(np.uint32)))
-        self.spent("build", start)
+        self.record_phase("build", start)
         return y
 
     def _run(self, x: mx.array, slots: mx.array) -> mx.array:
@@ -371,7 +454,7 @@ class ExpertLayer:
         most used experts come last and stay: what follows a prompt wants those.
         """
         slots = self.cache.slots
-        self.slots.land()
+        self.slots.drain()
         waves = self.cache.waves(needed, np.bincount(experts.ravel(), minlength=self.experts))
         self.stats.waves += len(waves) - 1
         split = self._split(x, experts)
@@ -380,23 +463,23 @@ class ExpertLayer:
         arrivals = self.slots.begin(*waves[0])
         for i, (wave, _) in enumerate(waves):
             arrivals.all()
-            start = self.spent("wait", start)
+            start = self.record_phase("wait", start)
             y = split.run(split.rows_of(wave))
             mx.async_eval(y)
-            start = self.spent("build", start)
+            start = self.record_phase("build", start)
             if i + 1 < len(waves):
                 # The next wave overwrites slots of waves before this one: they must have run.
                 if slots == 1:
                     mx.eval(y)
                 elif before:
                     mx.eval(before)
-                start = self.spent("sync", start)
+                start = self.record_phase("sync", start)
                 arrivals = self.slots.begin(*waves[i + 1])
-                start = self.spent("map", start)
+                start = self.record_phase("map", start)
             before = y
         return split.joined()
 
-    def spent(self, phase: str, start: float) -> float:
+    def record_phase(self, phase: str, start: float) -> float:
         """Account for the time since `start`; returns now."""
         now = time.perf_counter()
         self.stats.seconds[phase] += now - start

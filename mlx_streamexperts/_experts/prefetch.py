@@ -1,13 +1,14 @@
-"""Which experts the next layers will want: their own routers, asked early.
+"""Predicts which experts the next layers will want, and starts reading them.
 
-A residual stream changes little from one layer to the next, so the next layers' routers applied to
-what this layer's router sees choose much of what they will choose (others report 70 to 80 %). Each
-layer's block is called as it stands, with its experts standing aside, so that softmax, sigmoid,
-bias-corrected and grouped routers all answer for themselves, and only the router is ever computed.
-The answer comes with the indices that the layer waits for anyway.
+The residual stream changes little from one layer to the next, so the next layers' routers, applied
+to the input of this layer's router, name most of the experts that they will choose (70 to 80 % in
+published measurements). The prefetcher calls each of those blocks as it is and stops it when it
+reaches its experts (`StopForward`): softmax, sigmoid, bias-corrected and grouped routers all answer
+for themselves, and only the router is computed. The answer is evaluated together with the indices
+that the layer waits for anyway.
 
-Guesses are never trusted: they only start reads, behind those that a layer waits for, into spare
-slots. Each layer looks ahead only while its steps are measured to be faster for it (`Trial`).
+A prediction never affects a result: it only starts reads into spare slots, behind demand reads.
+Each layer predicts only while measurements show that its steps are faster for it (`Trial`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,49 +26,32 @@ import numpy as np
 from .autotune import Trial
 from .bank import numbers
 from .foreign_modules import Strangers
+from .layer import ExpertLayer, StopForward, probe
 
-if TYPE_CHECKING:
-    from .layer import ExpertLayer
-
-# The norm before the experts, by the names that mlx-lm's models give it, in the order of trust.
+# The norm before the experts, by the names that mlx-lm's models give it, most reliable first.
 _NORMS = (
     "pre_feedforward_layernorm_2", "pre_feedforward_layernorm", "post_attention_layernorm",
     "pre_mlp_layernorm", "ffn_norm", "post_attention_norm", "norm", "ln_2",
 )  # fmt: skip
 _GATES = ("gate", "router", "wg")
 
+# Share of predictions that must come true for one to be read. Nobody is asked at `_NEVER`.
 _LIKELY, _NEVER = 0.6, 2.0
 
 _TRIES = 3
-"""After so many failures in a row a block is not asked any more."""
+"""A block that failed this often in a row is not probed any more."""
 
 SMALL_EXPERT_BYTES = 512 << 10
-"""Experts below this are likely to be read faster than it takes to be clever about them."""
-
-
-class _Asking(threading.local):
-    """The layer whose router this thread asks: only here its experts stand aside."""
-
-    layer: ExpertLayer | None = None
-
-
-asking = _Asking()
-
-
-class Heard(Exception):  # noqa: N818, it is no error
-    """Ends the call of a block that was asked: its experts' turn would be next."""
-
-    def __init__(self, indices: mx.array) -> None:
-        self.indices = indices
+"""Probing takes half a millisecond of Python per layer; a smaller expert is read sooner."""
 
 
 class Router:
-    """A layer's block, asked which experts it would choose.
+    """Probes one layer's router: which experts would its block choose?
 
     Args:
-        layer: the layer asked.
+        layer: the layer probed.
         block: the module that calls its experts.
-        norm: the norm before the block, or None where it was not found.
+        norm: the norm before the block, or None if it was not found.
     """
 
     def __init__(self, layer: ExpertLayer, block: nn.Module, norm: nn.Module | None) -> None:
@@ -77,82 +61,85 @@ class Router:
         self._lock = threading.Lock()
 
     @property
-    def overheard(self) -> bool:
-        """Would somebody see that the block is asked?"""
+    def observed(self) -> bool:
+        """Would a module of somebody else see the probe?"""
         return self._strangers.any()
 
     def choose(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
         """Let the block choose for x [..., D].
 
         Returns:
-            indices [N, K], and the router's scores for them where they can be had.
+            Indices [N, K], and the router's scores for them [N, K] if they are available.
 
         Raises:
-            Exception: whatever a block raises that cannot be asked so.
+            Exception: any error of a block that cannot be probed.
         """
-        x = x.reshape(1, -1, x.shape[-1])  # blocks differ in what shapes they accept
+        x = x.reshape(1, -1, x.shape[-1])  # blocks differ in the shapes that they accept
         with self._lock:
             try:
                 return self._choose(x)
             except (AttributeError, TypeError):
                 if self._gate is None:
                     raise
-                self._gate = None  # not called as a function: without scores, then
+                self._gate = None  # not called as a function: do without scores
                 return self._choose(x)
 
     def _choose(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
-        said: list[Any] = []
+        answers: list[Any] = []
         gate: Any = self._block[self._gate] if self._gate else None
 
         def overheard(*args: Any, **kwargs: Any) -> Any:
             answer = gate(*args, **kwargs)
-            if asking.layer is self.layer:  # and not another thread, in a call of the block
-                said.append(answer)
+            if probe.layer is self.layer:  # another thread may be in an ordinary call of the block
+                answers.append(answer)
             return answer
 
         try:
-            asking.layer = self.layer
+            probe.layer = self.layer
             if self._gate:
                 self._block[self._gate] = overheard
             self._block(x)
-        except Heard as heard:
-            indices = heard.indices
+        except StopForward as stopped:
+            indices = stopped.indices
         else:
             raise ValueError(f"{self.layer.name}: its block did not call it")
         finally:
-            asking.layer = None
+            probe.layer = None
             if self._gate:
                 self._block[self._gate] = gate
-        return indices, _scores(said, indices, self.layer.experts)
+        return indices, _scores(answers, indices, self.layer.experts)
 
     def weight(self, width: int, dtype: mx.Dtype) -> mx.array | None:
-        """The norm's effective weight, [D], or None."""
+        """The norm's effective weight [D], or None."""
         if self._norm is None or isinstance(self._norm, nn.LayerNorm):
             return None
-        return self._norm(mx.ones((width,), dtype))  # of root mean square 1: the weight comes out
+        return self._norm(mx.ones((width,), dtype))  # of root mean square 1: gives the weight
 
 
 class Precision:
-    """How often a guess that would have to be read comes true, by its rank among the guesses."""
+    """Share of one layer's predictions for another that came true, by rank.
+
+    Counts only predicted experts that were not resident.
+    """
 
     def __init__(self) -> None:
         self._right: list[float] = []  # moving averages
 
     def of(self, rank: int) -> float:
-        """The share of guesses of this rank that came true; 1 before any did or did not."""
+        """The share of predictions of this rank that came true; 1 before the first one."""
         return self._right[rank] if rank < len(self._right) else 1.0
 
     def note(self, rank: int, right: bool) -> None:
-        """A guess of this rank did or did not come true."""
+        """Record whether a prediction of this rank came true."""
         while len(self._right) <= rank:
             self._right.append(1.0)
         self._right[rank] += 0.05 * (right - self._right[rank])
 
 
-class Asked(NamedTuple):
-    """One successor's answer, not yet evaluated: indices [N, K] and scores [N, K]."""
+class Answer(NamedTuple):
+    """One probed layer's answer, not yet evaluated: indices [N, K] and scores [N, K]."""
 
-    router: Router
+    target: RouterPrefetcher
     distance: int
     precision: Precision
     indices: mx.array
@@ -160,21 +147,26 @@ class Asked(NamedTuple):
 
 
 @dataclass
-class Guesses:
-    """What a layer's successors might want, not yet evaluated."""
+class RouterPrediction:
+    """The experts that a layer's successors will probably choose, not yet evaluated.
 
-    asked: list[Asked]
+    Attributes:
+        answers: of each successor.
+        at_least: precision that a rank must have for its experts to be read.
+    """
+
+    answers: list[Answer]
     at_least: float
 
     @property
     def arrays(self) -> list[mx.array]:
-        """To be evaluated together with the asking layer's indices."""
-        return [a for x in self.asked for a in (x.indices, x.scores) if a is not None]
+        """Arrays to evaluate together with the layer's own indices."""
+        return [a for x in self.answers for a in (x.indices, x.scores) if a is not None]
 
-    def read_ahead(self) -> None:
-        """Start reading what is not resident and likely enough."""
-        for router, distance, precision, indices, scores in self.asked:
-            layer = router.layer
+    def start_reads(self) -> None:
+        """Prefetch the experts that are likely and not resident."""
+        for target, distance, precision, indices, scores in self.answers:
+            layer = target.router.layer
             chosen = numbers(indices).ravel()  # [N*K]
             if scores is not None:
                 chosen = chosen[np.argsort(-numbers(scores).ravel())]
@@ -184,86 +176,108 @@ class Guesses:
                 for rank, expert in enumerate(dict.fromkeys(chosen.tolist()))
                 if slot_of[expert] < 0
             ]
-            layer.guessed += [(precision, rank, expert) for rank, expert in ranked]
+            target.expect(precision, ranked)
             candidates = [e for rank, e in ranked if precision.of(rank) >= self.at_least]
-            if not candidates:
-                continue
-            # Another thread may be in a call of that layer: then the guess is late anyway. (Taking
-            # the lock only if it is free would let Ctrl-C keep it: `with` alone is whole.)
-            if not layer.calling:
-                with layer.lock:
-                    if not (layer.resident or layer.closed):
-                        layer.slots.read_ahead(candidates, distance)
+            if candidates:
+                layer.prefetch(candidates, distance)
 
 
-class Lookahead:
-    """One layer's view of its successors.
+class RouterPrefetcher:
+    """Predicts for one layer's successors, and learns how well others predict for it.
+
+    Args:
+        router: the layer's own.
+        successors: the prefetchers of the layers that this one predicts for, nearest first.
+        always: probe them whatever the trial says.
 
     Attributes:
-        trial: whether it pays here.
-        always: ask whatever the trial says.
+        trial: finds out from which precision on prefetching pays here.
     """
 
-    def __init__(self, own: Router, successors: list[Router], always: bool) -> None:
-        self._own, self._successors, self.always = own, successors, always
+    def __init__(
+        self, router: Router, successors: Sequence[RouterPrefetcher], always: bool
+    ) -> None:
+        self.router, self.always = router, always
+        self._successors = list(successors)
+        self._predecessor: RouterPrefetcher | None = None
+        self._expected: list[tuple[Precision, int, int]] = []  # precision, rank, expert
         self._scales: dict[str, mx.array | None] = {}  # by successor
-        self._precision = {r.layer.name: Precision() for r in successors}
+        self._precision = {s.router.layer.name: Precision() for s in successors}
         self._failures = dict.fromkeys(self._precision, 0)  # in a row
-        # What share of guesses must come true to be read; above 1 nobody is asked. Asking takes
-        # half a millisecond of Python a layer, in which a small expert is read.
-        small = own.layer.expert_bytes < SMALL_EXPERT_BYTES
+        small = router.layer.expert_bytes < SMALL_EXPERT_BYTES
         self.trial = Trial((_LIKELY, 0.0, _NEVER), _NEVER if small else _LIKELY, turn=4)
         self._began: float | None = None
         for successor in successors[:1]:
-            successor.layer.awaited = self
+            successor._predecessor = self
 
     @property
     def on(self) -> bool:
-        """Does this layer look ahead at present?"""
+        """Does this layer predict at present?"""
         return bool(self._successors) and (self.always or self.trial.way < _NEVER)
 
-    def ask(self, x: mx.array) -> Guesses | None:
-        """Build what the successors would choose for this layer's input x [..., D].
+    def begin_step(self) -> bool:
+        """Start timing a step of the trial; returns whether to predict in it."""
+        self._began = time.perf_counter()
+        return self.on
 
-        None where it does not pay.
+    def predict(self, x: mx.array) -> RouterPrediction | None:
+        """Build the choices of the successors' routers for this layer's input x [..., D].
+
+        Returns:
+            None if none of them can be probed.
 
         Raises:
-            RuntimeError: MLX's: a device error is nothing that a block has to do with.
+            RuntimeError: a device error of MLX; it says nothing about a block.
         """
-        self._began = time.perf_counter()
-        if not self.on:
-            return None
-        asked = []
-        for distance, router in enumerate(self._successors, 1):
-            if router.layer.resident or router.overheard:
+        answers = []
+        for distance, target in enumerate(self._successors, 1):
+            router = target.router
+            if router.layer.resident or router.observed:
                 continue
             name = router.layer.name
             try:
                 scale = self._scale(router, x)
                 chosen = router.choose(x if scale is None else x * scale)
-            except Exception as e:  # this model's blocks cannot be asked like that
+            except Exception as e:  # this model's blocks cannot be probed
                 if type(e) in (RuntimeError, MemoryError):
                     raise
                 self._failures[name] += 1
                 if self._failures[name] >= _TRIES:
-                    self._successors = [r for r in self._successors if r is not router]
+                    self._successors = [s for s in self._successors if s is not target]
                 continue
             self._failures[name], precision = 0, self._precision[name]
-            asked.append(Asked(router, distance, precision, *chosen))
+            answers.append(Answer(target, distance, precision, *chosen))
         at_least = 0.0 if self.always else self.trial.way
-        return Guesses(asked, at_least) if asked else None
+        return RouterPrediction(answers, at_least) if answers else None
 
-    def arrived(self) -> None:
-        """The next layer has what it needs: a step of the trial is over."""
-        if self._began is not None:
-            self.trial.note(time.perf_counter() - self._began)
-            self._began = None
+    def expect(self, precision: Precision, ranked: Sequence[tuple[int, int]]) -> None:
+        """Keep experts predicted for this layer until `check`.
+
+        Args:
+            precision: learns which of them came true.
+            ranked: rank and expert of each.
+        """
+        self._expected += [(precision, rank, expert) for rank, expert in ranked]
+
+    def check(self, needed: Sequence[int]) -> None:
+        """Compare the experts predicted for this layer with those that it needs."""
+        if self._expected:
+            for precision, rank, expert in self._expected:
+                precision.note(rank, expert in needed)
+            self._expected.clear()
+
+    def end_step(self) -> None:
+        """This layer has its experts: the trial's step of the layer before it is over."""
+        before = self._predecessor
+        if before is not None and before._began is not None:
+            before.trial.note(time.perf_counter() - before._began)
+            before._began = None
 
     def _scale(self, router: Router, x: mx.array) -> mx.array | None:
-        """What turns this layer's normed input into the successor's: the ratio of the weights."""
+        """Turns this layer's normed input into the successor's: the ratio of the weights [D]."""
         key = router.layer.name
         if key not in self._scales:
-            mine, theirs = (r.weight(x.shape[-1], x.dtype) for r in (self._own, router))
+            mine, theirs = (r.weight(x.shape[-1], x.dtype) for r in (self.router, router))
             ratio = None
             if mine is not None and theirs is not None:
                 ratio = mx.where(mx.abs(mine) > 1e-3, theirs / mine, 1)
@@ -272,21 +286,28 @@ class Lookahead:
         return self._scales[key]
 
 
-def link(model: nn.Module, layers: Sequence[ExpertLayer], depth: int, always: bool) -> None:
-    """Let every layer look ahead to the next `depth` expert layers of its stack."""
-    routers: list[tuple[str, Router]] = []
-    for layer in layers:
+def connect(
+    model: nn.Module, layers: Sequence[ExpertLayer], depth: int, always: bool
+) -> list[RouterPrefetcher]:
+    """Let every layer predict for the next `depth` expert layers of its stack.
+
+    Returns:
+        The layers' prefetchers. Layers that are called by no block have none.
+    """
+    stacks: dict[str, list[RouterPrefetcher]] = {}  # from the last layer to the first
+    for layer in reversed(layers):
         stack, block, norm = _surroundings(model, layer.name)
         if block is not None:
-            routers.append((stack, Router(layer, block, norm)))
-    for i, (stack, own) in enumerate(routers):
-        successors = [r for other, r in routers[i + 1 :] if other == stack][:depth]
-        own.layer.ahead = Lookahead(own, successors, always) if successors else None
+            later = stacks.setdefault(stack, [])
+            made = RouterPrefetcher(Router(layer, block, norm), later[: -depth - 1 : -1], always)
+            later.append(made)
+            layer.use_prefetcher(made)
+    return [made for later in stacks.values() for made in later]
 
 
 def _surroundings(model: nn.Module, path: str) -> tuple[str, nn.Module | None, nn.Module | None]:
-    """Of an expert module: the path of its stack of decoder layers, the block that calls the
-    experts, and the norm before it.
+    """The path of an expert module's stack of decoder layers, the block that calls the experts,
+    and the norm before it.
     """
     parts = path.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
@@ -302,9 +323,9 @@ def _surroundings(model: nn.Module, path: str) -> tuple[str, nn.Module | None, n
     return ".".join(parts[: numbers[-1]]), node, norm
 
 
-def _scores(said: list[Any], indices: mx.array, experts: int) -> mx.array | None:
-    """Scores of the chosen experts in what a gate returned: logits of all, or of the chosen."""
-    for answer in said[-1:]:
+def _scores(answers: list[Any], indices: mx.array, experts: int) -> mx.array | None:
+    """The chosen experts' scores in a gate's answer: logits of all experts, or of the chosen."""
+    for answer in answers[-1:]:
         arrays = answer if isinstance(answer, tuple) else (answer,)
         for array in arrays:
             if not isinstance(array, mx.array) or array is indices:

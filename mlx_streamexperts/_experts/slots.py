@@ -19,7 +19,7 @@ from .._cache.expert_map import ExpertCache
 from .._errors import ExpertReadError, OtherThreadError
 from .._io.checkpoint import ExpertTable
 from .._io.ranges import ByteRange
-from .._io.reader import SPECULATIVE, ExpertReader, Ticket
+from .._io.reader import PREFETCH, ExpertReader, Ticket
 from .bank import Bank, SlotTensor, total_bytes
 
 
@@ -32,7 +32,7 @@ class ExpertTensor:
 
 
 @dataclass(slots=True)
-class AheadStats:
+class PrefetchStats:
     """What became of experts read before they were asked for. See also `CacheStats`.
 
     Attributes:
@@ -114,10 +114,10 @@ class ExpertSlots:
         self.expert_bytes = total_bytes([t.slot for t in tensors.values()])
         self.cache = ExpertCache(experts, 0)
         self.bank = Bank({}, 0, in_place=True)
-        self.ahead = AheadStats()
+        self.prefetch_stats = PrefetchStats()
         self.as_packed: Callable[[int, Sequence[memoryview]], bool] | None = None
         self._reader: ExpertReader  # set by open
-        self._flying: dict[int, Ticket] = {}  # read ahead, not known to have arrived
+        self._in_flight: dict[int, Ticket] = {}  # read ahead, not known to have arrived
         self._begun: Arrivals | None = None  # what the last call waits for
         self._changing = False  # still true at the next use: the change was interrupted
 
@@ -128,7 +128,7 @@ class ExpertSlots:
         self.cache = ExpertCache(self.experts, slots, policy)
         slot_tensors = {name: t.slot for name, t in self.tensors.items()}
         before, self.bank = self.bank, Bank(slot_tensors, self.cache.slots, in_place)
-        self.bank.succeed(before)  # run-ahead's tables, which those may read, stay
+        self.bank.inherit_readers(before)  # run-ahead's tables, which those may read, stay
 
     def close(self) -> None:
         """Free the memory, once nothing writes it."""
@@ -139,7 +139,7 @@ class ExpertSlots:
         self._mend()
         if self._begun is not None:
             self._begun.abandon()
-        self.land()
+        self.drain()
         self.bank.free()
 
     def begin(self, needed: Sequence[int], keep: Sequence[int] = ()) -> Arrivals:
@@ -153,11 +153,11 @@ class ExpertSlots:
         if self._begun is not None:
             self._begun.abandon()  # left over only where that call was interrupted
         self._changing = True
-        parts = self._claim(needed) if self._flying else []
+        parts = self._claim(needed) if self._in_flight else []
         try:
-            if self._flying and len({*needed, *keep, *self._flying}) > self.cache.slots:
-                self.land()
-            missing = self.cache.place(needed, [*keep, *self._flying])
+            if self._in_flight and len({*needed, *keep, *self._in_flight}) > self.cache.slots:
+                self.drain()
+            missing = self.cache.place(needed, [*keep, *self._in_flight])
             if missing:
                 parts.append((self._submit(missing), missing))
         except Exception:
@@ -169,7 +169,7 @@ class ExpertSlots:
         self._changing = False
         return self._begun
 
-    def read_ahead(self, candidates: Sequence[int], distance: int = 1) -> None:
+    def prefetch(self, candidates: Sequence[int], distance: int = 1) -> None:
         """Start reading experts that may be needed soon, the likeliest first, into spare slots.
 
         Does nothing where it would have to wait, or to copy.
@@ -181,16 +181,16 @@ class ExpertSlots:
         if not self.bank.in_place:
             return
         self._mend()
-        if self._flying:
-            self._note_landed()
+        if self._in_flight:
+            self._note_arrived()
         self._changing = True
         left = self._begun.left if self._begun is not None else []  # of a call that is not over
-        placed = self.cache.place_ahead(candidates, {*self._flying, *left})
+        placed = self.cache.place_prefetched(candidates, {*self._in_flight, *left})
         try:
             if placed:
-                ticket = self._submit(placed, SPECULATIVE + distance - 1)
-                self.ahead.issued += len(placed)
-                self._flying.update(dict.fromkeys(placed, ticket))
+                ticket = self._submit(placed, PREFETCH + distance - 1)
+                self.prefetch_stats.issued += len(placed)
+                self._in_flight.update(dict.fromkeys(placed, ticket))
         except OtherThreadError:  # its graph reads the bank: not now
             pass
         except Exception:
@@ -198,33 +198,33 @@ class ExpertSlots:
             raise
         self._changing = False
 
-    def landed(self) -> np.ndarray:
+    def arrived(self) -> np.ndarray:
         """Which experts are in their slots, bool [experts]: not those on their way."""
         self._mend()
-        if self._flying:
-            self._note_landed()
+        if self._in_flight:
+            self._note_arrived()
         here = self.cache.slot_of >= 0
-        here[[*self._flying, *(self._begun.left if self._begun is not None else ())]] = False
+        here[[*self._in_flight, *(self._begun.left if self._begun is not None else ())]] = False
         return here
 
-    def await_ahead(self) -> None:
+    def await_prefetched(self) -> None:
         """Wait for everything that was read ahead."""
         self._mend()
-        for expert, ticket in self._flying.items():
-            with suppress(ExpertReadError):  # `_note_landed` drops it
+        for expert, ticket in self._in_flight.items():
+            with suppress(ExpertReadError):  # `_note_arrived` drops it
                 ticket.wait_for_any([expert])
-        if self._flying:
-            self._note_landed()
+        if self._in_flight:
+            self._note_arrived()
 
-    def land(self) -> None:
+    def drain(self) -> None:
         """Take back what was read ahead and is queued; wait for what is under way."""
         before, self._changing = self._changing, True
-        for expert, ticket in list(self._flying.items()):
+        for expert, ticket in list(self._in_flight.items()):
             if self._withdraw(expert, ticket):
                 continue
-            with suppress(ExpertReadError):  # `_note_landed` drops it
+            with suppress(ExpertReadError):  # `_note_arrived` drops it
                 ticket.wait_for_any([expert])
-        self._note_landed()
+        self._note_arrived()
         self._changing = before
 
     def check(self, arrived: Sequence[int]) -> None:
@@ -255,8 +255,8 @@ class ExpertSlots:
         for expert in experts:
             if expert not in arrived:
                 self.cache.drop(expert)
-        for expert in [e for e, t in self._flying.items() if t is ticket]:
-            del self._flying[expert]
+        for expert in [e for e, t in self._in_flight.items() if t is ticket]:
+            del self._in_flight[expert]
             self.cache.drop(expert)
         self._changing = before
 
@@ -264,7 +264,7 @@ class ExpertSlots:
         """Start over with empty slots if a change was interrupted half-way, or spoiled the bank."""
         if self._changing or self.bank.spoiled:
             self._reader.stop(self.name)
-            self._flying.clear()
+            self._in_flight.clear()
             self._begun = None
             self.bank.discard()
             self.cache.clear()
@@ -272,14 +272,14 @@ class ExpertSlots:
 
     def _claim(self, needed: Sequence[int]) -> list[tuple[Ticket, list[int]]]:
         """Of what was read ahead: take what is needed and take back what is not."""
-        self._note_landed()
+        self._note_arrived()
         late: dict[int, tuple[Ticket, list[int]]] = {}
-        for expert, ticket in list(self._flying.items()):
+        for expert, ticket in list(self._in_flight.items()):
             if expert in needed:
-                del self._flying[expert]
+                del self._in_flight[expert]
                 self._reader.promote(ticket, expert)
                 late.setdefault(id(ticket), (ticket, []))[1].append(expert)
-                self.ahead.late += 1
+                self.prefetch_stats.late += 1
             else:
                 self._withdraw(expert, ticket)
         return list(late.values())
@@ -287,18 +287,18 @@ class ExpertSlots:
     def _withdraw(self, expert: int, ticket: Ticket) -> bool:
         if not self._reader.withdraw(ticket, expert):
             return False
-        del self._flying[expert]
+        del self._in_flight[expert]
         self.cache.drop(expert)
-        self.ahead.cancelled += 1
+        self.prefetch_stats.cancelled += 1
         return True
 
-    def _note_landed(self) -> None:
+    def _note_arrived(self) -> None:
         before, self._changing = self._changing, True
-        for expert in [e for e, ticket in self._flying.items() if ticket.ended(e)]:
-            ticket = self._flying.pop(expert)
+        for expert in [e for e, ticket in self._in_flight.items() if ticket.ended(e)]:
+            ticket = self._in_flight.pop(expert)
             if expert in ticket.errors or not self._is_right(expert):
                 self.cache.drop(expert)
-                self.ahead.failed += 1
+                self.prefetch_stats.failed += 1
         self._changing = before
 
     def _is_right(self, expert: int) -> bool:
@@ -310,7 +310,7 @@ class ExpertSlots:
     def _submit(self, placed: list[int], priority: int = 0) -> Ticket:
         """Start reading experts that have just got slots."""
         try:
-            self.bank.settle()
+            self.bank.flush_readers()
             return self._reader.submit(list(self._ranges(placed)), priority)
         except Exception:
             for expert in placed:

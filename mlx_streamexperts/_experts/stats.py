@@ -7,7 +7,7 @@ from typing import Any
 
 from .._cache.expert_map import CacheStats
 from .._io.reader import ReadStats
-from .slots import AheadStats
+from .slots import PrefetchStats
 from .speculative.runahead import RunAheadStats
 
 
@@ -19,8 +19,8 @@ class StreamStats:
         cache: hits and misses over all layers.
         read: bytes, reads and seconds of the reader.
         layer_hit_rates: hit rate by layer name, 0 to 1.
-        ahead: what became of experts read before they were asked for.
-        looking_ahead: layers that do so at present.
+        prefetch: outcomes of prefetched experts.
+        prefetching_layers: layers that prefetch at present.
         seconds: the caller's seconds in expert layers by phase: `sync` waiting for routers'
             indices, the device's own work included; `map` experts to slots and queueing reads;
             `wait` for reads; `build` the graph.
@@ -28,14 +28,14 @@ class StreamStats:
         waves: extra passes of calls that needed more experts than a layer has slots.
         overlapped: calls that ran resident experts while missing ones were read.
         resident_layers: layers whose experts are all in memory; they count no hits.
-        run_ahead: what became of steps that did not wait for each layer's indices.
+        run_ahead: outcomes of steps that did not wait for every layer's indices.
     """
 
     cache: CacheStats
     read: ReadStats
     layer_hit_rates: dict[str, float]
-    ahead: AheadStats
-    looking_ahead: int
+    prefetch: PrefetchStats
+    prefetching_layers: int
     seconds: dict[str, float]
     calls: int
     waves: int

@@ -43,7 +43,7 @@ from .cpu_streams import Lanes
 from .hot_set import read_hot_set, read_in, save_hot_set
 from .layer import WAYS, ExpertLayer
 from .prefetch import SMALL_EXPERT_BYTES
-from .slots import AheadStats
+from .slots import PrefetchStats
 from .speculative.runahead import RunAhead, RunAheadStats
 from .stats import StreamStats
 from .thread_guard import Callers
@@ -123,13 +123,15 @@ class ExpertStream(Closing):
         total = CacheStats()
         for layer in self.layers:
             total.add(layer.cache.stats)
-        ahead = [asdict(x.slots.ahead) for x in self.layers]
+        prefetch = [asdict(x.slots.prefetch_stats) for x in self.layers]
         return StreamStats(
             cache=total,
             read=ReadStats(**asdict(self._reader.stats)),
             layer_hit_rates={x.name: x.cache.stats.hit_rate for x in self.layers},
-            ahead=AheadStats(**{k: sum(a[k] for a in ahead) for k in ahead[0]}),
-            looking_ahead=sum(x.ahead is not None and x.ahead.on for x in self.layers),
+            prefetch=PrefetchStats(**{k: sum(p[k] for p in prefetch) for k in prefetch[0]}),
+            prefetching_layers=sum(
+                x.prefetcher is not None and x.prefetcher.on for x in self.layers
+            ),
             seconds={p: sum(x.stats.seconds[p] for x in self.layers) for p in PHASES},
             calls=sum(x.stats.calls for x in self.layers),
             waves=sum(x.stats.waves for x in self.layers),

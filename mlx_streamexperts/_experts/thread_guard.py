@@ -40,7 +40,7 @@ class Callers:
 
         A thread that is not the first waits until the first has caught up, as long as that one
         lives and calls, or has called within `_PATIENCE_SECONDS`. After that it is not in a pass,
-        and what it left is either evaluated or found not to be (`Bank.settle` raises).
+        and what it left is either evaluated or found not to be (`Bank.flush_readers` raises).
         """
         me = threading.get_ident()
         if me == self._first:

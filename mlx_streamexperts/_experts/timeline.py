@@ -18,18 +18,14 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from .._closing import Closing
 from .._errors import StreamError
 from .._io.output import UNWRITTEN, claim, release, write_json
 from .._io.ranges import ByteRange
 from .._io.reader import DEMAND, ExpertReader
-
-if TYPE_CHECKING:
-    from .layer import ExpertLayer
-
-PHASES = ("sync", "map", "wait", "build")
+from .layer import PHASES, ExpertLayer
 
 
 class _Read(NamedTuple):

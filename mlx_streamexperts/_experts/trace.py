@@ -56,7 +56,7 @@ class Trace(Closing):
             head["model"] = {name: getattr(plan, name) for name in _SIZES}
         self._write(head)
         for layer, recorder in self._recorders:
-            layer.record.add(recorder)
+            layer.on_routing.add(recorder)
 
     def close(self) -> None:
         """End the recording and put the file in place.
@@ -69,7 +69,7 @@ class Trace(Closing):
             if file is None:
                 return
             for layer, recorder in self._recorders:
-                layer.record.remove(recorder)
+                layer.on_routing.remove(recorder)
             try:
                 with whole(self._path), file:
                     if self._error is not None:

@@ -26,7 +26,7 @@ from .._listeners import Listeners
 from .files import ShardFiles, label
 from .ranges import ByteRange, merge
 
-DEMAND, SPECULATIVE = 0, 1
+DEMAND, PREFETCH = 0, 1
 """Priorities: a layer waits for a demand read; a speculative one may be of use later."""
 
 _SMALL_READ_BYTES = 128 << 10
@@ -228,7 +228,7 @@ class ExpertReader:
 
         Args:
             ranges: what to read; all memory must stay valid until the ticket is done.
-            priority: `DEMAND` or `SPECULATIVE`.
+            priority: `DEMAND` or `PREFETCH`.
         """
         runs = merge(ranges, self._read_bytes)
         # Handing out a small read costs as much as the read: then no more portions than threads.

@@ -22,7 +22,7 @@ from .._distributed.watch import Watch
 from .._errors import RankError, StreamError, UnsupportedModelError
 from .._experts.foreign_modules import Strangers
 from .._experts.layer import StreamedSwitch
-from .._experts.prefetch import link
+from .._experts.prefetch import connect
 from .._experts.refusals import guard
 from .._experts.stream import ExpertStream, attach, flatten
 from .._io.hub import had, headers_only
@@ -261,7 +261,7 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         if not lazy:
             _load_trunk(model, config.progress)
         if config.prefetch != "off":
-            link(model, found.layers, config.prefetch_depth, config.prefetch == "on")
+            connect(model, found.layers, config.prefetch_depth, config.prefetch == "on")
         expert_stream = ExpertStream(found.layers, plan, config, found.model_config)
         expert_stream.profile = profile
         if found.stage is not None:

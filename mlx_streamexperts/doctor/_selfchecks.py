@@ -245,10 +245,10 @@ class Lab:
         os.truncate(file, 1000)  # reading it now really fails
         module = nn.Module()
         bank = Bank({"x": SlotTensor(module, "x", (1,), mx.float32)}, 1, in_place=False)
-        bank.reading(stored[:16] + 1)
+        bank.track_reader(stored[:16] + 1)
         error: BaseException | None = None
         try:
-            bank.settle()
+            bank.flush_readers()
         except Exception as e:
             error = e
         said = []

@@ -146,7 +146,7 @@ class _Collector:
             s.layer_hit_rates,
             "layer",
         )
-        yield gauge("layers_looking_ahead", "Layers that prefetch now", s.looking_ahead)
+        yield gauge("layers_looking_ahead", "Layers that prefetch now", s.prefetching_layers)
         yield counter("expert_hits", "Needed experts that were resident", s.cache.hits)
         yield counter(
             "expert_misses",
@@ -167,12 +167,12 @@ class _Collector:
             "Prefetched experts: issued; used; late (of those used); evicted unused (wasted); "
             "cancelled; failed",
             {
-                "issued": s.ahead.issued,
+                "issued": s.prefetch.issued,
                 "used": s.cache.prefetched,
-                "late": s.ahead.late,
+                "late": s.prefetch.late,
                 "wasted": s.cache.wasted,
-                "cancelled": s.ahead.cancelled,
-                "failed": s.ahead.failed,
+                "cancelled": s.prefetch.cancelled,
+                "failed": s.prefetch.failed,
             },
             "outcome",
         )

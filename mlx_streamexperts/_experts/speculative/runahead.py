@@ -22,23 +22,21 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..bank import numbers
 from ..foreign_modules import Strangers
+from ..layer import ExpertLayer
 from ..refusals import refuse_transforms
+from ..slots import Arrivals
 from ..split import SORTED_ROWS
 from ..thread_guard import Callers
 from .cache_snapshot import Undo, remember
 from .policy import Trust
 from .slot_tables import SlotTables
-
-if TYPE_CHECKING:
-    from ..layer import ExpertLayer
-    from ..slots import Arrivals
 
 # After which shares of a pass's layers what was built is sent to the device. It is idle until the
 # first group comes, and every group costs the host. 60 layers on an H100, of stock mlx-lm's speed:
@@ -57,27 +55,27 @@ _PASSES = 3
 
 @dataclass(slots=True)
 class RunAheadStats:
-    """What run-ahead decoding did. A step is a forward pass of few tokens, as in decoding.
+    """Counters of run-ahead decoding. A step is a forward pass of few tokens, as in decoding.
 
     Attributes:
-        steps: steps that trusted at least one layer.
-        exact_at_once: of those, the ones whose first pass was exact.
+        steps: steps that speculated on at least one layer.
+        exact_at_once: of those, steps whose first pass was exact.
         passes: passes that these steps took.
-        trusted: layers mapped on the device and found exact: waits for the device saved.
-        asked: layers of all steps whose indices the host waited for.
-        wrong: layers found to lack an expert after they had been trusted.
-        foretold: experts that wrong passes told about layers behind the first that was wrong.
-        came_true: of those, the ones that the exact pass used.
+        speculated: layers mapped on the device and found exact; each saved a wait for the device.
+        synced: layers of all steps whose indices the host waited for.
+        wrong: layers speculated on that turned out to lack an expert.
+        predicted: experts that wrong passes chose in layers after the first wrong one.
+        predicted_used: of those, experts that the exact pass used.
     """
 
     steps: int = 0
     exact_at_once: int = 0
     passes: int = 0
-    trusted: int = 0
-    asked: int = 0
+    speculated: int = 0
+    synced: int = 0
     wrong: int = 0
-    foretold: int = 0
-    came_true: int = 0
+    predicted: int = 0
+    predicted_used: int = 0
 
 
 class Astray(Exception):  # noqa: N818, it is no error
@@ -98,7 +96,7 @@ class _State:
         y: [..., K, D], exact.
         experts: [..., K], known for certain while `y` is not.
         arrivals: what of `experts` is on its way; None where they have no slots.
-        foretold: experts that a wrong pass chose.
+        predicted: experts that a wrong pass chose.
     """
 
     called: bool = False
@@ -107,7 +105,7 @@ class _State:
     y: mx.array | None = None
     experts: np.ndarray | None = None
     arrivals: Arrivals | None = None
-    foretold: set[int] = field(default_factory=set)
+    predicted: set[int] = field(default_factory=set)
 
 
 class RunAhead:
@@ -156,7 +154,7 @@ class RunAhead:
         self._sent: list[tuple[list[int], list[mx.array]]] = []  # and others, not checked
         self._wrong: int | None = None  # the first layer that lacked an expert
         for layer in self.layers:
-            layer.run_ahead = self
+            layer.use_runner(self)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -208,7 +206,7 @@ class RunAhead:
                 self._caches = weakref.ref(first)
         return self._overheard
 
-    def through(self, layer: ExpertLayer, x: mx.array, indices: mx.array) -> mx.array:
+    def forward(self, layer: ExpertLayer, x: mx.array, indices: mx.array) -> mx.array:
         """A layer's part of the pass under way: x [..., D], indices [..., K] -> [..., K, D]."""
         i = self._number[id(layer)]
         state = self._states[i]
@@ -218,17 +216,18 @@ class RunAhead:
         if state.y is not None:
             return state.y
         if state.arrivals is not None and state.experts is not None:
-            state.y = layer.complete(x, state.experts, state.arrivals)
+            state.y = layer.finish_arrived(x, state.experts, state.arrivals)
             state.arrivals = None
             return state.y
         if not self._trusts[i]:
             self._check()
         if self._trusts[i] or self._wrong is not None:
             return self._try(i, x, indices)
-        state.y = layer.ask(x, indices, look_ahead=not self._again)
-        self.stats.asked += 1
-        self.trust.note([i], layer.lacked, self._again)
-        self._compare(i, layer.chosen)
+        result = layer.forward_synced(x, indices, predict_next=not self._again)
+        state.y = result.output
+        self.stats.synced += 1
+        self.trust.note([i], result.missed, self._again)
+        self._compare(i, result.needed)
         return state.y
 
     def _step(self, call: Callable[[], Any], undo: Undo) -> Any:
@@ -313,16 +312,16 @@ class RunAhead:
         start = time.perf_counter()
         with layer.lock:
             if self._again:
-                layer.slots.await_ahead()
-                start = layer.spent("wait", start)
+                layer.slots.await_prefetched()
+                start = layer.record_phase("wait", start)
             slots, absent = self._tables.of(i)
-            start = layer.spent("map", start)
+            start = layer.record_phase("map", start)
             y = layer.switch(x, slots[indices])  # [..., K, D]
             if self._masked:  # what is not there contributes nothing
                 y = mx.where(absent[indices][..., None] > 0, 0, y)
-            state.indices, state.tried = indices, layer.slots.bank.reading(y)
+            state.indices, state.tried = indices, layer.slots.bank.track_reader(y)
         self._unsent.append(i)
-        layer.spent("build", start)
+        layer.record_phase("build", start)
         if i in self._due:
             before = len(self._sent)
             self._send()
@@ -348,9 +347,9 @@ class RunAhead:
             chosen = [numbers(x) for x in indices]
             if len(chosen) < len(group):
                 chosen = np.split(chosen[0], len(group))
-            start = self.layers[group[0]].spent("sync", start)
+            start = self.layers[group[0]].record_phase("sync", start)
             if self._all_held(group, chosen):
-                self.layers[group[0]].spent("map", start)
+                self.layers[group[0]].record_phase("map", start)
                 continue
             for i, experts in zip(group, chosen, strict=True):
                 self._judge(i, experts)
@@ -368,12 +367,12 @@ class RunAhead:
             return False
         for i, experts in zip(group, chosen, strict=True):
             state = self._states[i]
-            if state.foretold:
+            if state.predicted:
                 self._compare(i, experts.ravel().tolist())
             self.layers[i].hit(experts)
             state.y = state.tried
         self.trust.note(group, False, self._again)
-        self.stats.trusted += len(group)
+        self.stats.speculated += len(group)
         return True
 
     def _check(self, result: Any = None) -> None:
@@ -401,8 +400,8 @@ class RunAhead:
             self.trust.note([i], not held, self._again)
             if self._wrong is not None:  # a guess, then
                 chosen = list(dict.fromkeys(experts.ravel().tolist()))
-                state.foretold = set(chosen)
-                layer.slots.read_ahead(chosen, i - self._wrong)
+                state.predicted = set(chosen)
+                layer.slots.prefetch(chosen, i - self._wrong)
             elif len(np.unique(experts)) > layer.cache.slots:
                 self._wrong, self._trusts[i] = i, False
             else:
@@ -411,19 +410,19 @@ class RunAhead:
                 arrivals = layer.slots.begin(needed)
                 if held:
                     state.y = state.tried
-                    self.stats.trusted += 1
+                    self.stats.speculated += 1
                 else:
                     self._wrong, state.experts, state.arrivals = i, experts, arrivals
                     self.stats.wrong += 1
                     self._goes_on = self._goes_on or self._expected(i + 1) >= 1
-        layer.spent("map", start)
+        layer.record_phase("map", start)
         if self._wrong is not None and not self._goes_on:
             raise Astray
 
     def _compare(self, i: int, needed: Sequence[int]) -> None:
         """Hold what was foretold of a layer against what it wants."""
         state = self._states[i]
-        if state.foretold:
-            self.stats.foretold += len(state.foretold)
-            self.stats.came_true += len(state.foretold.intersection(needed))
-            state.foretold = set()
+        if state.predicted:
+            self.stats.predicted += len(state.predicted)
+            self.stats.predicted_used += len(state.predicted.intersection(needed))
+            state.predicted = set()

@@ -6,16 +6,13 @@ The host writes where the device reads: only after everything that was built wit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
+from ..._cache.expert_map import ExpertCache
 from ..bank import byte_view
-
-if TYPE_CHECKING:
-    from ..._cache.expert_map import ExpertCache
-    from ..layer import ExpertLayer
+from ..layer import ExpertLayer
 
 
 class SlotTables:
@@ -48,8 +45,8 @@ class SlotTables:
         slots = self._layers[i].slots
         cache = slots.cache
         if self._partial[i] or self._made_of[i] != (cache, cache.version):
-            slots.bank.settle()  # whatever was built with the table as it is has run
-            here = slots.landed()  # bool [experts]
+            slots.bank.flush_readers()  # whatever was built with the table as it is has run
+            here = slots.arrived()  # bool [experts]
             count = len(here)
             self._memory[i, 0, :count] = np.where(here, cache.slot_of, 0)
             self._memory[i, 1, :count] = self._absent[i, :count] = ~here
