@@ -1,4 +1,4 @@
-"""Text up to a stop string, and the tokens of it, however the text is cut into pieces."""
+"""Replies end at stop strings and name their tokens, however the text is cut into pieces."""
 
 from __future__ import annotations
 
