@@ -1,4 +1,4 @@
-"""Every field of a request with values that it must not have: 400, by name, and no harm done."""
+"""Each field of a request with bad values: status 400 names the field, other requests go on."""
 
 from __future__ import annotations
 

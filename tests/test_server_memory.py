@@ -1,4 +1,4 @@
-"""What a server holds in memory, and how it begins and ends."""
+"""A server's memory under load, and how it starts and stops."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from mlx_streamexperts.server._models import ModelProvider
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose KV cache is most of its memory: 64 kB a token."""
+    """A model that needs most of its memory for the KV cache: 64 kB per token."""
     folder = tmp_path_factory.mktemp("wide")
     changes = {"vocab_size": 12288, "num_hidden_layers": 4, "head_dim": 128}
     changes |= {"num_attention_heads": 16, "num_key_value_heads": 16}
@@ -46,7 +46,7 @@ def admit_everything(admission: KVAdmission, tokens: int) -> bool:
 
 
 def test_memory_holds_under_load(wide: Path) -> None:
-    """With as little as works: 33 MB of KV cache, where eight requests at once would take 134."""
+    """At the smallest budget: 33 MB of KV cache, while eight requests at once would take 134 MB."""
     config = StreamConfig(memory="2GB", context_tokens=512, prefill_tokens=64)
     memory = plan(str(wide), config=config).minimum
     limits = ["--context-tokens", "512", "--prefill-tokens", "64"]

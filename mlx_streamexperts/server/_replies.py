@@ -106,9 +106,11 @@ class Reply:
         self._stop = StopText(stops)
         self._machine = context.text_sm.make_state(context.initial_state)
         self._state = context.initial_state
-        self._tool, self._called = "", False
-        self._names = None if tokenizer is None else TokenNames(tokenizer)
-        self._delivered, self._raw = "", 0
+        self._tool = ""  # text of the tool call that is being received
+        self._called = False  # whether one is complete
+        self._logprobs = None if tokenizer is None else TokenLogprobs(tokenizer)
+        self._sent = ""  # text released so far
+        self._received = 0  # characters received, sent or held back
         self.tokens = 0
 
     def pieces(self, responses: Iterable[Any]) -> Iterator[Piece]:
@@ -119,24 +121,27 @@ class Reply:
             reason = "stop" if self._stop.found else response.finish_reason
             if reason is not None:
                 text += self._stop.flush()
-            self._delivered += text
+            self._sent += text
+            self._received += len(response.text)
             piece = self._split(text, last=reason is not None)
-            if self._names is not None:
-                self._raw += len(response.text)
-                if response.finish_reason != "stop":  # an end-of-sequence token has no text
-                    self._names.add(response, self._raw)
-                ended = self._delivered if self._stop.found else None
-                piece.logprobs = (
-                    self._names.take(len(self._delivered))
-                    if reason is None
-                    else self._names.rest(ended)
-                )
-            if reason is not None:
-                called = reason == "stop" and self._called
-                piece.finish_reason = "tool_calls" if called else reason
+            if self._logprobs is not None:
+                piece.logprobs = self._new_logprobs(response, last=reason is not None)
+            if reason is None:
+                yield piece
+                continue
+            called = reason == "stop" and self._called
+            piece.finish_reason = "tool_calls" if called else reason
             yield piece
-            if reason is not None:
-                return
+            return
+
+    def _new_logprobs(self, response: Any, last: bool) -> list[dict[str, Any]]:
+        """Logprobs of the tokens whose text is now certain to be in the reply."""
+        assert self._logprobs is not None
+        if response.finish_reason != "stop":  # an end-of-sequence token has no text
+            self._logprobs.add(response, self._received)
+        if last:
+            return self._logprobs.rest(self._sent if self._stop.found else None)
+        return self._logprobs.take(len(self._sent))
 
     def _split(self, text: str, last: bool) -> Piece:
         """Sort text by mlx-lm's states: normal, reasoning, tool."""
@@ -164,15 +169,15 @@ class Reply:
         self._tool, self._called = "", True
 
 
-class TokenNames:
+class TokenLogprobs:
     """The tokens of a reply's text with their logprobs, each released once its text was sent."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._entries: list[dict[str, Any]] = []
-        self._ends: list[int] = []  # length of the text including each token
-        self._taken = 0
+        self._ends: list[int] = []  # length of the text up to and including each token
+        self._taken = 0  # entries released so far
 
     def add(self, response: Any, end: int) -> None:
         """Add a token; `end` is the length of the text with it, whether sent or held back."""
@@ -191,26 +196,18 @@ class TokenNames:
             }
         )
 
-    def take(self, delivered: int) -> list[dict[str, Any]]:
-        """New entries of tokens that are certain to be in the reply.
-
-        Args:
-            delivered: characters of the text that have been sent.
-        """
+    def take(self, sent: int) -> list[dict[str, Any]]:
+        """New entries of tokens that lie within the first `sent` characters of the text."""
         end = self._taken
         for i in range(max(1, end), len(self._ends)):
             # If a token brings text, the text of all tokens before it is complete.
-            if self._ends[i - 1] < self._ends[i] <= delivered:
+            if self._ends[i - 1] < self._ends[i] <= sent:
                 end = i
         return self._to(end)
 
-    def rest(self, ended: str | None) -> list[dict[str, Any]]:
-        """The last entries.
-
-        Args:
-            ended: the reply's text if a stop string has cut it; tokens beyond it are left out.
-        """
-        return self._to(len(self._ids) if ended is None else self._up_to(ended))
+    def rest(self, cut: str | None) -> list[dict[str, Any]]:
+        """The last entries; only those within `cut`, the text before a stop string, if given."""
+        return self._to(len(self._ids) if cut is None else self._up_to(cut))
 
     def _to(self, end: int) -> list[dict[str, Any]]:
         new, self._taken = self._entries[self._taken : end], max(self._taken, end)
