@@ -32,7 +32,7 @@ with atheris.instrument_imports(["mlx_streamexperts"]) if atheris else nullconte
     from mlx_streamexperts._experts.packed_store import use_store, verify_store
     from mlx_streamexperts._experts.trace import read_trace
     from mlx_streamexperts._io.checkpoint import INDEX, read_checkpoint, read_header
-    from mlx_streamexperts._loading.discover import locate
+    from mlx_streamexperts._loading.discover import discover
 
 SLOWEST_SECONDS = 2.0
 Target = Callable[[bytes], None]
@@ -72,16 +72,16 @@ def config(folder: Path) -> tuple[Target, list[bytes]]:
     def run(data: bytes) -> None:
         (folder / "config.json").write_bytes(data)
         settings = StreamConfig(memory="2GB")
-        locate(folder, settings, {}).plan(settings)
+        discover(folder, settings, {}).plan(settings)
 
     return run, [seed]
 
 
 def manifest(folder: Path) -> tuple[Target, list[bytes]]:
-    layers = locate(demo_model(), StreamConfig(), {}).layers
+    layers = discover(demo_model(), StreamConfig(), {}).layers
     assert pack.main(["--model", str(demo_model()), "--out", str(folder / "s")]) == 0
     file = folder / "s" / "manifest.json"
-    seed, tensors = file.read_bytes(), [dict(x.tensors) for x in layers]
+    seed, tensors = file.read_bytes(), [x.tensors for x in layers]
     whole = json.loads(seed)
     for plan in whole["layers"]:  # what verifying reads is not what is tried here
         with (folder / "s" / plan["file"]).open("r+b") as f:
@@ -99,7 +99,7 @@ def manifest(folder: Path) -> tuple[Target, list[bytes]]:
                     assert all(Path(f).parent == folder / "s" for f in t.stored.files)
         finally:
             for x, before in zip(layers, tensors, strict=True):
-                x.tensors.update(before)
+                x.slots.relocate({name: t.stored for name, t in before.items()})
 
     return run, [seed]
 
@@ -122,7 +122,7 @@ def trace(folder: Path) -> tuple[Target, list[bytes]]:
 
 
 def hotset(folder: Path) -> tuple[Target, list[bytes]]:
-    layers = locate(demo_model(), StreamConfig(), {}).layers
+    layers = discover(demo_model(), StreamConfig(), {}).layers
     saved = [{"name": x.name, "experts": [0, 1, 2]} for x in layers]
     content = {"format": 1, "checkpoint": identity(layers), "layers": saved}
     file = folder / "hot.json"

@@ -1,6 +1,6 @@
-"""Stream Mixture-of-Experts models larger than memory, with mlx-lm: one command for all of ours.
+"""The `streamexperts` command: finds the subcommand and runs it.
 
-Each command is a module or package beside this one, imported only when it is asked for.
+Each subcommand is a module or package beside this one, imported only when it is called.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ Run Mixture-of-Experts models that are larger than memory: mlx-lm, with the expe
 commands:
 {commands}
 
-  streamexperts generate                      the embedded model; nothing is downloaded
-  streamexperts doctor --model ORG/MODEL --memory 90GB     before a download: will it fit, how fast
-  streamexperts chat --model ORG/MODEL --memory 90GB       every option of mlx_lm.chat, and a budget
+examples:
+  streamexperts generate                 try the embedded model; nothing is downloaded
+  streamexperts doctor --model ORG/MODEL --memory 90GB    before a download: will it fit, how fast
+  streamexperts chat --model ORG/MODEL --memory 90GB      mlx_lm.chat with a memory budget
   streamexperts run --memory 90GB mlx_lm.perplexity --model ORG/MODEL    any other mlx-lm program
 
---memory bounds everything that MLX holds, --cache the experts alone.
-streamexperts COMMAND --help shows a command's options; streamexperts --version the version.
+--memory limits everything that MLX holds, --cache only the experts in memory.
+streamexperts COMMAND --help shows a command's options, streamexperts --version the version.
 python -m mlx_streamexperts.COMMAND is the same as streamexperts COMMAND."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a subcommand; returns its exit status, 2 if there is none of that name."""
+    """Run a subcommand. Returns its exit status, or 2 if there is no such command."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help", "help"):
         lines = (f"  {name:12} {text}" for name, text in COMMANDS.items())
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         alike = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {alike[0]}?" if alike else f"commands: {', '.join(COMMANDS)}"
-        print(f"error: no command {name!r}; {hint}", file=sys.stderr)
+        print(f"error: there is no command {name!r}; {hint}", file=sys.stderr)
         return 2
     status = importlib.import_module(f"{__package__}.{name}").main(rest)
     return int(status or 0)

@@ -1,7 +1,7 @@
-"""Every exception that this package raises on purpose.
+"""The exceptions that this package raises on purpose.
 
-All derive from `StreamError`, so that a host program can catch one type. A message says what was
-found, where (file, tensor, layer, expert) and what to do about it.
+All derive from `StreamError`, so that a host program can catch one type. A message says what is
+wrong, where (file, tensor, layer, expert) and what to do about it.
 """
 
 from __future__ import annotations
@@ -11,30 +11,30 @@ from pathlib import Path
 
 
 class StreamError(Exception):
-    """Base of all errors raised by mlx-streamexperts.
+    """Base class of all errors of mlx-streamexperts.
 
-    Raised itself where none of the others says more: an option or a size that is not understood, a
-    stream that is closed, a folder that another process is writing, a library that is missing.
+    Raised as such if no subclass says more: an option or a size is not understood, a stream is
+    closed, another process is writing to a folder, a library is missing.
     """
 
 
 class CheckpointError(StreamError, ValueError):
-    """The files on disk are not what they must be.
+    """The files on disk are wrong.
 
-    A checkpoint that is missing, damaged or incomplete, or a store or a hot set of another one.
-    Found before anything is loaded; the message names file and tensor.
+    A checkpoint is missing, damaged or incomplete, or a packed store or hot set belongs to another
+    checkpoint. Raised before anything is loaded; the message names the file and the tensor.
     """
 
 
 class UnsupportedModelError(StreamError, ValueError):
-    """The model has no routed experts, or holds them in a layout that cannot be streamed.
+    """The model has no routed experts, or stores them in a layout that cannot be streamed.
 
-    Nothing was loaded. The message says which table it is, and whether `convert` makes it stream.
+    Nothing was loaded. The message names the table at fault and says whether `convert` helps.
     """
 
 
 class BudgetError(StreamError):
-    """The stated memory cannot hold the model.
+    """The memory or cache budget is too small, or larger than the device can hold.
 
     Attributes:
         needed_bytes: the smallest budget of the same kind that works, in bytes.
@@ -46,11 +46,11 @@ class BudgetError(StreamError):
 
 
 class TokenError(StreamError, ValueError):
-    """A prompt has a token for which the model has no row; nothing was computed."""
+    """A prompt contains a token that the model has no embedding for. Nothing was computed."""
 
 
 class ExpertReadError(StreamError):
-    """An expert's bytes could not be read; its slot is empty and the model stays usable.
+    """An expert could not be read. Its slot is empty; the model stays usable.
 
     Attributes:
         layer: module path of the expert layer, for example `model.layers.3.mlp.switch_mlp`.
@@ -58,8 +58,8 @@ class ExpertReadError(StreamError):
         tensor: name of the tensor in the checkpoint.
         file: the shard.
         offset: first byte that could not be read.
-        errno: the operating system's error number, or None where it reported none: at an
-            unexpected end of file, or where `reason` says more.
+        errno: the operating system's error number. None if it reported no error, for example at
+            an unexpected end of the file.
     """
 
     def __init__(
@@ -76,24 +76,25 @@ class ExpertReadError(StreamError):
         super().__init__(
             f"cannot read expert {expert} of {layer}: {reason} at byte {offset} of {file} "
             f"(tensor {tensor}). The expert's slot was left empty; the model can be used again "
-            "once the file is readable."
+            "once the file can be read."
         )
         self.layer, self.expert, self.tensor = layer, expert, tensor
         self.file, self.offset, self.errno = file, offset, errno
 
 
 class OtherThreadError(StreamError):
-    """Another thread has built a forward pass through the model and not evaluated it.
+    """Another thread has built a forward pass through the model and has not evaluated it.
 
-    Only that thread can; until it has, this one must not change the cache. Nothing has changed.
+    Only that thread can evaluate it. Until then this thread must not change the expert cache;
+    nothing has changed.
     """
 
 
 class RankError(StreamError):
-    """Something is wrong on another machine of a distributed run, or between two of them.
+    """Another rank of a distributed run failed, or was lost, or disagrees with this one.
 
     Attributes:
-        rank: the rank that it is about; -1 where MLX does not say which was lost.
+        rank: the rank at fault; -1 if MLX does not say which was lost.
     """
 
     def __init__(self, message: str, rank: int) -> None:

@@ -1,10 +1,14 @@
-"""Exchanging what calling one module, or one model's forward passes, does."""
+"""Replaces calls: of one module, of a model's forward passes, or of a library's functions.
+
+A replacement never affects other objects of the same class, or ends with its `with` block.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,19 +16,19 @@ import mlx.core as mx
 import mlx.nn as nn
 
 Check = Callable[[mx.array | None, Any], None]
-"""Looks at a forward pass: its token ids [B, T], or None for embeddings, and its caches or None."""
+"""Checks a pass before it runs, given its token ids [B, L] (None for embeddings) and its caches."""
 
 _EMBEDDINGS = "input_embeddings"
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One call of a model.
+    """One forward call of a model.
 
     Attributes:
-        model, kind: the model, and its class as mlx-lm has it.
-        names: the parameters of its call, in order.
-        given: what it was called with, by name. The first one are the tokens, [B, L].
+        model, kind: the model, and its original class.
+        names: names of the call's parameters, in order.
+        given: arguments by name. The first one holds the tokens, [B, L].
         sequences, tokens: B and L.
     """
 
@@ -36,20 +40,20 @@ class Pass:
     tokens: int
 
     def __call__(self) -> Any:
-        """Run it."""
+        """Run the pass and return its result."""
         return self.kind.__call__(self.model, **self.given)
 
     @property
     def caches(self) -> Any:
-        """The caches that it changes, one a layer; None where it was given none."""
+        """The caches that the pass changes, one for each layer; None if it was given none."""
         caches = self.given.get("cache")
         return None if not caches or any(c is None for c in caches) else caches
 
     @property
     def divisible(self) -> bool:
-        """Do its parts, one after the other, do what the whole does?
+        """Do consecutive parts of the pass compute the same as the whole?
 
-        They do if it is told nothing but its tokens and its caches: a mask, say, is for the whole.
+        They do if tokens and caches are the only arguments: a mask, for example, covers the whole.
         """
         known = {self.names[0], _EMBEDDINGS, "cache"}
         return bool(self.caches) and all(
@@ -57,7 +61,7 @@ class Pass:
         )
 
     def part(self, begin: int, end: int) -> Pass:
-        """The pass over its tokens `begin` to `end`."""
+        """The pass over tokens `begin` to `end - 1`."""
         given = dict(self.given)
         for name in (self.names[0], _EMBEDDINGS):
             if isinstance(given.get(name), mx.array):
@@ -69,16 +73,34 @@ Step = Callable[[Pass], Any]
 """Runs a forward pass and returns its result."""
 
 
-def intercept(module: nn.Module, call: Callable[..., Any], method: str = "__call__") -> None:
-    """Let calls of this module, and of no other of its class, go to `call`.
-
-    It gets a class of its own, derived from the one it had: no wrapper, so that every path in the
-    model stays what it is, and `isinstance` and the signature say what they said.
+@contextmanager
+def swapped(owner: Any, **values: Any) -> Iterator[None]:
+    """Replace attributes of a module within the `with` block; restore them after errors too.
 
     Args:
-        module: the one.
-        call: takes the module and what it is called with.
-        method: another one than calling the module.
+        owner: a module. It must have every attribute already.
+        values: replacements by attribute name.
+    """
+    before = {name: vars(owner)[name] for name in values}
+    try:
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+def intercept(module: nn.Module, call: Callable[..., Any], method: str = "__call__") -> None:
+    """Redirect calls of this module, and of no other of its class, to `call`.
+
+    The module gets a class of its own, derived from its old one. Without a wrapper, every path in
+    the model stays the same, and so do `isinstance` and the signature.
+
+    Args:
+        module: the module.
+        call: receives the module and the arguments of the call.
+        method: the method to redirect; calling the module by default.
     """
     kind: Any = type(module)
     own = {method: functools.wraps(getattr(kind, method))(call), "__module__": kind.__module__}
@@ -86,12 +108,12 @@ def intercept(module: nn.Module, call: Callable[..., Any], method: str = "__call
 
 
 def intercept_passes(model: nn.Module, step: Step, check: Check) -> None:
-    """Let a model's forward passes go through `step`.
+    """Redirect a model's forward passes to `step`.
 
     Args:
-        model: left alone unless its call takes a `cache`.
-        step: what runs them.
-        check: looks at each before, and raises where it must not run.
+        model: the model; it is left unchanged if its call takes no `cache`.
+        step: runs a pass.
+        check: called before each pass; raises if the pass must not run.
     """
     kind: Any = type(model)
     signature = inspect.signature(kind.__call__)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from mlx_streamexperts import ExpertStream, StreamConfig, demo_model, patch, stream
-from mlx_streamexperts._loading import load as patching
+from mlx_streamexperts._loading import patching
 from mlx_streamexperts._loading.discover import original_load_model
 
 QUIET = StreamConfig(progress=False, prefetch="off")
@@ -105,7 +105,7 @@ def streamed(checkpoint: Callable[..., Path]) -> Iterator[tuple[nn.Module, Exper
 def remove_patches() -> None:
     """Undo what an example or a snippet has installed for good, as users do."""
     for installed in list(patching._installed):
-        installed.remove()
+        patching.remove(installed)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -31,7 +31,7 @@ from mlx_streamexperts import (
     stream,
 )
 from mlx_streamexperts._distributed import watch
-from mlx_streamexperts._loading import on_ranks as joint
+from mlx_streamexperts._loading import on_ranks
 
 TOKENS, PREFILL = 20, 14
 SHARED = StreamConfig(progress=False, prefetch="off", pipeline=True)
@@ -105,10 +105,10 @@ def failures(folder: str, other: str) -> None:
         error_of(folder, cache="1MB", context_tokens=64 if second else 4096),
         error_of(folder, cache="1MB", split="7,2"),
     ]
-    libraries = joint.libraries
-    joint.libraries = lambda: libraries() | {"mlx-lm": "1.0" if second else "2.0"}
+    libraries = on_ranks.libraries
+    on_ranks.libraries = lambda: libraries() | {"mlx-lm": "1.0" if second else "2.0"}
     found.append(error_of(folder, cache="1MB"))
-    joint.libraries = libraries
+    on_ranks.libraries = libraries
     found.append(error_of(folder, cache="1MB"))
     found.append(str(stream(load_part(folder)).plan.memory))
     print(json.dumps(found))
@@ -150,7 +150,7 @@ def one_ends(victim: str, how: str) -> None:
     if how == "SIGSTOP":  # else longer than a loaded machine keeps a thread from running
         watch.SILENCE_SECONDS, watch.GRACE_SECONDS = 4.0, 1.0
     if how == "loading" and rank() == int(victim):
-        joint.locate = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+        on_ranks.discover = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
     original, steps = generate.stock.generate_step, 0
 
     def stepping(*args: Any, **kwargs: Any) -> Any:

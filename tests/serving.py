@@ -1,4 +1,4 @@
-"""A server in this process for a test, and requests to it."""
+"""Runs a server in this process for a test, and sends requests to it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mlx_streamexperts.server import _command as server
-from mlx_streamexperts.server._generation import Generator
+from mlx_streamexperts.server._generation import GenerationThread
 
 
 class Running:
-    """A server that answers, and its inside."""
+    """A running server, seen from outside (requests) and inside (`generator`)."""
 
-    def __init__(self, port: int, generator: Generator) -> None:
+    def __init__(self, port: int, generator: GenerationThread) -> None:
         self.port, self.generator = port, generator
         self.url = f"http://127.0.0.1:{port}"
 
@@ -62,7 +62,7 @@ class Running:
 
 
 def letters(folder: Path, words: int) -> Path:
-    """Give a checkpoint a tokenizer of characters; beyond ASCII come those from U+0434 on."""
+    """Give a checkpoint a tokenizer of single characters: ASCII, then U+0434 and following."""
     if not (folder / "tokenizer.json").exists():
         known = [chr(i) for i in range(32, 127)] + ["\n", "<eos>", "<unk>"]
         known += [f"<x{i}>" for i in range(len(known), min(words, 128))]
@@ -78,7 +78,7 @@ def letters(folder: Path, words: int) -> Path:
 
 @contextmanager
 def serving(*argv: str) -> Iterator[Running]:
-    """The command line at a free port, until the block ends; then everything must be gone."""
+    """Run the command at a free port until the block ends; then check that everything is gone."""
     begun: queue.Queue[Any] = queue.Queue()
 
     class Told(server.Server):
@@ -114,7 +114,7 @@ def serving(*argv: str) -> Iterator[Running]:
 
 
 def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    """Wait for something that must come."""
+    """Wait until a condition holds; fail if it does not in time."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come"

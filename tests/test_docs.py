@@ -36,7 +36,7 @@ from mlx_streamexperts._cache.expert_map import CacheStats
 from mlx_streamexperts._experts.slots import PrefetchStats
 from mlx_streamexperts._experts.speculative.runahead import RunAheadStats
 from mlx_streamexperts._io.reader import ReadStats
-from mlx_streamexperts.doctor import _command as doctor
+from mlx_streamexperts.doctor import _examination as examination
 
 RUN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 """Pages whose snippets run. Those of other pages are for other machines: only checked."""
@@ -45,9 +45,10 @@ CHECKED = [
     *sorted((ROOT / "benchmarks").glob("*.md")),
     *sorted((ROOT / "examples").rglob("*.md")),
     ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
 ]
 MEASURED = {
-    what: functools.cache(getattr(doctor, what))
+    what: functools.cache(getattr(examination, what))
     for what in ("memory_rate", "sync_seconds", "layer_seconds")
 }
 """What `doctor` measures, once for all snippets."""
@@ -73,10 +74,10 @@ def test_snippets_run(
     monkeypatch.setenv("STREAMEXPERTS_PROFILES", str(tmp_path / "profiles"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     # A second at each depth, anew at each call, is for figures that somebody reads.
-    quick = functools.partial(doctor.drive_rates, seconds=0.01)
-    monkeypatch.setattr(doctor, "drive_rates", quick)
+    quick = functools.partial(examination.drive_rates, seconds=0.01)
+    monkeypatch.setattr(examination, "drive_rates", quick)
     for what, measured in MEASURED.items():
-        monkeypatch.setattr(doctor, what, measured)
+        monkeypatch.setattr(examination, what, measured)
     page = Page({"demo": demo_model(), "original": original})
     try:
         for snippet in snippets(file):
@@ -130,6 +131,30 @@ def test_commands_and_options_named_in_the_text_are_there() -> None:
             if not placeholder and importlib.util.find_spec(program) is None:
                 unknown.append((name(file), program))
     assert not unknown
+
+
+def test_modules_and_members_that_the_pages_name_exist() -> None:
+    """Paths such as `_io/reader.py`, and members such as `Bank.free`."""
+    package = Path(mlx_streamexperts.__file__).parent
+    paths = [f"/{f.relative_to(ROOT)}" for f in ROOT.rglob("*.py") if ".venv" not in f.parts]
+    classes: dict[str, str] = {}
+    for file in package.rglob("*.py"):
+        text = file.read_text()
+        for start in re.finditer(r"^class (\w+)", text, re.M):
+            classes[start[1]] = re.split(r"^(?=\w)", text[start.end() :], maxsplit=1, flags=re.M)[0]
+    wrong = []
+    for page in [*RUN, *CHECKED]:
+        if page.name == "CHANGELOG.md":  # names of its time
+            continue
+        for text in inline_code(page):
+            if re.fullmatch(r"[a-z_][\w/]*/[a-z_]\w*\.py", text):
+                if not any(p.endswith("/" + text) for p in paths):
+                    wrong.append((name(page), text))
+            elif member := re.fullmatch(r"([A-Z]\w*[a-z]\w*)\.(\w+)(\(.*\))?", text):
+                body = classes.get(member[1], "")
+                if not re.search(rf"\b{member[2]}\b", body):
+                    wrong.append((name(page), text))
+    assert not wrong
 
 
 def test_the_readme_opens_with_the_two_commands() -> None:

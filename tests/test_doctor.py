@@ -1,4 +1,4 @@
-"""`doctor` tells from headers what a model needs; of a repository it fetches headers alone."""
+"""`doctor` judges a model from its headers; from a repository it fetches nothing else."""
 
 from __future__ import annotations
 
@@ -22,10 +22,25 @@ from mlx_streamexperts._analysis.measure import (
 )
 from mlx_streamexperts._io import hub
 from mlx_streamexperts.doctor import _command as doctor
+from mlx_streamexperts.doctor import examine
+from mlx_streamexperts.doctor._examination import DoesNotFit, Verdict
+
+
+def test_a_model_is_judged_before_it_is_loaded(checkpoint: Callable[..., Path]) -> None:
+    options = ["--model", str(checkpoint("qwen3_moe")), "--machine", "M4 Max 128 GB"]
+    parser = doctor.setup_arg_parser()
+    (verdict,) = examine(parser.parse_args([*options, "--memory", "400MB"])).machines
+    assert isinstance(verdict, Verdict)
+    assert verdict.plan.minimum < verdict.plan.memory == 400_000_000
+    speed = verdict.prediction.tokens_per_s
+    assert speed.low < speed.likely < speed.high
+    (verdict,) = examine(parser.parse_args([*options, "--memory", "1MB"])).machines
+    assert isinstance(verdict, DoesNotFit)
+    assert 1_000_000 < verdict.needed < 400_000_000
 
 
 class FakeHub:
-    """As much of `HfFileSystem` as is used, over a local folder; counts the bytes handed out."""
+    """The part of `HfFileSystem` that we use, over a local folder; counts the bytes read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.read_bytes = folder, 0

@@ -21,10 +21,10 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_streamexperts import StreamConfig, demo_model, stream
 from mlx_streamexperts._analysis.exactness import prefill_bound, prefill_difference
 from mlx_streamexperts._experts import cpu_streams as lanes
-from mlx_streamexperts._experts.cpu_streams import Lanes
+from mlx_streamexperts._experts.cpu_streams import CpuStreams
 from mlx_streamexperts._experts.layer import ExpertLayer
 from mlx_streamexperts._experts.split import RowRule
-from mlx_streamexperts._loading.discover import locate
+from mlx_streamexperts._loading.discover import discover
 
 HEADLINE = (
     "qwen3_moe", "qwen3_5_moe", "kimi_k25", "deepseek_v3", "gpt_oss", "mixtral", "nemotron_h",
@@ -150,7 +150,7 @@ def test_every_bit_width_in_every_group_size(bits: int, wide: None, tmp_path: Pa
     groups = {"gate_proj": 32, "up_proj": 64, "down_proj": 128}
     own = {part: {"bits": bits, "group_size": size} for part, size in groups.items()}
     folder = families.build("qwen3_moe", tmp_path, quantize=families.Quantize(per_projection=own))
-    stored = locate(folder, QUIET, {}).layers[0].tensors
+    stored = discover(folder, QUIET, {}).layers[0].tensors
     for part, size in groups.items():
         assert stored[f"{part}.weight"].slot.shape[-1] == WIDE * bits // 32
         assert stored[f"{part}.scales"].slot.shape[-1] == WIDE // size
@@ -169,7 +169,7 @@ def test_paths_of_one_model_quantized_differently(wide: None, tmp_path: Path) ->
     }
     quantize = families.Quantize(bits=3, group_size=32, per_projection=own)
     folder = families.build("qwen3_moe", tmp_path, quantize=quantize)
-    one, two = locate(folder, QUIET, {}).layers
+    one, two = discover(folder, QUIET, {}).layers
     assert one.expert_bytes != two.expert_bytes
     compare(folder, steps=12, shares=(0.0, 0.4))
 
@@ -181,7 +181,7 @@ def test_nvfp4_with_a_scale_for_each_expert(
     if ON_CPU:  # its kernels do not take the scale; which is a factor of each row's result
         monkeypatch.setattr(mx, "gather_qmm", scaled_afterwards(mx.gather_qmm))
     folder = checkpoint("qwen3_moe", quantize=families.GLOBAL_SCALE)
-    for layer in locate(folder, QUIET, {}).layers:
+    for layer in discover(folder, QUIET, {}).layers:
         scale = layer.tensors["up_proj.global_scale"]
         assert (scale.slot.shape, scale.stored.row_bytes) == ((), 4)
     compare(folder, steps=30, shares=(0.0, 0.5, 1.0))
@@ -216,7 +216,7 @@ def rows_of_calls(layers: Sequence[ExpertLayer], rule: RowRule) -> list[int]:
     """Have layers follow a rule, and note how many rows each of their kernel calls has."""
     rows: list[int] = []
     for layer in layers:
-        layer._rows, layer._lanes = rule, Lanes(1)  # as on a GPU
+        layer._rows, layer._cpu_streams = rule, CpuStreams(1)  # as on a GPU
 
         def counted(
             x: mx.array, slots: mx.array, run: Callable[..., mx.array] = layer.switch

@@ -19,7 +19,7 @@ from conftest import remove_patches
 from snippets import ROOT
 
 from mlx_streamexperts import demo_model
-from mlx_streamexperts._loading import load as patching
+from mlx_streamexperts._loading import patching
 
 EXAMPLES = ROOT / "examples"
 

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from mlx_streamexperts import CheckpointError, StreamConfig, StreamError, load, plan
 from mlx_streamexperts._experts.trace import read_trace
 from mlx_streamexperts._io.checkpoint import INDEX, read_checkpoint, read_header
-from mlx_streamexperts._loading.discover import locate
+from mlx_streamexperts._loading.discover import discover
 from mlx_streamexperts.convert import _command as convert
 from mlx_streamexperts.doctor import _command as doctor
 
@@ -43,7 +43,7 @@ def change(file: Path, **values: Any) -> None:
 
 def planned(folder: Path) -> None:
     settings = StreamConfig(memory="2GB")
-    locate(folder, settings, {}).plan(settings)
+    discover(folder, settings, {}).plan(settings)
 
 
 # config.json

@@ -1,4 +1,4 @@
-"""The layout: which modules may import which, what is public, and which commands there are."""
+"""The layout: which modules may import which, which names are public, which commands exist."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from mlx_streamexperts._cli.commands import COMMANDS
 
 PACKAGE = Path(mlx_streamexperts.__file__).parent
 
-# A module imports from its own group and from groups above it in this list. Commands import each
-# other never.
+# A module may import from its own group and from the groups above it in this list. A command may
+# import from all of them, but never from another command.
 LAYERS = (
     "_errors _osinfo _hooks _listeners _closing _progress",
     "_io",
@@ -30,11 +30,11 @@ LAYERS = (
     "_cli",
 )
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
-MOVED = {"predict", "trace"}  # old names of modules, kept for imports
+MOVED = {"predict", "trace"}  # modules kept under their old names for imports
 
 
 def imports(package: Path) -> dict[str, set[str]]:
-    """Modules of a package, and which others of it each imports, wherever the line stands."""
+    """Each module of a package, with those that it imports anywhere in its file."""
     files = {}
     for file in sorted(package.rglob("*.py")):
         *parts, last = file.relative_to(package).with_suffix("").parts
@@ -52,25 +52,25 @@ def imports(package: Path) -> dict[str, set[str]]:
                 for alias in node.names:
                     name = ".".join([*base, alias.name])
                     found[module].add(name if name in files else ".".join(base))
-            elif isinstance(node, ast.Import):  # within the package imports are relative
+            elif isinstance(node, ast.Import):  # the package uses relative imports
                 assert not any(a.name.startswith("mlx_streamexperts") for a in node.names), file
         found[module] -= {module, ""}
     return found
 
 
 def faults(graph: dict[str, set[str]]) -> list[str]:
-    """Imports against the order, between commands, and in circles."""
+    """Imports that go up the list, from one command to another, or in a circle."""
     top = len(LAYERS)
     bad = []
     for module, used in graph.items():
         if not module:
-            continue  # the package itself: the whole public API
+            continue  # `mlx_streamexperts` itself imports the whole public API
         group = module.partition(".")[0]
         rank = RANKS.get(group, top)
         for other in sorted(used):
             of = other.partition(".")[0]
             if RANKS.get(of, top) > rank:
-                bad.append(f"{module} imports {other}, which is above it")
+                bad.append(f"{module} imports {other}, which is later in LAYERS")
             elif RANKS.get(of, top) == rank == top and of != group:
                 bad.append(f"{module} imports {other}, another command")
     done: set[str] = set()
@@ -88,14 +88,14 @@ def faults(graph: dict[str, set[str]]) -> list[str]:
     return bad
 
 
-def test_modules_import_only_what_is_below_them() -> None:
+def test_modules_import_only_from_earlier_layers() -> None:
     assert not faults(imports(PACKAGE))
 
 
 @pytest.mark.parametrize(
     ("module", "line", "complaint"),
     [
-        ("_io/reader", "from .._experts.layer import ExpertLayer", "which is above it"),
+        ("_io/reader", "from .._experts.layer import ExpertLayer", "which is later in LAYERS"),
         ("chat", "from .generate import main", "another command"),
         (
             "_cache/policies",
@@ -103,10 +103,14 @@ def test_modules_import_only_what_is_below_them() -> None:
             "    from .expert_map import ExpertCache",
             "a circle: _cache.expert_map -> _cache.policies -> _cache.expert_map",
         ),
-        ("_io/files", "def f():\n    from .._config import StreamConfig", "which is above it"),
+        (
+            "_io/files",
+            "def f():\n    from .._config import StreamConfig",
+            "which is later in LAYERS",
+        ),
     ],
 )
-def test_a_planted_import_is_found(module: str, line: str, complaint: str, tmp_path: Path) -> None:
+def test_a_planted_fault_is_found(module: str, line: str, complaint: str, tmp_path: Path) -> None:
     for file in PACKAGE.rglob("*.py"):
         copy = tmp_path / file.relative_to(PACKAGE)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -116,14 +120,16 @@ def test_a_planted_import_is_found(module: str, line: str, complaint: str, tmp_p
     assert any(complaint in fault for fault in faults(imports(tmp_path)))
 
 
-def test_the_package_shows_its_public_names_alone() -> None:
-    importlib.import_module("mlx_streamexperts.generate")  # commands do not appear by being used
+def test_dir_shows_only_public_names() -> None:
+    importlib.import_module(
+        "mlx_streamexperts.generate"
+    )  # importing a command must not add it to dir()
     assert sorted(dir(mlx_streamexperts)) == sorted([*mlx_streamexperts.__all__, "__version__"])
     assert all(hasattr(mlx_streamexperts, name) for name in dir(mlx_streamexperts))
 
 
-def test_what_has_no_underscore_is_a_command() -> None:
-    """Private modules look private: one sees from its path what a user may import or run."""
+def test_only_commands_have_no_underscore() -> None:
+    """A path shows whether users may import or run a module: private ones have an underscore."""
     public = {
         path.stem
         for path in PACKAGE.iterdir()
@@ -137,14 +143,14 @@ def test_what_has_no_underscore_is_a_command() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_says_what_it_does(command: str) -> None:
+def test_every_command_has_a_main_a_parser_and_a_description(command: str) -> None:
     module = importlib.import_module(f"mlx_streamexperts.{command}")
     assert callable(module.main)
     assert callable(module.setup_arg_parser)
-    assert len(COMMANDS[command]) < 75  # one line of `streamexperts --help`
+    assert len(COMMANDS[command]) < 75  # fits a line of `streamexperts --help`
 
 
-def test_commands_that_are_packages_run_as_modules() -> None:
+def test_command_packages_run_with_python_m() -> None:
     for command in COMMANDS:
         if (PACKAGE / command).is_dir():
             line = [sys.executable, "-W", "error::RuntimeWarning", "-m"]

@@ -115,7 +115,7 @@ def test_a_reply_that_a_stop_string_ended_can_be_gone_on_with(running: Running, 
     status, answer = running.post({"prompt": prompt, "max_tokens": 9, "stop": stop})
     assert status == 200
     reply = answer["choices"][0]["text"]
-    until(lambda: not running.generator.room.active)
+    until(lambda: not running.generator.admission.running)
     status, answer = running.post({"prompt": prompt + reply + " And", "max_tokens": 1})
     tokens = len(running.generator.model_provider.tokenizer.encode(prompt))
     assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] >= tokens

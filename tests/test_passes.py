@@ -1,8 +1,4 @@
-"""Passes longer than planned are taken in parts; what was not planned the expert cache gives.
-
->>> model(tokens[1, 700], cache)     # planned: 256 tokens a pass
-    runs 256, 256 and 188 tokens, and returns the logits of all 700
-"""
+"""Passes longer than planned run in chunks; the expert cache gives up slots for unplanned ones."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +31,9 @@ from mlx_streamexperts import (
     stream,
 )
 from mlx_streamexperts._loading.discover import SWITCHES
+from mlx_streamexperts._memory import budget, passes
 from mlx_streamexperts._memory.budget import Plan, check_device
-from mlx_streamexperts._memory.footprint import measure
+from mlx_streamexperts._memory.model_graph import measure
 from mlx_streamexperts._memory.passes import Passes, context, is_quantized
 from mlx_streamexperts._osinfo import DeviceLimit, apple_limit
 
@@ -47,13 +45,13 @@ MB = 10**6
 def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int, int]]]:
     """Of each pass that runs: sequences, tokens, and tokens before it."""
     seen: list[tuple[int, int, int]] = []
-    original = Passes._one
+    original = Passes._run_one
 
-    def one(self: Passes, part: Any, past: int) -> Any:
-        seen.append((part.sequences, part.tokens, past))
-        return original(self, part, past)
+    def one(self: Passes, one: Any, past: int, *rest: Any) -> Any:
+        seen.append((one.sequences, one.tokens, past))
+        return original(self, one, past, *rest)
 
-    monkeypatch.setattr(Passes, "_one", one)
+    monkeypatch.setattr(Passes, "_run_one", one)
     yield seen
 
 
@@ -64,6 +62,18 @@ def short_passes(folder: Path, tokens: int) -> tuple[nn.Module, ExpertStream]:
     expert_stream = stream(model)
     expert_stream.resize(all_experts(expert_stream) // 3)
     return model, expert_stream
+
+
+def test_a_long_prompt_runs_in_planned_chunks(
+    checkpoint: Callable[..., Path], parts: list[tuple[int, int, int]]
+) -> None:
+    model, expert_stream = short_passes(checkpoint("qwen3_moe"), tokens=64)
+    cache = make_prompt_cache(model)
+    logits = model(mx.array([TOKENS[:150]]), cache=cache)
+    assert parts == [(1, 64, 0), (1, 64, 64), (1, 22, 128)]  # sequences, tokens, tokens before
+    assert logits.shape == (1, 150, families.VOCAB)
+    assert context(cache) == 150
+    expert_stream.close()
 
 
 FAMILIES = ("qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next", "llama4", "jamba", "kimi_k25")
@@ -122,6 +132,27 @@ def test_every_caller_of_mlx_lm(
     got = together(model, 2048)
     assert max(b * n for b, n, _ in parts if n > 1) <= 48
     assert got == together(stock, 16)
+    expert_stream.close()
+
+
+def test_the_caches_of_a_divided_pass_are_examined_once(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, expert_stream = short_passes(checkpoint("qwen3_moe"), 64)
+    calls: list[str] = []
+
+    def counted(original: Callable[..., Any], *args: Any) -> Any:
+        calls.append(original.__name__)
+        return original(*args)
+
+    for original in (passes.is_quantized, passes.allocated):
+        monkeypatch.setattr(passes, original.__name__, partial(counted, original))
+    caches = make_prompt_cache(model)
+    model(mx.array([TOKENS[:150]]), cache=caches)
+    assert calls == ["is_quantized"] + ["allocated"] * 4  # the whole, and each of three chunks
+    calls.clear()
+    model(mx.array([TOKENS[:1]]), cache=caches)
+    assert calls == ["is_quantized", "allocated"]
     expert_stream.close()
 
 
@@ -272,7 +303,7 @@ def test_on_metal_a_pass_is_bounded_by_its_keys(
 ) -> None:
     large = replace(planned, prefill_tokens=4096, work=1 << 50)
     assert large.next_pass(4096, past=100_000) == 4096
-    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(budget, "on_metal", lambda: True)
     tokens = large.next_pass(4096, past=100_000)
     assert 1000 < tokens < (1 << 27) // 100_000
     assert large.next_pass(4096, past=1000) == 4096

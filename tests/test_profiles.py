@@ -21,7 +21,7 @@ from conftest import QUIET, assert_same
 from mlx_streamexperts import StreamConfig, StreamError, demo_model, generate, load, patch, plan
 from mlx_streamexperts import stream as stream_of
 from mlx_streamexperts._config import TUNED
-from mlx_streamexperts._loading.discover import locate
+from mlx_streamexperts._loading.discover import discover
 from mlx_streamexperts._loading.profiles import (
     CACHE_SHARE,
     Place,
@@ -45,7 +45,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def place(config: StreamConfig = CONFIG) -> Place:
-    return place_of(locate(DEMO, config, {}).layers, config)
+    return place_of(discover(DEMO, config, {}).layers, config)
 
 
 def save(

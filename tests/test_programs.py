@@ -30,7 +30,7 @@ from mlx_streamexperts import (
 )
 from mlx_streamexperts import __main__ as entry
 from mlx_streamexperts._cli.commands import COMMANDS
-from mlx_streamexperts._cli.summary import Timing, rows, summary
+from mlx_streamexperts._cli.summary import Timing, rows
 from mlx_streamexperts._cli.terminal import print_rows
 
 DEMO = str(demo_model())
@@ -241,13 +241,11 @@ def test_generate_main_of_mlx_lm_inside_a_patch(capsys: Capture, monkeypatch: Pa
         assert patched.streams[0].stats().cache.misses > 0
 
 
-def test_streamexperts_runs_its_commands(capsys: Capture, monkeypatch: Patch) -> None:
-    known = COMMANDS
+def test_streamexperts_dispatches_to_whatever_is_there(capsys: Capture, monkeypatch: Patch) -> None:
     for arguments in ([], ["--help"]):
         assert entry.main(arguments) == 0
         text = capsys.readouterr().out
-        assert all(f"  {name} " in text for name in known)
-    assert all(known.values())  # each says what it is for
+        assert all(f"  {name} " in text for name in COMMANDS)
     assert entry.main(["--version"]) == 0
     assert capsys.readouterr().out == f"mlx-streamexperts {__version__}\n"
     assert entry.main(["gnerate"]) == 2
@@ -295,6 +293,6 @@ def test_the_summary_tells_drafts_and_reads_per_token() -> None:
             "6 of 11 tokens were drafted and accepted; 4.5 experts, 100 kB read per token after "
             "the first"
         )
-        assert summary(expert_stream, Timing()).startswith("Experts: ")
+        assert rows([expert_stream], Timing())[0][0] == "Experts"
         both = [label for label, _ in rows([expert_stream, expert_stream], Timing())]
         assert both.count("Experts (second model)") == 1

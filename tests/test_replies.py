@@ -1,4 +1,4 @@
-"""Text up to a stop string, and the tokens of it, however the text is cut into pieces."""
+"""Replies end at stop strings and name their tokens, however the text is cut into pieces."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mlx_streamexperts.server._replies import (
     Piece,
     Reply,
     StopText,
-    TokenNames,
+    TokenLogprobs,
     completion_logprobs,
 )
 
@@ -159,7 +159,7 @@ def test_a_token_keeps_the_space_before_it() -> None:
         def decode(self, ids: list[int]) -> str:
             return "".join(f" {i}" for i in ids).removeprefix(" ")
 
-    names = TokenNames(Trimming())
+    names = TokenLogprobs(Trimming())
     names.add(SimpleNamespace(token=5, logprob=-1.0, top_tokens=()), 1)
     assert [e["token"] for e in names.rest(None)] == [" 5"]
 

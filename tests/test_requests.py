@@ -1,4 +1,4 @@
-"""Every field of a request with values that it must not have: 400, by name, and no harm done."""
+"""Each field of a request with bad values: status 400 names the field, other requests go on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 from serving import Running, serving, until
 
-from mlx_streamexperts.server._generation import sound_random_state, stock
+from mlx_streamexperts.server._generation import restore_random_state, stock
 from mlx_streamexperts.server._request_checks import CHAT_FIELDS, NO_EFFECT, TEXT_FIELDS
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -257,9 +257,9 @@ def test_after_a_failed_batch_random_numbers_are_there_again(
             assert running.post(SAMPLED)[0] == 200
 
 
-def test_a_sound_random_state_is_left_as_it_is() -> None:
+def test_a_restore_random_state_is_left_as_it_is() -> None:
     mx.random.seed(3)
     expected = mx.random.uniform(shape=(4,)).tolist()
     mx.random.seed(3)
-    sound_random_state()
+    restore_random_state()
     assert mx.random.uniform(shape=(4,)).tolist() == expected

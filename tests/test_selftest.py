@@ -1,4 +1,4 @@
-"""The self-test passes here, and fails, with the right advice, whatever fault is put into it."""
+"""The self-test passes here; with a fault injected it fails and gives the right advice."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mlx_streamexperts._analysis import exactness
+from mlx_streamexperts._config import from_arguments
 from mlx_streamexperts._experts import bank
 from mlx_streamexperts._experts.slots import ExpertSlots
 from mlx_streamexperts._experts.speculative.slot_tables import SlotTables
@@ -30,7 +31,7 @@ NO_OPTION = "no option avoids it"
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: Patch) -> None:
-    """A tenth of the effort, and no verdict of a device that was broken on purpose kept."""
+    """A tenth of the effort; forget the verdict about a device that was broken on purpose."""
     effort = selfchecks.Effort(
         steps=4, shares=(1.0, 0.25), schedules=4, prompt=24, rounds=3, ranges=5, hidden=128
     )
@@ -39,7 +40,7 @@ def _quick(monkeypatch: Patch) -> None:
 
 
 def only(monkeypatch: Patch, part: str) -> None:
-    """Run no other checks than the first whose name has this part."""
+    """Run only the first check whose name contains this."""
     every = selftest.list_checks
 
     def some(*args: Any) -> list[selftest.Check]:
@@ -73,7 +74,7 @@ def test_what_an_option_turns_off_is_not_checked(
     options: list[str], gone: list[str], tmp_path: Path
 ) -> None:
     args = doctor.setup_arg_parser().parse_args(options)
-    config = doctor.from_arguments(args)
+    config = from_arguments(args)
     checks = selftest.list_checks(selfchecks.Lab(tmp_path), config)
     assert len(checks) >= 8
     for check in checks:

@@ -1,4 +1,4 @@
-"""The server, asked as its users ask it: with OpenAI's client. Same text as mlx-lm's own."""
+"""The server through OpenAI's client: its replies are mlx-lm's own, whoever asks at once."""
 
 from __future__ import annotations
 
@@ -46,6 +46,18 @@ def expected(original: tuple[Any, Any]) -> dict[str, str]:
 def running(expected: dict[str, str]) -> Iterator[Running]:
     with serving("--cache", "10MB", "--chat-template", TEMPLATE) as running:
         yield running
+
+
+def test_a_reply_is_the_one_of_mlx_lm_with_everything_loaded(
+    running: Running, expected: dict[str, str]
+) -> None:
+    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none")
+    prompt, text = next(iter(expected.items()))
+    reply = client.completions.create(model="demo", prompt=prompt, max_tokens=LENGTH)
+    assert reply.choices[0].text == text
+    experts = running.figures()["experts"]  # /live.json
+    assert experts["resident_share"] < 0.3  # most experts were not in memory
+    assert experts["read"]["bytes"] > 0
 
 
 def test_every_option_of_mlx_lm_and_every_streaming_option_is_there() -> None:
@@ -232,7 +244,7 @@ def assert_all_stops(running: Running, before: dict) -> None:
     until(lambda: running.figures()["traffic"]["active"] == 0)
     reads = running.figures()["experts"]["read"]["bytes"]
     assert running.text("Anarchists argue", 2) == text
-    until(lambda: not running.generator.room.active)
+    until(lambda: not running.generator.admission.running)
     # Two requests of one prompt later only their own tokens have read.
     assert running.figures()["experts"]["read"]["bytes"] - reads < 60e6
 
@@ -287,15 +299,15 @@ def test_metrics_are_the_streams_own(running: Running) -> None:
     }
     expert_stream = running.generator.model_provider.expert_stream
     assert expert_stream is not None
-    stats, traffic = expert_stream.stats(), running.generator.traffic.stats()
+    stats, counts = expert_stream.stats(), running.generator.counters.stats()
     assert samples["read_bytes_total",] == stats.read.bytes > 0
     assert samples["reads_total",] == stats.read.reads
     assert samples["expert_hits_total",] == stats.cache.hits > 0
     assert samples["expert_misses_total", "capacity"] == stats.cache.capacity
     for layer, rate in stats.layer_hit_rates.items():
         assert samples["layer_hit_rate", layer] == rate
-    assert samples["generated_tokens_total",] == traffic.tokens > 0
-    assert samples["requests_total", "completed"] == traffic.requests["completed"] > 0
+    assert samples["generated_tokens_total",] == counts.tokens > 0
+    assert samples["requests_total", "completed"] == counts.requests["completed"] > 0
     answered = samples["time_to_first_token_seconds_count",]
     assert answered == samples["time_to_first_token_seconds_bucket", "+Inf"] > 0
     assert samples["memory_bytes", "expert_cache"] == expert_stream.plan.cache

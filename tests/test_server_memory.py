@@ -1,4 +1,4 @@
-"""What a server holds in memory, and how it begins and ends."""
+"""A server's memory under load, and how it starts and stops."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from serving import serving
 
 from mlx_streamexperts import StreamConfig, demo_model, plan
 from mlx_streamexperts.server import _command as server
-from mlx_streamexperts.server._generation import Provider, stock
-from mlx_streamexperts.server._kv_admission import Room
+from mlx_streamexperts.server._generation import stock
+from mlx_streamexperts.server._kv_admission import KVAdmission
+from mlx_streamexperts.server._models import ModelProvider
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose KV cache is most of its memory: 64 kB a token."""
+    """A model that needs most of its memory for the KV cache: 64 kB per token."""
     folder = tmp_path_factory.mktemp("wide")
     changes = {"vocab_size": 12288, "num_hidden_layers": 4, "head_dim": 128}
     changes |= {"num_attention_heads": 16, "num_key_value_heads": 16}
@@ -39,8 +40,13 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def admit_everything(admission: KVAdmission, tokens: int) -> bool:
+    admission.pending = tokens
+    return True
+
+
 def test_memory_holds_under_load(wide: Path) -> None:
-    """With as little as works: 33 MB of KV cache, where eight requests at once would take 134."""
+    """At the smallest budget: 33 MB of KV cache, while eight requests at once would take 134 MB."""
     config = StreamConfig(memory="2GB", context_tokens=512, prefill_tokens=64)
     memory = plan(str(wide), config=config).minimum
     limits = ["--context-tokens", "512", "--prefill-tokens", "64"]
@@ -50,7 +56,7 @@ def test_memory_holds_under_load(wide: Path) -> None:
         gc.collect()
         base = mx.get_active_memory()
         with (
-            nullcontext() if bounded else mock.patch.object(Room, "admits", lambda *_: True),
+            nullcontext() if bounded else mock.patch.object(KVAdmission, "admit", admit_everything),
             serving("--model", str(wide), "--memory", str(memory), *limits) as running,
         ):
             mx.reset_peak_memory()
@@ -61,8 +67,8 @@ def test_memory_holds_under_load(wide: Path) -> None:
             peaks.append(mx.get_peak_memory() - base)
             if bounded:
                 assert texts[0] == [running.text(p, 4) for p in prompts]
-                room = running.generator.room
-                assert running.generator.prompt_cache.nbytes <= room.kept_bytes()
+                budget = running.generator.admission.prompt_cache_budget()
+                assert running.generator.prompt_cache.nbytes <= budget
     # Were all of them admitted at once, passes that do not fit would be refused, not run.
     assert len(texts[1]) < len(texts[0])
     assert max(peaks) <= memory
@@ -89,14 +95,14 @@ def test_a_second_model_takes_the_place_of_the_first(
     wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peaks: list[int] = []
-    original = Provider._load
+    original = ModelProvider._load
 
     def measured(*args: object) -> None:
         mx.reset_peak_memory()
         original(*args)  # type: ignore[arg-type]
         peaks.append(mx.get_peak_memory() - base)
 
-    monkeypatch.setattr(Provider, "_load", measured)
+    monkeypatch.setattr(ModelProvider, "_load", measured)
     twin = tmp_path / "twin"
     twin.mkdir()
     for file in wide.iterdir():

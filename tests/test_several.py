@@ -25,7 +25,7 @@ from mlx_streamexperts import (
     plan,
     stream,
 )
-from mlx_streamexperts._memory import process_memory as accounts
+from mlx_streamexperts._memory import process_memory
 
 DEMO = str(demo_model())
 ROOM = replace(QUIET, context_tokens=256, prefill_tokens=64)
@@ -42,12 +42,12 @@ def test_the_second_model_gets_what_the_first_one_left() -> None:
     stock, tokenizer = mlx_lm.load(DEMO)
     expected = reply(stock, tokenizer)
     del stock
-    others, active = accounts.held(), mx.get_active_memory()
+    others, active = process_memory.held_bytes(), mx.get_active_memory()
     memory = others + 75 * MB
     first, _ = load(DEMO, memory=memory, config=replace(ROOM, reserve=35 * MB))
     second, _ = load(DEMO, memory=memory, config=ROOM)
     plans = stream(first).plan, stream(second).plan
-    assert accounts.held() - others <= 75 * MB
+    assert process_memory.held_bytes() - others <= 75 * MB
     assert plans[0].trunk + plans[0].cache + plans[0].kv + plans[0].work <= 40 * MB
     assert min(p.cache for p in plans) > 0
     mx.reset_peak_memory()
@@ -59,25 +59,29 @@ def test_the_second_model_gets_what_the_first_one_left() -> None:
 
 
 def test_without_a_reserve_the_error_says_what_to_do(checkpoint: Callable[..., Path]) -> None:
-    first, _ = load(DEMO, memory=accounts.held() + 40 * MB, config=ROOM)
+    first, _ = load(DEMO, memory=process_memory.held_bytes() + 40 * MB, config=ROOM)
     with pytest.raises(BudgetError, match=r"other streamed models.*reserve") as e:
         load(DEMO, memory=40 * MB, config=ROOM)
     assert e.value.needed_bytes > 40 * MB
     assert plan(DEMO, 40 * MB, config=ROOM).cache > 0  # says what a model takes by itself
     second, _ = load(DEMO, memory=e.value.needed_bytes, config=ROOM)
-    held = accounts.held()
+    held = process_memory.held_bytes()
     stream(second).close()  # its trunk stays until the model goes
-    assert held - stream(second).plan.cache > accounts.held() > held - stream(second).plan.minimum
+    assert (
+        held - stream(second).plan.cache
+        > process_memory.held_bytes()
+        > held - stream(second).plan.minimum
+    )
     del second
-    assert accounts.held() <= held - stream(first).plan.trunk
-    before = accounts.held()
+    assert process_memory.held_bytes() <= held - stream(first).plan.trunk
+    before = process_memory.held_bytes()
     stream(first).resize(3 * MB)
-    assert accounts.held() < before
+    assert process_memory.held_bytes() < before
 
 
 def test_resizing_keeps_the_promise() -> None:
     """With the other model's share, and up to the last byte."""
-    memory = accounts.held() + 75 * MB
+    memory = process_memory.held_bytes() + 75 * MB
     one, _ = load(DEMO, memory=memory, config=replace(ROOM, reserve=35 * MB))
     other, _ = load(DEMO, memory=memory, config=ROOM)
     first, second = stream(one), stream(other)
@@ -91,30 +95,30 @@ def test_resizing_keeps_the_promise() -> None:
     second.resize(whole + 5 * MB)
     with pytest.raises(BudgetError):
         first.resize(first.plan.cache + 10 * MB)
-    assert accounts.held() <= memory
+    assert process_memory.held_bytes() <= memory
 
 
 def test_a_model_that_nobody_can_reach_holds_nothing() -> None:
-    before = accounts.held()
+    before = process_memory.held_bytes()
     model, _ = load(DEMO, cache="10MB", config=ROOM)
     model.itself = [model]  # only the garbage collector finds out
     gc.disable()
     try:
-        assert accounts.held() > before
+        assert process_memory.held_bytes() > before
         del model
-        assert accounts.held() == before
+        assert process_memory.held_bytes() == before
     finally:
         gc.enable()
 
 
 def test_a_patch_gives_its_reserve_to_its_later_models() -> None:
     """Such as a draft model with experts: both stream, within the promise."""
-    others = accounts.held()
+    others = process_memory.held_bytes()
     config = replace(ROOM, memory=others + 75 * MB, reserve=35 * MB)
     with patch(config=config) as patched:
         models = [mlx_lm.load(DEMO)[0] for _ in range(2)]
         assert len(patched.streams) == 2
-        assert accounts.held() - others <= 75 * MB
+        assert process_memory.held_bytes() - others <= 75 * MB
         with pytest.raises(BudgetError):
             mlx_lm.load(DEMO)
         models.clear()
@@ -124,7 +128,7 @@ def test_a_patch_gives_its_reserve_to_its_later_models() -> None:
 
 def test_a_draft_model_with_experts_shares_the_promise(capsys: pytest.CaptureFixture[str]) -> None:
     gc.collect()
-    others, active = accounts.held(), mx.get_active_memory()
+    others, active = process_memory.held_bytes(), mx.get_active_memory()
     text = []
     mx.reset_peak_memory()
     for draft in ([], ["--draft-model", DEMO]):
@@ -143,7 +147,7 @@ def test_a_draft_model_with_experts_shares_the_promise(capsys: pytest.CaptureFix
 def test_freed_buffers_stay_limited_until_the_last_stream_closes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(accounts, "_limits", {})  # whatever other tests left open
+    monkeypatch.setattr(process_memory, "_limits", {})  # whatever other tests left open
     free = mx.set_cache_limit(1 << 40)
     try:
         models = [load(DEMO, cache="10MB", config=ROOM)[0] for _ in range(2)]

@@ -64,7 +64,7 @@ def test_mixed_requests_are_exact_within_the_promise_and_leave_nothing_behind(
         promised = figures["memory"]["budget"]
         assert mx.get_peak_memory() - base <= promised == 46_000_000
         assert figures["experts"]["cache"]["evictions"] > 0  # the budget was tight
-        until(lambda: not running.generator.room.active)  # replies are sent before
+        until(lambda: not running.generator.admission.running)  # replies are sent before
         until(lambda: all(c.ended for c in running.generator._replies.values()))
     gc.collect()
     mx.clear_cache()

@@ -32,11 +32,11 @@ from mlx_streamexperts._config import add_arguments, from_arguments
 from mlx_streamexperts._experts import packed_store as store
 from mlx_streamexperts._experts.layer import ExpertLayer
 from mlx_streamexperts._experts.stream import expert_files
-from mlx_streamexperts._loading.discover import locate
+from mlx_streamexperts._loading.discover import discover
 
 
 def layers_of(folder: Path) -> list[ExpertLayer]:
-    return locate(folder, StreamConfig(), {}).layers
+    return discover(folder, StreamConfig(), {}).layers
 
 
 def pack_into(checkpoint: Path, out: Path) -> Path:
@@ -227,8 +227,8 @@ import os, sys
 from pathlib import Path
 from mlx_streamexperts import StreamConfig
 from mlx_streamexperts._experts import packed_store as store
-from mlx_streamexperts._loading.discover import locate
-layers = locate(Path(sys.argv[1]), StreamConfig(), {}).layers
+from mlx_streamexperts._loading.discover import discover
+layers = discover(Path(sys.argv[1]), StreamConfig(), {}).layers
 for i, _ in enumerate(store.write_store(layers, Path(sys.argv[2]))):
     if i == layers[0].experts + 2:
         os.kill(os.getpid(), 9)

@@ -1,4 +1,4 @@
-"""What the server refuses, and that nothing that a request says harms it."""
+"""The HTTP layer: bad requests get an error that names the fault, and harm no other request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from serving import Running, serving, until
 
 from mlx_streamexperts import demo_model
 from mlx_streamexperts.server import _command as server
-from mlx_streamexperts.server import _web as web
+from mlx_streamexperts.server import _http as web
 
 KEY = "open sesame"
 
@@ -29,7 +29,7 @@ def running() -> Iterator[Running]:
 
 @pytest.fixture(autouse=True)
 def unharmed(running: Running) -> Iterator[None]:
-    """Whatever a test sends: the next request is answered."""
+    """Whatever a test sends, the next request is answered."""
     yield
     assert running.text("NAME", 1)
     assert running.request("GET", "/health")[0] == 200
@@ -61,7 +61,7 @@ def unharmed(running: Running) -> Iterator[None]:
         ({"prompt": "a", "top_p": 2}, 400, "top_p"),
         ({"prompt": "a", "stream": "yes"}, 400, "stream"),
         ({"prompt": "a", "stream_options": 5}, 400, "stream_options"),
-        # Each of these ends mlx-lm's generation thread, and with it its server, when let through.
+        # Each of these would end mlx-lm's generation thread, and with it the server.
         ({"prompt": "a", "stop": 5}, 400, "stop"),
         ({"prompt": "a", "stop": [5]}, 400, "stop"),
         ({"prompt": "a", "stop": [""]}, 400, "stop"),
@@ -152,7 +152,7 @@ def test_lengths_that_are_none(running: Running, length: str | None) -> None:
 
 
 def raw(running: Running, *sent: bytes) -> bytes:
-    """All that comes back for some bytes."""
+    """Send some bytes; returns everything that comes back."""
     with socket.create_connection(("127.0.0.1", running.port), 20) as connection:
         received = b""
         try:
@@ -190,7 +190,7 @@ def test_headers_that_two_servers_may_read_differently(
 
 
 def test_a_connection_is_for_one_request(running: Running) -> None:
-    """What follows a body is never read as a request: there is nothing to smuggle into."""
+    """Bytes after a body are never read as a request, so no request can be smuggled in."""
     head = b"Connection: keep-alive\r\nContent-Length: 35\r\n\r\n"
     answer = raw(running, POST + head + BODY + b"GET /live.json HTTP/1.1\r\n\r\n")
     assert answer.count(b"HTTP/1.0 ") == 1
@@ -328,7 +328,7 @@ def test_more_connections_than_there_may_be_are_told_so(monkeypatch: pytest.Monk
         def handle(self) -> None:
             self.rfile.read(1)
 
-    monkeypatch.setattr(server, "MOST_CONNECTIONS", 3)
+    monkeypatch.setattr(server.Server, "connections", 3)
     with server.Server(("127.0.0.1", 0), Waiting) as httpd:
         for _ in range(2):  # and a place that was left is free again
             clients = [socket.create_connection(httpd.server_address, 20) for _ in range(4)]
@@ -409,7 +409,7 @@ def test_how_a_key_is_compared(running: Running, monkeypatch: pytest.MonkeyPatch
 def test_on_a_loopback_address_only_loopback_names_are_answered(
     running: Running, host: str, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A web page elsewhere that lets its name stand for this machine gets nothing to see."""
+    """A web page elsewhere whose name resolves to this machine (DNS rebinding) sees nothing."""
     monkeypatch.setattr(running.generator.cli_args, "allow_host", ["Here.example"])
     for method, path, body in (
         ("GET", "/live.json", None), ("GET", "/", None), ("GET", "/health", None),

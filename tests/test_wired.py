@@ -14,7 +14,7 @@ from conftest import QUIET
 from test_platform import MACS
 
 from mlx_streamexperts import ExpertStream, demo_model, load, stream
-from mlx_streamexperts._memory import process_memory as accounts
+from mlx_streamexperts._memory import process_memory
 
 RECOMMENDED = int(MACS["M4 16 GB"]["max_recommended_working_set_size"])
 KINDS = ("set_wired_limit", "set_cache_limit", "set_memory_limit")
@@ -53,9 +53,9 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Limits]:
     for kind in KINDS:
         monkeypatch.setattr(mx, kind, made.setter(kind))
     monkeypatch.setattr(mx, "device_info", lambda: MACS["M4 16 GB"])
-    monkeypatch.setattr(accounts, "on_metal", lambda: True)
+    monkeypatch.setattr(process_memory, "on_metal", lambda: True)
     for name in ("_limits", "_wired", "_unfinished", "_before"):  # whatever other tests left open
-        monkeypatch.setattr(accounts, name, {})
+        monkeypatch.setattr(process_memory, name, {})
     yield made
 
 
@@ -113,7 +113,7 @@ def test_a_larger_limit_that_is_set_already_is_left(limits: Limits) -> None:
 def test_no_more_is_wired_than_metal_recommends(
     limits: Limits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(accounts, "working_set_bytes", lambda: 1_000_000)
+    monkeypatch.setattr(process_memory, "working_set_bytes", lambda: 1_000_000)
     model, _ = load(str(demo_model()), cache="10MB", config=QUIET)
     assert limits.wired == 1_000_000
     stream(model).close()
@@ -122,9 +122,9 @@ def test_no_more_is_wired_than_metal_recommends(
 def test_it_can_be_switched_off(limits: Limits) -> None:
     model, _ = load(str(demo_model()), cache="10MB", config=QUIET)
     expert_stream = stream(model)
-    accounts.release_limits(expert_stream)
+    process_memory.release_limits(expert_stream)
     limits.taken()
-    accounts.hold_limits(expert_stream, expert_stream.plan, wired=False)
+    process_memory.hold_limits(expert_stream, expert_stream.plan, wired=False)
     assert {kind for kind, _ in limits.taken()} == {"set_cache_limit", "set_memory_limit"}
     expert_stream.close()
     assert limits.wired == 0
@@ -141,7 +141,7 @@ def test_a_load_that_fails_leaves_no_limit(limits: Limits, monkeypatch: pytest.M
 
 
 def test_elsewhere_nothing_is_wired(limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accounts, "on_metal", lambda: False)
+    monkeypatch.setattr(process_memory, "on_metal", lambda: False)
     model, _ = load(str(demo_model()), cache="10MB", config=QUIET)
     plan = stream(model).plan
     assert {kind for kind, _ in limits.taken()} == {"set_cache_limit", "set_memory_limit"}

@@ -1,1 +1,1 @@
-"""What every command line shares: options, mlx-lm's own programs, closing lines."""
+"""Shared by the command lines: options, running mlx-lm's programs, closing lines."""

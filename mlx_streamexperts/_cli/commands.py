@@ -1,16 +1,16 @@
-"""The commands of `streamexperts`. Each is a module or package of its name with a `main`."""
+"""The commands of `streamexperts`: each is a module or package of that name with a `main`."""
 
 COMMANDS = {
     "bench": "measure tokens/s: mlx_lm.benchmark with a memory budget",
     "chat": "talk to a model: mlx_lm.chat with a memory budget",
-    "convert": "rewrite an original checkpoint once into the form that streams",
-    "doctor": "will a model run on this machine, how fast, and what limits it?",
+    "convert": "rewrite an original checkpoint once so that it can be streamed",
+    "doctor": "check whether a model will run here, how fast, and what limits it",
     "generate": "generate text: mlx_lm.generate with a memory budget",
     "pack": "store each expert's parts side by side, so that a miss is one read",
-    "report": "measure how a model runs here; write a page and a JSON file",
+    "report": "measure how a model runs here and write a page and a JSON file",
     "run": "run any other mlx-lm program with its model streamed",
     "server": "serve models over HTTP: mlx_lm.server with a memory budget",
     "simulate": "replay recorded routing through other cache sizes and policies",
     "tune": "find the fastest settings for a model, this machine and your prompts",
 }
-"""What each command does, in one line, by name."""
+"""What each command does, in one line."""

@@ -1,4 +1,4 @@
-"""What streaming cost: the lines that a command prints at its end."""
+"""The lines that a command prints at its end: what streaming cost."""
 
 from __future__ import annotations
 
@@ -9,25 +9,24 @@ import mlx.core as mx
 
 from .._config import format_size
 from .._experts.stream import ExpertStream
-from .terminal import Row, bar, plain
+from .terminal import Row, bar
 
 
 @dataclass
 class Timing:
-    """One generation, or the sum of several.
+    """The times of one generation, or the sums over several.
 
     Attributes:
-        generations: how many brought a first token.
-        first_token: seconds from their start to the first token, or None if there was none.
-        total: seconds to the last.
+        generations: number of generations that reached a first token.
+        first_token: seconds from the start to the first token; None if there was none.
+        total: seconds to the last token.
         prompt_tokens: tokens of the prompts.
         chunks: forward passes that the prompts took.
-        prompt_bytes: what was read from the drive until the first tokens.
+        prompt_bytes: bytes read before the first tokens.
         tokens: tokens generated.
-        drafted: those of them that a draft model had proposed.
-        later_experts: experts read after the first tokens.
-        later_bytes: their bytes.
-        phases: seconds by phase, where a timeline was taken.
+        drafted: tokens that a draft model had proposed.
+        later_experts, later_bytes: experts and bytes read after the first tokens.
+        phases: seconds by phase, if a timeline was recorded.
     """
 
     generations: int = 0
@@ -44,23 +43,18 @@ class Timing:
 
 
 def experts_read(expert_stream: ExpertStream) -> int:
-    """Experts read since the last reset, for a call or ahead of one."""
+    """Experts read since the last reset, on demand or as prefetches."""
     stats = expert_stream.stats()
     return stats.cache.misses + stats.prefetch.issued - stats.prefetch.cancelled
 
 
-def summary(expert_stream: ExpertStream, timing: Timing) -> str:
-    """The same as `rows`, as lines of text."""
-    return plain(rows([expert_stream], timing))
-
-
 def rows(streams: Sequence[ExpertStream], timing: Timing, layers: bool = False) -> list[Row]:
-    """What streaming cost.
+    """The lines about one run.
 
     Args:
-        streams: of the model, and of others that were loaded beside it.
-        timing: how long it took; of a program that was not timed, all zero.
-        layers: with each layer's hit rate.
+        streams: the model's stream, then those of models loaded beside it.
+        timing: how long it took; all zero for a program that was not timed.
+        layers: add each layer's hit rate.
     """
     first, *others = streams
     lines = [*_prompt(timing), *_experts(first, timing)]
@@ -101,7 +95,7 @@ def rows(streams: Sequence[ExpertStream], timing: Timing, layers: bool = False) 
 
 
 def of_all_ranks(expert_stream: ExpertStream, lines: list[Row]) -> list[Row]:
-    """The lines of every rank, where several machines share the model."""
+    """The lines of every rank if several machines share the model, else those given."""
     if (ranks := expert_stream.ranks) is None:
         return lines
     everybody = ranks.exchange([str(expert_stream.stage).partition(", ")[2], lines])
@@ -113,7 +107,7 @@ def of_all_ranks(expert_stream: ExpertStream, lines: list[Row]) -> list[Row]:
 
 
 def _prompt(timing: Timing) -> list[Row]:
-    """Of the time until the first token; nothing where there was none."""
+    """The line about the time to the first token, if there was one."""
     if timing.first_token is None:
         return []
     many = timing.generations > 1
@@ -129,7 +123,7 @@ def _prompt(timing: Timing) -> list[Row]:
 
 
 def _experts(expert_stream: ExpertStream, timing: Timing) -> list[Row]:
-    """Of one model's cache and reads."""
+    """The lines about one model's cache and reads."""
     stats, plan = expert_stream.stats(), expert_stream.plan
     if stats.resident_layers == len(expert_stream.layers):
         return [("Experts", "all resident, nothing was streamed")]
@@ -151,20 +145,20 @@ def _experts(expert_stream: ExpertStream, timing: Timing) -> list[Row]:
         lines.append(
             (
                 "Run-ahead",
-                f"{ran.speculated} waits for the device saved, {ran.synced} left; "
+                f"saved {ran.speculated} waits for the device, {ran.synced} were left; "
                 f"{ran.exact_at_once} of {ran.steps} steps exact at once, "
-                f"{ran.passes / ran.steps:.2f} passes a step",
+                f"{ran.passes / ran.steps:.2f} passes per step",
             )
         )
     if stats.prefetch.issued:
         lines.append(
             (
-                "Read ahead",
+                "Prefetch",
                 f"{stats.prefetch.issued} experts, {stats.cache.prefetched} used "
                 f"({stats.prefetch.late} of them late), {stats.cache.wasted} wasted, "
-                f"{stats.prefetch.cancelled} taken back; delayed others by "
+                f"{stats.prefetch.cancelled} cancelled; delayed demand reads by "
                 f"{stats.read.delay_seconds:.3f} s; {stats.prefetching_layers} of "
-                f"{len(expert_stream.layers)} layers look ahead",
+                f"{len(expert_stream.layers)} layers prefetch",
             )
         )
     return lines

@@ -1,7 +1,7 @@
-"""What command lines print at their end: rows of a label and a text.
+"""Prints the closing lines of a command: rows of a label and a text.
 
-A small table where a terminal is there and `rich` is installed (the `cli` extra; mlx-lm usually
-brings it); plain lines in a file, a pipe, a dumb terminal, or where NO_COLOR is set.
+In a terminal they are a small table, if `rich` is installed (the `cli` extra; mlx-lm usually
+brings it). In a file, a pipe or a dumb terminal, or with NO_COLOR set, they are plain lines.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _BAR_WIDTH = 30
 
 
 def print_rows(rows: Iterable[Row], title: str, file: TextIO | None = None) -> None:
-    """Print rows to `file`, standard output by default. Plain lines carry no title."""
+    """Print rows to `file`, by default standard output. Only a table has the title."""
     file = sys.stdout if file is None else file
-    if draws(file):
+    if _draws(file):
         from rich import box
         from rich.console import Console
         from rich.table import Table
@@ -29,24 +29,19 @@ def print_rows(rows: Iterable[Row], title: str, file: TextIO | None = None) -> N
         table.add_column(style="bold", no_wrap=True)
         table.add_column()
         for label, text in rows:
-            table.add_row(Text(label), Text(text))  # as Text: a name in brackets is no markup
+            table.add_row(Text(label), Text(text))  # as Text: a name in brackets is not markup
         Console(file=file).print(table)
     else:
-        print(plain(rows), file=file, flush=True)
-
-
-def plain(rows: Iterable[Row]) -> str:
-    """The rows as lines of text."""
-    return "\n".join(f"{label}: {text}" for label, text in rows)
+        print("\n".join(f"{label}: {text}" for label, text in rows), file=file, flush=True)
 
 
 def bar(share: float) -> str:
-    """A share of 0 to 1 as percentage and bar."""
+    """A share between 0 and 1 as a percentage and a bar."""
     return f"{share:6.1%} " + "#" * round(_BAR_WIDTH * share)
 
 
-def draws(file: TextIO) -> bool:
-    """Is there a terminal that wants more than plain text, and something to draw with?"""
+def _draws(file: TextIO) -> bool:
+    """Whether `file` is a terminal that shows more than plain text, and `rich` is installed."""
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not file.isatty():
         return False
     try:

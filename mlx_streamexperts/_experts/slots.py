@@ -124,6 +124,20 @@ class ExpertSlots:
         self._awaited = Arrivals(self, {})  # of the last call
         self._changing = False  # true at the next use if an exception ended the change
 
+    def relocate(
+        self,
+        stored: dict[str, ExpertTable],
+        as_packed: Callable[[int, Sequence[memoryview]], bool] | None = None,
+    ) -> None:
+        """Read the experts' bytes from other places from now on.
+
+        Args:
+            stored: the place of every tensor.
+            as_packed: checks each expert that was read; None trusts reads.
+        """
+        self.tensors = {n: ExpertTensor(t.slot, stored[n]) for n, t in self.tensors.items()}
+        self.as_packed = as_packed
+
     def open(self, slots: int, reader: ExpertReader, policy: str, in_place: bool) -> None:
         """Replace all slots by `slots` empty ones."""
         self._empty()  # before the new ones are allocated: the budget holds throughout

@@ -1,9 +1,9 @@
-"""Find a model's expert layers and tie their tables to bytes on disk.
+"""Finds a model's expert layers and ties their tables to bytes on disk.
 
-A module's weights are tied to bytes by identity, not by name: the arrays that mlx-lm hands to the
-model's `sanitize` are remembered, and what it stacks from them. An expert table is streamed only if
-the array that ends up in the module is one of them, untouched, or such a stack. A table that mlx-lm
-computes otherwise (split, scaled, unpacked) is refused, not guessed at. Nothing is evaluated here.
+Tables are matched by identity, never by name: a record keeps the arrays that mlx-lm passes to the
+model's `sanitize`, and the stacks it makes of them. A table is streamed only if its module holds
+one of these arrays, or such a stack. If mlx-lm computes a table otherwise (splits, scales or
+unpacks it), the model is refused. Nothing is evaluated here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -38,6 +37,7 @@ from .._experts.layer import ExpertLayer
 from .._experts.packed_store import use_store
 from .._experts.slots import ExpertTensor
 from .._experts.stream import flatten, layer_needs, unwritten
+from .._hooks import swapped
 from .._io.checkpoint import (
     Checkpoint,
     ExpertTable,
@@ -50,10 +50,11 @@ from .._io.checkpoint import (
 )
 from .._io.files import allow_open
 from .._memory.budget import Plan, Sizes, divide, text_config
-from .._memory.footprint import Footprint, copied, measure
+from .._memory.footprint import Footprint
+from .._memory.model_graph import copied, measure
 from .._osinfo import unfinished_bytes
 
-# Looked up before anything can be patched.
+# Bound before any patch is installed.
 original_load_model = mlx_lm.utils.load_model
 
 SWITCHES = (SwitchGLU, SwitchMLP)
@@ -62,17 +63,17 @@ PROJECTIONS = (SwitchLinear, QuantizedSwitchLinear)
 
 
 @dataclass(frozen=True)
-class Located:
-    """A lazily loaded model, nothing evaluated, and where its experts are.
+class DiscoveredModel:
+    """A lazily loaded model, not evaluated, and the places of its experts on disk.
 
     Attributes:
-        model, model_config: what mlx-lm's `load_model` returns.
+        model, model_config: results of mlx-lm's `load_model`.
         layers: the expert layers, in model order.
         sizes: bytes of the model's parts.
         item_bytes: bytes of one activation.
         shards: the checkpoint's files.
-        whole: the model with the layers of all machines.
-        stage: the decoder layers that are this rank's, where several machines share the model.
+        whole: the model with the layers of all ranks.
+        stage: this rank's decoder layers, if several machines share the model.
     """
 
     model: nn.Module
@@ -85,11 +86,11 @@ class Located:
     stage: Stage | None = None
 
     def plan(self, config: StreamConfig, held: int = 0) -> Plan:
-        """Divide the budget that `config` states, less `held` bytes that other models have.
+        """Divide the budget that `config` states; other models hold `held` bytes of it.
 
         Raises:
-            BudgetError: it is too small; says the smallest that works.
-            CheckpointError: the model's configuration makes no sense.
+            BudgetError: the budget is too small; the message states the smallest that works.
+            CheckpointError: the numbers in config.json are inconsistent.
         """
         try:
             needs = layer_needs(self.layers, self.model_config)
@@ -111,45 +112,46 @@ class Located:
             ) from e
 
 
-def locate(
+def discover(
     folder: Path,
     config: StreamConfig,
     arguments: dict[str, Any],
     as_converted: bool = False,
     part: Part | None = None,
-) -> Located:
+) -> DiscoveredModel:
     """Check the checkpoint, build the model without evaluating it, and find its experts.
 
     Args:
         folder: the model folder.
-        config: where a packed store is, if one is to be read.
-        arguments: of mlx-lm's `load_model`.
-        as_converted: for planning: experts that mlx-lm computes while loading are nowhere, and have
-            the size that a conversion gives them.
-        part: of several machines, the one whose layers are wanted. The others' are left out, and
-            shards that hold nothing else need not be there.
+        config: names the packed store to read, if any.
+        arguments: arguments of mlx-lm's `load_model`.
+        as_converted: plan as if the checkpoint were converted: tables that mlx-lm computes while
+            loading have no place on disk, and the size that a conversion would give them.
+        part: keep only the layers of this rank. Shards that hold only other ranks' layers may be
+            missing.
 
     Raises:
         CheckpointError: the files are damaged or incomplete.
         UnsupportedModelError: no routed experts, or a layout that cannot be streamed.
+        StreamError: `part` does not suit the model, or the process may open too few files.
     """
     check_model_folder(folder)
     checkpoint = read_checkpoint(folder)
     if part is not None and checkpoint.absent:
         arguments = {**arguments, "strict": False}
-    model, model_config, seen = load_remembering(folder, arguments)
+    model, model_config, record = load_recorded(folder, arguments)
     whole = model if part is None else copied(model)
     stage = None if part is None else cut(model, part)
     if stage is not None:
-        _check_whole(model, stage, checkpoint, seen)
-    layers = _find_layers(model, checkpoint, seen, as_converted and config.store is None)
+        _check_whole(model, stage, checkpoint, record)
+    layers = _find_layers(model, checkpoint, record, as_converted and config.store is None)
     if not layers:
         if stage is not None:
             raise UnsupportedModelError(
                 f"{folder}: {stage}: none of these has routed experts; use fewer machines or "
                 "another --split"
             )
-        raise UnsupportedModelError(nothing_found(folder, model, model_config))
+        raise UnsupportedModelError(no_experts_message(folder, model, model_config))
     if config.store is not None:
         use_store(
             layers,
@@ -168,39 +170,45 @@ def locate(
     )
     item_bytes = max(a.dtype.size for a in parameters if mx.issubdtype(a.dtype, mx.floating))
     shards = sorted({t.file for t in checkpoint.tensors.values()})
-    return Located(model, model_config, layers, sizes, item_bytes, shards, whole, stage)
+    return DiscoveredModel(model, model_config, layers, sizes, item_bytes, shards, whole, stage)
 
 
 def _footprint(model: nn.Module, model_config: dict[str, Any]) -> Footprint:
-    """What the model's passes take. Kept: to plan again, as `tune` does, costs nothing then."""
+    """The footprint of the model's passes; cached, since planning again (`tune`) is common."""
     key = json.dumps([model_config, str(mx.default_device())], sort_keys=True, default=str)
     if key not in _footprints:
-        switches = [(m, _width(m)) for m in model.modules() if isinstance(m, SWITCHES)]
-        _footprints[key] = measure(model, switches, text_config(model_config))
+        _footprints[key] = measure(model, expert_modules(model), text_config(model_config))
     return _footprints[key]
 
 
 _footprints: dict[str, Footprint] = {}
 
 
-def _width(switch: nn.Module) -> int:
-    """Width of an expert's hidden layer: of what its first projections give."""
-    tables = [p.weight for p in switch.children().values() if isinstance(p, PROJECTIONS)]
-    return max((t.shape[1] for t in tables[:-1]), default=1)
+def expert_modules(model: nn.Module) -> list[tuple[nn.Module, int]]:
+    """A model's expert modules, each with the width of an expert's hidden layer."""
+    found: list[tuple[nn.Module, int]] = []
+    for module in model.modules():
+        if isinstance(module, SWITCHES):
+            tables = [p.weight for p in module.children().values() if isinstance(p, PROJECTIONS)]
+            width = max((t.shape[1] for t in tables[:-1]), default=1)  # the last one projects back
+            found.append((module, width))
+    return found
 
 
-def _check_whole(model: nn.Module, stage: Stage, checkpoint: Checkpoint, seen: Seen) -> None:
-    """Is everything there that a rank's layers need?"""
-    lacking = next((name for name, _ in flatten(model) if name not in seen.given), None)
+def _check_whole(
+    model: nn.Module, stage: Stage, checkpoint: Checkpoint, record: LoadRecord
+) -> None:
+    """Check that the present shards hold everything that a rank's layers need."""
+    lacking = next((name for name, _ in flatten(model) if name not in record.filled), None)
     if lacking is None:
         return
     for tensor, shard in checkpoint.absent.items():
         if stage.needs(tensor) and not (checkpoint.folder / shard).exists():
             raise CheckpointError(
-                f"{checkpoint.folder / shard} is missing: {stage}, needs tensor {tensor} of it"
+                f"{checkpoint.folder / shard} is missing: {stage}, needs its tensor {tensor}"
             )
     raise CheckpointError(
-        f"{checkpoint.folder}: {stage}: no shard that is here has what {lacking} is made of"
+        f"{checkpoint.folder}: {stage}: no shard in this folder has the tensors of {lacking}"
     )
 
 
@@ -209,44 +217,44 @@ def _needed_bytes(checkpoint: Checkpoint, stage: Stage) -> int:
 
 
 @dataclass
-class Seen:
-    """Arrays of a checkpoint, and what was stacked from them while they were sanitized.
+class LoadRecord:
+    """Where the arrays of a lazily loaded model come from.
 
     Attributes:
-        as_stored: by name in the checkpoint.
-        stacks: by identity of the result (kept, so that no other array gets its identity).
-        skeleton: makes another such model, without weights.
-        given: names of the parameters that the model was given arrays of their shape for.
+        stored: arrays of the checkpoint, by name.
+        stacks: by `id` of the result: the result, which keeps the `id` in use, and its parts.
+        build_empty: builds another such model without weights.
+        filled: names of the parameters for which mlx-lm had an array of the right shape.
     """
 
-    as_stored: dict[str, mx.array] = field(default_factory=dict)
+    stored: dict[str, mx.array] = field(default_factory=dict)
     stacks: dict[int, tuple[mx.array, list[mx.array]]] = field(default_factory=dict)
-    skeleton: Callable[[], nn.Module] = nn.Module
-    given: set[str] = field(default_factory=set)
+    build_empty: Callable[[], nn.Module] = nn.Module
+    filled: set[str] = field(default_factory=set)
 
 
-def load_remembering(
+def load_recorded(
     folder: Path, arguments: dict[str, Any]
-) -> tuple[nn.Module, dict[str, Any], Seen]:
-    """mlx-lm's `load_model`, nothing evaluated, with a record of where its arrays come from.
+) -> tuple[nn.Module, dict[str, Any], LoadRecord]:
+    """Run mlx-lm's `load_model` lazily and record where its arrays come from.
 
     Raises:
         CheckpointError: mlx-lm cannot load the checkpoint.
         StreamError: the checkpoint has more files than this process may open.
     """
-    # MLX holds each file open from here until its last array is evaluated.
+    # MLX holds each file open until its last array is evaluated.
     allow_open(len(shard_files(folder)), str(folder))
-    seen = Seen()
+    record = LoadRecord()
     arguments = dict(arguments)
     get_classes = arguments.pop("get_model_classes", mlx_lm.utils._get_classes)
-    arguments["get_model_classes"] = lambda config: _remembering(get_classes(config), seen)
+    arguments["get_model_classes"] = lambda config: _recording_classes(get_classes(config), record)
     try:
         overrides, custom = _custom_classes(folder, arguments)
         if custom is not None:
             arguments["model_config"] = overrides
-            arguments["get_model_classes"] = lambda config: _remembering(custom, seen)
-        with _quantize_lock, mock.patch.object(mx, "quantize", _checked_quantize):
-            return *original_load_model(folder, True, **arguments), seen
+            arguments["get_model_classes"] = lambda config: _recording_classes(custom, record)
+        with _quantize_lock, swapped(mx, quantize=_checked_quantize):
+            return *original_load_model(folder, True, **arguments), record
     except StreamError:
         raise
     except Exception as e:  # config.json may hold anything, and mlx-lm trusts it
@@ -254,7 +262,7 @@ def load_remembering(
 
 
 def _not_loaded(folder: Path, error: Exception) -> StreamError:
-    """Why mlx-lm cannot load a checkpoint; foreign quantization is named."""
+    """The error for a checkpoint that mlx-lm cannot load; it names foreign quantization."""
     method = _quantized_by(folder)
     # AutoAWQ and GPTQ store `qweight`, which mlx-lm rewrites too late for experts to be joined.
     checkpoint = read_checkpoint(folder)
@@ -263,7 +271,7 @@ def _not_loaded(folder: Path, error: Exception) -> StreamError:
     elif method and "not in model" in str(error):
         found = f"it is quantized with {method}, which mlx-lm does not read for this kind of model"
     else:
-        lines = str(error).splitlines()  # one for each of thousands of tensors, perhaps
+        lines = str(error).splitlines()  # possibly one for each of thousands of tensors
         rest = f" (and {len(lines) - 4} more)" if len(lines) > 4 else ""
         reason = " ".join(lines[:4])[:2000] + rest
         if not isinstance(error, ValueError):
@@ -272,21 +280,22 @@ def _not_loaded(folder: Path, error: Exception) -> StreamError:
         known = f". {known}" if known else ""
         return CheckpointError(f"{folder}: mlx-lm cannot load this checkpoint: {reason}{known}")
     return UnsupportedModelError(
-        f"{folder}: {found}. mlx-lm cannot load such a checkpoint, so that it can be neither "
-        "streamed nor converted. Use an MLX conversion (mlx-community), or convert what it was "
-        "quantized from: python -m mlx_streamexperts.convert -q --model <original> --out <folder>"
+        f"{folder}: {found}. mlx-lm cannot load such a checkpoint, so it can be neither "
+        "streamed nor converted. Use an MLX conversion (mlx-community), or convert the original "
+        "that it was quantized from: python -m mlx_streamexperts.convert -q --model <original> "
+        "--out <folder>"
     )
 
 
 def _lacks_weights(error: Exception, checkpoint: Checkpoint) -> bool:
-    """Is this how mlx-lm, or a model's `sanitize`, fails without some of the weights?"""
+    """Did mlx-lm, or a model's `sanitize`, fail for lack of weights?"""
     if isinstance(error, KeyError):
         return bool(error.args) and error.args[0] in checkpoint.absent
     return str(error).startswith(("Missing ", "Received ", "Expected shape "))
 
 
 def _quantized_by(folder: Path) -> str | None:
-    """The method that config.json names for a quantization that is not MLX's."""
+    """The quantization method in config.json, if it is not MLX's."""
     config = read_model_config(folder)
     for place in (config, config.get("text_config")):
         found = place.get("quantization_config") if isinstance(place, dict) else None
@@ -302,9 +311,9 @@ _quantize = mx.quantize
 def _checked_quantize(
     w: mx.array, group_size: int | None = None, bits: int | None = None, **kwargs: Any
 ) -> Any:
-    """MLX 0.32 divides by the group size, and one of 0 ends the process with SIGFPE.
+    """Refuse a group size of 0, by which MLX 0.32 would divide: SIGFPE ends the process.
 
-    mlx-lm works it out from the widths in config.json, which may be anybody's.
+    mlx-lm derives it from the widths in config.json, which are untrusted.
     """
     if not all(n is None or n > 0 for n in (group_size, bits)):
         raise ValueError(f"no table has groups of {group_size} with {bits} bits each")
@@ -312,46 +321,48 @@ def _checked_quantize(
 
 
 @contextmanager
-def _recording_stacks(seen: Seen) -> Iterator[None]:
-    """Note what this thread makes with `mx.stack`, which is how mlx-lm joins single experts."""
+def _recording_stacks(record: LoadRecord) -> Iterator[None]:
+    """Record this thread's calls of `mx.stack`, with which mlx-lm joins single experts."""
     original, thread = mx.stack, threading.get_ident()
 
     def stack(arrays: list[mx.array], *args: Any, **kwargs: Any) -> mx.array:
         result = original(arrays, *args, **kwargs)
         if threading.get_ident() == thread and not args and not kwargs:
-            seen.stacks[id(result)] = (result, list(arrays))
+            record.stacks[id(result)] = (result, list(arrays))
         return result
 
-    with _stack_lock, mock.patch.object(mx, "stack", stack):
+    with _stack_lock, swapped(mx, stack=stack):
         yield
 
 
-def _remembering(
-    classes: tuple[Callable[..., nn.Module], type], seen: Seen
+def _recording_classes(
+    classes: tuple[Callable[..., nn.Module], type], record: LoadRecord
 ) -> tuple[Callable[..., nn.Module], type]:
-    """Model classes whose model notes the loaded weights in `seen` while sanitizing."""
+    """The same classes, but a model they build writes its weights into `record`."""
     model_class, arguments_class = classes
 
     def build(arguments: Any) -> nn.Module:
-        fresh = copy.deepcopy(arguments)  # some classes write into what they are given
-        seen.skeleton = lambda: model_class(copy.deepcopy(fresh))
+        fresh = copy.deepcopy(arguments)  # some classes change their arguments
+        record.build_empty = lambda: model_class(copy.deepcopy(fresh))
         model = model_class(arguments)
         sanitize = getattr(model, "sanitize", None)
 
-        def remember(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            seen.as_stored.update(weights)
+        def sanitize_recorded(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            record.stored.update(weights)
             object.__delattr__(model, "sanitize")
-            with _recording_stacks(seen):
+            with _recording_stacks(record):
                 return sanitize(weights) if sanitize is not None else weights
 
-        def note(weights: list[tuple[str, mx.array]], strict: bool = True) -> nn.Module:
+        def load_recorded_weights(
+            weights: list[tuple[str, mx.array]], strict: bool = True
+        ) -> nn.Module:
             object.__delattr__(model, "load_weights")
             shapes = {name: array.shape for name, array in flatten(model)}
-            seen.given.update(n for n, array in weights if shapes.get(n) == array.shape)
+            record.filled.update(n for n, array in weights if shapes.get(n) == array.shape)
             return model.load_weights(weights, strict=strict)
 
-        object.__setattr__(model, "sanitize", remember)
-        object.__setattr__(model, "load_weights", note)
+        object.__setattr__(model, "sanitize", sanitize_recorded)
+        object.__setattr__(model, "load_weights", load_recorded_weights)
         return model
 
     return build, arguments_class
@@ -360,9 +371,9 @@ def _remembering(
 def _custom_classes(
     folder: Path, arguments: dict[str, Any]
 ) -> tuple[dict[str, Any], tuple[Callable[..., nn.Module], type] | None]:
-    """A checkpoint's own model file, which mlx-lm would import past `get_model_classes`.
+    """Classes of the checkpoint's own model file; mlx-lm would import them without our hook.
 
-    Only with `trust_remote_code`; without it mlx-lm refuses such a checkpoint itself.
+    Only with `trust_remote_code`; without it mlx-lm itself refuses such a checkpoint.
     """
     overrides = dict(arguments.get("model_config") or {})
     model_file = {**mlx_lm.utils.load_config(folder), **overrides}.get("model_file")
@@ -377,10 +388,10 @@ def _custom_classes(
 
 
 def _find_layers(
-    model: nn.Module, checkpoint: Checkpoint, seen: Seen, as_converted: bool
+    model: nn.Module, checkpoint: Checkpoint, record: LoadRecord, as_converted: bool
 ) -> list[ExpertLayer]:
-    """Every expert module of the model with its tables' places on disk, in model order."""
-    entries = {id(array): checkpoint.tensors[name] for name, array in seen.as_stored.items()}
+    """Every expert layer with the places of its tables on disk, in model order."""
+    entries = {id(array): checkpoint.tensors[name] for name, array in record.stored.items()}
     layers = []
     for path, switch in model.named_modules():
         if not isinstance(switch, SWITCHES):
@@ -391,7 +402,7 @@ def _find_layers(
                 continue
             for attribute, table in flatten(projection):
                 where = f"{path}.{part}.{attribute}"
-                _, parts = seen.stacks.get(id(table), (table, []))
+                _, parts = record.stacks.get(id(table), (table, []))
                 if entry := entries.get(id(table)):
                     _check_table(where, table, entry, entry.shape, entry.nbytes)
                     stored = ExpertTable.stacked(entry)
@@ -402,7 +413,7 @@ def _find_layers(
                 elif as_converted:
                     stored = ExpertTable.nowhere(table.nbytes, table.shape[0])
                 else:
-                    raise UnsupportedModelError(_rewritten(where, seen.as_stored, checkpoint))
+                    raise UnsupportedModelError(_rewritten(where, record.stored, checkpoint))
                 slot = SlotTensor(projection, attribute, tuple(table.shape[1:]), table.dtype)
                 tensors[f"{part}.{attribute}"] = ExpertTensor(slot, stored)
         counts = {t.stored.experts: t.stored for t in tensors.values()}
@@ -419,7 +430,7 @@ def _find_layers(
 def _check_table(
     where: str, table: mx.array, stored: TensorEntry, shape: tuple[int, ...], nbytes: int
 ) -> None:
-    """Is the table that mlx-lm sees the bytes that are stored?"""
+    """Check that a table in the model has the shape and size of its stored bytes."""
     if tuple(table.shape) != shape or table.nbytes != nbytes or not shape or not table.size:
         raise CheckpointError(
             f"{stored.file}: tensor {stored.name} is {stored.dtype} {list(stored.shape)}, but "
@@ -427,21 +438,21 @@ def _check_table(
         )
 
 
-def _rewritten(where: str, as_stored: dict[str, mx.array], checkpoint: Checkpoint) -> str:
-    """Why a table that is not stored as such cannot be streamed, and what to do."""
+def _rewritten(where: str, stored: dict[str, mx.array], checkpoint: Checkpoint) -> str:
+    """The message for a table that mlx-lm computes while loading."""
     layer = where[: where.find(".", where.find("layers.") + len("layers.")) + 1]
-    alike = sorted(n for n in as_stored if ".experts." in n and layer in n)
-    seen = f" (it holds {alike[0]}, for example)" if alike else ""
+    alike = sorted(n for n in stored if ".experts." in n and layer in n)
+    example = f" (it holds {alike[0]}, for example)" if alike else ""
     return (
-        f"{checkpoint.folder} does not store {where} as one table, nor expert by expert as it is "
-        f"used{seen}; mlx-lm computes it while loading, with all experts in memory. Convert the "
+        f"{checkpoint.folder} stores {where} neither as one table nor expert by expert as it is "
+        f"used{example}; mlx-lm computes it while loading, with all experts in memory. Convert the "
         f"checkpoint once, in little memory: python -m mlx_streamexperts.convert --model "
         f"{checkpoint.folder} --out <new folder>"
     )
 
 
-def nothing_found(folder: Path, model: nn.Module, model_config: dict[str, Any]) -> str:
-    """What was found instead of SwitchGLU and SwitchMLP modules."""
+def no_experts_message(folder: Path, model: nn.Module, model_config: dict[str, Any]) -> str:
+    """The message for a model without SwitchGLU and SwitchMLP modules."""
     kinds = sorted(
         {type(m).__name__ for path, m in model.named_modules() if "expert" in path.split(".")[-1]}
     )
@@ -457,7 +468,7 @@ def nothing_found(folder: Path, model: nn.Module, model_config: dict[str, Any]) 
 
 
 def _embedding_bytes(model: nn.Module, model_config: dict[str, Any]) -> int:
-    """Bytes of embeddings that only look up; a tied one is the output matrix too."""
+    """Bytes of input embeddings; 0 if they are tied, since the output matrix needs them whole."""
     if text_config(model_config).get("tie_word_embeddings"):
         return 0
     return sum(
@@ -468,5 +479,6 @@ def _embedding_bytes(model: nn.Module, model_config: dict[str, Any]) -> int:
     )
 
 
-def mentions_experts(folder: Path) -> bool:
+def has_expert_tensors(folder: Path) -> bool:
+    """Does a checkpoint name any tensor after experts?"""
     return any("expert" in name for name in read_checkpoint(folder).tensors)

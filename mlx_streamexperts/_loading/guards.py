@@ -1,9 +1,9 @@
-"""What cannot be done with a streamed model, refused by name instead of done without its experts.
+"""Refuses mlx-lm's functions and programs that would silently leave out streamed experts.
 
-A streamed model's experts are no parameters: whatever walks those (a saver, a quantizer, a
-trainer) would leave them out without a word. While a patch is installed, mlx-lm's functions that do
-so refuse streamed models; `mlx_streamexperts.run` refuses the programs that would find out only at
-their end. The model's own methods are refused in refusals.py.
+Streamed experts are not parameters of the model: code that walks the parameters (to save, quantize
+or train) would skip them. While a patch is installed, such functions of mlx-lm refuse streamed
+models, and `mlx_streamexperts.run` refuses whole programs before they start. refusals.py does the
+same for the model's own methods.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ REFUSED_PROGRAMS: dict[str, str] = {
     "mlx_lm.quant.dynamic_quant": _QUANTIZER,
     "mlx_lm.quant.gptq": _QUANTIZER,
 }
-"""mlx-lm's programs that cannot run on a streamed model, by module, and why."""
+"""Why a program of mlx-lm cannot run on a streamed model, by module."""
 
 
 def check_program(module: str, arguments: list[str]) -> None:
     """Refuse a program that would train or write a model without its experts.
 
     Raises:
-        UnsupportedModelError: says the way out.
+        UnsupportedModelError: the program is one of these; the message says what to do instead.
     """
     if module == "mlx_lm.quant.dwq" and "--targets-only" in arguments:
         return
@@ -59,7 +59,7 @@ def check_program(module: str, arguments: list[str]) -> None:
 
 
 def _guarded(original: Callable[..., Any], reason: str) -> Callable[..., Any]:
-    """`original`, which refuses a streamed `model`."""
+    """The same function, but it refuses a streamed `model`."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -81,4 +81,4 @@ GUARDS: tuple[tuple[Callable[..., Any], Callable[..., Any]], ...] = tuple(
         (mlx_lm.tuner.trainer.train, TRAIN),
     )
 )
-"""mlx-lm's functions, and what stands in for them while a patch is installed."""
+"""Functions of mlx-lm, each with its replacement while a patch is installed."""

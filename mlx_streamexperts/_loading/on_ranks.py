@@ -1,8 +1,8 @@
-"""How several ranks come to load one model together: the same checkpoint, options and versions.
+"""Discovers one model on several ranks and checks that all have the same checkpoint and options.
 
-Each rank locates and plans its own layers, with its own budget; then they compare notes, before
-anything is evaluated. What must be equal is compared by digests, so that a checkpoint of hundreds
-of gigabytes costs a few kilobytes.
+Each rank discovers and plans its own layers within its own budget; the ranks then compare their
+results before anything is evaluated. They exchange digests, so a checkpoint of hundreds of
+gigabytes costs a few kilobytes.
 """
 
 from __future__ import annotations
@@ -30,65 +30,65 @@ from .._io.checkpoint import (
 from .._io.hub import SMALL_FILES, fetching
 from .._memory.budget import Plan, check_device, default_memory
 from .._osinfo import device_limit
-from .discover import Located, locate, original_load_model
+from .discover import DiscoveredModel, discover, original_load_model
 
 _SAMPLE_BYTES = 4096
 _DIGEST_CHARS = 16
 _OPTIONS = ("context_tokens", "prefill_tokens", "split")
 
 
-def meet(
+def discover_on_ranks(
     ranks: Ranks, folder: Path, config: StreamConfig, arguments: dict[str, Any]
-) -> tuple[Located, Plan, StreamConfig]:
-    """Locate and plan this rank's layers, and check that all ranks are about the same thing.
+) -> tuple[DiscoveredModel, Plan, StreamConfig]:
+    """Discover and plan this rank's layers, and check that all ranks load the same model.
 
     Args:
-        ranks: those that share the model.
+        ranks: the ranks that share the model.
         folder: this rank's copy of the checkpoint, or of its part.
-        config: as every rank was given it.
-        arguments: of mlx-lm's `load_model`.
+        config: options of the whole run.
+        arguments: arguments of mlx-lm's `load_model`.
 
     Returns:
-        What was located, its plan, and the options that this rank goes by.
+        This rank's layers, its plan and its own options.
 
     Raises:
         RankError: another rank failed, or two disagree.
-        StreamError: as `locate` and `Located.plan`.
+        StreamError: raised by `discover` or `DiscoveredModel.plan` on this rank.
     """
     options = {name: getattr(config, name) for name in _OPTIONS}
 
-    def prepare() -> tuple[Located, Plan, StreamConfig]:
+    def prepare() -> tuple[DiscoveredModel, Plan, StreamConfig]:
         own = config.for_rank(ranks.rank, ranks.size)
         if own.memory is None and own.cache is None and ranks.on_this_host > 1:
             own = replace(own, memory=default_memory() // ranks.on_this_host)
         part = Part(ranks.rank, ranks.size, parse_split(config.split, ranks.size))
-        located = locate(folder, own, arguments, part=part)
-        return located, located.plan(own), own
+        found = discover(folder, own, arguments, part=part)
+        return found, found.plan(own), own
 
     ranks.agree({"the version of": libraries(), "the option": options})
-    located, plan, own = ranks.all_or_none(prepare)
+    found, plan, own = ranks.all_or_none(prepare)
     ranks.agree({"the digest of": digests(folder)})
-    # A prompt goes through all ranks in the same chunks, those of the rank with the least room.
+    # All ranks divide a prompt into the same chunks: those of the rank with the least room.
     plan = in_chunks(plan, min(ranks.exchange(plan.prefill_tokens)), min(ranks.exchange(plan.work)))
     check_device(plan, device_limit(plan.bound), own.oversubscribe)
     if ranks.rank != 0:
         own = replace(own, progress=False)
-    return located, plan, own
+    return found, plan, own
 
 
 def in_chunks(plan: Plan, tokens: int, work: int) -> Plan:
-    """The plan of a rank whose passes are no longer than another rank can take.
+    """A rank's plan, with chunks that every rank can take.
 
     Args:
-        plan: its own.
-        tokens, work: the least tokens of a pass, and the least bytes of work space, of all ranks.
+        plan: the rank's own.
+        tokens, work: the smallest `prefill_tokens` and `work` of all ranks.
     """
     return replace(plan, prefill_tokens=tokens, pass_bytes=work)
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """What tells one checkpoint from another, by file: for shards their headers, for tensors that
-    every rank has (embedding, norms, output matrix) their first bytes.
+    """Digests that identify a checkpoint: of JSON files and shard headers by file, and of the first
+    bytes of each tensor that every rank has (embedding, norms, output matrix).
     """
     found = {}
     for name, read in (("config.json", read_model_config), (INDEX, read_index)):
@@ -108,10 +108,10 @@ def digests(folder: Path) -> dict[str, str]:
 def part_of_repository(
     path_or_hf_repo: str, config: StreamConfig, group: mx.distributed.Group, trust: bool
 ) -> Path:
-    """The local folder of a model; of a Hub repository only the shards that this rank needs.
+    """The local folder of a model; from a Hub repository only this rank's shards are downloaded.
 
     Raises:
-        CheckpointError: it is neither a folder nor a repository that can be had.
+        CheckpointError: there is no such folder, and no such repository can be downloaded.
         UnsupportedModelError: the model cannot be divided.
     """
     if Path(path_or_hf_repo).exists():
@@ -127,7 +127,7 @@ def part_of_repository(
             own = Path(mlx_lm.utils._download(path_or_hf_repo, allow_patterns=list(files)))
             if all((own / f).is_file() for f in files):
                 return own
-            # The index is another conversion's: it does not tell what is where.
+            # The index belongs to another conversion and names the wrong files.
         return Path(mlx_lm.utils._download(path_or_hf_repo))
 
 

@@ -1,8 +1,8 @@
 """Runs a model's forward passes within the memory that was promised.
 
-A pass that is longer than planned is taken in parts, as mlx-lm's own loop over a prompt takes it:
-the same bits as mlx-lm with those steps, whoever calls. What the plan did not foresee, a longer
-context or a batch, takes its memory from the expert cache.
+A pass longer than planned runs in chunks, as mlx-lm's own prompt loop would run it: the result has
+the same bits as mlx-lm with those steps, whoever calls. If a pass needs more than the plan foresaw
+(a longer context, a batch), the expert cache gives up slots for it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from mlx_lm.models import cache as stock
 
 from .._hooks import Check, Pass, intercept, intercept_passes
 from .footprint import allocated, leaves, tokens_in
-from .process_memory import Holder, lacking
+from .process_memory import Holder, bytes_over_bound
 
 
 class Passes:
     """Runs one model's passes.
 
     Args:
-        holder: the model's.
-        run: runs a pass that fits; None to call the model.
+        holder: Holds the model's memory.
+        run: Runs a pass that fits; None calls the model.
     """
 
     def __init__(
@@ -33,27 +33,28 @@ class Passes:
         holder: Holder,
         run: Callable[[Callable[[], Any], int, Any], Any] | None = None,
     ) -> None:
-        self._stream, self._run = holder, run
-        self._local = threading.local()  # .dividing: this thread's pass is taken in parts
+        self._holder, self._run = holder, run
+        self._local = threading.local()  # .dividing: this thread is inside a divided pass
 
     def install(self, model: nn.Module, check: Check) -> None:
-        """Let the model's passes come here.
+        """Route the model's passes through `step`.
 
         Args:
-            check: looks at each as it was called.
+            model: Its class is replaced, as `intercept_passes` does it.
+            check: Looks at each pass as it was called, before it is divided.
         """
         for name, module in model.named_modules():
             if name.rpartition(".")[2] == "lm_head":
-                self._settle_input(module, "__call__")
+                self._evaluate_input(module, "__call__")
             elif isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)):
-                self._settle_input(module, "as_linear")
+                self._evaluate_input(module, "as_linear")
         intercept_passes(model, self.step, check)
 
-    def _settle_input(self, module: nn.Module, method: str) -> None:
-        """Compute what a part's logits are made of, [B, L, D].
+    def _evaluate_input(self, module: nn.Module, method: str) -> None:
+        """Evaluate the input of the output matrix, [B, L, D], in divided passes.
 
-        They are left to the caller, who may not want them. Not computed, what they are made of
-        would be the last layer's experts, [B, L, K, D], of all parts together.
+        The logits stay lazy, because the caller may not want them. If their input stayed lazy too,
+        it would keep the last layer's expert outputs, [B, L, K, D], of all chunks alive.
         """
         original = getattr(type(module), method)
 
@@ -66,27 +67,28 @@ class Passes:
         intercept(module, call, method)
 
     def step(self, whole: Pass) -> Any:
-        """Run a pass, in as many parts as it takes.
+        """Run a pass, in as many chunks as it takes.
 
         Raises:
             BudgetError: it does not fit beside the fewest experts that the model works with.
         """
-        past = context(whole.caches)
+        caches = whole.caches
+        past, quantized = context(caches), is_quantized(caches)
+        added = allocated(caches, whole.tokens) if caches else 0
         if whole.tokens == 1 or not whole.divisible:
-            return self._one(whole, past)
-        plan, quantized = self._stream.plan, is_quantized(whole.caches)
-        added = allocated(whole.caches, whole.tokens)
+            return self._run_one(whole, past, quantized, added)
+        plan = self._holder.plan
         grown = whole.sequences * (plan.footprint.grown(added) if plan.footprint else 0)
-        free = -lacking(mx.get_active_memory()) - grown
+        free = -bytes_over_bound(mx.get_active_memory()) - grown
 
         def next_pass(tokens: int, past: int) -> int:
             return plan.next_pass(tokens, past, whole.sequences, quantized, free)
 
         if next_pass(whole.tokens, past) >= whole.tokens:
-            return self._one(whole, past)
-        # Before the first part: a pass that is refused has changed no cache.
+            return self._run_one(whole, past, quantized, added)
+        # Before the first chunk: a pass that is refused has changed no cache.
         end = past + whole.tokens
-        self._fit(whole, next_pass(whole.tokens, end), end, added)
+        self._make_room(whole, next_pass(whole.tokens, end), end, quantized, added)
         results: list[mx.array] = []
         begin = 0
         self._local.dividing = True
@@ -96,44 +98,45 @@ class Passes:
                 count = next_pass(left, past + begin)
                 # mlx-lm takes a pass of one token for the first after the prompt.
                 count = max(2, count - 1 if left - count == 1 else count) if left > 3 else left
-                results.append(self._one(whole.part(begin, begin + count), past + begin))
+                chunk, added = whole.part(begin, begin + count), allocated(caches, count)
+                results.append(self._run_one(chunk, past + begin, quantized, added))
                 begin += count
                 if begin < whole.tokens:  # as mlx-lm does between its steps
-                    mx.eval([c.state for c in whole.caches])
+                    mx.eval([c.state for c in caches])
                     mx.clear_cache()
         finally:
             self._local.dividing = False
         return mx.concatenate(results, axis=1)
 
-    def _one(self, part: Pass, past: int) -> Any:
-        added = allocated(part.caches, part.tokens) if part.caches else 0
-        self._fit(part, part.tokens, past + part.tokens, added)
+    def _run_one(self, one: Pass, past: int, quantized: bool, added: int) -> Any:
+        """Run a pass undivided; the arguments are those of `_make_room`."""
+        self._make_room(one, one.tokens, past + one.tokens, quantized, added)
         if self._run is None:
-            return part()
-        return self._run(part, part.sequences * part.tokens, part.caches)
+            return one()
+        return self._run(one, one.sequences * one.tokens, one.caches)
 
-    def _fit(self, part: Pass, tokens: int, end: int, added: int) -> None:
-        """See to it that a pass fits.
+    def _make_room(self, one: Pass, tokens: int, end: int, quantized: bool, added: int) -> None:
+        """Let the expert cache give up slots until a pass fits.
 
         Args:
-            part: whose sequences and caches it has.
-            tokens: of each sequence.
-            end: tokens of the context after it.
-            added: tokens that caches allocate for it.
+            one: The pass whose sequences and caches count.
+            tokens: Tokens of each sequence.
+            end: Tokens of the context after the pass.
+            quantized: Keys and values are quantized.
+            added: Tokens that the caches allocate for the pass.
         """
-        quantized = is_quantized(part.caches)
-        past = end - tokens
-        needed = self._stream.plan.pass_bytes_of(tokens, past, part.sequences, quantized, added)
-        if lacking(mx.get_active_memory() + needed) > 0:
-            mx.eval([c.state for c in part.caches or ()])  # what is still computing frees some
-            self._stream.make_room(needed, end, part.sequences)
+        plan, past = self._holder.plan, end - tokens
+        needed = plan.pass_bytes_of(tokens, past, one.sequences, quantized, added)
+        if bytes_over_bound(mx.get_active_memory() + needed) > 0:
+            mx.eval([c.state for c in one.caches or ()])  # pending work frees memory as it ends
+            self._holder.make_room(needed, end, one.sequences)
 
 
 def context(caches: Sequence[Any] | None) -> int:
-    """Tokens that a model's caches hold, of the longest of them."""
+    """Tokens in the longest of a model's caches."""
     return max((tokens_in(c) for c in leaves(caches or ())), default=0)
 
 
 def is_quantized(caches: Sequence[Any] | None) -> bool:
-    """Are keys and values quantized? Then attention has no fused kernel in mlx-lm."""
+    """Are keys and values quantized? Then mlx-lm's attention has no fused kernel."""
     return any(isinstance(c, stock.QuantizedKVCache) for c in leaves(caches or ()))

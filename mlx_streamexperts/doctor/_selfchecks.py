@@ -1,7 +1,7 @@
-"""The checks of the self-test: each tries one promise and says what it saw.
+"""The checks of the self-test: each tests one promise and returns an `Outcome`.
 
-They are judged and printed by selftest.py. Models are the embedded one and a small one that is
-written to a temporary folder.
+_selftest.py lists and runs them. Models are the embedded one and a small one that is written to a
+temporary folder.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from .._loading.load import plan
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is tried. As it is: 61 s on two cores with MLX's CPU backend.
+    """How much is tested. These defaults take 61 s on two cores with MLX's CPU backend.
 
     Attributes:
-        steps: decode steps of each setting.
-        shares: parts of the experts that are resident.
-        schedules: random schedules, and the longest they may take, in seconds.
-        prompt: tokens of the prompt that prefill is compared on.
+        steps: decode steps per setting.
+        shares: shares of the experts that are resident.
+        schedules, schedule_seconds: random schedules, and the longest that they may take.
+        prompt: tokens of the prompt on which prefill is compared.
         rounds: how often memory is written.
-        ranges: places of each file that are read.
-        hidden: size of the model that is written; in 64 columns MLX's CUDA backend gave NaN.
+        ranges: ranges read of each file.
+        hidden: width of the model that is written; with 64 MLX's CUDA backend gave NaN.
     """
 
     steps: int = 12
@@ -58,14 +58,14 @@ EFFORT = Effort()
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a check saw: whether it is as it should be, and how much was looked at."""
+    """Whether a promise holds, and how much was checked or what is wrong."""
 
     passed: bool
     detail: str
 
 
 def ways_left(stated: StreamConfig) -> dict[str, StreamConfig]:
-    """The ways to decode that the stated options leave, by what users call them."""
+    """The ways to decode that the stated options allow, by their names for users."""
     every = exactness.ways(stated)
     ways = {"ordinary": every["asked"]}
     if stated.prefetch != "off":
@@ -80,16 +80,16 @@ def ways_left(stated: StreamConfig) -> dict[str, StreamConfig]:
 
 
 def written_bytes(config: StreamConfig) -> Outcome:
-    """Writes into arrays and through slices, again and again; see `bank.in_place_fault`."""
+    """Write into arrays and through slices repeatedly; see `bank.in_place_fault`."""
     rounds = EFFORT.rounds
     fault = in_place_fault(rounds)
     return Outcome(fault is None, fault or f"arrays of 4 element types and slices, {rounds} times")
 
 
 def while_computing(config: StreamConfig) -> Outcome:
-    """Quantized matmuls through half of the slots while the other half and its table are written.
+    """Run quantized matmuls on half of the slots while the other half and its table are written.
 
-    As run-ahead does it: the table is a slice of an array that is written through its memory.
+    As in run-ahead, the table is a slice of an array that is written through its memory.
     """
     experts, slots, size, calls = 16, 4, 512, 6
     chance = np.random.default_rng(0)
@@ -139,7 +139,7 @@ def while_computing(config: StreamConfig) -> Outcome:
 def _rewrite(
     bank: Bank, content: dict[str, np.ndarray], table: np.ndarray, held: np.ndarray, first: int
 ) -> None:
-    """Put experts into slots from `first` on, and tell the table."""
+    """Write experts into slots from `first` on, and enter them into the table."""
     table[:] = 0
     for slot, expert in enumerate(held.tolist(), first):
         for rows, into in zip(content.values(), bank.destinations(slot), strict=True):
@@ -148,10 +148,10 @@ def _rewrite(
 
 
 class Lab:
-    """What checks of models share.
+    """The checks that need files or models, and what these share.
 
     Args:
-        work: a folder for the model that is written.
+        work: folder for the model that is written.
         reads: see `selftest`.
     """
 
@@ -162,7 +162,7 @@ class Lab:
     models = ("embedded model", "4-bit bfloat16")
 
     def folder(self, model: str) -> Path:
-        """Where a model is."""
+        """The folder of a model of `models`."""
         return demo_model() if model == self.models[0] else self._written
 
     @cached_property
@@ -173,7 +173,7 @@ class Lab:
         )  # fmt: skip
 
     def decoding(self, model: str, config: StreamConfig) -> Outcome:
-        """One-token steps at several cache sizes: stock's logits, bit for bit?"""
+        """Decode at several cache sizes and compare logits with mlx-lm's, bit for bit."""
         tokens = random_tokens(EFFORT.steps)
         if model not in self._expected:
             self._expected[model] = exactness.reference(self.folder(model), tokens)
@@ -197,7 +197,7 @@ class Lab:
         return Outcome(True, detail)
 
     def schedules(self, config: StreamConfig) -> Outcome:
-        """Lazy steps of several sequences; see `exactness.schedules`."""
+        """Interleave lazy steps of several sequences; see `exactness.schedules`."""
         ways = ways_left(config)
         result = exactness.schedules(
             demo_model(), ways, EFFORT.schedules, EFFORT.schedule_seconds
@@ -211,7 +211,7 @@ class Lab:
         )
 
     def prefill(self, model: str, config: StreamConfig) -> Outcome:
-        """A prompt with few experts resident: identical on the CPU, else within the bound."""
+        """Run a prompt with few experts resident: identical on the CPU, else within the bound."""
         rows = exactness.prompts(self.folder(model), [EFFORT.prompt], config, [0.25])
         (row,) = rows.values()
         what = f"logits of {EFFORT.prompt} tokens, in {row.waves} waves of experts, "
@@ -222,9 +222,10 @@ class Lab:
         )
 
     def around_four_rows(self, model: str, config: StreamConfig) -> Outcome:
-        """Prompts just below and just above four rows an expert, where kernels change.
+        """Run prompts just below and just above four rows per expert.
 
-        MLX takes others for prompts whose rows exceed four times the experts that they choose from.
+        MLX uses other kernels once a prompt has more rows than four times the experts to choose
+        from.
         """
         planned = plan(str(self.folder(model)), config=replace(config, memory=None, cache="1TB"))
         limit = 4 * max(planned.layer_experts) // planned.top_k
@@ -237,11 +238,11 @@ class Lab:
         return Outcome(worst <= bound, what + ("are the same bits" if worst == 0 else differ))
 
     def failing_device(self, config: StreamConfig) -> Outcome:
-        """An evaluation that fails once, and then gives garbage: is the error handed on?"""
+        """Check that an error is raised if an evaluation fails once and then yields garbage."""
         file = self._work / "cut.safetensors"
         mx.save_safetensors(str(file), {"x": mx.ones((1 << 16,))})
         (stored,) = mx.load(str(file)).values()  # type: ignore[union-attr]
-        os.truncate(file, 1000)  # what is read of it now fails, truly
+        os.truncate(file, 1000)  # reading it now really fails
         module = nn.Module()
         bank = Bank({"x": SlotTensor(module, "x", (1,), mx.float32)}, 1, in_place=False)
         bank.track_reader(stored[:16] + 1)
@@ -261,7 +262,7 @@ class Lab:
         return Outcome(True, "an evaluation that failed once was reported by its own name")
 
     def memory(self, config: StreamConfig) -> Outcome:
-        """MLX's peak while loading, through a prompt and decoding, against the budget."""
+        """Compare MLX's peak memory in loading, a prompt and decoding with the budget."""
         gc.collect()
         mx.clear_cache()
         folder = demo_model()
@@ -282,7 +283,7 @@ class Lab:
         return Outcome(0 < peak <= budget and misses > 0, detail)
 
     def direct_reads(self, config: StreamConfig) -> Outcome:
-        """Ranges of the model's files, read both ways."""
+        """Read ranges of the model's files with and without the page cache."""
         files = [(str(f), f.stat().st_size) for f in _shards(self._reads)]
         if not direct_works(Path(files[0][0])):
             if config.bypass_page_cache == "on":

@@ -1,9 +1,8 @@
-"""Does streaming do on this machine what it promises? Each promise tried in a minute or so.
+"""The self-test: checks on this machine that streaming does what it promises.
 
-`python -m mlx_streamexperts.doctor --selftest` prints what came of each check in plain words. A
-check that fails is tried again with options that might avoid the fault, so that what it advises was
-seen to help here. It works on the embedded model and on a small one that it writes to a temporary
-folder; nothing else is written.
+Lists the checks, runs them and words their findings; _selfchecks.py has the checks themselves. A
+failed check is repeated with options that might avoid the fault, so that advice is only given if it
+has helped here. Only a small model in a temporary folder is written.
 """
 
 from __future__ import annotations
@@ -28,23 +27,23 @@ _KEPT = (
     "in_place", "bypass_page_cache", "run_ahead", "prefetch", "overlap", "policy", "threads",
     "read_size",
 )  # fmt: skip
-"""Options that are put to the test as they were stated."""
+"""Options that are tested as stated."""
 
 _SAFER = ("run_ahead", "prefetch", "overlap", "bypass_page_cache", "in_place")
-"""Options whose "off" avoids a fault, the one that costs least first."""
+"""Options that may avoid a fault when they are off, the cheapest first."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One promise.
+    """A check of one promise.
 
     Attributes:
         name: what is checked.
-        run: does it, with options of streaming.
-        config: those options.
-        meaning: of a failure, for the user.
-        always: the option that avoids a failure for certain; if none is known, the check is
-            repeated with one option of `_SAFER` after the other.
+        run: runs the check with given streaming options.
+        config: the options to check.
+        meaning: what a failure means for the user.
+        always: the option that certainly avoids a failure when it is off. If empty, the check is
+            repeated with each option of `_SAFER` off.
     """
 
     name: str
@@ -56,14 +55,14 @@ class Check:
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of a check.
+    """The result of a check.
 
     Attributes:
         name: what was checked.
-        passed: whether it is as it should be.
-        detail: how much was looked at, or what is wrong.
-        seconds: it took.
-        meaning, advice: of a failure: what it means, and what avoids it.
+        passed: whether the promise holds.
+        detail: how much was checked, or what is wrong.
+        seconds: how long it took.
+        meaning, advice: what a failure means, and what avoids it.
     """
 
     name: str
@@ -77,12 +76,12 @@ class Finding:
 def selftest(
     config: StreamConfig, reads: Path | None = None, begin: Callable[[str, int], None] | None = None
 ) -> Iterator[Finding]:
-    """Run every check that the options leave, one after the other.
+    """Run every check that applies to these options, and yield its finding.
 
     Args:
-        config: options to test; sizes and folders among them do not matter.
-        reads: a model folder on the drive to test; else the embedded model's.
-        begin: told of each check, and of how many there are, before it runs.
+        config: options to test; sizes and folders among them are ignored.
+        reads: a model folder on the drive to test; None for the embedded model's.
+        begin: called before each check with its name and the number of checks.
     """
     with tempfile.TemporaryDirectory() as work:
         checks = list_checks(Lab(Path(work), reads), config)
@@ -106,12 +105,12 @@ def _examine(check: Check) -> Finding:
 def _outcome(check: Check, config: StreamConfig) -> Outcome:
     try:
         return check.run(config)
-    except Exception as e:  # whatever it is: this check did not pass
+    except Exception as e:  # any error means that the check did not pass
         return Outcome(False, f"{type(e).__name__}: {e}")
 
 
 def _advice(check: Check) -> str:
-    """What avoids the fault."""
+    """An option that avoids the fault, tried out if that is not certain."""
     if check.always:
         return f"{_flag(check.always)} does without it"
     for name in _SAFER:
@@ -128,13 +127,13 @@ def _flag(name: str) -> str:
 
 
 def list_checks(lab: Lab, stated: StreamConfig) -> list[Check]:
-    """The checks that make sense with the options stated."""
+    """The checks that apply to the stated options."""
     base = replace(PLAIN, **{name: getattr(stated, name) for name in _KEPT})
-    return [*_of_memory(lab, base), *_of_models(lab, base)]
+    return [*_machine_checks(lab, base), *_model_checks(lab, base)]
 
 
-def _of_memory(lab: Lab, base: StreamConfig) -> Iterator[Check]:
-    """Of what the system and the device do, without a model."""
+def _machine_checks(lab: Lab, base: StreamConfig) -> Iterator[Check]:
+    """Checks of the operating system and the device, without a model."""
     if base.in_place != "off":
         yield Check(
             "kernels see bytes written into arrays",
@@ -166,7 +165,7 @@ def _of_memory(lab: Lab, base: StreamConfig) -> Iterator[Check]:
         )
 
 
-def _of_models(lab: Lab, base: StreamConfig) -> Iterator[Check]:
+def _model_checks(lab: Lab, base: StreamConfig) -> Iterator[Check]:
     ways = ways_left(base)
     for name, way in ways.items():
         for model in lab.models:
@@ -206,7 +205,7 @@ def _of_models(lab: Lab, base: StreamConfig) -> Iterator[Check]:
 
 
 def describe_device() -> dict[str, Any]:
-    """What the checks ran on."""
+    """The device that the checks run on."""
     return {
         "device": str(mx.default_device()),
         "name": str(mx.device_info().get("device_name", "")),
@@ -214,8 +213,8 @@ def describe_device() -> dict[str, Any]:
     }
 
 
-def lines(finding: Finding) -> list[str]:
-    """What is printed of a finding, after its name."""
+def finding_lines(finding: Finding) -> list[str]:
+    """The lines about a finding that follow its name."""
     verdict = "PASS" if finding.passed else "FAIL"
     text = [f"{verdict}  {finding.detail} ({finding.seconds:.1f} s)"]
     if not finding.passed:
@@ -224,7 +223,7 @@ def lines(finding: Finding) -> list[str]:
 
 
 def as_dict(findings: list[Finding]) -> dict[str, Any]:
-    """All findings as plain values, for JSON."""
+    """All findings, for JSON."""
     return {
         **describe_device(),
         "passed": all(f.passed for f in findings),

@@ -1,4 +1,4 @@
-"""Serve streamed models over HTTP: `mlx_lm.server` with every one of its options, and ours.
+"""Serve streamed models over HTTP: mlx_lm.server with all its options, and a memory budget.
 
 python -m mlx_streamexperts.server
 python -m mlx_streamexperts.server --model mlx-community/Kimi-K2.5 --memory 96GB --port 8080
@@ -9,6 +9,7 @@ OpenAI's chat and completions at /v1, figures at /metrics (Prometheus), a live p
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -21,26 +22,31 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
+
+import mlx.core as mx
+from mlx_lm import server as stock
+from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from .._cli.options import failed, make_parser, stream_settings
 from .._config import StreamConfig, parse_size
 from .._errors import StreamError
+from .._hooks import swapped
 from .._io.files import room_for_clients
 from .._loading.combinations import Options, check_options
 from .._loading.load import patch, plan, resolve
-from ._generation import Generator, Provider, stock, top_logprobs
-from ._kv_admission import Batch, PromptCache, Room
-from ._traffic import Traffic
-from ._web import Handler, is_loopback
+from ._generation import GenerationThread, top_logprobs
+from ._http import Handler, is_loopback
+from ._kv_admission import AdmittedBatch, BoundedPromptCache, KVAdmission
+from ._models import ModelProvider
+from ._request_counters import RequestCounters
 
 MOST_CONNECTIONS = 1024
-"""Open at once, or as many files as this process may open beside the shards, if that is less."""
+"""Connections open at once; fewer if this process may not open as many files beside the shards."""
 
 _FULL = (
     b"HTTP/1.0 503 Service Unavailable\r\nContent-Type: application/json\r\n\r\n"
-    b'{"error": {"message": "too many connections", "type": "server_error", "param": null, '
-    b'"code": "overloaded"}}'
+    b'{"error": {"message": "too many connections; try again later", "type": "server_error", '
+    b'"param": null, "code": "overloaded"}}'
 )
 _KEY_VARIABLE = "STREAMEXPERTS_API_KEY"
 
@@ -54,22 +60,23 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="MODEL",
-        help="a further model folder or repository that requests may name; it is loaded in "
-        "place of the one before, within the same budget. Can be given again",
+        help="another model folder or repository that requests may name. It replaces the loaded "
+        "model, within the same budget. Can be given more than once",
     )
     group.add_argument(
         "--api-key",
         default=os.environ.get(_KEY_VARIABLE),
-        help=f"answer only requests with this bearer token. Default: ${_KEY_VARIABLE}, which other "
-        "users of this machine cannot see in the list of processes",
+        help="answer only requests that carry this bearer token. Default: "
+        f"${_KEY_VARIABLE}, which other users of this machine cannot see in the list of processes",
     )
     group.add_argument(
         "--allow-host",
         action="append",
         default=[],
         metavar="NAME",
-        help="answer requests whose Host header says this name, too. On a loopback address only "
-        "loopback names are answered, elsewhere any, unless this is given. Can be given again",
+        help="also answer requests whose Host header has this name. Without this option a server "
+        "on a loopback address answers loopback names only, and any other server answers every "
+        "name. Can be given more than once",
     )
     group.add_argument(
         "--max-body", default="16MiB", help="longest request body (default: %(default)s)"
@@ -77,58 +84,80 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--fetch-images",
         action="store_true",
-        help="let requests make this server fetch http(s) URLs of images, as mlx_lm.server does",
+        help="let requests make this server fetch images from http(s) URLs, as mlx_lm.server does",
     )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line until Ctrl-C or SIGTERM; returns the exit status."""
+    """Serve until Ctrl-C or SIGTERM; returns the exit status."""
     args = setup_arg_parser().parse_args(argv)
     try:
         args.max_body = parse_size(args.max_body)
         config, model = stream_settings(args)
         assert model is not None
         served = _served(args.model, model, args.also_serve)
-        args.given = [args.model or model, *args.also_serve]  # as typed: requests may say so too
+        aliases = dict(zip([args.model or model, *args.also_serve], served.values(), strict=True))
         for other in list(served.values())[1:]:
             check_options(other, config, Options.of(args), args.trust_remote_code)
         if len(served) > 1:
-            config = _one_budget(served, config, args.trust_remote_code)
+            config = _shared_budget(served, config, args.trust_remote_code)
         args.model = model
-        args.stated_step = args.prefill_step_size  # None: what each model's plan has room for
         if not args.api_key and not is_loopback(args.host):
             print(
-                f"warning: {args.host} can be reached from elsewhere, and no --api-key is set",
+                f"warning: other machines can reach {args.host}, and there is no --api-key",
                 file=sys.stderr,
             )
-        with patch(config=config), _assembled(args, served), _interruptible():
-            stock.main()
+        with patch(config=config), _interruptible():
+            _serve(args, served, aliases)
     except StreamError as e:
         return failed(e)
-    except OSError as e:  # the address is in use, say
-        print(f"error: {args.host}:{args.port}: {e}", file=sys.stderr)
+    except OSError as e:  # for example the address is in use
+        print(f"error: cannot serve at {args.host}:{args.port}: {e}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # a second one, while the first is being obeyed
+    except KeyboardInterrupt:  # a second Ctrl-C while the first is being obeyed
         os._exit(130)
     return 0
 
 
-class Server(ThreadingHTTPServer):
-    """Takes connections at once, and answers them when the model is loaded."""
+def _serve(args: argparse.Namespace, served: dict[str, str], aliases: dict[str, str]) -> None:
+    """What mlx-lm's `main` does once it has parsed, with our parts; returns when it is stopped."""
+    maybe_set_recommended_wired_limit()
+    logging.basicConfig(level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s")
+    admission = KVAdmission()
+    provider = ModelProvider(args, served, aliases, admission)
+    prompt_cache = BoundedPromptCache(admission, args.prompt_cache_size)
+    parts = {"BatchGenerator": partial(AdmittedBatch, admission=admission)}
+    with swapped(stock, _format_top_logprobs=top_logprobs, **parts):
+        generator = GenerationThread(provider, prompt_cache, RequestCounters())
+        if mx.distributed.init().rank() > 0:
+            generator.join()
+            return
+        try:
+            folders = [Path(f) for f in set(served.values())]
+            own = {
+                "_generator": generator,
+                "connections": room_for_clients(MOST_CONNECTIONS, folders),
+            }
+            bound = type("Bound", (Server,), own)  # mlx-lm sets the address family on the class
+            stock._run_http_server(args.host, args.port, generator, bound, Handler)
+        finally:  # mlx-lm does so after Ctrl-C alone
+            generator.stop_and_join()
 
-    _generator: Generator  # of a subclass: mlx-lm sets the address family on the class
-    request_queue_size = 128  # that many may ask to be connected at one moment
+
+class Server(ThreadingHTTPServer):
+    """Accepts connections at once, and answers them when the model is loaded."""
+
+    _generator: GenerationThread  # of a subclass
+    connections = MOST_CONNECTIONS
+    request_queue_size = 128  # clients that may be asking for a connection at one moment
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        generator = getattr(self, "_generator", None)
-        served = set(generator.model_provider.served.values()) if generator else set()
-        folders = [Path(f) for f in served]
-        self._free = threading.Semaphore(room_for_clients(MOST_CONNECTIONS, folders))
+        self._free = threading.Semaphore(self.connections)
         super().__init__(*args, **options)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer in a thread of its own, or say that there are too many."""
+        """Answer in a new thread, or refuse if there are too many."""
         if not self._free.acquire(blocking=False):
             with suppress(OSError):
                 request.setblocking(False)
@@ -137,7 +166,7 @@ class Server(ThreadingHTTPServer):
             return
         try:
             super().process_request(request, client_address)
-        except BaseException:  # no thread could be had
+        except BaseException:  # no thread could be started
             self._free.release()
             raise
 
@@ -161,32 +190,20 @@ class Server(ThreadingHTTPServer):
             self.server_close()
 
     def shutdown(self) -> None:
-        """Nothing: mlx-lm calls it once serving has ended, where the original waits for that."""
+        """Do nothing: mlx-lm calls this after serving has ended, and the original would wait."""
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that broke is no news."""
+        """Stay quiet about connections that broke."""
         if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)
 
 
-class _Parsed:
-    """Stands in for mlx-lm's parser: what ours has parsed."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._args = args
-
-    def add_argument(self, *args: Any, **options: Any) -> None: ...
-
-    def parse_args(self) -> argparse.Namespace:
-        return self._args
-
-
 class _Built(BaseException):
-    """Ends mlx-lm's main where it would parse."""
+    """Ends mlx-lm's `main` when it would parse."""
 
 
 def _stock_parser() -> argparse.ArgumentParser:
-    """mlx-lm's parser, which it builds within its main."""
+    """mlx-lm's parser, which its `main` builds and keeps to itself."""
     built: list[argparse.ArgumentParser] = []
 
     class Parser(argparse.ArgumentParser):
@@ -196,41 +213,14 @@ def _stock_parser() -> argparse.ArgumentParser:
                 raise _Built
             return super().parse_args(*args, **options)
 
-    ours = SimpleNamespace(ArgumentParser=Parser)
-    with mock.patch.object(stock, "argparse", ours), suppress(_Built):
+    with swapped(stock, argparse=SimpleNamespace(ArgumentParser=Parser)), suppress(_Built):
         stock.main()
     return built[0]
 
 
 @contextmanager
-def _assembled(args: argparse.Namespace, served: dict[str, str]) -> Iterator[None]:
-    """mlx-lm's server module with our parts in it."""
-    room, traffic = Room(), Traffic()
-
-    def run_http_server(host: str, port: int, generator: Generator, **_: Any) -> None:
-        try:
-            bound = type("Bound", (Server,), {"_generator": generator})
-            original(host, port, generator, bound, Handler)
-        finally:  # mlx-lm does so after Ctrl-C alone
-            generator.stop_and_join()
-
-    original = stock._run_http_server
-    with mock.patch.multiple(
-        stock,
-        argparse=SimpleNamespace(ArgumentParser=lambda **_: _Parsed(args)),
-        ModelProvider=lambda parsed: Provider(parsed, served, room),
-        LRUPromptCache=partial(PromptCache, room),
-        BatchGenerator=partial(Batch, room=room),
-        _format_top_logprobs=top_logprobs,
-        ResponseGenerator=lambda provider, cache: Generator(provider, cache, traffic),
-        _run_http_server=run_http_server,
-    ):
-        yield
-
-
-@contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM stops the server as Ctrl-C does; a host program's threads see no signals."""
+    """Let SIGTERM stop the server as Ctrl-C does. Only a main thread can receive signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -246,7 +236,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def _served(given: str | None, model: str, others: list[str]) -> dict[str, str]:
-    """Folder by the name that /v1/models shows: a repository's, or the folder's own."""
+    """Folder of each model by the name in /v1/models: the repository's or the folder's own."""
 
     def name(model: str) -> str:
         return Path(model).resolve().name if Path(model).exists() else model
@@ -254,17 +244,20 @@ def _served(given: str | None, model: str, others: list[str]) -> dict[str, str]:
     served = {name(given or model): model}
     for other in others:
         if name(other) in served:
-            raise StreamError(f"--also-serve {other}: there is a model named {name(other)} already")
+            raise StreamError(
+                f"--also-serve {other}: a model named {name(other)} is already served; rename or "
+                "link one of the folders"
+            )
         served[name(other)] = str(resolve(other))
     return served
 
 
-def _one_budget(
+def _shared_budget(
     served: dict[str, str], config: StreamConfig, trust_remote_code: bool
 ) -> StreamConfig:
-    """Make sure that each model fits into the same budget, before any is loaded.
+    """Check that each model fits into the same budget, before any is loaded.
 
-    Where none is stated it is what the first one gets: once that is loaded, less is available.
+    If no budget is stated, the first model's is it: once that is loaded, less is available.
     """
     for path in served.values():
         planned = plan(path, config=config, trust_remote_code=trust_remote_code)

@@ -1,8 +1,7 @@
-"""mlx-lm's server behind the web: which models it serves, and the thread that generates.
+"""The generation thread, and what a connection sees of it.
 
-Adds to mlx-lm's own what a promise needs: only models that were named at the start are loaded, one
-at a time and the next after the last is gone; requests wait for room; one that fails, or whose
-client left, costs the others nothing; the stream is closed at the end.
+Adds to mlx-lm's thread what a promise needs: requests wait until memory has room for them; one
+that fails, or whose client left, costs the others nothing; the model is freed at the end.
 """
 
 from __future__ import annotations
@@ -15,195 +14,51 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from queue import Queue
 from typing import Any, NoReturn
 
 import mlx.core as mx
 from mlx_lm import server as stock
-from mlx_lm.models.cache import make_prompt_cache
 
-from .._errors import StreamError
-from .._experts.stream import ExpertStream, is_streamed, stream
-from .._loading.combinations import batches
-from .._memory.process_memory import leave
-from ._kv_admission import Room
-from ._traffic import Traffic
+from ._kv_admission import KVAdmission
+from ._models import ModelProvider
+from ._refusals import BadRequestError, ClientGone, Refused, Started, generation_failed
+from ._request_counters import RequestCounters
 
 
-class Refused(BaseException):
-    """Ends a request with an error reply. Not an `Exception`: mlx-lm's handlers catch those.
+class GenerationThread(stock.ResponseGenerator):
+    """mlx-lm's thread that loads the model and generates for all requests.
 
     Attributes:
-        status: of HTTP.
-        message: what was wrong and what to do.
-        code: short name of it, as OpenAI's API has them.
-        param: the field that it is about, if it is about one.
+        admission: decides when a request starts.
+        counters: of requests and tokens.
+        ready: set once the default model is loaded, or has failed to load.
+        failure: the error if it has.
+        stopping: the server is being stopped; running requests end at their next token.
     """
+
+    model_provider: ModelProvider
 
     def __init__(
-        self, status: int, message: str, code: str | None = None, param: str | None = None
+        self, provider: ModelProvider, prompt_cache: Any, counters: RequestCounters
     ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param
-
-
-class Begun(BaseException):
-    """Takes what the generator responds out of mlx-lm's handler, which would lose some of it.
-
-    Attributes:
-        context: mlx-lm's, of the request.
-        responses: one a token.
-        asked: what the request asks for, as mlx-lm has it.
-    """
-
-    def __init__(self, context: Any, responses: Iterator[Any], asked: Any) -> None:
-        self.context, self.responses, self.asked = context, responses, asked
-
-
-class ClientGone(ConnectionError):  # noqa: N818, it is no error of ours
-    """The client has closed its connection."""
-
-
-class BadRequestError(StreamError):
-    """The request cannot be answered, whoever asks again.
-
-    Attributes:
-        param: the field that it is about, if it is about one.
-    """
-
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
-
-
-class Provider(stock.ModelProvider):
-    """Loads the models that were named at the start, and no others.
-
-    Args:
-        args: the parsed command line.
-        served: folder by name; the first one is the default.
-
-    Attributes:
-        room: what the loaded model's plan has room for.
-        words: tokens that its tokenizer and the model know.
-        served: folder by name that requests may use, paths and the default's nicknames included.
-    """
-
-    model: Any
-    tokenizer: Any
-    words = 1
-
-    def __init__(self, args: argparse.Namespace, served: dict[str, str], room: Room) -> None:
-        self._last: Any = None  # the model that was loaded last
-        super().__init__(args)
-        self.room, self.listed = room, list(served)
-        default = next(iter(served))
-        self.served = {**served, **{path: path for path in served.values()}}
-        self.served |= {str(Path(path).resolve()): path for path in served.values()}
-        self.served |= dict(zip(args.given, served.values(), strict=True))
-        self.served["default_model"] = served[default]
-        for name, path in self.served.items():
-            self._model_map[name] = path
-            if path == served[default]:  # by whichever name: the same adapter, so the same model
-                self._adapter_map[name] = args.adapter_path
-
-    @property
-    def expert_stream(self) -> ExpertStream | None:
-        """Of the model that is loaded."""
-        model = self.model
-        return stream(model) if model is not None and is_streamed(model) else None
-
-    def check(self, model: str, adapter: str | None, draft: str | None) -> None:
-        """Refuse what would load something that was not named at the start.
-
-        Raises:
-            Refused: with what is served instead.
-        """
-        if model not in self.served:
-            raise Refused(
-                404,
-                f"this server does not serve {model!r}, only: {', '.join(self.listed)} "
-                "(--also-serve adds models)",
-                "model_not_found",
-            )
-        if adapter not in (None, self.cli_args.adapter_path):
-            raise Refused(400, "adapters: the server's own are used (--adapter-path)")
-        if draft not in ("default_model", self.cli_args.draft_model):
-            raise Refused(400, "draft_model: the server's own is used (--draft-model)")
-
-    def is_loaded(self, model: str) -> bool:
-        """Is it the one that is loaded, by whichever name?"""
-        return self.model_key is not None and self.model_key[0] == self._model_map[model]
-
-    def _load(self, *args: Any, **options: Any) -> None:
-        stated = getattr(self.cli_args, "stated_step", None)
-        self.unload()
-        super()._load(*args, **options)
-        self._last = self.model
-        self.is_batchable = self.is_batchable and batches(self.model, make_prompt_cache(self.model))
-        if (expert_stream := self.expert_stream) is not None:
-            rows = expert_stream.token_rows or len(self.tokenizer)
-            self.words = min(rows, len(self.tokenizer))  # either may know more than the other
-            self.room.open(expert_stream.plan, rows)
-            self.cli_args.prefill_step_size = stated or expert_stream.plan.prefill_tokens
-            logging.info(f"Loaded {args[0]}: {expert_stream.plan}")
-
-    def unload(self) -> None:
-        """Free all of the model that is loaded, whoever still refers to it.
-
-        mlx-lm's generation loop does: the next model would be loaded beside this one's trunk.
-        """
-        model, self._last = self._last, None  # mlx-lm forgets it first when its loop ends
-        self.reset()
-        self.room.plan = None
-        if model is not None and is_streamed(model):
-            expert_stream = stream(model)
-            expert_stream.close()
-            for module in model.modules():
-                module.clear()
-            leave(expert_stream)  # nothing of it is left, whoever refers to the model
-            del expert_stream
-        del model
-        gc.collect()
-        mx.clear_cache()
-
-
-class Generator(stock.ResponseGenerator):
-    """The generation thread.
-
-    Attributes:
-        ready: set once the default model is loaded, or was found not to load.
-        failure: why it did not.
-        stopping: the server is being stopped; requests under way end at their next token.
-    """
-
-    model_provider: Provider
-
-    def __init__(self, provider: Provider, prompt_cache: Any, traffic: Traffic) -> None:
-        self.traffic, self.room = traffic, provider.room
+        self.counters, self.admission = counters, provider.admission
         self.ready = threading.Event()
         self.failure: BaseException | None = None
         self.stopping = False
-        self._held: Any = None  # a request that waits for room
+        self._waiting: Any = None  # a request for which there is no room yet
         self._clients: dict[int, Client] = {}  # by id of the request
-        self._replies: dict[Any, Client] = {}  # of requests under way, by their queue
+        self._replies: dict[Any, Client] = {}  # of running requests, by their queue
         self._tokenized: dict[int, Any] = {}  # by id of the request
-        self.room.keep = self._keep
+        self.admission.save_cache = self._save_cache
         super().__init__(provider, prompt_cache)
 
-    def _keep(self, tokens: list[int], caches: list[Any]) -> None:
-        """Keep what was computed for a reply that its reader has ended."""
-        self.prompt_cache.insert_cache(
-            self.model_provider.model_key, tokens, caches, cache_type="assistant"
-        )
-
-    def expect(self, request: Any, client: Client) -> None:
-        """`client` is about to ask for `request`."""
+    def register(self, request: Any, client: Client) -> None:
+        """Note whose request this is, before it is queued."""
         self._clients[id(request)] = client
 
-    def forget(self, request: Any) -> None:
-        """The request is over."""
+    def unregister(self, request: Any) -> None:
+        """Forget a request that is over."""
         self._clients.pop(id(request), None)
 
     def _generate(self) -> None:
@@ -219,27 +74,33 @@ class Generator(stock.ResponseGenerator):
                 try:
                     super()._generate()
                 except Exception as e:
-                    logging.exception("a batch failed, its requests with it")
-                    self._fail(e.with_traceback(None))  # whose frames hold the batch
+                    logging.exception("a batch failed, and its requests with it")
+                    self._fail_all(e.with_traceback(None))  # the frames hold the batch
         finally:
             self.model_provider.unload()
-            mx.clear_streams()  # with a stream of an ended thread left, MLX aborts at exit
+            mx.clear_streams()  # MLX aborts at exit if a stream of an ended thread is left
 
-    def _fail(self, error: Exception) -> None:
-        """Tell everybody whose request was under way; the next one begins anew."""
+    def _fail_all(self, error: Exception) -> None:
+        """End all running requests with this error; the next one starts afresh."""
         for reply in self._replies:
             reply.put(error)
         self._replies.clear()
-        self.room.active.clear()
-        sound_random_state()
+        self.admission.finish_all()
+        restore_random_state()
         gc.collect()
         mx.clear_cache()
 
+    def _save_cache(self, tokens: list[int], caches: list[Any]) -> None:
+        """Keep the KV cache of a reply that ended early, as mlx-lm keeps those of whole ones."""
+        self.prompt_cache.insert_cache(
+            self.model_provider.model_key, tokens, caches, cache_type="assistant"
+        )
+
     def _next_request(self, timeout: float | None = None) -> Any:
-        self.room.pending = 0
+        self.admission.withdraw()
         if self._is_distributed:  # every rank must decide the same, and only one knows the clients
             return super()._next_request(timeout)
-        item, self._held = self._held, None
+        item, self._waiting = self._waiting, None
         if item is None:
             item = super()._next_request(timeout)
         if item is None:
@@ -251,25 +112,24 @@ class Generator(stock.ResponseGenerator):
             reply.put(ClientGone())
             return None
         if not self.model_provider.is_loaded(args.model.model):
-            if self.room.active:  # first those of the model that is loaded
-                self._held = item
+            if self.admission.running:  # requests for the loaded model finish first
+                self._waiting = item
                 return None
             tokens = 0  # unknown before its tokenizer is loaded; nothing else is running
         else:
             try:
-                tokens = self._tokens(request, args)
+                tokens = self._count_tokens(request, args)
             except Exception as e:
                 reply.put(e)
                 return None
-            if not self.room.admits(tokens):
-                self._held = item
-                return None
-        self.room.pending = tokens
+        if not self.admission.admit(tokens):
+            self._waiting = item
+            return None
         self._replies[reply] = client
         return item
 
-    def _tokens(self, request: Any, args: Any) -> int:
-        """Tokens of prompt and reply. Tokenizes once; what mlx-lm asks for later is this."""
+    def _count_tokens(self, request: Any, args: Any) -> int:
+        """Tokens of prompt and reply. mlx-lm's own `_tokenize` call later gets the same result."""
         tokenizer = self.model_provider.tokenizer
         if id(request) not in self._tokenized:
             self._tokenized = {id(request): (request, self._tokenize(tokenizer, request, args))}
@@ -281,84 +141,87 @@ class Generator(stock.ResponseGenerator):
             return known[1]
         try:
             result = super()._tokenize(tokenizer, request, args)
-        except Exception as e:  # a template's error, a role it does not know
-            raise BadRequestError(f"the prompt cannot be made into tokens: {e}") from e
+        except Exception as e:  # the chat template failed, or does not know a role
+            raise BadRequestError(f"the prompt cannot be turned into tokens: {e}") from e
         param = "messages" if request.request_type == "chat" else "prompt"
-        if not result[0]:
-            raise BadRequestError("the prompt is empty", param)
-        words = self.model_provider.words
-        if (token := max(result[0])) >= words:
+        prompt = result[0]
+        if not prompt:
+            raise BadRequestError("the prompt is empty: send some text", param)
+        if (token := max(prompt)) >= self.model_provider.known_tokens:
             raise BadRequestError(
-                f"the prompt has token {token}; the model knows only {words}, its tokenizer more",
+                f"the prompt contains token {token}, but the model knows only "
+                f"{self.model_provider.known_tokens} tokens; its tokenizer knows more",
                 param,
             )
-        longest = self.room.longest_reply(len(result[0]))
-        if longest is not None:
-            if longest < 1:
+        limit = self.admission.reply_limit(len(prompt))
+        if limit is not None:
+            if limit < 1:
                 raise BadRequestError(
-                    f"the prompt has {len(result[0])} tokens; this server has memory for "
-                    f"{len(result[0]) + longest} of prompt and reply (--context-tokens)",
+                    f"the prompt has {len(prompt)} tokens, but this server has memory for "
+                    f"{len(prompt) + limit} tokens of prompt and reply; shorten it, or start the "
+                    "server with a larger --context-tokens",
                     param,
                 )
-            args.max_tokens = min(args.max_tokens, longest)
-        self._try(args, tokenizer)
+            args.max_tokens = min(args.max_tokens, limit)
+        self._try_out(args, tokenizer)
         return result
 
-    def _try(self, args: Any, tokenizer: Any) -> None:
-        """Make what this request alone needs, once for nothing: mlx-lm makes it within a batch.
+    def _try_out(self, args: Any, tokenizer: Any) -> None:
+        """Build and call this request's sampler and logits processors once, outside the batch.
+
+        mlx-lm builds them within a batch, where a failure ends every request of it.
 
         Raises:
-            BadRequestError: something of it cannot be made, or does not work.
+            BadRequestError: names what does not work.
         """
-        words = self.model_provider.words
+        count = self.model_provider.known_tokens
         for token in args.logits.logit_bias or ():
-            if not 0 <= token < words:
+            if not 0 <= token < count:
                 raise BadRequestError(
-                    f"logit_bias: there is no token {token}, only {words}", "logit_bias"
+                    f"logit_bias names token {token}; tokens are 0 to {count - 1}", "logit_bias"
                 )
         for name, value in (("top_k", args.sampling.top_k), ("top_logprobs", args.top_logprobs)):
-            if value >= words:
-                raise BadRequestError(f"{name} must be below {words}, the number of tokens", name)
-        logits = mx.zeros((1, self.room.vocabulary))
+            if value >= count:
+                raise BadRequestError(f"{name} must be below {count}, the number of tokens", name)
+        logits = mx.zeros((1, self.admission.vocabulary))
         try:
             for processor in stock._make_logits_processors(args):
                 logits = processor(mx.zeros(1, mx.int32), logits)
             stock._make_sampler(args, tokenizer)(logits)
             self._make_state_machine(self.model_provider.model_key, tokenizer, args.stop_words)
         except Exception as e:
-            sound_random_state()
-            raise BadRequestError(f"the sampling parameters do not work: {e}") from e
+            restore_random_state()
+            raise BadRequestError(f"these sampling parameters do not work: {e}") from e
 
     def _serve_single(self, request: Any, *rest: Any) -> None:
         reply, asked, args = request
         client = self._clients.get(id(asked))
-        super()._serve_single((_Stopping(reply, client, self.room), asked, args), *rest)
-        sound_random_state()
+        super()._serve_single((_SingleReply(reply, client, self.admission), asked, args), *rest)
+        restore_random_state()
 
 
-class _Stopping:
-    """The reply queue of a request that is served alone: stops its prompt when its client left."""
+class _SingleReply:
+    """The reply queue of a request served alone: ends its prompt once the client has left."""
 
-    def __init__(self, reply: Queue[Any], client: Client | None, room: Room) -> None:
-        self._reply, self._client, self._room = reply, client, room
+    def __init__(self, reply: Queue[Any], client: Client | None, admission: KVAdmission) -> None:
+        self._reply, self._client, self._admission = reply, client, admission
 
     def put(self, item: Any) -> None:
         if item is None:
-            self._room.pending = 0  # its KV cache is the prompt cache's from here on
+            self._admission.withdraw()  # its KV cache goes to the prompt cache now
         if isinstance(item, tuple) and self._client is not None and self._client.gone():
             raise ClientGone
         self._reply.put(item)
 
 
 class Client:
-    """One connection's view of the generator: what mlx-lm's handler takes for the generator.
+    """One connection's view of the generation thread; mlx-lm's handler uses it in its place.
 
     Attributes:
-        outcome: how its request ended, one of `traffic.OUTCOMES`.
-        ended: nobody waits for its reply any more.
+        ended: nobody waits for the reply any more.
     """
 
-    def __init__(self, generator: Generator, connection: socket.socket) -> None:
+    def __init__(self, generator: GenerationThread, connection: socket.socket) -> None:
         self.generator, self._connection = generator, connection
         self.ended = False
 
@@ -371,11 +234,11 @@ class Client:
         return self.generator.is_healthy
 
     def gone(self) -> bool:
-        """Has the client closed its connection, or is the server stopping?"""
+        """Whether the client has closed its connection or the server is stopping."""
         if self.ended or self.generator.stopping:
             return True
         try:
-            poll = select.poll()  # not `select`, which knows no descriptors above 1024
+            poll = select.poll()  # `select.select` knows no descriptors above 1024
             poll.register(self._connection, select.POLLIN)
             return bool(poll.poll(0)) and not self._connection.recv(1, socket.MSG_PEEK)
         except (OSError, ValueError):
@@ -387,13 +250,13 @@ class Client:
         args: Any,
         progress_callback: Callable[[int, int], None] | None = None,
     ) -> NoReturn:
-        """As mlx-lm's, but it ends when the client leaves, and its errors have a status.
+        """Queue a request and wait until its prompt is taken.
 
         Raises:
-            Begun: the prompt is taken; its responses raise `ClientGone` when nobody waits for them.
+            Started: with the responses; these raise `ClientGone` once nobody waits for them.
             Refused: the request cannot be answered.
         """
-        began = time.perf_counter()
+        start = time.perf_counter()
 
         def progress(done: int, total: int) -> None:
             if self.gone():
@@ -401,10 +264,10 @@ class Client:
             if progress_callback is not None:
                 progress_callback(done, total)
 
-        # By one name, whichever was used: mlx-lm's batches take requests of one name only.
+        # Always the same name for a model: mlx-lm's batches take requests of one name only.
         args.model.model = self.generator.model_provider.served[args.model.model]
         args.model.draft = "default_model"
-        self.generator.expect(request, self)
+        self.generator.register(request, self)
         try:
             context, responses = self.generator.generate(request, args, progress)
         except ClientGone as e:
@@ -412,24 +275,25 @@ class Client:
         except BadRequestError as e:
             raise Refused(400, str(e), "invalid_request", e.param) from e
         except Exception as e:
-            raise failed(e) from e
-        raise Begun(context, self._watched(context, responses, began), args)
+            raise generation_failed(e) from e
+        raise Started(context, self._counted(context, responses, start), args)
 
-    def _watched(self, context: Any, responses: Iterator[Any], began: float) -> Iterator[Any]:
-        traffic, first = self.generator.traffic, True
+    def _counted(self, context: Any, responses: Iterator[Any], start: float) -> Iterator[Any]:
+        """The responses, counted, until the client leaves."""
+        counters, first = self.generator.counters, True
         for response in responses:
             if first:
-                seconds = time.perf_counter() - began
-                traffic.prompt(len(context.prompt), max(0, context.prompt_cache_count), seconds)
+                seconds = time.perf_counter() - start
+                counters.prompt(len(context.prompt), max(0, context.prompt_cache_count), seconds)
                 first = False
-            traffic.token()
+            counters.token()
             if self.gone():
                 raise ClientGone
             yield response
 
 
-def sound_random_state() -> None:
-    """Begin the random numbers anew where a failed step has left them unusable."""
+def restore_random_state() -> None:
+    """Reseed MLX's random numbers if a failed step has left them unusable."""
     try:
         mx.eval(mx.random.state)
     except RuntimeError:
@@ -437,12 +301,12 @@ def sound_random_state() -> None:
 
 
 def top_logprobs(logprobs: mx.array, count: int, tokenizer: Any) -> tuple[dict[str, Any], ...]:
-    """The likeliest tokens, the first one first: mlx-lm has them in no order.
+    """The likeliest tokens, best first; mlx-lm's own function returns them in no order.
 
     Args:
         logprobs: of all tokens, [V].
-        count: how many; none where it is below 1.
-        tokenizer: not used, names come later.
+        count: number of tokens to return; none if below 1.
+        tokenizer: unused; tokens get their text later.
 
     Returns:
         `id` and `logprob` of each.
@@ -454,12 +318,3 @@ def top_logprobs(logprobs: mx.array, count: int, tokenizer: Any) -> tuple[dict[s
     values: Any = logprobs[indices].tolist()
     found = sorted(zip(ids, values, strict=True), key=lambda f: (-f[1], f[0]))
     return tuple({"id": i, "logprob": value} for i, value in found)
-
-
-def failed(error: Exception) -> Refused:
-    """The reply to a request that failed here. Paths and traces are for the log alone."""
-    if isinstance(error, StreamError):
-        logging.error(str(error))
-    return Refused(
-        500, f"generating failed: {type(error).__name__}; the server's log says more", "failed"
-    )

@@ -1,16 +1,14 @@
-"""Keeps a server that answers many requests at once within the memory that was promised.
+"""Holds a server that answers many requests at once to its memory plan.
 
-A plan has room for the KV cache of `context_tokens` tokens and for passes over `prefill_tokens`
-tokens. mlx-lm's server batches requests, which pads each to the longest, and keeps the KV caches of
-replies for later prompts, neither within any bound. Here both are held to the plan's: a request
-that does not fit beside the others waits, and kept caches make room for running ones.
-
-Everything here belongs to the generation thread.
+A plan covers the KV cache of `context_tokens` tokens and passes over `prefill_tokens` tokens.
+mlx-lm's server pads every request of a batch to the longest and keeps the KV caches of replies for
+later prompts, without a bound on either. Here a request that does not fit beside the running ones
+waits, and kept caches give way to running requests. Only the generation thread may call this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import mlx.core as mx
@@ -30,125 +28,153 @@ from .._memory.footprint import STEP
 _LOGIT_BYTES = 24
 
 
-class Room:
-    """Tokens of KV cache that may be taken, and who has taken them.
+class KVAdmission:
+    """Decides which requests may run now, and how much memory kept prompt caches may take.
 
     Attributes:
-        plan: of the model that is loaded; None before.
-        active: tokens (prompt and reply) of each sequence that is being generated.
-        pending: tokens of the request that was admitted last and has not begun.
-        state: bytes that each sequence keeps whatever its length (linear attention, Mamba). As
-            planned, or None where the plan knows of none, until a sequence was seen.
-        keep: takes the tokens and caches of a sequence that is taken out of a batch.
+        plan: the loaded model's; None while no streamed model is loaded.
+        vocabulary: width of the model's logits.
+        state_bytes: bytes that a sequence keeps whatever its length (linear attention, Mamba).
+            None if the plan does not know, until a sequence has been measured.
+        running: tokens of prompt and reply by sequence id of the batch.
+        pending: tokens of the request that was admitted last and has not started.
+        save_cache: takes the tokens and caches of a sequence that leaves a batch early.
     """
 
-    keep: Callable[[list[int], list[Any]], None] | None = None
+    save_cache: Callable[[list[int], list[Any]], None] | None = None
 
     def __init__(self) -> None:
         self.plan: Plan | None = None
-        self.state: int | None = None
+        self.state_bytes: int | None = None
         self.vocabulary = 1
-        self.active: dict[int, int] = {}
+        self.running: dict[int, int] = {}
         self.pending = 0
 
     def open(self, plan: Plan, vocabulary: int) -> None:
-        """A model has been loaded."""
+        """Apply the plan of a model that has been loaded."""
         self.plan, self.vocabulary = plan, vocabulary
-        self.state = plan.state if plan.footprint is not None else plan.state or None
+        self.state_bytes = plan.state if plan.footprint is not None else plan.state or None
 
-    def longest_reply(self, prompt_tokens: int) -> int | None:
-        """Tokens that a reply to a prompt may have; None where nothing bounds it."""
-        if self.plan is None:
-            return None
-        return self.plan.longest_context - prompt_tokens
+    def close(self) -> None:
+        """Forget the plan: its model is about to be freed."""
+        self.plan = None
 
-    def admits(self, tokens: int) -> bool:
-        """Does a request of so many tokens fit beside the active ones? One alone always does."""
-        if not self.active or self.plan is None:
-            return True
-        sequences = len(self.active) + 1
-        if _LOGIT_BYTES * self.vocabulary * sequences > self.plan.work or self.state is None:
-            return False
-        return self._bytes(tokens, *self.active.values()) <= self.plan.kv_room
+    def admit(self, tokens: int) -> bool:
+        """Admit a request of `tokens` tokens (prompt and reply), or return False: it must wait.
 
-    def kept_bytes(self) -> int:
-        """What the caches of earlier replies may take now."""
+        A request that would run alone is always admitted.
+        """
+        if self.running and self.plan is not None:
+            sequences = len(self.running) + 1
+            logits = _LOGIT_BYTES * self.vocabulary * sequences
+            if logits > self.plan.work or self.state_bytes is None:
+                return False
+            if self._batch_bytes(tokens, *self.running.values()) > self.plan.kv_room:
+                return False
+        self.pending = tokens
+        return True
+
+    def withdraw(self) -> None:
+        """Drop the pending request: it failed, or its KV cache now belongs to the prompt cache."""
+        self.pending = 0
+
+    def start(self, sequences: Iterable[int]) -> None:
+        """Count the pending request as running, under its sequence id."""
+        self.running.update(dict.fromkeys(sequences, self.pending))
+        self.pending = 0
+
+    def finish(self, sequences: Iterable[int]) -> None:
+        """Release what these sequences took."""
+        for sequence in sequences:
+            self.running.pop(sequence, None)
+
+    def finish_all(self) -> None:
+        """Release what every sequence took: their batch is gone."""
+        self.running.clear()
+
+    def measure(self, caches: list[Any], sequences: int) -> None:
+        """Take `state_bytes` from the caches of a running batch if the plan did not know it."""
+        if self.state_bytes is None:
+            self.state_bytes = constant_bytes(caches) // sequences
+
+    def reply_limit(self, prompt_tokens: int) -> int | None:
+        """Longest reply to a prompt of this length, in tokens; None if nothing bounds it."""
+        return None if self.plan is None else self.plan.longest_context - prompt_tokens
+
+    def prompt_cache_budget(self) -> int:
+        """Bytes that the KV caches of earlier replies may take now."""
         if self.plan is None:
             return 1 << 62
-        taken = [t for t in (*self.active.values(), self.pending) if t]
-        return max(0, self.plan.kv_room - (self._bytes(*taken) if taken else 0))
+        tokens = [t for t in (*self.running.values(), self.pending) if t]
+        return max(0, self.plan.kv_room - (self._batch_bytes(*tokens) if tokens else 0))
 
     def chunk_tokens(self, stated: int, prompts: int) -> int:
-        """Tokens of each of `prompts` prompts that go into one pass together."""
+        """Tokens that each of `prompts` prompts contributes to one pass; `stated` at most."""
         if self.plan is None:
             return stated
         return max(1, min(stated, self.plan.prefill_tokens // max(1, prompts)))
 
-    def _bytes(self, *tokens: int) -> int:
-        """KV cache that a batch takes: as much for each sequence as for the longest."""
+    def _batch_bytes(self, *tokens: int) -> int:
+        """KV cache of a batch: every sequence takes as much as the longest."""
         assert self.plan is not None
         longest = -(-max(tokens) // STEP) * STEP
-        return len(tokens) * (longest * self.plan.kv_token + (self.state or 0))
+        return len(tokens) * (longest * self.plan.kv_token + (self.state_bytes or 0))
 
 
-class Batch(BatchGenerator):
-    """mlx-lm's batch, whose sequences take room and whose prompts share a pass's tokens."""
+class AdmittedBatch(BatchGenerator):
+    """mlx-lm's batch; reports its sequences to `KVAdmission` and takes chunks of planned length."""
 
-    def __init__(self, model: Any, room: Room, **options: Any) -> None:
+    def __init__(self, model: Any, admission: KVAdmission, **options: Any) -> None:
         super().__init__(model, **options)
-        self._room = room
+        self._admission = admission
         self._stated_step = self.prefill_step_size
-        room.active.clear()
+        admission.finish_all()
 
     def insert_segments(self, *args: Any, **options: Any) -> Any:
         uids = super().insert_segments(*args, **options)
-        for uid in uids:
-            self._room.active[uid] = self._room.pending
-        self._room.pending = 0
+        self._admission.start(uids)
         return uids
 
     def remove(self, uids: Any, *args: Any, **options: Any) -> Any:
-        if self._room.keep is not None:  # a stop string has ended it, or its client left
+        save = self._admission.save_cache
+        if save is not None:  # a stop string has ended the reply, or the client left
             for i, uid in enumerate(self._generation_batch.uids):
                 if uid in uids:
                     cache = self._generation_batch.extract_cache(i)
-                    self._room.keep(list(self._generation_batch.tokens[i]), cache)
+                    save(list(self._generation_batch.tokens[i]), cache)
         removed = super().remove(uids, *args, **options)
-        for uid in uids:
-            self._room.active.pop(uid, None)
+        self._admission.finish(uids)
         return removed
 
     def next(self) -> Any:
         waiting = len(self._prompt_batch) + len(self._unprocessed_sequences)
         prompts = min(waiting, self.prefill_batch_size)
-        self.prefill_step_size = self._room.chunk_tokens(self._stated_step, prompts)
+        self.prefill_step_size = self._admission.chunk_tokens(self._stated_step, prompts)
         prompt_responses, responses = super().next()
-        if self._room.state is None and (sequences := len(self._generation_batch)):
-            self._room.state = state_bytes(self._generation_batch.prompt_cache) // sequences
-        for r in responses:
-            if r.finish_reason is not None:
-                self._room.active.pop(r.uid, None)
+        if sequences := len(self._generation_batch):
+            self._admission.measure(self._generation_batch.prompt_cache, sequences)
+        self._admission.finish(r.uid for r in responses if r.finish_reason is not None)
         return prompt_responses, responses
 
 
-def state_bytes(caches: list[Any]) -> int:
+def constant_bytes(caches: list[Any]) -> int:
     """Bytes of those caches that do not grow with their sequences."""
     inner = [c for cache in caches for c in getattr(cache, "caches", [cache])]
     return sum(c.nbytes for c in inner if isinstance(c, ArraysCache))
 
 
-class PromptCache(LRUPromptCache):
-    """mlx-lm's cache of earlier prompts and replies, no larger than the room that is left."""
+class BoundedPromptCache(LRUPromptCache):
+    """mlx-lm's cache of earlier prompts and replies, within what running requests leave."""
 
-    def __init__(self, room: Room, *args: Any, **options: Any) -> None:
+    def __init__(self, admission: KVAdmission, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._room = room
+        self._admission = admission
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> Any:
-        # What is fetched shares its memory with what it was fetched from until either is written.
-        # So first fetch, then let go of what there is no more room for.
+        # A fetched cache shares memory with its origin until one of them is written, so fetch
+        # first and drop what no longer fits afterwards.
         found, rest = super().fetch_nearest_cache(model, tokens)
-        self.trim_to(n_bytes=self._room.kept_bytes())
+        self.trim_to(n_bytes=self._admission.prompt_cache_budget())
         if found is not None and not rest:  # the last token must run, or there are no logits
             if not can_trim_prompt_cache(found):
                 return None, tokens
@@ -159,16 +185,16 @@ class PromptCache(LRUPromptCache):
     def insert_cache(
         self, model: Any, tokens: list[int], prompt_cache: list[Any], **options: Any
     ) -> None:
-        # A cache taken out of a batch is a slice that was not computed yet: it would keep the KV
-        # cache of the whole batch in memory, unseen by any count.
+        # A cache taken out of a batch is an unevaluated slice: it would keep the KV cache of the
+        # whole batch in memory, unseen by any count.
         mx.eval([c.state for c in prompt_cache])
         if not trims(prompt_cache):
             for cache in prompt_cache:
                 cache.is_trimmable = _never
         super().insert_cache(model, tokens, prompt_cache, **options)
-        self.trim_to(n_bytes=self._room.kept_bytes())
+        self.trim_to(n_bytes=self._admission.prompt_cache_budget())
 
 
 def _never() -> bool:
-    """What a cache is to say of being trimmed that would not go on like a fresh one."""
+    """`is_trimmable` of a cache that would not continue like a fresh one after a trim."""
     return False

@@ -1,32 +1,31 @@
-"""What a server shows of itself: figures for its live page, and for Prometheus.
+"""A server's figures, for its live page and for Prometheus.
 
-Everything is read when it is asked for; nothing is kept. The Prometheus form needs the `server`
-extra (prometheus_client) and uses a registry of its own, so that a host program's is left alone.
+Figures are read when they are asked for; nothing is kept. The Prometheus form needs the `server`
+extra (prometheus_client) and a registry of its own, which leaves a host program's alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 
-from .._experts.stream import ExpertStream
 from .._memory.budget import Plan
 from .._osinfo import resident_bytes
-from ._traffic import FIRST_TOKEN_BOUNDS, TrafficStats
-
-if TYPE_CHECKING:
-    from ._generation import Generator
+from ._generation import GenerationThread
+from ._refusals import Refused
+from ._request_counters import FIRST_TOKEN_BOUNDS, RequestStats
 
 _PREFIX = "streamexperts_"
 
 
 def memory_bytes(plan: Plan | None) -> dict[str, int | None]:
-    """Memory by kind: what MLX holds now and held at most, what it keeps of freed memory for reuse,
-    what the process has resident; and of the plan the budget (None without one), trunk, expert
-    cache and room for KV caches. All in bytes.
+    """Memory by kind, in bytes.
+
+    MLX's: `active` now, `peak` so far, `reusable` (freed and kept for reuse). The process's:
+    `resident`. The plan's: `budget` (None without one), `trunk`, `expert_cache` and `kv`.
     """
     return {
         "active": mx.get_active_memory(),
@@ -40,29 +39,23 @@ def memory_bytes(plan: Plan | None) -> dict[str, int | None]:
     }
 
 
-def _plan(generator: Generator) -> Plan | None:
-    """How the memory of the loaded model is divided now."""
-    expert_stream = generator.model_provider.expert_stream
-    return None if expert_stream is None else expert_stream.plan
+def live(generator: GenerationThread) -> dict[str, Any]:
+    """The live page's figures: counters since loading, bytes, seconds.
 
-
-def live(generator: Generator) -> dict[str, Any]:
-    """The live page's figures as plain numbers: counters since loading, bytes, seconds.
-
-    Rates are for the reader to take, from the differences of two such readings.
+    The page takes rates from the differences of two readings.
     """
     provider = generator.model_provider
-    expert_stream: ExpertStream | None = provider.expert_stream
+    expert_stream = provider.expert_stream
+    plan = expert_stream.plan if expert_stream is not None else None
     answer: dict[str, Any] = {
-        "model": _name(generator),
-        "traffic": asdict(generator.traffic.stats()),
-        "memory": memory_bytes(_plan(generator)),
+        "model": next((n for n in provider.listed if provider.is_loaded(n)), None),
+        "traffic": asdict(generator.counters.stats()),
+        "memory": memory_bytes(plan),
         "experts": None,
     }
     if expert_stream is not None:
-        stats = expert_stream.stats()
         answer["experts"] = {
-            **stats.as_dict(),
+            **expert_stream.stats().as_dict(),
             "resident_share": expert_stream.plan.resident_share,
             "layers": [
                 {
@@ -77,7 +70,7 @@ def live(generator: Generator) -> dict[str, Any]:
     return answer
 
 
-def prometheus(generator: Generator) -> tuple[bytes, str]:
+def prometheus(generator: GenerationThread) -> tuple[bytes, str]:
     """The figures in Prometheus's text format, and its content type.
 
     Raises:
@@ -87,8 +80,6 @@ def prometheus(generator: Generator) -> tuple[bytes, str]:
         from prometheus_client import CollectorRegistry, generate_latest
         from prometheus_client.exposition import CONTENT_TYPE_LATEST
     except ImportError as e:
-        from ._generation import Refused
-
         raise Refused(
             501, "/metrics needs prometheus_client: pip install 'mlx-streamexperts[server]'"
         ) from e
@@ -98,13 +89,13 @@ def prometheus(generator: Generator) -> tuple[bytes, str]:
 
 
 class _Collector:
-    """Turns one reading of the statistics into metric families."""
+    """Turns one reading of the figures into metric families."""
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, generator: GenerationThread) -> None:
         self._generator = generator
 
     def describe(self) -> list[Any]:
-        return []  # else registering would read everything once more
+        return []  # otherwise registering would collect once
 
     def collect(self) -> Iterator[Any]:
         from prometheus_client.core import (
@@ -120,57 +111,61 @@ class _Collector:
             return _family(GaugeMetricFamily, name, text, value, label)
 
         generator = self._generator
-        t = generator.traffic.stats()
+        t = generator.counters.stats()
         yield counter("requests", "Requests by how they ended", {**t.requests}, "outcome")
         yield gauge("requests_active", "Requests being answered or waiting", t.active)
         yield counter("prompt_tokens", "Tokens of prompts", t.prompt_tokens)
         yield counter(
-            "prompt_tokens_cached", "Those of them found in the prompt cache", t.cached_tokens
+            "prompt_tokens_cached", "Prompt tokens found in the prompt cache", t.cached_tokens
         )
         yield counter("generated_tokens", "Tokens generated", t.tokens)
         yield gauge(
             "generated_tokens_per_second",
-            "Tokens a second over the last ten seconds, all clients together",
+            "Tokens per second over the last ten seconds, all clients together",
             t.tokens_per_second,
         )
         yield HistogramMetricFamily(
             _PREFIX + "time_to_first_token_seconds",
-            "From a request's arrival to its first token",
+            "Time from a request's arrival to its first token",
             buckets=_cumulative(t),
             sum_value=t.first_token_seconds,
         )
-        memory = {k: float(v) for k, v in memory_bytes(_plan(generator)).items() if v is not None}
+        expert_stream = generator.model_provider.expert_stream
+        plan = expert_stream.plan if expert_stream is not None else None
+        memory = {k: float(v) for k, v in memory_bytes(plan).items() if v is not None}
         yield GaugeMetricFamily(
             "process_resident_memory_bytes", "Resident memory", memory.pop("resident")
         )
-        yield gauge("memory_bytes", "MLX's memory, and the plan's parts, by kind", memory, "kind")
-        expert_stream = generator.model_provider.expert_stream
+        yield gauge("memory_bytes", "MLX's memory and the plan's parts, by kind", memory, "kind")
         if expert_stream is None:
             return
         s = expert_stream.stats()
         yield gauge(
-            "layer_hit_rate", "Needed experts that were resident", s.layer_hit_rates, "layer"
+            "layer_hit_rate",
+            "Share of needed experts that were resident",
+            s.layer_hit_rates,
+            "layer",
         )
-        yield gauge(
-            "layers_looking_ahead", "Layers that read ahead at present", s.prefetching_layers
-        )
+        yield gauge("layers_looking_ahead", "Layers that prefetch now", s.prefetching_layers)
         yield counter("expert_hits", "Needed experts that were resident", s.cache.hits)
         yield counter(
             "expert_misses",
-            "Needed experts that were not: first uses, and uses after eviction",
+            "Needed experts that were not resident: first uses, and uses after eviction",
             {"compulsory": s.cache.compulsory, "capacity": s.cache.capacity},
             "kind",
         )
-        yield counter("expert_evictions", "Experts that made room", s.cache.evictions)
+        yield counter("expert_evictions", "Experts evicted", s.cache.evictions)
         yield counter("read_bytes", "Bytes read into expert memory", s.read.bytes)
         yield counter("reads", "System calls that read", s.read.reads)
-        yield counter("read_seconds", "Reading, summed over threads", s.read.read_seconds)
-        yield counter("read_wait_seconds", "Standing still for reads", s.read.wait_seconds)
+        yield counter(
+            "read_seconds", "Time spent reading, summed over threads", s.read.read_seconds
+        )
+        yield counter("read_wait_seconds", "Time spent waiting for reads", s.read.wait_seconds)
         yield counter("read_errors", "Reads that failed", s.read.errors)
         yield counter(
             "read_ahead",
-            "Experts read before they were asked for: issued; used; of those late; evicted unused; "
-            "taken back; failed",
+            "Prefetched experts: issued; used; late (of those used); evicted unused (wasted); "
+            "cancelled; failed",
             {
                 "issued": s.prefetch.issued,
                 "used": s.cache.prefetched,
@@ -181,11 +176,11 @@ class _Collector:
             },
             "outcome",
         )
-        yield counter("read_ahead_bytes", "Bytes of them", s.read.speculative_bytes)
+        yield counter("read_ahead_bytes", "Bytes prefetched", s.read.speculative_bytes)
         yield counter(
-            "read_delay_seconds", "What awaited reads lost behind those", s.read.delay_seconds
+            "read_delay_seconds", "Time demand reads waited behind prefetches", s.read.delay_seconds
         )
-        yield counter("layer_seconds", "Time in expert layers by phase", {**s.seconds}, "phase")
+        yield counter("layer_seconds", "Time in expert layers, by phase", {**s.seconds}, "phase")
 
 
 def _family(kind: Any, name: str, text: str, value: float | dict[str, float], label: str) -> Any:
@@ -197,16 +192,10 @@ def _family(kind: Any, name: str, text: str, value: float | dict[str, float], la
     return family
 
 
-def _cumulative(t: TrafficStats) -> list[tuple[str, int]]:
-    """Buckets as Prometheus wants them: each counts all below its bound."""
+def _cumulative(t: RequestStats) -> list[tuple[str, int]]:
+    """Prometheus's buckets: each counts every request below its bound."""
     buckets, total = [], 0
     for bound, count in zip((*FIRST_TOKEN_BOUNDS, "+Inf"), t.first_token, strict=True):
         total += count
         buckets.append((str(bound), total))
     return buckets
-
-
-def _name(generator: Generator) -> str | None:
-    """The loaded model's name, as `/v1/models` has it."""
-    provider = generator.model_provider
-    return next((n for n in provider.listed if provider.is_loaded(n)), None)

@@ -1,7 +1,7 @@
-"""What becomes of a reply's tokens: text up to a stop string, reasoning, tool calls, logprobs.
+"""Turns a reply's tokens into text up to a stop string, reasoning, tool calls and logprobs.
 
-mlx-lm 0.32.2 looks for stop strings among tokens, where they may be cut in another way, and drops
-text with them. Here text is looked at. Nothing here knows HTTP or MLX.
+mlx-lm 0.32.2 matches stop strings token by token, misses those that the model tokenizes another
+way, and drops text with them. Here the text is searched. Nothing here knows HTTP or MLX.
 """
 
 from __future__ import annotations
@@ -14,42 +14,42 @@ from mlx_lm.generate import TextStateMachine
 
 
 class StopText:
-    """Text up to the first stop string, which may come in pieces.
+    """Finds the first stop string in text that comes in pieces.
 
-    The first one is that which ends first, and of two that end together the longer one: where the
-    pieces begin makes no difference.
+    The first is the one that ends first; of two that end together, the longer. Where the text is
+    cut into pieces makes no difference.
 
     Args:
-        stops: the strings.
+        stops: the stop strings.
 
     Attributes:
-        found: one of them has come; the text ends before it.
+        found: whether one has come. The text ends before it.
     """
 
     def __init__(self, stops: Iterable[str]) -> None:
         self._stops = list(stops)
-        self._held = ""  # may be the beginning of one
+        self._held = ""  # may be the beginning of a stop string
         self.found = False
 
     def feed(self, text: str) -> str:
-        """The text that may go out, now that this piece has come."""
+        """Take the next piece; returns the text that can be sent now."""
         self._held += text
         ends = [(at + len(s), at) for s in self._stops if (at := self._held.find(s)) >= 0]
         if ends:
             self.found = True
             out, self._held = self._held[: min(ends)[1]], ""
             return out
-        keep = self._begun()
-        out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        send = len(self._held) - self._partial()
+        out, self._held = self._held[:send], self._held[send:]
         return out
 
     def flush(self) -> str:
-        """The rest, once no more comes."""
+        """The text held back, once no more comes."""
         out, self._held = self._held, ""
         return out
 
-    def _begun(self) -> int:
-        """Characters at the end that may be the beginning of a stop string."""
+    def _partial(self) -> int:
+        """Length of the longest end of the text that begins a stop string."""
         longest = max((len(s) for s in self._stops), default=1) - 1
         for n in range(min(longest, len(self._held)), 0, -1):
             if any(s.startswith(self._held[-n:]) for s in self._stops):
@@ -59,13 +59,13 @@ class StopText:
 
 @dataclass
 class Piece:
-    """What is new of a reply.
+    """The new part of a reply.
 
     Attributes:
-        text, reasoning: text of either kind.
-        tools: texts of whole tool calls.
-        logprobs: of its tokens, as OpenAI's chat has them; None where none were asked for.
-        finish_reason: of the last piece alone: "stop", "length" or "tool_calls".
+        text, reasoning: new text of either kind.
+        tools: texts of complete tool calls.
+        logprobs: of its tokens, in the form of OpenAI's chat; None if none were requested.
+        finish_reason: "stop", "length" or "tool_calls" in the last piece, else None.
     """
 
     text: str = ""
@@ -75,7 +75,7 @@ class Piece:
     finish_reason: str | None = None
 
     def __bool__(self) -> bool:
-        """Is there anything to send?"""
+        """Whether there is anything to send."""
         return bool(
             self.text or self.reasoning or self.tools or self.logprobs or self.finish_reason
         )
@@ -91,55 +91,60 @@ class Piece:
 
 
 class Reply:
-    """Makes pieces of a reply out of what mlx-lm's generator responds.
+    """Turns mlx-lm's responses to a request into pieces of a reply.
 
     Args:
-        context: mlx-lm's, of the request.
+        context: mlx-lm's `GenerationContext` of the request.
         stops: stop strings.
-        tokenizer: names tokens for logprobs; None where none are asked for.
+        tokenizer: decodes tokens for logprobs; None if none were requested.
 
     Attributes:
-        tokens: generated so far, one that ended the reply among them.
+        tokens: number of tokens generated so far, including one that ended the reply.
     """
 
     def __init__(self, context: Any, stops: Iterable[str], tokenizer: Any | None) -> None:
         self._stop = StopText(stops)
         self._machine = context.text_sm.make_state(context.initial_state)
         self._state = context.initial_state
-        self._tool, self._called = "", False
-        self._names = None if tokenizer is None else TokenNames(tokenizer)
-        self._delivered, self._raw = "", 0
+        self._tool = ""  # text of the tool call that is being received
+        self._called = False  # whether one is complete
+        self._logprobs = None if tokenizer is None else TokenLogprobs(tokenizer)
+        self._sent = ""  # text released so far
+        self._received = 0  # characters received, sent or held back
         self.tokens = 0
 
     def pieces(self, responses: Iterable[Any]) -> Iterator[Piece]:
-        """One a token, the last one with a finish reason; then no more responses are taken."""
+        """Yield a piece per token. The last has a finish reason; no response is taken after it."""
         for response in responses:
             self.tokens += 1
             text = self._stop.feed(response.text)
             reason = "stop" if self._stop.found else response.finish_reason
             if reason is not None:
                 text += self._stop.flush()
-            self._delivered += text
+            self._sent += text
+            self._received += len(response.text)
             piece = self._split(text, last=reason is not None)
-            if self._names is not None:
-                self._raw += len(response.text)
-                if response.finish_reason != "stop":  # the token that ends a reply has no text
-                    self._names.add(response, self._raw)
-                ended = self._delivered if self._stop.found else None
-                piece.logprobs = (
-                    self._names.take(len(self._delivered))
-                    if reason is None
-                    else self._names.rest(ended)
-                )
-            if reason is not None:
-                called = reason == "stop" and self._called
-                piece.finish_reason = "tool_calls" if called else reason
+            if self._logprobs is not None:
+                piece.logprobs = self._new_logprobs(response, last=reason is not None)
+            if reason is None:
+                yield piece
+                continue
+            called = reason == "stop" and self._called
+            piece.finish_reason = "tool_calls" if called else reason
             yield piece
-            if reason is not None:
-                return
+            return
+
+    def _new_logprobs(self, response: Any, last: bool) -> list[dict[str, Any]]:
+        """Logprobs of the tokens whose text is now certain to be in the reply."""
+        assert self._logprobs is not None
+        if response.finish_reason != "stop":  # an end-of-sequence token has no text
+            self._logprobs.add(response, self._received)
+        if last:
+            return self._logprobs.rest(self._sent if self._stop.found else None)
+        return self._logprobs.take(len(self._sent))
 
     def _split(self, text: str, last: bool) -> Piece:
-        """Text by mlx-lm's states: normal, reasoning, tool."""
+        """Sort text by mlx-lm's states: normal, reasoning, tool."""
         self._machine, segments = TextStateMachine.split(self._machine, text)
         if last:
             self._machine, rest, state = TextStateMachine.flush(self._machine)
@@ -164,22 +169,18 @@ class Reply:
         self._tool, self._called = "", True
 
 
-class TokenNames:
-    """The tokens of a reply's text with their logprobs, and when each is certain to be in it.
-
-    Args:
-        tokenizer: mlx-lm's.
-    """
+class TokenLogprobs:
+    """The tokens of a reply's text with their logprobs, each released once its text was sent."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._entries: list[dict[str, Any]] = []
-        self._ends: list[int] = []  # characters that had gone out when each had come
-        self._taken = 0
+        self._ends: list[int] = []  # length of the text up to and including each token
+        self._taken = 0  # entries released so far
 
     def add(self, response: Any, end: int) -> None:
-        """A token has come; the text has so many characters with it, delivered or held back."""
+        """Add a token; `end` is the length of the text with it, whether sent or held back."""
         begin = self._ends[-1] if self._ends else 0
         self._ids.append(response.token)
         self._ends.append(end)
@@ -195,36 +196,28 @@ class TokenNames:
             }
         )
 
-    def take(self, delivered: int) -> list[dict[str, Any]]:
-        """Entries that were not taken yet, of tokens that are certain to be in the reply.
-
-        Args:
-            delivered: characters of the text that have gone out.
-        """
+    def take(self, sent: int) -> list[dict[str, Any]]:
+        """New entries of tokens that lie within the first `sent` characters of the text."""
         end = self._taken
         for i in range(max(1, end), len(self._ends)):
-            # When text comes with a token, that of all tokens before it has come.
-            if self._ends[i - 1] < self._ends[i] <= delivered:
+            # If a token brings text, the text of all tokens before it is complete.
+            if self._ends[i - 1] < self._ends[i] <= sent:
                 end = i
         return self._to(end)
 
-    def rest(self, ended: str | None) -> list[dict[str, Any]]:
-        """The last entries.
-
-        Args:
-            ended: the reply's text where a stop string has cut it: no other tokens are named.
-        """
-        return self._to(len(self._ids) if ended is None else self._up_to(ended))
+    def rest(self, cut: str | None) -> list[dict[str, Any]]:
+        """The last entries; only those within `cut`, the text before a stop string, if given."""
+        return self._to(len(self._ids) if cut is None else self._up_to(cut))
 
     def _to(self, end: int) -> list[dict[str, Any]]:
         new, self._taken = self._entries[self._taken : end], max(self._taken, end)
         return new
 
     def _up_to(self, text: str) -> int:
-        """How many tokens it takes to say this text."""
+        """The number of tokens that cover this text."""
         if not text:
             return 0
-        # mlx-lm leaves out the space before a reply.
+        # mlx-lm drops the space before a reply.
         length = len(text) + max(0, self._tokenizer.decode(self._ids).find(text))
         low, high = 1, len(self._ids)
         while low < high:
@@ -236,8 +229,8 @@ class TokenNames:
         return low
 
     def _named(self, token: int, logprob: float) -> dict[str, Any]:
-        """The token as text, and as bytes where it is whole characters."""
-        # Twice, because a first token loses the space before it.
+        """The token as text, and as bytes if it is whole characters."""
+        # Decoded twice: a first token loses the space before it.
         once, twice = (self._tokenizer.decode([token] * n) for n in (1, 2))
         text = twice[len(once) :] if twice.startswith(once) else once
         whole = "\ufffd" not in text
@@ -249,16 +242,18 @@ class TokenNames:
 
 
 def completion_logprobs(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """Logprobs as OpenAI's completions have them; `content` is mlx-lm's form, that of a chat.
+    """Logprobs in the form of OpenAI's completions; `content` has the form of a chat, as mlx-lm's.
 
     Args:
-        entries: of tokens, as `Piece` has them.
+        entries: `Piece.logprobs`.
     """
     likeliest = []
     for entry in entries:
         named: dict[str, float] = {}
         for top in entry["top_logprobs"]:
-            named.setdefault(top["token"], top["logprob"])  # of two of a name the likelier
+            named.setdefault(
+                top["token"], top["logprob"]
+            )  # of two tokens with one text, the likelier
         likeliest.append(named)
     return {
         "tokens": [e["token"] for e in entries],

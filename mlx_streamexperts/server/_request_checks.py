@@ -1,8 +1,8 @@
-"""What a request for text may say.
+"""Checks every field of a request for text.
 
 mlx-lm checks sampling parameters and leaves the rest to its one generation thread, where a failure
-meets everybody's requests. Here every field is looked at first. What is not in a table here is
-refused by name: nothing that a request asks for is ignored without a word.
+ends everyone's requests. A field that is in no table here is refused by name: nothing that a
+request asks for is silently ignored.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ from typing import Any, TypeGuard
 
 from mlx_lm import server as stock
 
-from ._generation import Refused
+from ._refusals import Refused
 
 Check = Callable[[Any], str | None]
-"""Says what a value must be, or None where it is that."""
+"""Returns None for a good value, else what is wrong with it ("must be a string")."""
 
 _MOST_TOKENS = (1 << 31) - 1
-_LARGEST = 1e30  # below float32's largest: a penalty must not make logits infinite
-_SMALLEST_TEMPERATURE = 1e-6  # the logits are divided by it
+_LARGEST = 1e30  # below float32's maximum: a penalty must not make logits infinite
+_SMALLEST_TEMPERATURE = 1e-6  # logits are divided by it
 
 
-def checked(body: dict[str, Any], fetch_images: bool, chat: bool) -> dict[str, Any]:
-    """The body as mlx-lm may have it.
+def check_request(body: dict[str, Any], fetch_images: bool, chat: bool) -> dict[str, Any]:
+    """Check a request, and translate it for mlx-lm's handler.
 
     Args:
         body: the request's JSON object.
-        fetch_images: whether it may name images that are elsewhere.
-        chat: whether it came to chat completions, or to completions.
+        fetch_images: whether it may name images by http(s) URL.
+        chat: whether it is for chat completions, or for completions.
 
     Raises:
-        Refused: with status 400, what is wrong, and with which field.
+        Refused: with status 400, the field, and what is wrong with it.
     """
-    # A null means the default, but for draft_model.
+    # null means the default, except for draft_model.
     body = {k: v for k, v in body.items() if v is not None or k == "draft_model"}
     for path, value in _walk(body):
         if isinstance(value, float) and not math.isfinite(value):
             raise _refused(path, "must be finite")
         if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
-            raise _refused(path, "has half of a character, for which there are no tokens")
+            raise _refused(path, "has half of a surrogate pair, for which there are no tokens")
     prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1:
         body["prompt"] = prompt[0]
@@ -51,22 +51,24 @@ def checked(body: dict[str, Any], fetch_images: bool, chat: bool) -> dict[str, A
         if check is None:
             other = TEXT_FIELDS if chat else CHAT_FIELDS
             where = "this path" if key in other else "this server"
-            raise _refused(key, f"is not a field that {where} knows")
+            raise _refused(key, f"is not a field that {where} knows; leave it out")
         if value is not None and (must := check(value)) is not None:
             raise _refused(key, must)
     if (needed := "messages" if chat else "prompt") not in body:
-        raise _refused(needed, "is needed")
-    return _as_mlx_lm_has_it(body, fetch_images)
+        raise _refused(needed, "is required")
+    return _for_mlx_lm(body, fetch_images)
 
 
-def _as_mlx_lm_has_it(body: dict[str, Any], fetch_images: bool) -> dict[str, Any]:
-    """The body in mlx-lm's terms."""
+def _for_mlx_lm(body: dict[str, Any], fetch_images: bool) -> dict[str, Any]:
+    """The checked body in the form that mlx-lm's handler takes."""
     for message in body.get("messages", ()):
         message["content"] = _content(message.get("content"))
     if "messages" in body and not fetch_images:
         for url in _image_urls(body["messages"]):
             if not url.startswith("data:"):
-                raise _refused("messages", "images must be data: URLs (--fetch-images allows more)")
+                raise _refused(
+                    "messages", "images must be data: URLs (--fetch-images allows others)"
+                )
     for key in ("xtc_probability", "xtc_threshold"):
         if key in body:
             body[key] = float(body[key])
@@ -76,7 +78,7 @@ def _as_mlx_lm_has_it(body: dict[str, Any], fetch_images: bool) -> dict[str, Any
     if body.get("tool_choice") == "none":
         body.pop("tools", None)
     logprobs = body.get("logprobs")
-    if not isinstance(logprobs, bool | None):  # of completions: how many to show
+    if not isinstance(logprobs, bool | None):  # of completions: how many likeliest tokens to return
         body |= {"logprobs": True, "top_logprobs": logprobs}
     if body.get("top_logprobs", -1) >= 0:
         body["logprobs"] = True
@@ -91,7 +93,7 @@ def _refused(path: str, must: str) -> Refused:
 
 
 def _walk(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Everything in a JSON object, keys included, and where it is."""
+    """Every key and plain value in a JSON object, with its path."""
     left: list[tuple[str, Any]] = [("", body)]
     while left:
         path, value = left.pop()
@@ -116,23 +118,20 @@ def _integer(low: int = 0, high: int = _MOST_TOKENS) -> Check:
 
 
 def _one_of(*values: Any) -> Check:
-    """One of them, and of its type: true is no 1."""
+    """One of these values, and of its type: true is not 1."""
     must = "must be " + " or ".join(repr(v) for v in values)
     if values == (True, False):
         must = "must be true or false"
     return lambda v: None if any(type(v) is type(w) and v == w for w in values) else must
 
 
-def _text(value: Any) -> str | None:
-    return None if isinstance(value, str) else "must be a string"
+def _unless(good: Callable[[Any], bool], wrong: str) -> Check:
+    return lambda value: None if good(value) else wrong
 
 
-def _object(value: Any) -> str | None:
-    return None if isinstance(value, dict) else "must be an object"
-
-
-def _prompt(value: Any) -> str | None:
-    return None if isinstance(value, str) else "must be one string"
+_text = _unless(lambda v: isinstance(v, str), "must be a string")
+_object = _unless(lambda v: isinstance(v, dict), "must be an object")
+_flag = _one_of(True, False)
 
 
 def _temperature(value: Any) -> str | None:
@@ -144,7 +143,7 @@ def _temperature(value: Any) -> str | None:
 def _stop(value: Any) -> str | None:
     stops = [value] if isinstance(value, str) else value
     if not _are(stops, str) or "" in stops:
-        return "must be a string or a list of them, none of them empty"
+        return "must be a non-empty string or a list of them"
     return "has more than 64 strings" if len(stops) > 64 else None
 
 
@@ -174,10 +173,10 @@ def _messages(value: Any) -> str | None:
         return "must be a list of objects with a role"
     for message in value:
         if not isinstance(message.get("name"), str | None):
-            return "have a name that is no string"
+            return "have a name that is not a string"
         calls = message.get("tool_calls")
         if calls is not None and not (_are(calls, dict) and all(map(_is_call, calls))):
-            return "have tool_calls that are no list of functions with a name and arguments"
+            return "have tool_calls that are not a list of functions with a name and arguments"
     return None
 
 
@@ -197,34 +196,10 @@ def _tools(value: Any) -> str | None:
     return None if good else "must be a list of objects with a function that has a name"
 
 
-def _template_arguments(value: Any) -> str | None:
-    if isinstance(value, dict) and "chat_template" not in value:
-        return None
-    return "must be an object, without a template of its own"
-
-
 def _roles(value: Any) -> str | None:
     good = isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
     return None if good else "must be an object of strings"
 
-
-def _response_format(value: Any) -> str | None:
-    if value == {"type": "text"}:
-        return None
-    return "must be {'type': 'text'}: this server cannot hold a reply to a form"
-
-
-def _tool_choice(value: Any) -> str | None:
-    if value in ("auto", "none"):
-        return None
-    return "must be 'auto' or 'none': this server cannot make a model call a tool"
-
-
-def _reasoning_effort(value: Any) -> str | None:
-    return "is up to the model's template: say it there, in chat_template_kwargs"
-
-
-_FLAG = _one_of(True, False)
 
 NO_EFFECT: dict[str, Check] = {
     "metadata": _object,
@@ -235,7 +210,7 @@ NO_EFFECT: dict[str, Check] = {
     "store": _one_of(False),
     "user": _text,
 }
-"""Fields that are accepted though nothing follows from them: they change no reply."""
+"""Fields that are accepted and ignored, because they change no reply."""
 
 _FIELDS: dict[str, Check] = {
     **NO_EFFECT,
@@ -257,7 +232,7 @@ _FIELDS: dict[str, Check] = {
     "repetition_penalty": _number(0),
     "seed": _integer(0, (1 << 63) - 1),
     "stop": _stop,
-    "stream": _FLAG,
+    "stream": _flag,
     "stream_options": _stream_options,
     "temperature": _temperature,
     "top_k": _integer(),
@@ -269,27 +244,36 @@ _FIELDS: dict[str, Check] = {
 
 CHAT_FIELDS: dict[str, Check] = {
     **_FIELDS,
-    "chat_template_kwargs": _template_arguments,
-    "logprobs": _FLAG,
+    "chat_template_kwargs": _unless(
+        lambda v: isinstance(v, dict) and "chat_template" not in v,
+        "must be an object, without a template of its own",
+    ),
+    "logprobs": _flag,
     "messages": _messages,
-    "modalities": lambda v: None if v == ["text"] else "must be ['text']",
+    "modalities": _unless(lambda v: v == ["text"], "must be ['text']"),
     "parallel_tool_calls": _one_of(True),
-    "reasoning_effort": _reasoning_effort,
-    "response_format": _response_format,
+    "reasoning_effort": lambda v: "depends on the model's template: set it in chat_template_kwargs",
+    "response_format": _unless(
+        lambda v: v == {"type": "text"},
+        "must be {'type': 'text'}: this server cannot constrain a reply to a format",
+    ),
     "role_mapping": _roles,
-    "tool_choice": _tool_choice,
+    "tool_choice": _unless(
+        lambda v: v in ("auto", "none"),
+        "must be 'auto' or 'none': this server cannot force a model to call a tool",
+    ),
     "tools": _tools,
 }
-"""What chat completions may say, OpenAI's fields and mlx-lm's."""
+"""Fields of a chat completion, OpenAI's and mlx-lm's."""
 
 TEXT_FIELDS: dict[str, Check] = {
     **_FIELDS,
     "best_of": _one_of(1),
     "echo": _one_of(False),
-    "prompt": _prompt,
+    "prompt": _unless(lambda v: isinstance(v, str), "must be one string"),
     "suffix": _one_of(""),
 }
-"""What completions may say."""
+"""Fields of a completion."""
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:
@@ -301,7 +285,7 @@ def _are(values: Any, kind: type) -> TypeGuard[list[Any]]:
 
 
 def _content(content: Any) -> Any:
-    """A message's content, a list of nothing but texts as one text: templates want that."""
+    """A message's content. Text parts alone are joined: chat templates expect one string."""
     parts = (
         [{"type": "text", "text": content or ""}] if isinstance(content, str | None) else content
     )
@@ -311,7 +295,9 @@ def _content(content: Any) -> Any:
         else isinstance(stock._image_url(p), str)
         for p in parts
     ):
-        raise _refused("messages", "have content that is no text, nor a list of texts and images")
+        raise _refused(
+            "messages", "have content that is neither text nor a list of texts and images"
+        )
     images = any(p["type"] != "text" for p in parts)
     return parts if images else "".join(p["text"] for p in parts)
 

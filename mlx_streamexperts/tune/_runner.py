@@ -26,7 +26,7 @@ from .._errors import StreamError
 from .._experts.bank import numbers
 from .._experts.stream import expert_files, stream
 from .._loading.demo import demo_model
-from .._loading.discover import Located, locate, original_load_model
+from .._loading.discover import DiscoveredModel, discover, original_load_model
 from .._loading.load import patch
 from .._loading.profiles import CACHE_SHARE, shared
 from .._memory.budget import default_memory
@@ -77,7 +77,7 @@ class Runner:
         self._folder, self.name, self.workload = folder, folder.resolve().name, workload
         self.config = replace(config, profile="off", progress=False)
         self._trust: dict[str, Any] = {"trust_remote_code": trust}
-        self.located: Located = locate(folder, self.config, self._trust)
+        self.located: DiscoveredModel = discover(folder, self.config, self._trust)
         self.plan = self.located.plan(self.config)
         if self.plan.memory is not None:  # every run gets the same, whatever is free by then
             self.config = replace(self.config, memory=self.plan.memory)

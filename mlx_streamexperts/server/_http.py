@@ -1,7 +1,7 @@
-"""What may come in from the network, and what goes out: limits, keys, routes, error replies.
+"""The HTTP layer: routes, limits, keys, and replies in OpenAI's form.
 
-Requests for text are checked here and then answered by mlx-lm's own handler. Nothing in a request
-ever names a file that is opened.
+Requests for text are checked here and then answered through mlx-lm's own handler. Nothing in a
+request ever names a file that is opened.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import socket
 import time
 from contextlib import suppress
 from email.message import Message
-from functools import cached_property
+from functools import cache
 from http import HTTPStatus
 from importlib.resources import files
 from typing import Any
@@ -27,52 +27,47 @@ from urllib.parse import unquote, urlsplit
 from mlx_lm import server as stock
 
 from .._errors import StreamError
-from ._generation import Begun, Client, ClientGone, Generator, Refused, failed
+from ._generation import Client, GenerationThread
 from ._metrics import live, prometheus
+from ._refusals import ClientGone, Refused, Started, generation_failed
 from ._replies import Piece, Reply, completion_logprobs
-from ._request_checks import checked
+from ._request_checks import check_request
 
 MOST_REQUESTS = 256
-"""Requests that may be under way or waiting; more are refused with status 503."""
+"""Requests that may be running or waiting; more are refused with status 503."""
 
-_SOCKET_SECONDS = 60.0  # for a request to come, and a client that takes nothing for so long left
-_SLOWEST = 64 << 10  # bytes/s of a body, beside those seconds
-_DRAIN_BYTES = 256 << 20  # read of a body that is too long, so that the client sees the answer
+_SOCKET_SECONDS = 60.0  # for a request to arrive; also how long a client may take nothing
+_SLOWEST = 64 << 10  # bytes/s that a body needs beyond those seconds
+_DRAIN_BYTES = 256 << 20  # read of a body that is too long, so that its client sees the answer
 _DRAIN_SECONDS = 5.0
-_MOST_DRAFTED = 64  # the pass that checks them is as long, and no plan knows of it
+_MOST_DRAFTED = 64  # tokens; the pass that verifies them is as long, and no plan covers it
 _TEXT_PATHS = ("/v1/chat/completions", "/chat/completions", "/v1/completions")
 
 
-class LivePage:
-    """The page, and the policy under which a browser runs nothing but it."""
+@cache
+def live_page() -> tuple[bytes, str]:
+    """The live page, and the Content-Security-Policy under which a browser runs nothing else.
 
-    @cached_property
-    def body(self) -> bytes:
-        return files("mlx_streamexperts").joinpath("data", "live.html").read_bytes()
-
-    @cached_property
-    def policy(self) -> str:
-        """Content-Security-Policy: this style, this script, and requests to this server."""
-        sources = {}
-        for tag in (b"style", b"script"):
-            match = re.search(b"<%b>(.*?)</%b>" % (tag, tag), self.body, re.DOTALL)
-            digest = hashlib.sha256(match[1] if match else b"").digest()
-            sources[tag.decode()] = f"'sha256-{base64.b64encode(digest).decode()}'"
-        return (
-            f"default-src 'none'; style-src {sources['style']}; script-src {sources['script']}; "
-            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-            "frame-ancestors 'none'"
-        )
+    The policy allows the page's own style and script, and requests to this server.
+    """
+    body = files("mlx_streamexperts").joinpath("data", "live.html").read_bytes()
+    sources = {}
+    for tag in ("style", "script"):
+        match = re.search(f"<{tag}>(.*?)</{tag}>".encode(), body, re.DOTALL)
+        digest = hashlib.sha256(match[1] if match else b"").digest()
+        sources[tag] = f"'sha256-{base64.b64encode(digest).decode()}'"
+    return body, (
+        f"default-src 'none'; style-src {sources['style']}; script-src {sources['script']}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )
 
 
-_page = LivePage()
-
-
-class _Arriving(io.RawIOBase):
-    """What a client sends, until a deadline: a byte now and then does not keep a thread.
+class _DeadlineReader(io.RawIOBase):
+    """Reads from a client until a deadline, so that a byte now and then does not keep a thread.
 
     Attributes:
-        until: the deadline, of `time.monotonic`.
+        until: the deadline on the clock of `time.monotonic`.
     """
 
     def __init__(self, connection: socket.socket, seconds: float) -> None:
@@ -94,40 +89,44 @@ class _Arriving(io.RawIOBase):
 
 
 class Handler(stock.APIHandler):
-    """mlx-lm's handler behind checks; see the module."""
+    """mlx-lm's handler, behind checks and with replies of our own."""
 
-    path: str
+    # For errors before the request was parsed:
+    path, command, requestline, request_version = "", "", "", "HTTP/1.0"
+    headers = Message()
+
     response_generator: Any
     rfile: Any
     server: Any
     timeout = _SOCKET_SECONDS
     server_version, sys_version = "mlx-streamexperts", ""
 
-    def __init__(self, generator: Generator, request: Any, *args: Any, **options: Any) -> None:
+    def __init__(
+        self, generator: GenerationThread, request: Any, *args: Any, **options: Any
+    ) -> None:
         self.generator = generator
         self.options = generator.cli_args
-        self.began = False  # the reply has
+        self.began = False  # whether the reply has begun
         view: Any = Client(generator, request)
         super().__init__(view, request, *args, **options)
 
     def setup(self) -> None:
         super().setup()
         self.rfile.close()
-        self._arriving = _Arriving(self.connection, self.timeout)
-        self.rfile = io.BufferedReader(self._arriving)
+        self._reader = _DeadlineReader(self.connection, self.timeout)
+        self.rfile = io.BufferedReader(self._reader)
 
     # Routes
 
     def do_GET(self) -> None:  # noqa: N802
-        """Figures, the live page, the models; the rest is mlx-lm's."""
+        """Answer for the live page, the figures, the models and the health check."""
         try:
             self._check_host()
             self.path = _path_of(self.path)
             if self.path in ("/", "/live"):
-                self._send(
-                    _page.body, "text/html; charset=utf-8",
-                    {"Content-Security-Policy": _page.policy, "Cache-Control": "no-cache"},
-                )  # fmt: skip
+                body, policy = live_page()
+                headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
+                self._send(body, "text/html; charset=utf-8", headers)
             elif self.path == "/health":
                 super().do_GET()
             elif self.path == "/live.json":
@@ -140,14 +139,14 @@ class Handler(stock.APIHandler):
                 self._authorize()
                 self._send_models(unquote(self.path.removeprefix("/v1/models").lstrip("/")))
             else:
-                raise Refused(404, f"there is nothing at {self.path[:200]}", "not_found")
+                raise Refused(404, f"there is no resource at {self.path[:200]}", "not_found")
         except Refused as e:
             self._refuse(e)
         except (ConnectionError, TimeoutError):
             self.close_connection = True
 
     def do_OPTIONS(self) -> None:  # noqa: N802
-        """What a browser asks before it lets a page send a request."""
+        """Answer a browser's CORS preflight."""
         try:
             self._check_host()
             super().do_OPTIONS()
@@ -155,25 +154,27 @@ class Handler(stock.APIHandler):
             self._refuse(e)
 
     def do_POST(self) -> None:  # noqa: N802
-        """Check a request for text, then let mlx-lm answer it."""
-        traffic = self.generator.traffic
+        """Check a request for text, then let mlx-lm's handler run it."""
+        counters = self.generator.counters
         try:
             self._check_host()
             self.path = _path_of(self.path)
             self._authorize()
             if self.path not in _TEXT_PATHS:
-                raise Refused(404, f"there is nothing at {self.path[:200]}", "not_found")
+                raise Refused(404, f"there is no resource at {self.path[:200]}", "not_found")
             chat = self.path != "/v1/completions"
-            asked = self._body()
-            body = json.dumps(checked(asked, self.options.fetch_images, chat)).encode()
-            if not traffic.begin(MOST_REQUESTS):
-                raise Refused(503, f"{MOST_REQUESTS} requests are under way", "overloaded")
+            asked = check_request(self._body(), self.options.fetch_images, chat)
+            body = json.dumps(asked).encode()
+            if not counters.begin(MOST_REQUESTS):
+                raise Refused(
+                    503, f"{MOST_REQUESTS} requests are under way; try again later", "overloaded"
+                )
         except Refused as e:
-            traffic.refused()
+            counters.refused()
             self._refuse(e)
             return
         except (ConnectionError, TimeoutError):
-            traffic.refused()
+            counters.refused()
             self.close_connection = True
             return
         outcome, rfile = "failed", self.rfile
@@ -184,30 +185,32 @@ class Handler(stock.APIHandler):
             super().do_POST()
             outcome = "completed"
         except Refused as e:
-            outcome = {4: "refused"}.get(e.status // 100, "failed")
-            outcome = "cancelled" if e.status == 499 else outcome
+            if e.status == 499:
+                outcome = "cancelled"
+            elif e.status < 500:
+                outcome = "refused"
             self._refuse(e)
         except (ConnectionError, TimeoutError):  # ClientGone among them
             outcome = "cancelled"
             self.close_connection = True
             if self.generator.stopping:
-                self._refuse(Refused(503, "the server is stopping", "stopping"))
+                self._refuse(Refused(503, "the server is being stopped", "stopping"))
         except Exception as e:
             if not isinstance(e, StreamError):
                 logging.exception("a request failed")
-            self._refuse(failed(e))
+            self._refuse(generation_failed(e))
         finally:
             self.rfile = rfile
             self.response_generator.ended = True
-            traffic.end(outcome)
+            counters.end(outcome)
 
     # Checks
 
     def _check_host(self) -> None:
-        """Answer only those who know where they are.
+        """Refuse requests for another host's name, against DNS rebinding.
 
-        A web page elsewhere can let its own name stand for 127.0.0.1 (DNS rebinding): to a browser
-        it is then of this server's origin. The name stays in the Host header.
+        A web page elsewhere can let its own name resolve to 127.0.0.1. To a browser it then has
+        this server's origin; only the Host header still has that name.
         """
         allowed = [name.lower() for name in self.options.allow_host]
         if not allowed and not is_loopback(str(self.server.server_address[0])):
@@ -217,38 +220,39 @@ class Handler(stock.APIHandler):
             if not is_loopback(name) and name not in allowed:
                 raise Refused(
                     403,
-                    f"this server does not answer to the name {name[:200]!r} (--allow-host)",
+                    f"this server does not answer requests for host {name[:200]!r} "
+                    "(--allow-host adds names)",
                     "host_not_allowed",
                 )
 
     def _authorize(self) -> None:
-        """Compare the key, where the server has one."""
+        """Compare the request's API key with the server's, if that has one."""
         if not self.options.api_key:
             return
         scheme, _, key = self.headers.get("Authorization", "").partition(" ")
         given = key.strip() if scheme.lower() == "bearer" else self.headers.get("X-API-Key", "")
-        sent = given.encode("latin-1", "replace")  # the bytes that came: http.server decodes so
+        sent = given.encode("latin-1", "replace")  # http.server decoded the bytes as latin-1
         if not hmac.compare_digest(sent, self.options.api_key.encode()):
-            raise Refused(401, "this server wants its API key as a bearer token", "invalid_api_key")
+            raise Refused(401, "send this server's API key as a bearer token", "invalid_api_key")
 
     def _body(self) -> dict[str, Any]:
-        """The request's JSON object, no longer than the limit."""
+        """Read the request's JSON object, no longer than --max-body."""
         stated = self.headers.get_all("Content-Length", [])
         if not stated or "Transfer-Encoding" in self.headers:
-            raise Refused(411, "a Content-Length is needed, and no Transfer-Encoding")
+            raise Refused(411, "send a Content-Length header and no Transfer-Encoding")
         if len(stated) > 1 or not re.fullmatch(r"[0-9]{1,15}", stated[0].strip()):
-            raise Refused(400, "Content-Length is not one number")
+            raise Refused(400, "Content-Length must be a single number")
         length, limit = int(stated[0]), self.options.max_body
         if length > limit:
             left = min(length, _DRAIN_BYTES)
-            self._arriving.until = time.monotonic() + min(_DRAIN_SECONDS, self.timeout)
+            self._reader.until = time.monotonic() + min(_DRAIN_SECONDS, self.timeout)
             with suppress(TimeoutError):
                 while left > 0 and (got := len(self.rfile.read1(min(left, 1 << 16)))):
                     left -= got
             raise Refused(
-                413, f"the body has {length} bytes, more than {limit} (--max-body)", "too_large"
+                413, f"the body has {length} bytes; {limit} are allowed (--max-body)", "too_large"
             )
-        self._arriving.until = time.monotonic() + self.timeout + length / _SLOWEST
+        self._reader.until = time.monotonic() + self.timeout + length / _SLOWEST
         raw = self.rfile.read(length)
         if len(raw) < length:
             raise ClientGone
@@ -274,100 +278,82 @@ class Handler(stock.APIHandler):
         )
 
     def handle_chat_completions(self) -> Any:
-        return self._made(super().handle_chat_completions)
+        return self._build(super().handle_chat_completions)
 
     def handle_text_completions(self) -> Any:
-        return self._made(super().handle_text_completions)
+        return self._build(super().handle_text_completions)
 
-    def _made(self, make: Any) -> Any:
+    def _build(self, build: Any) -> Any:
         try:
-            return make()
+            return build()
         except Exception as e:
             raise Refused(400, str(e) or type(e).__name__, "invalid_request") from e
 
     def handle_completion(self, request: Any, stop_words: list[str]) -> None:
-        """Generate a reply and send it; mlx-lm's own part ends where the generator has begun."""
+        """Generate a reply and send it. mlx-lm's own part ends with `Started`."""
         try:
-            super().handle_completion(request, [])  # mlx-lm looks for them among tokens
-        except Begun as begun:
+            super().handle_completion(request, [])  # mlx-lm would match stop strings by token
+        except Started as started:
             try:
-                self._answer(request, begun, stop_words)
+                self._answer(request, started, stop_words)
                 if self.generator.model_provider.is_distributed:  # the other ranks go on
-                    for _ in begun.responses:
+                    for _ in started.responses:
                         pass
             finally:
-                begun.context.stop()
+                started.context.stop()
         finally:
-            self.generator.forget(request)
+            self.generator.unregister(request)
 
     # Replies
 
-    def _answer(self, request: Any, begun: Begun, stops: list[str]) -> None:
-        """Send the reply, in pieces as they come or as a whole."""
-        context = begun.context
+    def _answer(self, request: Any, started: Started, stops: list[str]) -> None:
+        """Send the reply: streamed piece by piece, or whole."""
+        context = started.context
         provider = self.generator.model_provider
-        tokenizer = provider.tokenizer if begun.asked.logprobs else None
+        tokenizer = provider.tokenizer if started.arguments.logprobs else None
         reply = Reply(context, stops, tokenizer)
         calls = stock.ToolCallFormatter(context.tool_parser, request.tools, self.stream)
         if self.stream:
             self._set_stream_headers(200)
             self.end_headers()
-        whole = Piece()
-        for piece in reply.pieces(begun.responses):
-            whole += piece
-            if self.stream and whole:
-                self._event(self._choice(whole, calls(whole.tools)))
-                whole = Piece()
-        usage = {
-            "prompt_tokens": len(context.prompt),
-            "completion_tokens": reply.tokens,
-            "total_tokens": len(context.prompt) + reply.tokens,
-            "prompt_tokens_details": {"cached_tokens": max(0, context.prompt_cache_count)},
-        }
+        unsent = Piece()
+        for piece in reply.pieces(started.responses):
+            unsent += piece
+            if self.stream and unsent:
+                self._event(self._reply(unsent, calls(unsent.tools)))
+                unsent = Piece()
+        counts = len(context.prompt), reply.tokens, max(0, context.prompt_cache_count)
         if not self.stream:
-            choice = self._choice(whole, calls(whole.tools))
-            self._send_json({**self._head(), "choices": [choice], "usage": usage})
+            self._send_json(self._reply(unsent, calls(unsent.tools), *counts))
             return
         if (self.stream_options or {}).get("include_usage"):
-            self._event(None, usage)
+            usage = self.completion_usage_response(*counts)
+            self._event({**usage, "object": self.object_type})
         self.wfile.write(b"data: [DONE]\n\n")
         self.wfile.flush()
 
-    def _head(self) -> dict[str, Any]:
-        return {
-            "id": self.request_id,
-            "system_fingerprint": self.system_fingerprint,
-            "object": self.object_type,
-            "model": self.requested_model,
-            "created": self.created,
-        }
+    def _reply(self, piece: Piece, calls: list[Any], *counts: int) -> dict[str, Any]:
+        """A whole reply, or the new part of one, in mlx-lm's form with logprobs of our own.
 
-    def _event(self, choice: dict[str, Any] | None, usage: dict[str, Any] | None = None) -> None:
-        event = {**self._head(), "choices": [] if choice is None else [choice]}
-        if usage is not None:
-            event["usage"] = usage
+        Args:
+            piece: the text and the rest.
+            calls: its tool calls.
+            counts: for a whole reply, tokens of the prompt, of the reply, and of the prompt cache.
+        """
+        build: Any = self.generate_response
+        reply: dict[str, Any] = build(
+            piece.text, piece.finish_reason, *counts,
+            tool_calls=calls, reasoning_text=piece.reasoning,
+        )  # fmt: skip
+        if piece.logprobs is not None:
+            chat = self.object_type != "text_completion"
+            logprobs = {"content": piece.logprobs} if chat else completion_logprobs(piece.logprobs)
+            reply["choices"][0]["logprobs"] = logprobs
+        return reply
+
+    def _event(self, event: dict[str, Any]) -> None:
         self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
         self.wfile.flush()
-
-    def _choice(self, piece: Piece, calls: list[Any]) -> dict[str, Any]:
-        """A reply, or what is new of it, as OpenAI's API has it."""
-        choice: dict[str, Any] = {"index": 0, "finish_reason": piece.finish_reason}
-        if self.object_type == "text_completion":
-            choice["text"] = piece.text
-            if piece.logprobs is not None:
-                choice["logprobs"] = completion_logprobs(piece.logprobs)
-            return choice
-        message: dict[str, Any] = {"role": "assistant"}
-        if piece.text or not self.stream:  # the schema wants the field in a whole reply
-            message["content"] = piece.text or None
-        if piece.reasoning:
-            message["reasoning"] = piece.reasoning
-        if calls:
-            message["tool_calls"] = calls
-        choice["delta" if self.stream else "message"] = message
-        if piece.logprobs is not None:
-            choice["logprobs"] = {"content": piece.logprobs}
-        return choice
 
     def _send_models(self, name: str) -> None:
         provider = self.generator.model_provider
@@ -379,7 +365,7 @@ class Handler(stock.APIHandler):
             self._send_json({"object": "list", "data": models})
             return
         if name not in provider.listed:
-            raise Refused(404, f"this server does not serve {name[:200]!r}", "model_not_found")
+            raise Refused(404, f"this server has no model {name[:200]!r}", "model_not_found")
         self._send_json(next(m for m in models if m["id"] == name))
 
     def _send(
@@ -405,7 +391,7 @@ class Handler(stock.APIHandler):
         self._send(json.dumps(value).encode(), "application/json", status=status)
 
     def _refuse(self, refused: Refused) -> None:
-        """An error reply, as OpenAI's API has them; in a reply that has begun, its last event."""
+        """Send an error in OpenAI's form; after a reply has begun, as its last event."""
         kind = "invalid_request_error" if refused.status < 500 else "server_error"
         error = {
             "message": refused.message, "type": kind, "param": refused.param, "code": refused.code
@@ -415,45 +401,38 @@ class Handler(stock.APIHandler):
             if self.began:
                 self.wfile.write(f"data: {json.dumps({'error': error})}\n\n".encode())
             else:
-                self._headers_buffer: list[bytes] = []  # of a reply that will not be sent
+                self._headers_buffer: list[bytes] = []  # headers of a reply that will not be sent
                 self._send_json({"error": error}, refused.status)
         except (OSError, ValueError):
-            pass  # nobody is there
+            pass  # the client has left
 
     def end_headers(self) -> None:
         self.began = True
         super().end_headers()
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What http.server itself refuses, in the same form."""
-        self.path, self.command = getattr(self, "path", ""), getattr(self, "command", None) or ""
-        if not hasattr(self, "requestline"):
-            self.requestline = ""
-        if not hasattr(self, "request_version"):
-            self.request_version = "HTTP/1.0"
-        if not hasattr(self, "headers"):  # too many of them, or too long
-            self.headers = Message()
+        """Send the errors of http.server itself in the same form."""
         self._refuse(Refused(int(code), message or HTTPStatus(code).phrase))
 
     def log_request(self, code: Any = "-", size: Any = "-") -> None:
-        """One line a request, but none for those that ask every second."""
+        """Log one line per request, but none for paths that are polled."""
         if self.path not in ("/live.json", "/metrics", "/health"):
-            logging.info(f"{self.address_string()} {self.command} {self.path!r} {int(code)}")
+            logging.info(f"{self.address_string()} {self.command or ''} {self.path!r} {int(code)}")
 
     def log_message(self, format: str, *args: Any) -> None:
         logging.info(format % args)
 
 
 def _path_of(target: str) -> str:
-    """The path that a request names; whatever else is in its first line does not matter."""
+    """The path of a request's target, without host and query."""
     try:
         return urlsplit(target).path
-    except ValueError as e:  # "http://[", say
-        raise Refused(400, f"not an address: {e}") from e
+    except ValueError as e:  # for example "http://["
+        raise Refused(400, f"the request's target is not an address: {e}") from e
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or an address is this machine's own, reached from nowhere else."""
+    """Whether only this machine itself can reach this name or address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -461,7 +440,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _host_name(given: str) -> str:
-    """The name in a Host header: in lower case, without port, brackets or a dot at its end."""
+    """The name in a Host header, in lower case, without port, brackets or final dot."""
     match = re.fullmatch(r"(?:\[([^]]*)\]|([^:]*))(?::[0-9]*)?", given.strip())
     if match is None:
         return given

@@ -1,0 +1,178 @@
+"""Replaces mlx-lm's functions while a `patch` is active, and puts them back exactly.
+
+mlx-lm looks its loading functions up in their modules at each call, and other programs import them
+by name. So every module that holds one gets the replacement, however its caller imported it. This
+module decides which patch counts for a call; how a model is loaded is in load.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.tuner.utils
+import mlx_lm.utils
+
+from .._config import StreamConfig
+from .._errors import UnsupportedModelError
+from .._experts.stream import is_streamed, stream
+from .._io.checkpoint import read_header
+from .discover import original_load_model
+from .guards import GUARDS
+from .on_ranks import part_of_repository
+
+_original_load_adapters = mlx_lm.tuner.utils.load_adapters  # mlx_lm.utils' own calls it
+_original_sharded_load = mlx_lm.utils.sharded_load
+_SIGNATURE = inspect.signature(original_load_model)
+
+
+class Loader(Protocol):
+    """A patch."""
+
+    config: StreamConfig
+
+    def _load_model(self, arguments: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+        """`mlx_lm.utils.load_model` with these arguments and streamed experts."""
+
+
+_lock = threading.Lock()
+# .loader: whose `load` this thread is in; .group: the ranks that it divides a model over
+_local = threading.local()
+_installed: list[Loader] = []
+_scoped = 0  # `for_this_thread` blocks under way
+
+
+def install(loader: Loader) -> None:
+    """Let all threads load through `loader`; the last one installed counts."""
+    with _lock:
+        _installed.append(loader)
+        _replace_functions()
+
+
+def remove(loader: Loader) -> None:
+    """Undo `install`; do nothing if it is not installed."""
+    with _lock:
+        if loader in _installed:
+            _installed.remove(loader)
+            _replace_functions()
+
+
+@contextmanager
+def for_this_thread(loader: Loader) -> Iterator[None]:
+    """Let this thread load through `loader`; other threads are not affected."""
+    global _scoped
+    before = getattr(_local, "loader", None)
+    with _lock:
+        _scoped += 1
+        _replace_functions()
+    _local.loader = loader
+    try:
+        yield
+    finally:
+        _local.loader = before
+        with _lock:
+            _scoped -= 1
+            _replace_functions()
+
+
+def group_of(config: StreamConfig) -> mx.distributed.Group | None:
+    """The ranks to divide a model over; None on a single machine."""
+    group = getattr(_local, "group", None)
+    if group is None and config.pipeline:
+        group = mx.distributed.init()
+    return group if group is not None and group.size() > 1 else None
+
+
+def _active() -> Loader | None:
+    return getattr(_local, "loader", None) or (_installed[-1] if _installed else None)
+
+
+@functools.wraps(original_load_model)
+def _load_model(*args: Any, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
+    active = _active()
+    if active is None:
+        return original_load_model(*args, **kwargs)
+    return active._load_model(dict(_SIGNATURE.bind(*args, **kwargs).arguments))
+
+
+@functools.wraps(_original_load_adapters)
+def _load_adapters(model: nn.Module, adapter_path: str) -> nn.Module:
+    """Refuse adapters on streamed experts: mlx-lm would silently drop their weights."""
+    if is_streamed(model):
+        if stream(model).stage is not None:
+            raise UnsupportedModelError(
+                f"{adapter_path}: mlx-lm has no adapters for a model that several machines share; "
+                "fuse this one into the checkpoint first (mlx_lm.fuse)"
+            )
+        for entry in read_header(Path(adapter_path) / "adapters.safetensors"):
+            for layer in stream(model).layers:
+                if entry.name.startswith(layer.name + "."):
+                    raise UnsupportedModelError(
+                        f"{entry.file}: adapter {entry.name} belongs to the streamed experts "
+                        f"{layer.name}; only adapters outside the experts work. Fuse this one into "
+                        "the checkpoint first (mlx_lm.fuse)."
+                    )
+    return _original_load_adapters(model, adapter_path)
+
+
+@functools.wraps(_original_sharded_load)
+def _sharded_load(
+    repo: str,
+    pipeline_group: mx.distributed.Group | None = None,
+    tensor_group: mx.distributed.Group | None = None,
+    return_config: bool = False,
+    *,
+    tokenizer_config: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, ...]:
+    """Load a rank's part of a model; mlx-lm's chat and server load this way."""
+    if (active := _active()) is None:
+        return _original_sharded_load(
+            repo,
+            pipeline_group,
+            tensor_group,
+            return_config,
+            tokenizer_config=tokenizer_config,
+            trust_remote_code=trust_remote_code,
+        )
+    if pipeline_group is None and tensor_group is not None and tensor_group.size() > 1:
+        raise UnsupportedModelError(
+            f"{repo}: with tensor parallelism every machine would read a piece of every expert. "
+            "Streamed models are divided by layers: use --pipeline"
+        )
+    group = pipeline_group or tensor_group or mx.distributed.init()
+    folder = part_of_repository(repo, active.config, group, trust_remote_code)
+    _local.group = group
+    try:
+        return mlx_lm.utils.load(
+            str(folder),
+            tokenizer_config or {"trust_remote_code": True},
+            return_config=return_config,
+            trust_remote_code=trust_remote_code,
+        )
+    finally:
+        _local.group = None
+
+
+def _replace_functions() -> None:
+    """Put our functions, or the original ones, into every module that has imported them."""
+    patched = bool(_installed or _scoped)
+    for original, ours in (
+        (original_load_model, _load_model),
+        (_original_load_adapters, _load_adapters),
+        *GUARDS,
+        (_original_sharded_load, _sharded_load),
+    ):
+        name = original.__name__
+        for module in list(sys.modules.values()):
+            names = getattr(module, "__dict__", {})
+            if names.get(name) is original or names.get(name) is ours:
+                names[name] = ours if patched else original

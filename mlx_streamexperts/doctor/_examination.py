@@ -1,0 +1,267 @@
+"""Judges a model before it is loaded: the plan for each machine, and the speed to expect there.
+
+Reads headers and times a few reads and kernels; it never reads weights otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from .._analysis.machines import Link, RankPlan, other_files, plan_ranks, predict_ranks
+from .._analysis.measure import DriveRate, drive_rates, layer_seconds, memory_rate, sync_seconds
+from .._analysis.predict import (
+    REPORTED,
+    Prediction,
+    Range,
+    Reported,
+    predict,
+    replayed_hit_rate,
+)
+from .._config import StreamConfig, from_arguments
+from .._errors import BudgetError, StreamError
+from .._experts.bank import in_place_works
+from .._experts.stream import expert_files
+from .._io.files import direct_works
+from .._io.hub import headers_only
+from .._loading.demo import demo_model
+from .._loading.discover import DiscoveredModel, discover
+from .._memory.budget import Plan, check_device
+from .._memory.hardware import NAMED_MACHINES, Machine, parse_rate
+from .._osinfo import apple_limit, device_limit, device_memory_bytes, free_disk_bytes
+
+_DEPTHS = (1, 4, 8, 16)
+_MEMORY_SHARE = 0.75  # of a named machine's memory, if no budget is stated
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one machine can do with the model."""
+
+    machine: Machine  # measured, or as its maker specifies it
+    plan: Plan
+    prediction: Prediction
+    hit_rate_from: str  # "trace" or "published curves"
+    reported: list[Reported]  # published speeds of this model on this machine
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "machine": asdict(self.machine),
+            "plan": self.plan.as_dict(),
+            "prediction": asdict(self.prediction),
+            "hit_rate_from": self.hit_rate_from,
+            "reported": [asdict(r) for r in self.reported],
+        }
+
+
+@dataclass(frozen=True)
+class DoesNotFit:
+    """The model does not fit into this machine's memory."""
+
+    machine: Machine
+    reason: str
+    needed: int  # bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        machine = asdict(self.machine)
+        return {"machine": machine, "does_not_fit": self.reason, "needed": self.needed}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured here besides the figures of `Machine`."""
+
+    device: str
+    in_place: bool  # kernels see bytes that were written into arrays
+    drive: list[DriveRate]  # empty if the weights are not here
+    page_cache_bypassed: bool
+
+
+@dataclass(frozen=True)
+class Examination:
+    """Everything that `doctor` prints about a model. `measured` is None for named machines."""
+
+    model: str
+    machines: list[Verdict | DoesNotFit]
+    measured: Measured | None = None
+    downloaded: bool = False
+    free_disk: int = 0  # bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON object that `--json` prints."""
+        here = {}
+        if self.measured is not None:
+            here = {"downloaded": self.downloaded, "free_disk": self.free_disk,
+                    "measured": asdict(self.measured)}  # fmt: skip
+        return {"model": self.model, **here, "machines": [m.as_dict() for m in self.machines]}
+
+
+def examine(args: argparse.Namespace) -> Examination:
+    """Judge a model on this machine, or on those that `--machine` names.
+
+    Raises:
+        BudgetError: the model does not fit into the stated memory.
+        StreamError: the model cannot be read or streamed.
+    """
+    config = from_arguments(args)
+    name = args.model or str(demo_model())
+    if args.model is None:
+        print(f"No --model given: examining the demonstration model {name}", file=sys.stderr)
+    named = list(NAMED_MACHINES) if "all" in (args.machine or ()) else args.machine or []
+    machines = _named_machines(named)
+    with headers_only(name) as (folder, downloaded):
+        found = _discover(folder, config, args)
+        if machines:
+            return Examination(name, [_on_machine(found, config, m, args) for m in machines])
+        plan = found.plan(config)
+        check_device(plan, device_limit(plan.bound), config.oversubscribe)
+        here, measured = _measure(found, downloaded)
+        verdict = _verdict(plan, here, args)
+        return Examination(name, [verdict], measured, downloaded, free_disk_bytes(folder))
+
+
+def _on_machine(
+    found: DiscoveredModel, config: StreamConfig, machine: Machine, args: argparse.Namespace
+) -> Verdict | DoesNotFit:
+    """Predict for a machine that is not here, with most of its memory if none is stated."""
+    if config.memory is None and config.cache is None:
+        config = replace(config, memory=int(_MEMORY_SHARE * machine.memory))
+    try:
+        plan = found.plan(config)
+        check_device(plan, apple_limit(machine.memory, plan.bound), config.oversubscribe)
+        return _verdict(plan, machine, args)
+    except BudgetError as e:
+        return DoesNotFit(machine, str(e), e.needed_bytes)
+
+
+def _verdict(plan: Plan, machine: Machine, args: argparse.Namespace) -> Verdict:
+    hits = _hit_rate(args, plan.slots)
+    reported = [
+        r
+        for r in REPORTED
+        if (r.model_type, r.layers, r.machine) == (plan.model_type, len(plan.slots), machine.name)
+    ]
+    prediction = predict(plan, machine, args.prompt_tokens, hits)
+    return Verdict(
+        machine, plan, prediction, "trace" if args.trace else "published curves", reported
+    )
+
+
+def _measure(found: DiscoveredModel, downloaded: bool) -> tuple[Machine, Measured]:
+    """Measure what decides the speed here; the drive only if the weights are on it."""
+    expert_bytes = max(x.expert_bytes for x in found.layers)
+    # No file holds experts that are still to be converted: any shard then stands for the drive.
+    names = expert_files(found.layers) or [str(f) for f in found.shards]
+    files = [(f, Path(f).stat().st_size) for f in names]
+    # A miss reads each part by itself, unless they lie side by side.
+    read_bytes = max(4096, expert_bytes // len(found.layers[0].tensors))
+    direct = downloaded and direct_works(Path(files[0][0]))
+    rates = drive_rates(files, read_bytes, _DEPTHS, direct) if downloaded else []
+    best = max(rates, key=lambda r: r.rate, default=None)
+    machine = Machine(
+        name="this machine",
+        memory=device_memory_bytes(),
+        memory_rate=memory_rate(),
+        drive_rate=best.rate if best else 5e9,
+        drive_latency=rates[0].latency if rates else 100e-6,
+        sync_seconds=sync_seconds(layers=len(found.layers)),
+        layer_seconds=layer_seconds(),
+    )
+    return machine, Measured(str(mx.default_device()), in_place_works(), rates, direct)
+
+
+@dataclass(frozen=True)
+class RanksExamination:
+    """A model divided over several machines (`--ranks`)."""
+
+    model: str
+    ranks: tuple[RankPlan, ...]  # in rank order
+    machines: list[Machine]  # of each rank
+    link: Link
+    prompt_tokens: int
+    hits: Range | None  # hit rate replayed from a trace; None for published curves
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON object that `--json` prints."""
+        tokens, first, alone = predict_ranks(
+            self.ranks, self.machines, self.link, self.prompt_tokens, self.hits
+        )
+        ranks = [
+            {"stage": asdict(r.stage), "plan": r.plan.as_dict(), "files": r.files,
+             "hidden_bytes": r.hidden_bytes, "machine": asdict(m), "prediction": asdict(p)}
+            for r, m, p in zip(self.ranks, self.machines, alone, strict=True)
+        ]  # fmt: skip
+        return {
+            "model": self.model, "ranks": ranks, "tokens_per_s": asdict(tokens),
+            "first_token": asdict(first), "link": asdict(self.link),
+        }  # fmt: skip
+
+
+def examine_ranks(args: argparse.Namespace) -> RanksExamination:
+    """Judge a model that `--ranks` machines run together.
+
+    Raises:
+        BudgetError: it does not fit on one of the ranks.
+        StreamError: the model cannot be read, streamed or divided, or an option is wrong.
+    """
+    name, machines, ranks = _divide(args)
+    if not machines:
+        config = from_arguments(args).for_rank(0, args.ranks)
+        with headers_only(name) as (folder, downloaded):
+            found = _discover(folder, config, args)
+            machines = [_measure(found, downloaded)[0]] * args.ranks
+    slots = [s for r in reversed(ranks) for s in r.plan.slots]  # rank 0 has the last layers
+    link = Link(*parse_rate(args.link, Link.latency))
+    return RanksExamination(name, ranks, machines, link, args.prompt_tokens, _hit_rate(args, slots))
+
+
+def rank_files(args: argparse.Namespace) -> list[str]:
+    """Names of the files that rank `--files` needs.
+
+    Raises:
+        BudgetError, StreamError: as `examine_ranks`.
+    """
+    name, _, ranks = _divide(args)
+    if not 0 <= args.files < args.ranks:
+        raise StreamError(f"--files {args.files}: there are ranks 0 to {args.ranks - 1}")
+    with headers_only(name) as (folder, _):
+        return [*other_files(folder), *ranks[args.files].files]
+
+
+def _divide(args: argparse.Namespace) -> tuple[str, list[Machine], tuple[RankPlan, ...]]:
+    """The model, the machines that were named, and each rank's plan."""
+    name, named = args.model or str(demo_model()), args.machine or []
+    machines = _named_machines(named * args.ranks if len(named) == 1 else named)
+    if machines and len(machines) != args.ranks:
+        raise StreamError(
+            f"{len(machines)} machines for {args.ranks} ranks: give --machine once for all ranks, "
+            "or once for each"
+        )
+    memories = [int(_MEMORY_SHARE * m.memory) for m in machines]
+    config = from_arguments(args)
+    return name, machines, plan_ranks(name, args.ranks, config, args.trust_remote_code, memories)
+
+
+def _named_machines(names: list[str]) -> list[Machine]:
+    if unknown := [m for m in names if m not in NAMED_MACHINES]:
+        raise StreamError(
+            f"unknown machine {unknown[0]!r}: choose from {', '.join(NAMED_MACHINES)}"
+        )
+    return [NAMED_MACHINES[m] for m in names]
+
+
+def _discover(folder: Path, config: StreamConfig, args: argparse.Namespace) -> DiscoveredModel:
+    return discover(
+        folder, config, {"trust_remote_code": args.trust_remote_code}, as_converted=True
+    )
+
+
+def _hit_rate(args: argparse.Namespace, slots: Sequence[int]) -> Range | None:
+    """From `--trace`; None for published curves."""
+    return None if args.trace is None else replayed_hit_rate(args.trace, slots, args.policy)

@@ -1,0 +1,125 @@
+"""The models that a server may load: only those named at its start, one at a time."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm import server as stock
+from mlx_lm.models.cache import make_prompt_cache
+
+from .._experts.stream import ExpertStream, is_streamed, stream
+from .._loading.combinations import batches
+from .._memory.process_memory import unregister
+from ._kv_admission import KVAdmission
+from ._refusals import Refused
+
+
+class ModelProvider(stock.ModelProvider):
+    """mlx-lm's provider, for models that were named at the start and no others.
+
+    Args:
+        args: the parsed command line. The provider keeps a copy: `cli_args.prefill_step_size`,
+            which mlx-lm reads for each batch, belongs to it and follows the loaded model's plan.
+        served: folder by the name that `/v1/models` lists; the first is the default.
+        aliases: further names of these folders.
+        admission: gets the plan of each loaded model.
+
+    Attributes:
+        served: folder by every name that a request may use.
+        listed: the names that `/v1/models` lists.
+        known_tokens: number of tokens that both the model and its tokenizer know.
+    """
+
+    model: Any
+    tokenizer: Any
+    known_tokens = 1
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        served: dict[str, str],
+        aliases: dict[str, str],
+        admission: KVAdmission,
+    ) -> None:
+        self._last: Any = None  # the model that was loaded last
+        super().__init__(argparse.Namespace(**vars(args)))
+        self._stated_step = args.prefill_step_size  # None: as each model's plan says
+        self.admission, self.listed = admission, list(served)
+        default = next(iter(served.values()))
+        paths = {
+            name: path for path in served.values() for name in (path, str(Path(path).resolve()))
+        }
+        self.served = {**served, **paths, **aliases, "default_model": default}
+        for name, path in self.served.items():
+            self._model_map[name] = path
+            if path == default:  # by whichever name: the same adapter, so the same model
+                self._adapter_map[name] = args.adapter_path
+
+    @property
+    def expert_stream(self) -> ExpertStream | None:
+        """The loaded model's stream; None if no streamed model is loaded."""
+        model = self.model
+        return stream(model) if model is not None and is_streamed(model) else None
+
+    def check(self, model: str, adapter: str | None, draft: str | None) -> None:
+        """Refuse to load anything that was not named at the start.
+
+        Raises:
+            Refused: tells what is served instead.
+        """
+        if model not in self.served:
+            raise Refused(
+                404,
+                f"this server has no model {model!r}, only: {', '.join(self.listed)} "
+                "(--also-serve adds models)",
+                "model_not_found",
+            )
+        if adapter not in (None, self.cli_args.adapter_path):
+            raise Refused(
+                400, "adapters cannot be chosen by a request, only by the server's --adapter-path"
+            )
+        if draft not in ("default_model", self.cli_args.draft_model):
+            raise Refused(
+                400, "draft_model cannot be chosen by a request, only by the server's --draft-model"
+            )
+
+    def is_loaded(self, model: str) -> bool:
+        """Whether this name means the loaded model."""
+        return self.model_key is not None and self.model_key[0] == self._model_map[model]
+
+    def _load(self, *args: Any, **options: Any) -> None:
+        self.unload()
+        super()._load(*args, **options)
+        self._last = self.model
+        self.is_batchable = self.is_batchable and batches(self.model, make_prompt_cache(self.model))
+        if (expert_stream := self.expert_stream) is not None:
+            plan = expert_stream.plan
+            rows = expert_stream.token_rows or len(self.tokenizer)
+            self.known_tokens = min(rows, len(self.tokenizer))  # either may know more
+            self.admission.open(plan, rows)
+            self.cli_args.prefill_step_size = self._stated_step or plan.prefill_tokens
+            logging.info(f"Loaded {args[0]}: {plan}")
+
+    def unload(self) -> None:
+        """Free the loaded model, even if something still refers to it.
+
+        mlx-lm's generation loop does: the next model would be loaded beside this one's trunk.
+        """
+        model, self._last = self._last, None  # mlx-lm forgets it first when its loop ends
+        self.reset()
+        self.admission.close()
+        if model is not None and is_streamed(model):
+            expert_stream = stream(model)
+            expert_stream.close()
+            for module in model.modules():
+                module.clear()
+            unregister(expert_stream)  # its memory no longer counts, whoever refers to it
+            del expert_stream
+        del model
+        gc.collect()
+        mx.clear_cache()

@@ -1,0 +1,140 @@
+"""A request starts when its padded batch fits into the planned KV cache; until then it waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from conftest import load_streamed
+from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
+
+from mlx_streamexperts import demo_model, plan, stream
+from mlx_streamexperts.server._kv_admission import (
+    BoundedPromptCache,
+    KVAdmission,
+    constant_bytes,
+)
+
+
+@pytest.fixture
+def admission() -> KVAdmission:
+    """Room for 4096 tokens of 100 bytes each."""
+    admission = KVAdmission()
+    planned = plan(str(demo_model()), memory="1GB")
+    planned = replace(planned, footprint=None, context_stated=True)
+    admission.open(replace(planned, context_tokens=4096, kv=4096 * 100), vocabulary=1000)
+    admission.state_bytes = 0  # a sequence was measured
+    return admission
+
+
+def test_a_request_waits_until_there_is_room(admission: KVAdmission) -> None:
+    assert admission.admit(1000)
+    admission.start([7])  # sequence 7 takes 1024 tokens
+    assert not admission.admit(3000)  # padded to the longer one, both would take 2 x 3072
+    assert not admission.admit(2049)  # 2 x 2304
+    assert admission.admit(2000)  # 2 x 2048
+    admission.start([8])
+    assert not admission.admit(1)  # 3 x 2048
+    assert admission.prompt_cache_budget() == 0
+    admission.finish([7, 8])
+    assert admission.admit(3000)
+    assert admission.prompt_cache_budget() == (4096 - 3072) * 100
+
+
+def test_each_sequence_takes_as_much_as_the_longest(admission: KVAdmission) -> None:
+    admission.running = {0: 1000, 1: 1000, 2: 1000}
+    assert admission.admit(10)  # 4 x 1024
+    assert not admission.admit(1025)
+    admission.running[3] = 1
+    assert not admission.admit(1)  # 5 x 1024
+
+
+def test_state_that_does_not_grow_with_a_sequence_counts(admission: KVAdmission) -> None:
+    assert admission.plan is not None
+    planned = replace(admission.plan, kv=4096 * 100 + 50_000, state=50_000)
+    admission.open(planned, vocabulary=1000)
+    admission.running = {0: 1000}
+    assert admission.prompt_cache_budget() == 3072 * 100
+    assert admission.admit(1000)  # 2 x (1024 tokens and a state)
+    assert not admission.admit(2000)  # two of 2048 tokens and one state fill the room
+    admission.open(replace(planned, state=0), vocabulary=1000)  # a plan that knows of no state
+    assert not admission.admit(1)  # until the first sequence has been measured
+
+
+def test_the_planned_state_covers_the_measured_one(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint("qwen3_5_moe")
+    model = load_streamed(folder, 1 << 40)
+    with stream(model) as expert_stream:
+        caches = make_prompt_cache(model)
+        mx.eval(model(mx.array([[1, 2, 3, 4, 5]]), cache=caches))
+        measured = constant_bytes(caches)
+        assert 0 < measured <= expert_stream.plan.state <= 1.5 * measured
+
+
+def test_a_request_alone_is_always_admitted(admission: KVAdmission) -> None:
+    assert admission.admit(10**6)
+    assert admission.reply_limit(4000) == 96
+
+
+def test_kept_caches_get_what_is_left(admission: KVAdmission) -> None:
+    assert admission.prompt_cache_budget() == 4096 * 100
+    admission.running = {0: 100, 1: 300}  # 2 x 512
+    assert admission.prompt_cache_budget() == (4096 - 1024) * 100
+    admission.pending = 600  # 3 x 768
+    assert admission.prompt_cache_budget() == (4096 - 3 * 768) * 100
+    admission.pending = 10**6
+    assert admission.prompt_cache_budget() == 0
+
+
+@pytest.mark.parametrize("trims", [True, False])
+def test_a_prompt_that_is_cached_whole_leaves_a_token_to_run(
+    admission: KVAdmission, trims: bool
+) -> None:
+    """With none, mlx-lm fails the batch. A cache that cannot be shortened is not used."""
+    kept = KVCache() if trims else ArraysCache(1)
+    if trims:
+        kept.update_and_fetch(*(mx.ones((1, 1, 3, 4)) for _ in range(2)))
+    prompts = BoundedPromptCache(admission)
+    prompts.insert_cache("model", [5, 6, 7], [kept])
+    found, rest = prompts.fetch_nearest_cache("model", [5, 6, 7])
+    assert rest == ([7] if trims else [5, 6, 7])
+    assert found[0].offset == 2 if trims else found is None
+    assert not trims or kept.offset == 3  # what is kept stays whole
+
+
+def test_prompts_share_the_tokens_of_a_pass(admission: KVAdmission) -> None:
+    assert admission.plan is not None
+    tokens = admission.plan.prefill_tokens
+    assert admission.chunk_tokens(10**6, 1) == tokens
+    for prompts in range(1, 9):
+        assert admission.chunk_tokens(10**6, prompts) * prompts <= tokens
+    assert admission.chunk_tokens(5, 1) == 5
+
+
+def test_the_logits_of_a_batch_stay_in_the_work_space(admission: KVAdmission) -> None:
+    admission.vocabulary = 10**9
+    admission.running = {0: 1}
+    assert not admission.admit(1)
+
+
+def test_requests_are_bounded_if_only_the_expert_cache_was_stated(
+    admission: KVAdmission,
+) -> None:
+    assert admission.plan is not None
+    admission.plan = replace(admission.plan, memory=None)
+    admission.running = dict.fromkeys(range(100), 4096)
+    assert not admission.admit(10**6)
+    assert admission.reply_limit(10) == 4086
+    assert admission.prompt_cache_budget() == 0
+
+
+def test_without_a_stated_context_the_kv_cache_takes_what_is_left(admission: KVAdmission) -> None:
+    assert admission.plan is not None
+    plan = replace(admission.plan, context_stated=False)
+    assert plan.kv_room == plan.mlx_bound - plan.trunk - plan.cache - plan.work > 2 * plan.kv
+    assert plan.longest_context == plan.kv_room // 100 - 256
+    admission.open(plan, vocabulary=1000)
+    assert admission.reply_limit(5000) == plan.longest_context - 5000
