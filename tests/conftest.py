@@ -18,7 +18,7 @@ import pytest
 
 from mlx_streamexperts import ExpertStream, StreamConfig, demo_model, patch, stream
 from mlx_streamexperts._loading import patching
-from mlx_streamexperts._loading.discover import original_load_model
+from mlx_streamexperts._loading.lazy_load import original_load_model
 
 QUIET = StreamConfig(progress=False, prefetch="off")
 """Without guesses, whose reads come by chance: counts are exact. test_prefetch.py turns them on."""

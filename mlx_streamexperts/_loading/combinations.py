@@ -31,7 +31,8 @@ from mlx_lm.utils import _download, load_tokenizer
 from .._config import StreamConfig
 from .._errors import TokenError, UnsupportedModelError
 from .._experts.refusals import refuse_transforms
-from .discover import discover, original_load_model
+from .discover import discover
+from .lazy_load import original_load_model
 
 BATCHED = frozenset(
     (

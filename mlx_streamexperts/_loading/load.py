@@ -33,7 +33,8 @@ from .._osinfo import apple_limit, apple_working_set, device_limit
 from .._progress import progress_bar
 from . import patching
 from .combinations import PassCheck, token_rows
-from .discover import DiscoveredModel, discover, has_expert_tensors, original_load_model
+from .discover import DiscoveredModel, discover, has_expert_tensors
+from .lazy_load import original_load_model
 from .on_ranks import discover_on_ranks, part_of_repository
 from .profiles import Profile, with_profile
 

@@ -26,7 +26,8 @@ from .._errors import StreamError
 from .._experts.bank import numbers
 from .._experts.stream import expert_files, stream
 from .._loading.demo import demo_model
-from .._loading.discover import DiscoveredModel, discover, original_load_model
+from .._loading.discover import DiscoveredModel, discover
+from .._loading.lazy_load import original_load_model
 from .._loading.load import patch
 from .._loading.profiles import CACHE_SHARE, shared
 from .._memory.budget import default_memory
