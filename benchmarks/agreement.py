@@ -1,14 +1,14 @@
-"""How well does a pass that lacks experts tell which ones the exact pass will choose?
+"""How well does a pass that lacks experts predict which ones the exact pass will choose?
 
     python benchmarks/agreement.py --docs docs
 
-Run-ahead decoding goes on past a layer that lacks an expert, to learn what later layers will want.
+Run-ahead decoding continues past a layer that lacks an expert, to learn what later layers choose.
 Here the embedded model goes over its prompts of every topic and the completions recorded with
 them, one token at a time. Each token is one batch: its first row is the exact pass, the others lack
-the experts that a live cache of some size (LRFU, no guesses) would not hold at that moment, with
-one way each to fill their place. Afterwards every row takes the exact row's keys and values. Beside
-them the next layers' routers are asked as prefetch.py asks them. What was chosen is compared for
-the layers behind the first that lacked an expert, once the caches are full. No chance is in it.
+the experts that a live cache of some size (LRFU, no prefetching) would not hold at that moment,
+with one way each to fill their place. Afterwards every row takes the exact row's keys and values.
+The next layers' routers are asked too, as _experts/prefetch.py asks them. Choices are compared for
+the layers after the first that lacked an expert, once the caches are full. Nothing is random.
 
 Writes tables between two marks of DOCS/agreement.md, and DOCS/agreement.svg. Needs `plots`.
 """

@@ -3,8 +3,8 @@
     python benchmarks/batch.py                                       # the embedded model
     python benchmarks/batch.py --random FOLDER --tokens 12           # 4.8 GB of float32
 
-Every sequence is a text of its own (another topic, on the embedded model), given, so that all
-systems do the same work. *batch*: one pass for a token of each, as `mlx_lm.batch_generate` and the
+Every sequence has its own given text (another topic, on the embedded model), so that all systems
+do the same work. *batch*: one pass for a token of each, as `mlx_lm.batch_generate` and the
 server do; tokens that share an expert share its read. *in turns*: a pass for each sequence, one
 after the other, as interleaved requests without batching. Stock and streamed models take turns in
 each round, after an untimed one; medians of tokens/s of all sequences together, and of the rounds'

@@ -1,9 +1,9 @@
 """Host time of one expert layer whose chosen experts are all resident, top-10 of 512.
 
-The layer's call against mlx-lm's own module over the same slots, which builds the same matmuls: the
-difference is what streaming adds in Python. Indices are evaluated beforehand, so that nothing waits
-for the device, and the matmuls are not sent to it: that is the same work here or in `mx.eval`.
-Reading ahead is off: it costs on top where it is on.
+Compares the layer's call with mlx-lm's own module over the same slots, which builds the same
+matmuls. The difference is what streaming adds in Python. Indices are evaluated beforehand, so that
+nothing waits for the device, and the matmuls are not sent to it: that is the same work here or in
+`mx.eval`. Prefetching is off; it would add its own cost.
 """
 
 from __future__ import annotations

@@ -34,10 +34,10 @@ from random_model import write_random_model
 
 from mlx_streamexperts import StreamConfig, demo_model, patch, stream
 from mlx_streamexperts import _osinfo as platform
-from mlx_streamexperts._analysis.measure import drive_bandwidth
+from mlx_streamexperts._analysis.measure import drive_rates
 from mlx_streamexperts._analysis.throttle import Throttle
 from mlx_streamexperts._config import parse_size
-from mlx_streamexperts._experts.stream import is_streamed
+from mlx_streamexperts._experts.stream import ExpertStream, expert_files, is_streamed
 
 
 def topics(folder: Path) -> list[list[int]]:
@@ -47,6 +47,15 @@ def topics(folder: Path) -> list[list[int]]:
         return []
     tokenizer = mlx_lm.utils.load_tokenizer(folder)
     return [tokenizer.encode(p["prompt"]) for p in json.loads(prompts.read_text())]
+
+
+def drive_rate(expert_stream: ExpertStream, bypass: bool) -> float:
+    """Bytes/s of random reads as large as an expert's largest tensor, with a full queue."""
+    files = [(f, Path(f).stat().st_size) for f in expert_files(expert_stream.layers)]
+    tensors = [t for layer in expert_stream.layers for t in layer.tensors.values()]
+    size = max(t.stored.row_bytes for t in tensors)
+    (found,) = drive_rates(files, size, (expert_stream.config.threads,), bypass)
+    return found.rate
 
 
 def repeated(tokens: list[int], count: int) -> list[int]:
@@ -131,7 +140,7 @@ def main() -> None:
                 ratios, speeds, base, drive = [], [], [], []
                 for _ in range(args.rounds):
                     # Drives vary from minute to minute: measured in every round.
-                    drive.append(rate or drive_bandwidth(expert_stream, bypass == "on"))
+                    drive.append(rate or drive_rate(expert_stream, bypass == "on"))
                     a = decode(stock, tokens, args.warm_up)
                     b = decode(model, tokens, args.warm_up)
                     base.append(args.tokens / a)

@@ -81,7 +81,7 @@ def manifest(folder: Path) -> tuple[Target, list[bytes]]:
     layers = discover(demo_model(), StreamConfig(), {}).layers
     assert pack.main(["--model", str(demo_model()), "--out", str(folder / "s")]) == 0
     file = folder / "s" / "manifest.json"
-    seed, tensors = file.read_bytes(), [dict(x.tensors) for x in layers]
+    seed, tensors = file.read_bytes(), [x.tensors for x in layers]
     whole = json.loads(seed)
     for plan in whole["layers"]:  # what verifying reads is not what is tried here
         with (folder / "s" / plan["file"]).open("r+b") as f:
@@ -99,7 +99,7 @@ def manifest(folder: Path) -> tuple[Target, list[bytes]]:
                     assert all(Path(f).parent == folder / "s" for f in t.stored.files)
         finally:
             for x, before in zip(layers, tensors, strict=True):
-                x.tensors.update(before)
+                x.slots.relocate({name: t.stored for name, t in before.items()})
 
     return run, [seed]
 

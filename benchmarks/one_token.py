@@ -28,7 +28,7 @@ from mlx_streamexperts import StreamConfig, demo_model, patch, stream
 
 COLOURS = {
     "sync": "#4c78a8", "map": "#b279a2", "wait": "#e45756", "build": "#72b7b2",
-    "read": "#f58518", "read ahead": "#eeca3b",
+    "read": "#f58518", "prefetch": "#eeca3b",
 }  # fmt: skip
 
 

@@ -401,13 +401,13 @@ def main() -> None:
     lines = [
         "# Policies on recorded routing: the tables",
         "",
-        "Written by `python benchmarks/policies.py TRACES --docs docs`; what follows from them is "
-        "in [policies.md](policies.md). The embedded model (8 layers, 64 experts, top-8), "
-        f"{len(judge)} traces of {tokens:,} tokens in {calls:,} calls of layers. Everything is "
-        "judged on traces whose prompts and seeds were used for nothing else; divisions and hot "
-        f"sets were fitted on {len(fit)} others. Predicted tokens/s are for "
-        f"{MACHINE.name}, as if an expert had {EXPERT_BYTES / 1e6:.2f} MB (predict.py; not "
-        "measured).",
+        "Written by `python benchmarks/policies.py TRACES --docs docs`; "
+        "[policies.md](policies.md) draws the conclusions. The embedded model (8 layers, 64 "
+        f"experts, top-8), {len(judge)} traces of {tokens:,} tokens in {calls:,} calls of layers. "
+        "Everything is judged on traces whose prompts and seeds were used for nothing else. "
+        f"Divisions and hot sets were fitted on {len(fit)} others. Predicted tokens/s are for "
+        f"{MACHINE.name}, as if an expert had {EXPERT_BYTES / 1e6:.2f} MB "
+        "(`_analysis/predict.py`; not measured).",
         "",
         "![hit rates](policies.svg)",
         "",

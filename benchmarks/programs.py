@@ -306,18 +306,19 @@ def main() -> int:
     page = [
         "# mlx-lm's programs on a streamed model",
         "",
-        f"By `python benchmarks/programs.py`: mlx-lm {mlx_lm.__version__}, MLX {version('mlx')} "
-        f"on {mx.default_device()}, the embedded model, a quarter of its experts in the cache "
-        "(`--cache 10MB`). Stock is `mlx_lm PROGRAM ...`, streamed is `python -m "
-        "mlx_streamexperts.run --cache 10MB mlx_lm.PROGRAM ...`; the same arguments and files.",
+        f"Written by `python benchmarks/programs.py` with mlx-lm {mlx_lm.__version__}, MLX "
+        f"{version('mlx')} on {mx.default_device()}, the embedded model and a quarter of its "
+        "experts in the cache (`--cache 10MB`). Stock is `mlx_lm PROGRAM ...`, streamed is `python "
+        "-m mlx_streamexperts.run --cache 10MB mlx_lm.PROGRAM ...`, with the same arguments and "
+        "files.",
         "",
         "| program | stock | streamed | the same |",
         "|---|---|---|---|",
         *rows,
         "",
-        "`benchmark` prints speeds, which differ; what is compared is what it says it timed. "
-        f"`evaluate` runs lm_eval {version('lm_eval')} on two tasks of the script's own. Not "
-        "tried, since they need other machines or an account and load no model: "
+        "`benchmark` prints speeds, which differ, so only its description of the timed trials is "
+        f"compared. `evaluate` runs lm_eval {version('lm_eval')} on two tasks of the script. Not "
+        "tried, because they need other machines or an account and load no model: "
         + ", ".join(f"`{p.removeprefix('mlx_lm.')}`" for p in sorted(set(programs()) - tried))
         + ".",
     ]

@@ -1,4 +1,4 @@
-"""What 1, 2 and 4 processes make of one model, each with the same expert cache.
+"""One model shared by 1, 2 and 4 processes, each with the same expert cache.
 
     python benchmarks/ranks.py                                  # the embedded model, 5 MB each
     python benchmarks/ranks.py --random FOLDER --cache 600MB
@@ -7,7 +7,7 @@ Started by `mlx.launch` over MLX's ring backend, all on this machine: caches and
 reads add up as they would on several machines; the speed does not, since the processes share cores,
 drive and memory. One-token steps over given tokens, counted after warm-up steps that fill the
 caches.
-Reads go past the page cache, guesses are off. The logits of all runs are compared, bit by bit.
+Reads go past the page cache, prefetching is off. The logits of all runs are compared, bit by bit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a miss costs with and without a packed store, read past the page cache.
+"""The cost of a miss with and without a packed store, read past the page cache.
 
     python benchmarks/store.py                        # the embedded model, experts of 77 kB
     python benchmarks/store.py --random FOLDER        # 1.5 GB of 4-bit experts in nine parts
@@ -6,9 +6,9 @@
 The same model three times in one process: from its checkpoint, from a store made of it, and from
 the store with every read's checksum compared. All have the same slots; rounds of one-token steps on
 the same tokens take turns, in another order each round. Reads go past the page cache (an error
-where the file system cannot), so that every miss goes to the drive. Printed over all rounds: the
+if the file system cannot), so that every miss goes to the drive. Printed over all rounds: the
 decode rate (median, lowest, highest); reads and bytes per token; reads/s and bytes/s while waiting,
-which overstate the drive where reads overlap computation; the time waited per missing expert; and
+which overstate the drive if reads overlap computation; the time waited per missing expert; and
 the share of time waiting. Ratios are medians over rounds, with lowest and highest.
 """
 

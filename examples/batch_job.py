@@ -1,11 +1,12 @@
-"""Answer a file of prompts, several at once; interrupted, the same command goes on.
+"""Answer a file of prompts, several at once. After an interruption the same command resumes.
 
 python examples/batch_job.py prompts.jsonl answers.jsonl
 python examples/batch_job.py prompts.jsonl answers.jsonl --model ./my-model --memory 90GB --batch 32
 
-A line of the input is {"id": ..., "prompt": ...}; of the output {"id", "model", "text", "tokens"}.
-Results are in answers.jsonl.partial, synced after every batch, until all are there. Tokens of one
-batch that choose the same expert share its read, so prompts of one kind belong together.
+A line of the input is {"id": ..., "prompt": ...}, one of the output {"id", "model", "text",
+"tokens"}. Results are in answers.jsonl.partial, synced after every batch, until all are there.
+Tokens of one batch that choose the same expert share its read, so prompts of one kind belong
+together.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from mlx_streamexperts import StreamError, demo_model, load, stream
 
 
 def read_prompts(file: Path) -> list[dict[str, Any]]:
-    """The jobs of the input file; without an id its line's number is one."""
+    """The jobs of the input file. A job without an id gets its line number."""
     jobs = []
     for number, line in enumerate(file.read_text().splitlines(), 1):
         if line.strip():
@@ -34,7 +35,7 @@ def read_prompts(file: Path) -> list[dict[str, Any]]:
 
 
 def finished(partial: Path, model: str) -> set[Any]:
-    """Ids that an earlier run answered. What it was writing when it ended is cut off."""
+    """Ids that an earlier run answered. Cuts off the line that it was writing when it ended."""
     if not partial.exists():
         return set()
     done, whole = set(), 0

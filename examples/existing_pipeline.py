@@ -1,9 +1,9 @@
-"""A plain mlx-lm pipeline, and what has to be added to stream its experts.
+"""A plain mlx-lm pipeline, with the lines that stream its experts.
 
 python examples/existing_pipeline.py mlx_streamexperts/data/demo
 
-Without the two marked lines this is an ordinary mlx-lm script, and prints the same. The model in
-the line above is the embedded one, in a checkout.
+Without the two marked lines this is an ordinary mlx-lm script that prints the same. The command
+above uses the embedded model, in a checkout.
 """
 
 import sys

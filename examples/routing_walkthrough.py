@@ -1,13 +1,13 @@
 # %% [markdown]
-# # What a router wants: a walk through a trace
+# # A walk through recorded routing
 #
-# Records which experts the embedded model's routers choose, and asks of the recording how large a
-# cache should be and which expert should make room. The cells (`# %%`) run one after the other in
-# an editor that knows them (VS Code, Spyder, `jupytext --to notebook`), or all at once:
+# This records which experts the embedded model's routers choose. From the recording it finds how
+# large a cache should be and which expert should make room. The cells (`# %%`) run one by one in an
+# editor that supports them (VS Code, Spyder, `jupytext --to notebook`), or all at once:
 #
 #     python examples/routing_walkthrough.py
 #
-# For a model of your own change the first cell. Plots need the `plots` extra.
+# For your own model, change the first cell. Plots need the `plots` extra.
 
 # %%
 from collections import Counter
@@ -17,12 +17,10 @@ import matplotlib
 import mlx_lm
 import numpy as np
 
-from mlx_streamexperts import StreamConfig, demo_model, load, stream
+from mlx_streamexperts import StreamConfig, demo_model, load, read_trace, stream
 from mlx_streamexperts._analysis.plots import plot_rates
 from mlx_streamexperts._analysis.replay import replay_routing, total
-from mlx_streamexperts._analysis.simulation import simulate
-from mlx_streamexperts._experts.trace import read_trace
-from mlx_streamexperts._memory.hardware import NAMED_MACHINES
+from mlx_streamexperts.simulate import NAMED_MACHINES, simulate
 
 MODEL = str(demo_model())
 CONFIG = StreamConfig(cache="10MB", prefetch="off", progress=False)
@@ -32,8 +30,8 @@ TOKENS = 40
 # %% [markdown]
 # ## Record
 #
-# Any cache size will do: what the routers choose does not depend on it. Guesses are off, so that
-# the cache's own counts can be compared with the replay's below.
+# Any cache size will do, since the routers' choices do not depend on it. Prefetching is off, so
+# that the cache's own counts can be compared with the replay's below.
 
 # %%
 model, tokenizer = load(MODEL, config=CONFIG)
@@ -50,8 +48,8 @@ print(f"{sum(len(rows) for rows in routing.layers[0])} tokens, prompts included"
 # %% [markdown]
 # ## Which experts?
 #
-# If a few experts did most of the work, keeping those would be enough. The share of all uses that
-# goes to the most used quarter of a layer's experts; even routing would give 25 %.
+# If a few experts did most of the work, keeping those would be enough. This prints the share of all
+# uses that goes to the most used quarter of a layer's experts. Even routing would give 25 %.
 
 # %%
 for number, calls in enumerate(routing.layers):
@@ -63,9 +61,9 @@ for number, calls in enumerate(routing.layers):
 # %% [markdown]
 # ## Reuse distances
 #
-# When a token wants an expert that was used before, how many *other* experts of the layer were used
+# When a token needs an expert that was used before, how many *other* experts of the layer were used
 # since? If fewer than there are slots, LRU still has it. The distribution of these distances is
-# therefore LRU's hit rate at every cache size at once (each token taken by itself).
+# therefore LRU's hit rate at every cache size at once (counting each token separately).
 
 
 # %%
@@ -112,7 +110,7 @@ plt.close(figure)
 # %% [markdown]
 # ## Hit rate by layer
 #
-# The replay drives the same cache as the live layer, call by call, prompts included: its counts are
+# The replay drives the same cache as the live layer, call by call, prompts included. Its counts are
 # the live ones, not an estimate.
 
 # %%
@@ -124,9 +122,9 @@ assert total(replayed).stats == live.cache
 # %% [markdown]
 # ## Policies and sizes
 #
-# `belady` knows the future and is the best that any policy could do. What separates it from 100 %
-# are first uses, which only a hot set read beforehand avoids, and too few slots; what separates a
-# policy from it is all that a better policy could gain.
+# `belady` knows the future and is the best that any policy could do. First uses, which only a hot
+# set avoids, and too few slots separate it from 100 %. The gap between a policy and `belady` is all
+# that a better policy could gain.
 
 # %%
 shares = [0.125, 0.25, 0.5, 0.75]
@@ -140,4 +138,4 @@ plot_rates(report.rows, Path("rates.svg"))
 
 # %% [markdown]
 # The same from the command line, with more options: `python -m mlx_streamexperts.simulate
-# routing.jsonl --layers --plot rates.svg`. What came out of longer recordings: docs/policies.md.
+# routing.jsonl --layers --plot rates.svg`. docs/policies.md has the results of longer recordings.

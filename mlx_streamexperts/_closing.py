@@ -1,4 +1,4 @@
-"""What is closed at the end of a `with` block."""
+"""A base for context managers that close at the end of a `with` block."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Self
 
 
 class Closing:
-    """A context manager whose end is its `close`."""
+    """A context manager that calls its `close` at the end."""
 
     def close(self) -> None:
-        """End it; a second time does nothing."""
+        """Close it. A second call does nothing."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:

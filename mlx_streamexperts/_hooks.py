@@ -1,4 +1,4 @@
-"""Exchanging what calling one module, or one model's forward passes, does."""
+"""Hooks around the calls of one module, or around one model's forward passes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 Check = Callable[[mx.array | None, Any], None]
-"""Looks at a forward pass: its token ids [B, T], or None for embeddings, and its caches or None."""
+"""Checks a forward pass: its token ids [B, T], or None for embeddings, and its caches or None."""
 
 _EMBEDDINGS = "input_embeddings"
 
@@ -23,9 +23,9 @@ class Pass:
     """One call of a model.
 
     Attributes:
-        model, kind: the model, and its class as mlx-lm has it.
+        model, kind: the model, and its class in mlx-lm.
         names: the parameters of its call, in order.
-        given: what it was called with, by name. The first one are the tokens, [B, L].
+        given: the call's arguments by name. The first parameter takes the tokens, [B, L].
         sequences, tokens: B and L.
     """
 
@@ -37,20 +37,20 @@ class Pass:
     tokens: int
 
     def __call__(self) -> Any:
-        """Run it."""
+        """Run the pass."""
         return self.kind.__call__(self.model, **self.given)
 
     @property
     def caches(self) -> Any:
-        """The caches that it changes, one a layer; None where it was given none."""
+        """The KV caches that it changes, one per layer; None if it was given none."""
         caches = self.given.get("cache")
         return None if not caches or any(c is None for c in caches) else caches
 
     @property
     def divisible(self) -> bool:
-        """Do its parts, one after the other, do what the whole does?
+        """Can it run in parts, one after another?
 
-        They do if it is told nothing but its tokens and its caches: a mask, say, is for the whole.
+        It can if its only arguments are tokens and caches. A mask, for example, is for the whole.
         """
         known = {self.names[0], _EMBEDDINGS, "cache"}
         return bool(self.caches) and all(
@@ -89,15 +89,15 @@ def swapped(owner: Any, **values: Any) -> Iterator[None]:
 
 
 def intercept(module: nn.Module, call: Callable[..., Any], method: str = "__call__") -> None:
-    """Let calls of this module, and of no other of its class, go to `call`.
+    """Redirect calls of this module, and of no other module of its class, to `call`.
 
-    It gets a class of its own, derived from the one it had: no wrapper, so that every path in the
-    model stays what it is, and `isinstance` and the signature say what they said.
+    The module gets a class of its own, derived from the one it had. There is no wrapper, so paths
+    in the model, `isinstance` and the signature stay the same.
 
     Args:
-        module: the one.
-        call: takes the module and what it is called with.
-        method: another one than calling the module.
+        module: the module.
+        call: takes the module and the call's arguments.
+        method: the method to redirect.
     """
     kind: Any = type(module)
     own = {method: functools.wraps(getattr(kind, method))(call), "__module__": kind.__module__}
@@ -105,12 +105,12 @@ def intercept(module: nn.Module, call: Callable[..., Any], method: str = "__call
 
 
 def intercept_passes(model: nn.Module, step: Step, check: Check) -> None:
-    """Let a model's forward passes go through `step`.
+    """Redirect a model's forward passes to `step`.
 
     Args:
         model: left alone unless its call takes a `cache`.
-        step: what runs them.
-        check: looks at each before, and raises where it must not run.
+        step: runs each pass.
+        check: is called before each pass, and raises if it must not run.
     """
     kind: Any = type(model)
     signature = inspect.signature(kind.__call__)

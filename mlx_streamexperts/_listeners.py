@@ -1,4 +1,4 @@
-"""Who is told of what happens while recordings run; several may run at a time."""
+"""Lists of functions to call when something happens; recordings add and remove themselves."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ Listener = TypeVar("Listener")
 
 
 class Listeners(Generic[Listener]):
-    """Functions to be called.
+    """Functions to call.
 
     Attributes:
-        now: those at present, for whoever calls them: without a lock, one that leaves meanwhile
-            may be told once more.
+        now: the present ones. Callers take no lock, so a function may be called once more after it
+            was removed.
     """
 
     def __init__(self) -> None:
@@ -21,11 +21,11 @@ class Listeners(Generic[Listener]):
         self._lock = threading.Lock()
 
     def add(self, listener: Listener) -> None:
-        """Tell this one too."""
+        """Call this function from now on."""
         with self._lock:
             self.now = (*self.now, listener)
 
     def remove(self, listener: Listener) -> None:
-        """Do not tell it any more; nothing happens if it is not told."""
+        """Stop calling this function, if it is called."""
         with self._lock:
             self.now = tuple(x for x in self.now if x != listener)

@@ -1,12 +1,13 @@
 """Every difference between operating systems, behind plain functions.
 
-Nothing else in the package asks which system it runs on. macOS branches follow the documented
-behaviour of `fcntl(F_NOCACHE)` and `sysctl`; they are exercised by the test-suite where it runs.
+No other module asks which system it runs on. The macOS branches follow the documented behaviour of
+`fcntl(F_NOCACHE)`, `sysctl` and `vm_stat`; on other systems the tests run them with stand-ins.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import math
 import mmap
@@ -28,9 +29,9 @@ PAGE_BYTES = mmap.PAGESIZE
 _MAX_BUFFERS_PER_READ = 512  # IOV_MAX is 1024 on Linux and macOS
 _F_NOCACHE = 48  # <sys/fcntl.h> on macOS
 _OPEN_MAX = 10_240  # <sys/syslimits.h> on macOS
-_NUMBERING_ANEW = {"9p", "afs", "cifs", "smb3", "virtiofs"}  # and all of FUSE
+_UNSTABLE_INODES = {"9p", "afs", "cifs", "smb3", "virtiofs"}  # and all of FUSE
 METAL_SHARE = 0.95
-"""Above this share of the recommended working set MLX gives up its freed buffers each time."""
+"""Above this share of the recommended working set MLX frees its unused buffers all the time."""
 _LEAST_FOR_SYSTEM, _MOST_FOR_SYSTEM = 2 << 30, 8 << 30  # left to macOS beside a GPU's memory
 
 
@@ -39,15 +40,13 @@ def open_direct(path: Path) -> tuple[int, int]:
 
     Returns:
         The file descriptor, and the alignment in bytes that offset, length and memory address
-        must have. macOS takes any, and copies what is unaligned through its page cache, without
-        reading ahead: there it is a page.
+        must have. macOS accepts any, but copies unaligned reads through its page cache without
+        read-ahead, so a page is required there.
 
     Raises:
-        OSError: the system or the file system has no way to bypass the page cache.
+        OSError: the system or the file system cannot bypass the page cache.
     """
     if sys.platform == "darwin":
-        import fcntl
-
         fd = os.open(path, os.O_RDONLY)
         try:
             fcntl.fcntl(fd, _F_NOCACHE, 1)
@@ -62,38 +61,10 @@ def open_direct(path: Path) -> tuple[int, int]:
     return os.open(path, os.O_RDONLY | flag), 4096
 
 
-def try_lock(path: Path, create: bool = True) -> int | None:
-    """Take the lock that `path` stands for; the system drops it when its process ends or is killed.
-
-    Args:
-        path: a file, of which only the lock matters.
-        create: make it where there is none; else it is not written to either.
-
-    Returns:
-        A descriptor that holds the lock until it is closed; None where somebody else holds it,
-        another descriptor of this process included.
-
-    Raises:
-        OSError: the file cannot be opened, or its file system has no locks.
-    """
-    import fcntl
-
-    fd = os.open(path, os.O_RDWR | os.O_CREAT if create else os.O_RDONLY, 0o666)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        return None
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
 def open_buffered(path: Path) -> int:
     """Open `path` for scattered reads through the page cache; returns the descriptor.
 
-    Linux would read ahead of each: 8 MB of it on one machine doubled the bytes read.
+    Linux must not read ahead of each: a read-ahead of 8 MB on one machine doubled the bytes read.
     """
     fd = os.open(path, os.O_RDONLY)
     if hasattr(os, "posix_fadvise"):
@@ -103,28 +74,24 @@ def open_buffered(path: Path) -> int:
 
 def read_into(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
     """One scatter read at `offset`; returns the bytes read, which may be fewer than asked for."""
-    if hasattr(os, "preadv"):
-        return os.preadv(fd, buffers[:_MAX_BUFFERS_PER_READ], offset)
-    data = os.pread(fd, len(buffers[0]), offset)  # macOS before 11
-    buffers[0][: len(data)] = data
-    return len(data)
+    return os.preadv(fd, buffers[:_MAX_BUFFERS_PER_READ], offset)
 
 
 def address_space_left() -> int | None:
-    """Bytes that this process may still map (`ulimit -v`); None where nothing limits that."""
+    """Bytes that this process may still map (`ulimit -v`); None without a limit."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit == resource.RLIM_INFINITY:
         return None
     try:
         return limit - int(Path("/proc/self/statm").read_text().split()[0]) * PAGE_BYTES
-    except OSError:  # macOS has the limit and does not heed it
+    except OSError:  # macOS has the limit and ignores it
         return None
 
 
 def open_descriptors() -> int:
-    """How many descriptors this process has open."""
+    """Number of descriptors that this process has open."""
     try:
-        return len(os.listdir("/dev/fd")) - 1  # one lists them
+        return len(os.listdir("/dev/fd")) - 1  # listing them takes one
     except OSError as e:
         if e.errno in (errno.EMFILE, errno.ENFILE):
             return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -132,12 +99,12 @@ def open_descriptors() -> int:
 
 
 def allow_descriptors(wanted: int) -> int:
-    """Raise the number of descriptors that this process may have open, as far as that is needed.
+    """Raise the number of descriptors that this process may have open to `wanted`, if it is lower.
 
     macOS starts with 256, and refuses limits above its OPEN_MAX.
 
     Returns:
-        The number in force: at least `wanted`, unless the system does not allow as many.
+        The number in force: at least `wanted`, unless the system does not allow so many.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
@@ -155,37 +122,37 @@ def allow_descriptors(wanted: int) -> int:
 
 
 def file_mark(file: Path) -> tuple[int, ...]:
-    """What tells a file from another one that is put in its place: numbers, for `same_file`.
+    """Numbers that tell a file from another one that is put in its place, for `same_file`.
 
     Raises:
-        OSError: there is none.
+        OSError: there is no such file.
     """
     found = os.stat(file)
-    number = int(content_sample(file), 16)
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, number
+    sample = int(content_sample(file), 16)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, sample
 
 
 def same_file(mark: tuple[int, ...], fd: int, path: Path) -> bool:
-    """Is the file that was opened the one that was marked?
+    """Is an open file the one that was marked?
 
-    Its size and time of change must be the same, which those of a copy may be too. So must be its
-    number on the device; where that may have changed, samples of its content instead.
+    Size and time of change must be the same, but a copy can have the same ones. The inode must be
+    the same too, or samples of the content on a file system whose inodes change.
 
     Args:
-        mark: of `file_mark`.
+        mark: from `file_mark`.
         fd: the open file.
         path: its path.
 
     Raises:
         OSError: it cannot be read.
     """
-    device, number, *rest, sample = mark
+    device, inode, *rest, sample = mark
     found = os.fstat(fd)
     if [found.st_size, found.st_mtime_ns] != rest:
         return False
-    if found.st_dev == device and not _numbers_anew(device):
-        return found.st_ino == number
-    with path.open("rb") as again:  # `fd` may read aligned blocks only
+    if found.st_dev == device and not _has_unstable_inodes(device):
+        return found.st_ino == inode
+    with path.open("rb") as again:  # `fd` may only read aligned blocks
         if not os.path.samestat(os.fstat(again.fileno()), found):
             return False
     return int(content_sample(path), 16) == sample
@@ -194,7 +161,7 @@ def same_file(mark: tuple[int, ...], fd: int, path: Path) -> bool:
 def content_sample(file: Path) -> str:
     """A digest of a file's first 64 KiB (a shard's header, or most of it), middle and end.
 
-    Two fine-tunes of one model have the same sizes and headers. Their weights differ everywhere.
+    Two fine-tunes of one model have the same sizes and headers, but all their weights differ.
 
     Raises:
         OSError: it cannot be read.
@@ -207,8 +174,8 @@ def content_sample(file: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _numbers_anew(device: int, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
-    """May the file system of `device` give a file another number while it is mounted?"""
+def _has_unstable_inodes(device: int, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
+    """May the file system of `device` change a file's inode number while it is mounted?"""
     try:
         lines = mounts.read_text().splitlines()
     except OSError:
@@ -218,12 +185,12 @@ def _numbers_anew(device: int, mounts: Path = Path("/proc/self/mountinfo")) -> b
         before, _, after = line.partition(" - ")
         if before.split()[2] == wanted:
             kind = after.split()[0]
-            return kind.startswith("fuse") or kind in _NUMBERING_ANEW
+            return kind.startswith("fuse") or kind in _UNSTABLE_INODES
     return False
 
 
 def drop_page_cache(path: Path) -> bool:
-    """Ask the system to forget `path`'s cached pages (for cold measurements). False if it can't."""
+    """Ask the system to drop `path`'s cached pages, for cold measurements; False if it cannot."""
     if not hasattr(os, "posix_fadvise"):
         return False
     fd = os.open(path, os.O_RDONLY)
@@ -246,7 +213,7 @@ def total_memory_bytes(root: Path = Path("/")) -> int:
 
 
 def _cgroup_limits(root: Path) -> list[int]:
-    """Memory limits of this process's own control group and of those around it, in bytes."""
+    """Memory limits of this process's control group and of the groups around it, in bytes."""
     limits = []
     for group, names in _cgroups(root):
         for name in names:
@@ -258,7 +225,7 @@ def _cgroup_limits(root: Path) -> list[int]:
 
 
 def _cgroups(root: Path) -> list[tuple[Path, tuple[str, ...]]]:
-    """Each memory control group that this process is in, and the names of its limits' files."""
+    """Each memory control group that this process is in, with the names of its limit files."""
     try:
         memberships = (root / "proc/self/cgroup").read_text().splitlines()
         mounts = (root / "proc/self/mountinfo").read_text().splitlines()
@@ -270,7 +237,7 @@ def _cgroups(root: Path) -> list[tuple[Path, tuple[str, ...]]]:
         second = not controllers  # the line of version 2 names no controllers
         if not second and "memory" not in controllers.split(","):
             continue
-        # Above memory.high the system takes memory back as fast as it is used.
+        # Above memory.high the system reclaims memory as fast as it is used.
         names = ("memory.max", "memory.high") if second else ("memory.limit_in_bytes",)
         for mount in mounts:
             before, _, after = mount.partition(" - ")
@@ -294,12 +261,12 @@ def _cgroups(root: Path) -> list[tuple[Path, tuple[str, ...]]]:
 
 
 def unfinished_bytes(item_bytes: int) -> int:
-    """What operations hold that a GPU was given but has not finished, at most, in bytes.
+    """Upper bound of the memory that operations hold which a GPU has not finished, in bytes.
 
-    MLX hands operations over in groups, whose memory is kept until the whole group has ended. A
+    MLX submits operations in groups and keeps a group's memory until the whole group has ended. A
     group is full when its inputs have so many Mi items (backend/cuda/device.cpp and
     backend/metal/device.cpp, by architecture; `MLX_MAX_MB_PER_BUFFER` overrides). On an H200 a
-    prompt's pass was seen to take 2.4 GB more than its operations need one after the other.
+    prompt's pass took 2.4 GB more than its operations need one after the other.
 
     Args:
         item_bytes: bytes of one item of most inputs.
@@ -313,27 +280,27 @@ def unfinished_bytes(item_bytes: int) -> int:
         items = {8: 400, 9: 1000, 10: 1000, 12: 1000}.get(capability, 100)
     with suppress(ValueError):
         items = int(os.environ.get("MLX_MAX_MB_PER_BUFFER", items))
-    return int(1.25 * (items << 20) * item_bytes)  # a group ends after the operation that fills it
+    return int(1.25 * (items << 20) * item_bytes)  # the operation that fills a group is part of it
 
 
 def on_metal() -> bool:
-    """Is MLX's default device a GPU of Apple's?"""
+    """Is MLX's default device an Apple GPU?"""
     return mx.default_device() == mx.gpu and mx.metal.is_available()
 
 
 def working_set_bytes() -> int:
-    """What Metal recommends to keep resident, in bytes; 0 on other devices."""
+    """Size of the working set that Metal recommends, in bytes; 0 on other devices."""
     return int(mx.device_info().get("max_recommended_working_set_size", 0))
 
 
 @dataclass(frozen=True)
 class DeviceLimit:
-    """The most memory that a device can hold, and what can be done where that is too little.
+    """The most memory that a device can hold, and how to raise that.
 
     Attributes:
         nbytes: the limit.
-        why: what sets it; one sentence without an end.
-        command: raises it so far that the wanted memory fits; None where nothing does.
+        why: what sets it, as a sentence without a full stop.
+        command: a command that raises it so that the wanted memory fits; None if there is none.
     """
 
     nbytes: int
@@ -344,11 +311,11 @@ class DeviceLimit:
 def device_limit(wanted: int = 0) -> DeviceLimit:
     """The most memory that MLX's default device can hold.
 
-    On Metal a share of the recommended working set, on CUDA the device's own memory, on the CPU the
-    machine's or that of the container that limits this process.
+    This is a share of the recommended working set on Metal, the device's own memory on CUDA, and
+    the memory of the machine or of the container around this process on the CPU.
 
     Args:
-        wanted: bytes that `DeviceLimit.command` is to make room for.
+        wanted: bytes that `DeviceLimit.command` must make room for.
     """
     total = total_memory_bytes()
     if mx.default_device() == mx.gpu:
@@ -365,8 +332,8 @@ def metal_limit(info: Mapping[str, str | int], wanted: int = 0) -> DeviceLimit:
     """`device_limit` of a device that MLX's Metal backend describes.
 
     Args:
-        info: what `mx.device_info()` says: `max_recommended_working_set_size` and `memory_size`.
-        wanted: bytes that `DeviceLimit.command` is to make room for.
+        info: `mx.device_info()`, with `max_recommended_working_set_size` and `memory_size`.
+        wanted: bytes that `DeviceLimit.command` must make room for.
     """
     recommended = int(info["max_recommended_working_set_size"])
     total = int(info.get("memory_size", 0))
@@ -383,30 +350,31 @@ def metal_limit(info: Mapping[str, str | int], wanted: int = 0) -> DeviceLimit:
 
 
 def apple_limit(memory: int, wanted: int = 0) -> DeviceLimit:
-    """`device_limit` of a Mac that is known by its memory alone: estimated.
+    """An estimate of `device_limit` for a Mac of which only the memory is known.
 
     Args:
-        memory: all of the machine's, in bytes.
-        wanted: bytes that `DeviceLimit.command` is to make room for.
+        memory: the machine's memory in bytes.
+        wanted: bytes that `DeviceLimit.command` must make room for.
     """
     size = apple_working_set(memory)
     return metal_limit({"max_recommended_working_set_size": size, "memory_size": memory}, wanted)
 
 
 def apple_working_set(memory: int) -> int:
-    """What macOS recommends for the GPU of a Mac with `memory` bytes: a formula.
+    """Estimate the working set that macOS recommends for a Mac with `memory` bytes.
 
-    Two thirds below 36 GB, three quarters from there on. Values reported up to macOS 14 agree
-    (10.67 GiB of 16, 72 of 96, 96 of 128); macOS 26 recommends more (107.5 GiB of 128).
+    It is two thirds below 36 GB and three quarters from there on. Values reported up to macOS 14
+    agree (10.67 GiB of 16, 72 of 96, 96 of 128); macOS 26 recommends more (107.5 GiB of 128).
     """
     return memory * 2 // 3 if memory < 36 * 10**9 else memory * 3 // 4
 
 
 def available_memory_bytes() -> int:
-    """Memory that can be taken without swapping, in bytes (an estimate of the system's).
+    """Memory that can be taken without swapping, in bytes, as the system estimates it.
 
-    On macOS free pages, pages of files, and what programs allow it to purge; "inactive" pages are
-    no measure, for anonymous ones among them have to be compressed or swapped.
+    On macOS this counts free pages, pages of files, and pages that programs allow it to purge. It
+    does not count "inactive" pages (`psutil` does): the anonymous ones among them would have to be
+    compressed or swapped.
     """
     if sys.platform == "darwin":
         pages = _vm_stat()
@@ -424,12 +392,12 @@ def available_memory_bytes() -> int:
 def device_memory_bytes(held: int = 0) -> int:
     """Memory that MLX's default device can use, in bytes.
 
-    On Metal the recommended working set (`iogpu.wired_limit_mb` raises it), on other GPUs the
-    device's own memory, on the CPU what the system has available.
+    This is the recommended working set on Metal (`iogpu.wired_limit_mb` raises it), the device's
+    own memory on other GPUs, and the system's available memory on the CPU.
 
     Args:
-        held: what this process has taken of it already; it counts where the system no longer
-            has it available.
+        held: bytes that this process holds already; they are added to what the system has
+            available.
     """
     if mx.default_device() == mx.gpu:
         info = mx.device_info()
@@ -441,7 +409,7 @@ def device_memory_bytes(held: int = 0) -> int:
 
 
 def config_folder() -> Path:
-    """Where this user's programs keep their settings, by the system's convention."""
+    """Folder for this user's program settings, by the system's convention."""
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Application Support"
     stated = os.environ.get("XDG_CONFIG_HOME", "")
@@ -449,7 +417,7 @@ def config_folder() -> Path:
 
 
 def processor_name() -> str:
-    """What the processor calls itself; empty where the system does not say."""
+    """The processor's name; empty if the system does not tell it."""
     if sys.platform == "darwin":
         return _output("/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string").strip()
     try:
@@ -465,7 +433,7 @@ def free_disk_bytes(folder: Path) -> int:
 
 
 def resident_bytes() -> int:
-    """This process's resident memory (RSS), in bytes; macOS leaves out what only the GPU maps."""
+    """This process's resident memory (RSS) in bytes; macOS omits memory that only the GPU maps."""
     if sys.platform == "darwin":
         return int(_output("/bin/ps", "-o", "rss=", "-p", str(os.getpid())) or 0) * 1024
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
@@ -482,10 +450,10 @@ def _vm_stat() -> dict[str, int]:
 
 
 def _output(*command: str) -> str:
-    """What a program of the system prints; empty where it fails.
+    """Output of a system program; empty if it fails.
 
-    With a full path and descriptors left alone Python spawns it: a fork would copy the page tables
-    of a process that holds a model.
+    With a full path and `close_fds=False` Python spawns it. A fork would copy the page tables of a
+    process that holds a model.
     """
     try:
         return subprocess.run(
@@ -496,16 +464,16 @@ def _output(*command: str) -> str:
 
 
 def usable_cores() -> int:
-    """Processor cores that this process may run on."""
+    """Number of processor cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _import_mlx_lm() -> None:
-    """Import mlx-lm, which meanwhile sets the limit of open files to 2048, and the most to 4096.
+    """Import mlx-lm without letting it set the limits of open files to 2048 and 4096.
 
-    That fails where less is allowed, and takes from a process what it may have above it.
+    Setting them fails if less is allowed, and lowers the limits of a process that had more.
     """
     original = resource.setrlimit
     resource.setrlimit = lambda *_: None

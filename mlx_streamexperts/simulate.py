@@ -1,13 +1,13 @@
-"""Judge caches offline: recorded routing through policies and sizes, and the best there can be.
+"""Judge caches offline: replay traces through policies and sizes, and through the optimum.
 
 python -m mlx_streamexperts.simulate chat.jsonl --machine "M4 Max 128 GB"
 python -m mlx_streamexperts.simulate today.jsonl --fit monday.jsonl tuesday.jsonl --plot rates.svg
 
 Traces come from `with stream(model).trace("chat.jsonl"):`. Misses of experts never seen before
 (compulsory) and of evicted ones (capacity) are counted apart: only the latter depend on the policy.
-Counts of lru, lrfu and s3fifo equal the live cache's. Tokens/s are predictions, by the formula in
-predict.py. With --fit, uneven shares of the budget, layers kept whole and a hot set read beforehand
-are fitted on those traces and judged on the others.
+Counts of lru, lrfu and s3fifo equal the live cache's. Tokens/s are predictions, by `predict`'s
+formula. --fit fits uneven shares of the budget, layers kept whole and a hot set on its traces, and
+judges them on the others.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from ._analysis.plots import plot_rates
 from ._analysis.replay import BEST
 from ._analysis.simulation import CANDIDATES, FIRST_CALLS, Report, simulate, with_expert_bytes
 from ._config import parse_size
@@ -30,10 +31,10 @@ _DEFAULT_SHARES = "0.125,0.25,0.375,0.5,0.75"
 
 
 def parse_ssd(text: str, machine: Machine) -> Machine:
-    """A machine with another drive: bytes/s, then perhaps a read's latency: `7GB/s:100us`.
+    """A machine with another drive, of `7GB/s`, or of `7GB/s:100us` with a read's latency.
 
     Raises:
-        StreamError: not understood.
+        StreamError: the text has another form.
     """
     rate, latency = parse_rate(text, machine.drive_latency)
     return replace(machine, drive_rate=rate, drive_latency=latency)
@@ -61,11 +62,10 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         default="M4 Max 128 GB",
         choices=tuple(NAMED_MACHINES),
         metavar="NAME",
-        help=f"that tokens/s are predicted for, of {', '.join(NAMED_MACHINES)} "
-        "(default: %(default)s)",
+        help=f"to predict tokens/s for, of {', '.join(NAMED_MACHINES)} (default: %(default)s)",
     )
-    parser.add_argument("--ssd", help="instead of its drive: bytes/s, latency; e.g. 7GB/s:100us")
-    parser.add_argument("--expert-bytes", help="as if an expert had this size, e.g. 6.75MB")
+    parser.add_argument("--ssd", help="another drive: bytes/s and latency, e.g. 7GB/s:100us")
+    parser.add_argument("--expert-bytes", help="pretend that an expert has this size, e.g. 6.75MB")
     parser.add_argument("--layers", action="store_true", help="print hit rates by layer")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw hit rates: .png or .svg")
@@ -90,8 +90,6 @@ def main(argv: list[str] | None = None) -> int:
             )
         report = simulate(traces, _shares(args.shares), policies, machine, fit)
         if args.plot:
-            from ._analysis.plots import plot_rates
-
             plot_rates(report.rows, args.plot)
     except StreamError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -19,6 +19,22 @@ from mlx_streamexperts._errors import StreamError
 from mlx_streamexperts._experts import bank as bank_module
 from mlx_streamexperts._experts.bank import Bank, SlotTensor, byte_view, in_place_works, total_bytes
 
+
+def test_a_bank_by_example() -> None:
+    module = nn.Module()
+    tensors = {"weight": SlotTensor(module, "weight", (2,), mx.uint8)}
+    bank = Bank(tensors, slots=3, in_place=True)
+    (row,) = bank.destinations(1)  # writable memory of slot 1, one view for each tensor
+    row[:] = bytes([7, 9])
+    assert module.weight.tolist() == [[0, 0], [7, 9], [0, 0]]
+    lazy = bank.track_reader(module.weight[1] + 1)  # built, not run
+    bank.flush_readers()  # before the slot changes
+    row[:] = bytes([0, 0])
+    assert lazy.tolist() == [8, 10]
+    bank.free()
+    assert module.weight.size == 0
+
+
 SLOTS = 5
 DTYPES = [mx.uint32, mx.bfloat16, mx.float16, mx.float32, mx.uint8, mx.int8, mx.int64, mx.bool_]
 SHAPES = [(8, 4), (3,), (), (1, 1, 7), (64, 32)]
@@ -26,7 +42,7 @@ both_ways = pytest.mark.parametrize("in_place", [True, False], ids=["in place", 
 
 
 def pattern(nbytes: int, seed: int) -> np.ndarray:
-    """Bytes 0 and 1, the first one 1: every element type reads them as an ordinary number."""
+    """Bytes 0 and 1, the first of them 1: an ordinary number in every element type."""
     content = np.random.default_rng(seed).integers(0, 2, nbytes, dtype=np.uint8)
     content[0] = 1
     return content
@@ -44,9 +60,9 @@ def new_bank(
     return Bank({"weight": SlotTensor(module, "weight", shape, dtype)}, SLOTS, in_place), module
 
 
-def write(bank: Bank, slot: int, content: np.ndarray, name: str = "weight") -> None:
-    """As the reader and the layer do it."""
-    bank.destination(name, slot)[:] = content.data
+def write(bank: Bank, slot: int, content: np.ndarray, tensor: int = 0) -> None:
+    """Write one tensor of a slot, as the reader and the layer do."""
+    bank.destinations(slot)[tensor][:] = content.data
     bank.commit()
 
 
@@ -55,7 +71,7 @@ def fill(bank: Bank, slot: int, value: float, shape: tuple[int, ...] = (8, 4)) -
 
 
 def seen_by_kernel(array: mx.array, slot: int) -> np.ndarray:
-    """The slot's bytes as a kernel that gathers rows finds them."""
+    """The slot's bytes as a kernel sees them that gathers rows."""
     other = (slot + 1) % array.shape[0]
     rows = mx.take(array, mx.array([other, slot], mx.uint32), axis=0)
     one = mx.contiguous(rows[1]).reshape(-1)
@@ -69,13 +85,13 @@ def seen_by_kernel(array: mx.array, slot: int) -> np.ndarray:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kernels_see_written_bytes(dtype: mx.Dtype, shape: tuple[int, ...], in_place: bool) -> None:
-    """In any slot, more than once, and the other slots stay as they were."""
+    """In any slot and repeatedly; the other slots stay as they were."""
     bank, module = new_bank(in_place, shape, dtype)
     assert (module.weight.shape, module.weight.dtype) == ((SLOTS, *shape), dtype)
     n = row_bytes(shape, dtype)
     held = [np.zeros(n, np.uint8) for _ in range(SLOTS)]
     for seed, slot in enumerate([2, 0, 4, 2, 3, 2]):
-        view = bank.destination("weight", slot)
+        (view,) = bank.destinations(slot)
         assert (view.nbytes, view.readonly, view.format) == (n, False, "B")
         held[slot] = pattern(n, seed)
         write(bank, slot, held[slot])
@@ -85,7 +101,7 @@ def test_kernels_see_written_bytes(dtype: mx.Dtype, shape: tuple[int, ...], in_p
 
 @both_ways
 def test_arithmetic_sees_written_values(in_place: bool) -> None:
-    """Not only copies: a matmul over rows chosen by index, as the experts run it."""
+    """Not only a copy sees them: so does a matmul over rows by index, which the experts run."""
     bank, module = new_bank(in_place, (8, 4))
     values = np.random.default_rng(0).normal(size=(SLOTS, 8, 4)).astype(np.float32)
     x = mx.array(np.ones((SLOTS, 1, 4), np.float32))
@@ -106,9 +122,9 @@ def test_both_ways_give_the_same_arrays() -> None:
         }
         bank = Bank(tensors, SLOTS, in_place)
         for slot in (1, 3, 1):
-            for seed, (name, t) in enumerate(tensors.items()):
-                content = pattern(row_bytes(t.shape, t.dtype), seed + slot)
-                bank.destination(name, slot)[:] = content.data
+            parts = zip(tensors.values(), bank.destinations(slot), strict=True)
+            for seed, (t, into) in enumerate(parts):
+                into[:] = pattern(row_bytes(t.shape, t.dtype), seed + slot).data
         bank.commit()  # once for all of them
         modules.append(module)
     for name, a in modules[0].items():
@@ -126,14 +142,14 @@ def test_several_tensors_do_not_share_memory() -> None:
     }
     bank = Bank(tensors, SLOTS, in_place=True)
     assert total_bytes(list(tensors.values())) == 128 + 16 + 128
-    assert bank.nbytes == SLOTS * (128 + 16 + 128)
-    write(bank, 3, pattern(16, 1), "gate.scales")
+    assert gate.weight.nbytes + gate.scales.nbytes + up.weight.nbytes == SLOTS * (128 + 16 + 128)
+    write(bank, 3, pattern(16, 1), tensor=1)
     assert np.array_equal(seen_by_kernel(gate.scales, 3), pattern(16, 1))
     assert not gate.weight.any().item() and not up.weight.any().item()
 
 
 def test_a_new_bank_is_zero() -> None:
-    """Slots that nothing was read into hold no other bank's leftovers."""
+    """Unused slots do not hold another bank's bytes."""
     for _ in range(3):
         bank, module = new_bank(True, (64, 64))
         assert not module.weight.any().item()
@@ -143,10 +159,10 @@ def test_a_new_bank_is_zero() -> None:
 
 
 def test_copies_are_seen_after_commit_only() -> None:
-    """And what was built before them keeps the old bytes whenever it runs."""
+    """Arrays that were built before see the old bytes whenever they run."""
     bank, module = new_bank(in_place=False)
     lazy = module.weight[1] + 0
-    bank.destination("weight", 1)[:] = np.ones((8, 4), np.float32).tobytes()
+    bank.destinations(1)[0][:] = np.ones((8, 4), np.float32).tobytes()
     assert not module.weight.any().item()
     bank.commit()
     assert module.weight[1].sum().item() == 32
@@ -174,7 +190,7 @@ def expected_rows(value: float) -> np.ndarray:
 
 
 def test_without_a_flush_a_lazy_reader_gets_the_wrong_bytes() -> None:
-    """The hazard is real on this device; if this fails, `flush_readers` is tested in vain."""
+    """The hazard is real on this device; otherwise the tests of `flush_readers` show nothing."""
     bank, module = new_bank(in_place=True)
     fill(bank, 1, 3.0)
     lazy = module.weight[mx.array([1])][0] * 2
@@ -204,7 +220,7 @@ def test_a_flush_protects_what_is_built_on_a_reader() -> None:
 
 
 def test_a_flush_protects_every_reader_of_a_caller_who_hoards_them() -> None:
-    """More than the bank remembers at once; none may be forgotten unevaluated."""
+    """More outputs than the bank tracks at once; it must evaluate one before it forgets it."""
     bank, module = new_bank(in_place=True)
     lazy = []
     for i in range(23):
@@ -218,7 +234,7 @@ def test_a_flush_protects_every_reader_of_a_caller_who_hoards_them() -> None:
 
 
 def test_flushed_readers_are_let_go() -> None:
-    """The bank keeps no outputs alive, and remembers few at a time."""
+    """The bank keeps no outputs alive, and tracks few at a time."""
     bank, module = new_bank(in_place=True, shape=(128, 128))
     bank.flush_readers()
     gc.collect()
@@ -233,15 +249,15 @@ def test_flushed_readers_are_let_go() -> None:
     assert mx.get_active_memory() - before < 65536
 
 
-def test_reading_returns_the_output_itself() -> None:
+def test_track_reader_returns_the_output_itself() -> None:
     bank, module = new_bank(in_place=True)
     small, large = module.weight[1] * 2, mx.zeros((1 << 19,)) + module.weight[0, 0, 0]
     assert bank.track_reader(small) is small
     assert bank.track_reader(large) is large
 
 
-def evaluated_by_reading(build: Callable[[mx.array], mx.array], eager: bool) -> bool:
-    """Was the output run by `reading` alone? Found out by overwriting its slot."""
+def evaluated_by_tracking(build: Callable[[mx.array], mx.array], eager: bool) -> bool:
+    """Did `track_reader` alone run the output? Overwriting its slot shows it."""
     bank, module = new_bank(in_place=True)
     fill(bank, 0, 3.0)
     y = bank.track_reader(build(module.weight[mx.array([0])][0, 0, 0] * 1), eager)
@@ -250,14 +266,14 @@ def evaluated_by_reading(build: Callable[[mx.array], mx.array], eager: bool) -> 
 
 
 def test_large_and_eager_outputs_are_evaluated_at_once() -> None:
-    """Large ones are not kept alive; eager ones must not wait for another thread."""
-    assert not evaluated_by_reading(lambda v: v + mx.zeros((8, 4)), eager=False)
-    assert evaluated_by_reading(lambda v: v + mx.zeros((8, 4)), eager=True)
-    assert evaluated_by_reading(lambda v: v + mx.zeros((1024, 512)), eager=False)  # 2 MiB
+    """Large outputs are not kept alive; eager ones must not wait for another thread."""
+    assert not evaluated_by_tracking(lambda v: v + mx.zeros((8, 4)), eager=False)
+    assert evaluated_by_tracking(lambda v: v + mx.zeros((8, 4)), eager=True)
+    assert evaluated_by_tracking(lambda v: v + mx.zeros((1024, 512)), eager=False)  # 2 MiB
 
 
 def test_another_threads_graph_is_an_error_that_says_so() -> None:
-    """One thread cannot evaluate what another has built: refuse to overwrite, never guess."""
+    """One thread cannot evaluate another's graph, so the bank refuses to overwrite its slots."""
     bank, module = new_bank(in_place=True)
     fill(bank, 1, 3.0)
     built: list[mx.array] = []
@@ -294,7 +310,7 @@ def test_another_threads_graph_is_an_error_that_says_so() -> None:
 
 
 def test_freed_memory_stays_until_its_thread_has_evaluated() -> None:
-    """A bank that follows another one knows what was built with that; only its builder runs it."""
+    """A new bank tracks the readers of the one before it, and only their builder runs them."""
     first, module = new_bank(in_place=True)
     fill(first, 1, 3.0)
     output = first.track_reader(module.weight[mx.array([1])][0] * 2)
@@ -329,17 +345,17 @@ def test_free_gives_the_memory_back(in_place: bool) -> None:
         "b": SlotTensor(module, "b", (1024,), mx.uint32),
     }
     bank = Bank(tensors, 8, in_place)
-    n = bank.nbytes
+    n = module.a.nbytes + module.b.nbytes
     assert n == 8 * (256 * 256 * 2 + 4096)
     assert mx.get_active_memory() - before >= n
-    bank.destination("a", 3)[:] = bytes(256 * 256 * 2)
+    bank.destinations(3)[0][:] = bytes(256 * 256 * 2)
     bank.track_reader(module.a[mx.array([3])] * 2)
     bank.commit()
     bank.free()
     mx.eval(module.parameters())
     assert mx.get_active_memory() - before < n // 100
     assert (module.a.shape, module.a.dtype) == ((0, 256, 256), mx.bfloat16)
-    assert (module.b.shape, bank.nbytes) == ((0, 1024), 0)
+    assert module.b.shape == (0, 1024)
 
 
 # The start-up check.
@@ -347,12 +363,12 @@ def test_free_gives_the_memory_back(in_place: bool) -> None:
 
 @pytest.fixture
 def no_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check runs afresh, and its result is forgotten afterwards."""
+    """The check runs again, and its result is forgotten afterwards."""
     monkeypatch.setattr(bank_module, "_verdicts", {})
 
 
 def test_in_place_works_here(no_verdicts: None) -> None:
-    """On the CPU always; on a GPU this is what the package counts on."""
+    """It always works on the CPU; on a GPU the package relies on it."""
     assert in_place_works()
 
 
@@ -363,7 +379,7 @@ def test_the_verdict_is_found_once(no_verdicts: None, monkeypatch: pytest.Monkey
 
 
 def a_copy(array: mx.array) -> memoryview:
-    """What a device with memory of its own would expose."""
+    """What a device with separate memory would expose."""
     return memoryview(bytearray(byte_view(array)))
 
 
@@ -430,7 +446,7 @@ def test_one_element_type_that_does_not_work_is_enough(
 def test_slices_that_are_copies_are_found_out(
     no_verdicts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Run-ahead's tables are slices of one array that is written through its memory."""
+    """Run-ahead's tables are slices of one array, which is written through its memory."""
     monkeypatch.setattr(
         bank_module, "byte_view", lambda a: a_copy(a) if a.ndim == 3 else byte_view(a)
     )

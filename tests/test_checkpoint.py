@@ -1,6 +1,6 @@
-"""Every tensor's bytes are where `read_checkpoint` says, and every damage is a `CheckpointError`.
+"""Every tensor's bytes are where `read_checkpoint` says, and any damage is a `CheckpointError`.
 
-Files are written byte by byte, so that each fault is the only thing wrong with its file.
+The tests write files byte by byte, so that each fault is the only one in its file.
 """
 
 from __future__ import annotations
@@ -31,6 +31,20 @@ from mlx_streamexperts._io.checkpoint import (
     whereabouts,
 )
 
+
+def test_a_checkpoint_by_example(tmp_path: Path) -> None:
+    experts = np.arange(12, dtype=np.uint8).reshape(3, 4)  # [experts, bytes of one]
+    save_file({"layers.0.w": experts}, tmp_path / "model.safetensors")
+    entry = read_checkpoint(tmp_path).tensors["layers.0.w"]
+    assert (entry.dtype, entry.shape, entry.nbytes) == ("U8", (3, 4), 12)
+    table = ExpertTable.stacked(entry)  # where each expert's part is
+    with open(table.files[2], "rb") as file:
+        file.seek(table.offsets[2])
+        assert file.read(table.row_bytes) == bytes([8, 9, 10, 11])
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        read_checkpoint(tmp_path / "elsewhere")
+
+
 INDEX = "model.safetensors.index.json"
 ITEM_BYTES = {
     **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
@@ -47,7 +61,7 @@ def write_shard(file: Path, header: object, data: bytes = b"", length: int | Non
 
 
 def spec(dtype: object, shape: object, begin: object, end: object) -> dict[str, object]:
-    """A header's description of one tensor."""
+    """The description of one tensor in a header."""
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
@@ -73,7 +87,7 @@ def stored_row(entry: TensorEntry, expert: int) -> bytes:
 
 
 def assert_refused(read: Callable[[], object], *named: object) -> None:
-    """A `CheckpointError`, and no other kind of error, that names these things."""
+    """Expect exactly a `CheckpointError` that names these things."""
     with pytest.raises(CheckpointError) as e:
         read()
     assert type(e.value) is CheckpointError
@@ -169,7 +183,7 @@ def test_only_the_files_that_mlx_lm_loads_are_read(tmp_path: Path) -> None:
 
 
 def test_shards_may_be_symbolic_links(tmp_path: Path) -> None:
-    """The Hub's cache is made of them: snapshots/<commit>/<name> -> ../../blobs/<hash>."""
+    """The Hub's cache consists of links: snapshots/<commit>/<name> -> ../../blobs/<hash>."""
     snapshot, blobs = tmp_path / "snapshots" / "c0ffee", tmp_path / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
@@ -345,7 +359,7 @@ def two_shards(tmp_path: Path) -> Path:
 
 
 def test_missing_shard(two_shards: Path) -> None:
-    """Whether the model needs it, only its load can tell; what is known of it is said then."""
+    """Only the load can tell if the model needs it, and then says what the index knows."""
     missing = two_shards / "model-00002-of-00002.safetensors"
     missing.unlink()
     found = read_checkpoint(two_shards)
@@ -409,7 +423,7 @@ def assert_all_there(two_shards: Path) -> None:
     ],
 )
 def test_an_index_may_not_point_outside_the_folder(shard: object, two_shards: Path) -> None:
-    """Even where a good file lies there."""
+    """Even if there is a good file."""
     source = two_shards / "model-00001-of-00002.safetensors"
     (two_shards / "sub").mkdir()
     for target in (two_shards / "sub", two_shards.parent):
@@ -517,7 +531,7 @@ fuzz = settings(
 
 @st.composite
 def damaged_headers(draw: st.DrawFn) -> Any:
-    """The valid header with one to three of its values, at any depth, replaced or removed."""
+    """A valid header of which one to three values, at any depth, are replaced or removed."""
     header = copy.deepcopy(VALID)
     for _ in range(draw(st.integers(1, 3))):
         node: Any = header
@@ -552,7 +566,7 @@ def test_fuzz_header_values(header: Any, tmp_path: Path) -> None:
 def test_fuzz_positions(
     begins: list[int], sizes: list[int], kinds: list[str], tmp_path: Path
 ) -> None:
-    """Well-formed descriptions at arbitrary places: accepted exactly if they are disjoint."""
+    """Well-formed descriptions at arbitrary places are accepted exactly if they are disjoint."""
     spans, header = [], {}
     for i, (begin, n, kind) in enumerate(zip(begins, sizes, kinds, strict=False)):
         spans.append((begin, begin + n * ITEM_BYTES[kind]))
@@ -595,7 +609,7 @@ def test_fuzz_headers_of_noise(content: bytes, tmp_path: Path) -> None:
 @fuzz
 @given(index=st.one_of(json_values, json_values.map(lambda v: {"weight_map": v})))
 def test_fuzz_index(index: Any, tmp_path: Path) -> None:
-    """Any JSON as index: the checkpoint as it is."""
+    """With any JSON as its index, the checkpoint is read as it is."""
     shard = write_shard(tmp_path / "model.safetensors", VALID, DATA)
     (tmp_path / INDEX).write_text(json.dumps(index))
     checkpoint = read_checkpoint(tmp_path)

@@ -268,8 +268,7 @@ def test_an_interrupted_run_goes_on(
 
 _SLOW = """
 import sys, time
-from mlx_streamexperts import shards
-from mlx_streamexperts.convert import main
+from mlx_streamexperts.convert import _shards as shards, main
 write_at = shards.write_at
 def slow(*arguments):
     time.sleep(0.02)

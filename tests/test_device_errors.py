@@ -27,14 +27,11 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_streamexperts import stream
 from mlx_streamexperts._errors import OtherThreadError, StreamError
-from mlx_streamexperts._experts import bank, layer, prefetch, split
-from mlx_streamexperts._experts import cpu_streams as lanes
+from mlx_streamexperts._experts import bank, cpu_streams, layer, prefetch, split
 from mlx_streamexperts._experts.bank import Bank, SlotTensor, numbers
-from mlx_streamexperts._experts.speculative import cache_snapshot as rewind
-from mlx_streamexperts._experts.speculative import runahead
-from mlx_streamexperts._experts.speculative import slot_tables as tables
+from mlx_streamexperts._experts.speculative import cache_snapshot, runahead, slot_tables
 
-EVALUATING = (bank, layer, lanes, prefetch, rewind, runahead, split, tables)
+EVALUATING = (bank, cache_snapshot, cpu_streams, layer, prefetch, runahead, slot_tables, split)
 """Every module on the path of a token that uses MLX."""
 
 FAILURE = "[METAL] Command buffer execution failed: Internal Error"
@@ -265,7 +262,8 @@ def test_an_error_that_comes_up_at_the_end_is_raised_once_all_is_done(
         with pytest.raises(RuntimeError, match="Command buffer"):
             s.close() if end == "close" else s.resize(small)
     if end == "close":
-        assert all(x.slots.bank.nbytes == 0 for x in s.layers)
+        tables = [t.slot for x in s.layers for t in x.tensors.values()]
+        assert all(getattr(t.module, t.attribute).nbytes == 0 for t in tables)
         assert not any(t.is_alive() for t in s.reader._threads)
         s.close()
         assert s.held_bytes() == before
@@ -275,7 +273,7 @@ def test_an_error_that_comes_up_at_the_end_is_raised_once_all_is_done(
         assert mx.array_equal(expected, model(mx.array([TOKENS[0][:3]])))
 
 
-def test_one_failure_does_not_end_looking_ahead_and_a_block_that_cannot_be_asked_does(
+def test_one_failure_does_not_end_prefetching_and_a_block_that_cannot_be_probed_does(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = checkpoint("qwen3_moe")

@@ -45,6 +45,7 @@ CHECKED = [
     *sorted((ROOT / "benchmarks").glob("*.md")),
     *sorted((ROOT / "examples").rglob("*.md")),
     ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
 ]
 MEASURED = {
     what: functools.cache(getattr(examination, what))
@@ -130,6 +131,30 @@ def test_commands_and_options_named_in_the_text_are_there() -> None:
             if not placeholder and importlib.util.find_spec(program) is None:
                 unknown.append((name(file), program))
     assert not unknown
+
+
+def test_modules_and_members_that_the_pages_name_exist() -> None:
+    """Paths such as `_io/reader.py`, and members such as `Bank.free`."""
+    package = Path(mlx_streamexperts.__file__).parent
+    paths = [f"/{f.relative_to(ROOT)}" for f in ROOT.rglob("*.py") if ".venv" not in f.parts]
+    classes: dict[str, str] = {}
+    for file in package.rglob("*.py"):
+        text = file.read_text()
+        for start in re.finditer(r"^class (\w+)", text, re.M):
+            classes[start[1]] = re.split(r"^(?=\w)", text[start.end() :], maxsplit=1, flags=re.M)[0]
+    wrong = []
+    for page in [*RUN, *CHECKED]:
+        if page.name == "CHANGELOG.md":  # names of its time
+            continue
+        for text in inline_code(page):
+            if re.fullmatch(r"[a-z_][\w/]*/[a-z_]\w*\.py", text):
+                if not any(p.endswith("/" + text) for p in paths):
+                    wrong.append((name(page), text))
+            elif member := re.fullmatch(r"([A-Z]\w*[a-z]\w*)\.(\w+)(\(.*\))?", text):
+                body = classes.get(member[1], "")
+                if not re.search(rf"\b{member[2]}\b", body):
+                    wrong.append((name(page), text))
+    assert not wrong
 
 
 def test_the_readme_opens_with_the_two_commands() -> None:

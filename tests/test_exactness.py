@@ -21,7 +21,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_streamexperts import StreamConfig, demo_model, stream
 from mlx_streamexperts._analysis.exactness import prefill_bound, prefill_difference
 from mlx_streamexperts._experts import cpu_streams as lanes
-from mlx_streamexperts._experts.cpu_streams import Lanes
+from mlx_streamexperts._experts.cpu_streams import CpuStreams
 from mlx_streamexperts._experts.layer import ExpertLayer
 from mlx_streamexperts._experts.split import RowRule
 from mlx_streamexperts._loading.discover import discover
@@ -216,7 +216,7 @@ def rows_of_calls(layers: Sequence[ExpertLayer], rule: RowRule) -> list[int]:
     """Have layers follow a rule, and note how many rows each of their kernel calls has."""
     rows: list[int] = []
     for layer in layers:
-        layer._rows, layer._lanes = rule, Lanes(1)  # as on a GPU
+        layer._rows, layer._cpu_streams = rule, CpuStreams(1)  # as on a GPU
 
         def counted(
             x: mx.array, slots: mx.array, run: Callable[..., mx.array] = layer.switch

@@ -1,4 +1,4 @@
-"""A read that fails raises from the forward pass, names what failed, and poisons nothing."""
+"""A failed read raises from the forward pass, names what failed, and spoils no later call."""
 
 from __future__ import annotations
 

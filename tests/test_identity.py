@@ -104,11 +104,13 @@ def test_on_another_device_the_content_decides(file: Path) -> None:
     assert not is_same(before, file)
 
 
-def test_a_file_system_that_numbers_anew(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_that_has_unstable_inodes(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     device, number, *rest = platform.file_mark(file)
     before = (device, number + 7, *rest)
     assert not is_same(before, file)
-    monkeypatch.setattr(platform, "_numbers_anew", lambda device: True)
+    monkeypatch.setattr(platform, "_has_unstable_inodes", lambda device: True)
     assert is_same(before, file)
     replaced(file)
     assert not is_same(before, file)
@@ -124,11 +126,11 @@ def test_which_file_systems_number_anew(tmp_path: Path) -> None:
         "38 22 0:47 / /mnt/c rw - nfs4 host:/c rw\n"
     )
     kinds = {
-        (major, minor): platform._numbers_anew(os.makedev(major, minor), mounts)
+        (major, minor): platform._has_unstable_inodes(os.makedev(major, minor), mounts)
         for major, minor in ((8, 1), (0, 45), (0, 46), (0, 47), (9, 9))
     }
     assert [k for k, anew in kinds.items() if anew] == [(0, 45), (0, 46)]
-    assert not platform._numbers_anew(os.makedev(0, 45), tmp_path / "none")  # as on macOS
+    assert not platform._has_unstable_inodes(os.makedev(0, 45), tmp_path / "none")  # as on macOS
 
 
 def test_a_store_of_a_twin_is_refused(folder: Path, tmp_path: Path) -> None:

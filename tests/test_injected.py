@@ -1,8 +1,8 @@
-"""Faults under way: each is a named error or a retry that succeeds, and leaves nothing behind.
+"""Faults at run time: each is a named error or a retry that succeeds, and leaves nothing behind.
 
-After every one the model computes what stock computes once the fault has passed, with the threads,
-descriptors and slots that it had before. Where a fault can be had from the system it is: reads that
-fail in the C library, limits, signals, forks, a full file system.
+Once a fault has passed, the model computes what stock mlx-lm computes, with the threads,
+descriptors and slots that it had before. The tests use real faults if the system can make them:
+reads that fail in the C library, limits, signals, forks, a full file system.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -112,7 +113,7 @@ def test_a_shard_deleted_while_it_is_open_is_still_read(watched: Watched, folder
 def test_a_shard_replaced_by_another_is_not_read_in_its_place(
     watched: Watched, folder: Path, tmp_path: Path
 ) -> None:
-    """The other one is whole, and has the same header: a fine-tune, say."""
+    """The other one is valid and has the same header, as a fine-tune has."""
     for shard in folder.glob("*.safetensors"):
         other = bytearray(shard.read_bytes())
         other[-2000:] = bytes(2000)
@@ -126,7 +127,7 @@ def test_a_shard_replaced_by_another_is_not_read_in_its_place(
 
 
 def test_without_permission(watched: Watched, folder: Path) -> None:
-    """Lost after the model was loaded, and given back."""
+    """The permission is lost after the model was loaded, and comes back."""
     for shard in folder.glob("*.safetensors"):
         shard.chmod(0)
     if os.geteuid() == 0:
@@ -172,7 +173,7 @@ def limit(kind: int, soft: int) -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_reader_thread_that_dies_is_replaced(watched: Watched) -> None:
-    """All of them, idle: what is read next is read, by as many threads as there were."""
+    """All of them die while idle. The next reads succeed, with as many threads as before."""
     reader = watched.stream._reader
     before = list(reader._threads)
     for thread in before:
@@ -249,7 +250,7 @@ sys.exit(status)
 
 
 def test_a_forked_child_ends_as_programs_do() -> None:
-    """With threads and files that are its parent's; the advice is one that works."""
+    """With the threads and files of its parent; the advice in the error works."""
     done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, timeout=60)
     assert done.returncode == 7, done.stderr[-2000:]
     spawned = subprocess.run([sys.executable, "-c", SPAWNS], capture_output=True, timeout=90)
@@ -290,7 +291,7 @@ def exit_code(child: int, patience: float = 20) -> int:
 def test_a_model_that_is_collected_in_its_own_readers_thread_closes(
     locked: bool, checkpoint: Callable[..., Path]
 ) -> None:
-    """Python's collector runs wherever it likes, with the reader's lock held too."""
+    """Python's collector may run anywhere, even while the reader's lock is held."""
     models = [load_streamed(checkpoint("qwen3_moe"), 1 << 18)]
     reader, layer = stream(models[0]).reader, stream(models[0]).layers[-1]
 
@@ -309,7 +310,7 @@ def test_a_model_that_is_collected_in_its_own_readers_thread_closes(
 
 
 def test_no_memory_for_slots(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A larger cache that cannot be had: said, and the model goes on with one that can."""
+    """A cache that is too large is an error, and the model goes on with a smaller one."""
     real = mx.zeros
 
     def scarce(shape: Any, *args: Any) -> mx.array:
@@ -327,10 +328,27 @@ def test_no_memory_for_slots(watched: Watched, monkeypatch: pytest.MonkeyPatch) 
     watched.assert_sound()
 
 
-# Ctrl-C.
+# Ctrl-C, and other exceptions that any line may raise.
 
 
-def test_ctrl_c_at_every_step(watched: Watched) -> None:
+def ctrl_c() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def no_memory() -> None:
+    raise MemoryError
+
+
+@pytest.fixture(autouse=True)
+def _python_handles_ctrl_c() -> Iterator[None]:
+    """Programs that run in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("happens", [ctrl_c, no_memory])
+def test_an_exception_at_every_step(happens: Callable[[], None], watched: Watched) -> None:
     """At the first and at the last time that each line of ours runs in a call.
 
     Lines that leave a `with` or run after an exception are left out: the interpreter looks for
@@ -344,8 +362,8 @@ def test_ctrl_c_at_every_step(watched: Watched) -> None:
     interrupted = 0
     for place in sorted(places):
         try:
-            steps(watched, call, OURS, place)
-        except KeyboardInterrupt:
+            steps(watched, call, OURS, place, happens)
+        except (KeyboardInterrupt, MemoryError, ExpertReadError):
             interrupted += 1
         assert np.array_equal(np.array(watched.model(NEXT)), watched.expected[1]), place
     # Which thread reads, and so how often a line runs in this one, is left to chance.
@@ -354,11 +372,11 @@ def test_ctrl_c_at_every_step(watched: Watched) -> None:
 
 
 @pytest.mark.parametrize("run_ahead", ["off", "on"])
-def test_ctrl_c_at_every_step_of_guessing(run_ahead: str, folder: Path) -> None:
-    """The same of reading ahead, running ahead, and calls in parts: a step with a KV cache.
+def test_ctrl_c_at_every_step_of_speculation(run_ahead: str, folder: Path) -> None:
+    """The same of prefetching, run-ahead and calls in parts: a step with a KV cache.
 
-    A step that ran ahead leaves the cache as it was, so that it can simply be done again. Otherwise
-    some layers have the token already, as in stock mlx-lm.
+    A step that ran ahead leaves the KV cache as it was, so that it can simply be done again.
+    Otherwise some layers have the token already, as in stock mlx-lm.
     """
     before = leftovers()
     config = StreamConfig(progress=False, prefetch="on", overlap="on", run_ahead=run_ahead)
@@ -377,13 +395,13 @@ def test_ctrl_c_at_every_step_of_guessing(run_ahead: str, folder: Path) -> None:
             cache.trim(cache.offset - start)
 
     for _ in range(3):  # what is tried at first has been
-        times = Counter(steps(watched, call, GUESSING, None))
+        times = Counter(steps(watched, call, SPECULATION, None))
         take_back()
     assert {name for name, _ in times} >= USED[run_ahead]
     interrupted = 0
     for place in sorted({(place, n) for place, count in times.items() for n in (1, count)}):
         try:
-            steps(watched, call, GUESSING, place)
+            steps(watched, call, SPECULATION, place, ctrl_c)
         except KeyboardInterrupt:
             interrupted += 1
             if run_ahead == "on":
@@ -413,14 +431,17 @@ USED = {
         "thread_guard.py",
     },
 }
-GUESSING = USED["off"] | USED["on"] | {"layer.py", "slots.py", "bank.py"}
+SPECULATION = USED["off"] | USED["on"] | {"layer.py", "slots.py", "bank.py"}
 
 
 def steps(
     watched: Watched, call: Callable[[], mx.array], files: set[str],
-    stop_at: tuple[Place, int] | None,
+    stop_at: tuple[Place, int] | None, happens: Callable[[], None] | None = None,
 ) -> list[Place]:  # fmt: skip
-    """Call the model with empty slots; lines that ran. Ctrl-C when one runs for the nth time."""
+    """Call the model with empty slots; returns the lines that ran.
+
+    When the line of `stop_at` runs for the nth time, something happens there.
+    """
     for layer in watched.stream.layers:
         layer.slots.cache.clear()
     watched.stream._reader._job_seconds = 0.0  # the caller reads, which a signal can end
@@ -440,10 +461,10 @@ def steps(
             if event == "line" and number not in handlers and number not in been & withs:
                 seen.append((file.name, number))
                 left[0] -= stop_at is not None and seen[-1] == stop_at[0]
-                if left[0] == 0:
+                if left[0] == 0 and happens is not None:
                     left[0] = -1
                     sys.settrace(None)
-                    raise KeyboardInterrupt
+                    happens()
             been.add(number)
             return line
 
@@ -487,7 +508,7 @@ def run_apart(what: str, folder: Path, *arguments: str, **environment: str) -> A
 
 @pytest.mark.parametrize("run_ahead", ["off", "on"])
 def test_ctrl_c_at_random_moments(run_ahead: str, checkpoint: Callable[..., Path]) -> None:
-    """Real signals, some hundred a second, into calls with misses and reading ahead."""
+    """Real signals, about a hundred a second, during calls with misses and prefetches."""
     counts = run_apart("signals", checkpoint("qwen3_moe"), "3", RUN_AHEAD=run_ahead)
     assert counts["interrupted"] > 20 and counts["calls"] > 0
     assert counts["wrong"] == counts["threads"] == counts["files"] == counts["readers"] == 0
@@ -529,7 +550,7 @@ def outcomes(
 def test_reads_that_fail_in_the_c_library(
     fault: str, says: str, bypass: str, outcomes: dict[str, Any]
 ) -> None:
-    """A named error, or (where nothing is said) a retry with the same result; then exact again."""
+    """A named error, or a retry with the same result; afterwards exact again."""
     if f"{bypass}: no such reads" in outcomes:
         pytest.skip("this file system cannot read past the page cache")
     outcome = outcomes[f"{bypass}: {fault}"]
@@ -562,7 +583,7 @@ def test_a_disk_that_fills_up(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """There was room when the work began, and is again when it is repeated."""
+    """There is room when the work begins, and when it is repeated."""
     out = small_disk / "out"
     with monkeypatch.context() as m:
         usage = shutil.disk_usage("/")

@@ -53,7 +53,7 @@ def assert_flat(again: Callable[[], object], times: int = TIMES) -> None:
     try:
         for _ in range(6):
             again()
-        left, before = leftovers(), held()
+        before, left = held(), leftovers()  # collected first, as at the end
         for _ in range(times):
             again()
         after = held()

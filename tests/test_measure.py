@@ -12,7 +12,7 @@ from conftest import leftovers
 
 from mlx_streamexperts import ExpertReadError
 from mlx_streamexperts import _osinfo as platform
-from mlx_streamexperts._analysis.measure import drive_bandwidth, drive_rates
+from mlx_streamexperts._analysis.measure import drive_rates
 from mlx_streamexperts._analysis.throttle import slowed
 
 READ = 4096
@@ -83,14 +83,13 @@ def test_a_file_that_cannot_be_read(file: tuple[str, int], tmp_path: Path) -> No
 
 
 def test_nothing_is_left_of_a_measurement_that_fails(
-    streamed: tuple[object, object], monkeypatch: pytest.MonkeyPatch
+    file: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         raise OSError(5, "Input/output error")
 
-    _, expert_stream = streamed
     before = leftovers()
     monkeypatch.setattr(platform, "read_into", fail)
     with pytest.raises(ExpertReadError):
-        drive_bandwidth(expert_stream, False, seconds=0.05)  # type: ignore[arg-type]
+        drive_rates([file], READ, (4,), direct=False, seconds=0.05)
     assert leftovers() == before

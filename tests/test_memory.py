@@ -17,7 +17,7 @@ import gc, json, sys
 import mlx.core as mx, mlx_lm.utils
 import numpy as np
 from mlx_streamexperts import StreamConfig, patch, stream
-from mlx_streamexperts.platform import resident_bytes
+from mlx_streamexperts._osinfo import resident_bytes
 folder, options, prompt = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
 mx.eval(mx.zeros(1))
 start = resident_bytes()

@@ -1,4 +1,4 @@
-"""One process at a time writes an output folder; one that was killed is in nobody's way."""
+"""One process at a time writes an output folder; a killed one does not block the next."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ from mlx_streamexperts._io.output import LOCK, exclusive
 
 Build = Callable[..., Path]
 
-# Stands still with its first file under way, until it is killed.
+# Stops in the middle of its first file, until it is killed.
 _STUCK = """
 import sys, time
-from mlx_streamexperts import convert, pack, shards, store
-shards.write_at = store._checksum = lambda *arguments: time.sleep(600)
+from mlx_streamexperts import convert, pack
+from mlx_streamexperts._experts import packed_store
+from mlx_streamexperts.convert import _shards
+_shards.write_at = packed_store._checksum = lambda *arguments: time.sleep(600)
 sys.exit({"convert": convert, "pack": pack}[sys.argv[1]].main(sys.argv[2:]))
 """
 

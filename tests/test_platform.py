@@ -1,4 +1,4 @@
-"""What the system says: limits of memory, by device, machine and container."""
+"""Differences between systems: limits of memory, reads past the page cache, a Mac's answers."""
 
 from __future__ import annotations
 
@@ -334,26 +334,11 @@ def test_a_macs_file_system_without_it(
     assert platform.open_descriptors() == before
 
 
-def test_a_mac_before_preadv(
-    nocache: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr(os, "preadv")
-    (tmp_path / "file").write_bytes(b"0123456789")
-    fd, _ = platform.open_direct(tmp_path / "file")
-    try:
-        first, second = bytearray(4), bytearray(4)
-        assert platform.read_into(fd, [memoryview(first), memoryview(second)], 3) == 4
-        assert (bytes(first), bytes(second)) == (b"3456", bytes(4))  # the caller goes on
-    finally:
-        os.close(fd)
-    assert direct_works(tmp_path / "file")
-
-
 @pytest.mark.parametrize("store", [False, True])
 def test_a_model_runs_on_a_mac_past_the_page_cache(
     store: bool, nocache: list[tuple[int, int]], checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Every read of every expert through the aligned path: the same bits."""
+    """Every expert is read through the aligned path, and the bits are the same."""
     folder = checkpoint("qwen3_moe")
     config = replace(QUIET, bypass_page_cache="on")
     if store:
@@ -376,7 +361,7 @@ def test_what_is_read_of_the_trunk_is_not_counted_twice(
     streamed: tuple[object, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Bypassed where the rest of the experts exceeds half of what is free beside the slots."""
+    """The page cache is bypassed if the other experts exceed half of the memory left free."""
     _, expert_stream = streamed
     # 2 GB of trunk, 3 GB of slots, 3.9 GB free once the trunk is read: 0.9 GB are left.
     plan = replace(expert_stream.plan, trunk=2 * GB, cache=3 * GB, experts=int(3.44 * GB))

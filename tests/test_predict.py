@@ -38,6 +38,17 @@ def half(checkpoint: Callable[..., Path]) -> Plan:
     return plan(folder, cache=whole.experts // 2, config=QUIET)
 
 
+def test_a_faster_drive_helps_while_reads_are_the_limit(half: Plan) -> None:
+    slow = predict(half, MACHINE, hit_rate=Range(0.5, 0.5, 0.5))
+    assert slow.limit == "drive"
+    fast = predict(half, replace(MACHINE, drive_rate=2e9), hit_rate=Range(0.5, 0.5, 0.5))
+    assert fast.read_seconds == pytest.approx(slow.read_seconds / 2)
+    assert fast.compute_seconds == slow.compute_seconds
+    assert fast.tokens_per_s.likely > slow.tokens_per_s.likely
+    full = predict(half, MACHINE, hit_rate=Range(1.0, 1.0, 1.0))
+    assert full.read_seconds == 0 and full.limit == "memory bandwidth"
+
+
 def test_the_formula_by_hand(half: Plan) -> None:
     p = predict(half, MACHINE, hit_rate=Range(0.5, 0.5, 0.5))
     compute = half.active_bytes_per_token / (100e9 * 0.75)

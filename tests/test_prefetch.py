@@ -1,4 +1,4 @@
-"""Reading ahead changes when bytes come, never which bits a model gives."""
+"""Prefetching changes when bytes come, never the bits that a model gives."""
 
 from __future__ import annotations
 
@@ -24,16 +24,30 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_streamexperts import ExpertStream, demo_model, stream
 from mlx_streamexperts import _osinfo as platform
 from mlx_streamexperts._cache.expert_map import POLICIES, ExpertCache
-from mlx_streamexperts._experts.autotune import Trial
 from mlx_streamexperts._experts.prefetch import RouterPrefetcher
 
 ALWAYS = replace(QUIET, prefetch="on")
-# Their routers are called outside of the block that holds the experts, or their experts see
-# something else than their block does: these look ahead nowhere, and decode as without it.
-CANNOT_ASK = (
+# Their routers are called outside of the block that holds the experts, or their experts get another
+# input than the block: no layer prefetches, and they decode as without it.
+CANNOT_PROBE = (
     "gemma4", "gemma4_text", "gemma4_unified", "deepseek_v41", "longcat_flash",
     "longcat_flash_ngram", "nemotron_h_latent",
 )  # fmt: skip
+
+
+def test_a_prefetched_expert_is_in_its_slot_when_it_is_needed(
+    streamed: tuple[nn.Module, ExpertStream],
+) -> None:
+    """Prefetching is asynchronous, and not a miss later."""
+    _, expert_stream = streamed
+    expert_stream.resize(all_experts(expert_stream) // 2)
+    layer = expert_stream.layers[0]
+    layer.prefetch([3, 5], distance=1)
+    assert layer.slots.prefetch_stats.issued == 2
+    layer.slots.await_prefetched()
+    assert {3, 5} <= set(layer.cache.resident)
+    mx.eval(layer(mx.zeros((1, 1, families.HIDDEN)), mx.array([[[3, 5]]])))
+    assert (layer.cache.stats.prefetched, layer.cache.stats.misses) == (2, 0)
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
@@ -48,14 +62,14 @@ def test_every_router_style_answers_or_is_left_alone(
     with stream(model) as expert_stream:
         expert_stream.resize(max(smallest_cache(expert_stream), all_experts(expert_stream) // 2))
         assert_same(expected, families.run(model, tokens, 4), family)
-        looking = expert_stream.stats().prefetching_layers
-        assert (looking == 0) == (family in CANNOT_ASK)
-        assert looking in (0, len(expert_stream.layers) - 1)
+        prefetching = expert_stream.stats().prefetching_layers
+        assert (prefetching == 0) == (family in CANNOT_PROBE)
+        assert prefetching in (0, len(expert_stream.layers) - 1)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_a_trained_model_is_bit_identical_and_guesses_well(depth: int) -> None:
-    """At sizes where guesses have to drive something out, and every step misses something."""
+def test_a_trained_model_is_bit_identical_and_predicts_well(depth: int) -> None:
+    """At sizes at which prefetched experts evict others, and every step misses something."""
     # On a GPU a prompt of 64 rows (8 experts each of 8 tokens) is no longer the same kernel.
     prompt = 24 if mx.default_device() == mx.cpu else 7
     tokens = demo_tokens(prompt + 60)
@@ -72,13 +86,13 @@ def test_a_trained_model_is_bit_identical_and_guesses_well(depth: int) -> None:
             if size >= least:
                 assert stats.cache.prefetched > stats.prefetch.issued // 3 > 0
                 assert stats.read.speculative_bytes > 0
-                # Every expert that was read ahead is accounted for, or still there unused.
+                # Every prefetched expert is accounted for, or still there unused.
                 used = stats.cache.prefetched + stats.cache.wasted
-                unused = sum(len(x.cache._ahead) for x in expert_stream.layers)
+                unused = sum(len(x.cache._prefetched) for x in expert_stream.layers)
                 assert stats.prefetch.issued == used + unused + stats.prefetch.cancelled
 
 
-def test_guesses_are_what_the_next_router_would_say_of_the_same_state(
+def test_predictions_are_the_next_routers_choice_for_the_same_state(
     checkpoint: Callable[..., Path],
 ) -> None:
     """The two layers' norms differ: their ratio turns one's input into the other's."""
@@ -90,7 +104,7 @@ def test_guesses_are_what_the_next_router_would_say_of_the_same_state(
             norm.weight = mx.random.uniform(0.2, 3, norm.weight.shape, key=mx.random.key(seed))
         prefetcher = first.prefetcher
         assert isinstance(prefetcher, RouterPrefetcher)
-        expert_stream.resize(all_experts(expert_stream) // 2)  # resident layers are not asked
+        expert_stream.resize(all_experts(expert_stream) // 2)  # resident layers are not probed
         for seed in range(20):
             state = 5 * mx.random.normal((1, 1, families.HIDDEN), key=mx.random.key(100 + seed))
             prediction = prefetcher.predict(norms[0](state))
@@ -122,8 +136,8 @@ def test_interleaved_sequences_with_reads_under_way(checkpoint: Callable[..., Pa
             assert mx.array_equal(a, b)
 
 
-def test_threads_ask_and_decode_side_by_side() -> None:
-    """A layer stands aside only in the thread that asks its router."""
+def test_threads_probe_and_decode_side_by_side() -> None:
+    """A layer's experts are skipped only in the thread that probes its router."""
     model = load_streamed(demo_model(), 1 << 40, ALWAYS)
     stock, _ = mlx_lm.utils.load_model(demo_model())
     rows = demo_tokens(80).reshape(4, 20).tolist()
@@ -151,15 +165,15 @@ def test_threads_ask_and_decode_side_by_side() -> None:
         assert not wrong
 
 
-def test_an_interrupted_call_leaves_nothing_that_the_next_one_trusts(
+def test_an_interrupted_call_leaves_nothing_for_the_next_one(
     faulty: tuple[Faulty, nn.Module, ExpertStream, nn.Module],
 ) -> None:
-    """Between starting reads and waiting for them there is no place that catches a Ctrl-C."""
+    """Ctrl-C between starting reads and waiting for them."""
     read, _, expert_stream, stock = faulty
     slots = expert_stream.layers[1].slots
     read.gate.clear()
     arrivals = slots.begin([0, 1, 2, 3])
-    assert arrivals.left == [0, 1, 2, 3]
+    assert list(arrivals.left) == [0, 1, 2, 3]
     opener = threading.Timer(0.05, read.gate.set)
     opener.start()
     outputs_agree(expert_stream, stock, [0, 1, 5, 6])
@@ -168,7 +182,7 @@ def test_an_interrupted_call_leaves_nothing_that_the_next_one_trusts(
 
 
 class Faulty:
-    """A `read_into` whose reader threads fail or dawdle while it is told to."""
+    """A `read_into` that fails in reader threads, or waits, while a test says so."""
 
     def __init__(self) -> None:
         self.failing = False
@@ -187,7 +201,7 @@ class Faulty:
 def faulty(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Faulty, nn.Module, ExpertStream, nn.Module]:
-    """A stock and a streamed model whose second layer has room for guesses."""
+    """A stock and a streamed model whose second layer has room for prefetched experts."""
     read = Faulty()
     monkeypatch.setattr(platform, "read_into", read)
     folder = checkpoint("qwen3_moe")
@@ -207,7 +221,7 @@ def outputs_agree(expert_stream: ExpertStream, stock: nn.Module, experts: list[i
     assert mx.array_equal(got, stock.layers[2].mlp.switch_mlp(X, picked))
 
 
-def test_a_failed_guess_is_no_error_and_no_slot(
+def test_a_failed_prefetch_raises_nothing_and_takes_no_slot(
     faulty: tuple[Faulty, nn.Module, ExpertStream, nn.Module],
 ) -> None:
     read, _, expert_stream, stock = faulty
@@ -225,7 +239,7 @@ def test_a_failed_guess_is_no_error_and_no_slot(
     outputs_agree(expert_stream, stock, [0, 1, 2, 3])
 
 
-def test_late_guesses_are_waited_for_and_stale_ones_taken_back(
+def test_late_prefetches_are_waited_for_and_stale_ones_taken_back(
     faulty: tuple[Faulty, nn.Module, ExpertStream, nn.Module],
 ) -> None:
     read, _, expert_stream, stock = faulty
@@ -249,10 +263,10 @@ def test_late_guesses_are_waited_for_and_stale_ones_taken_back(
     opener.join()
 
 
-def test_closing_and_resizing_with_guesses_under_way(
+def test_closing_and_resizing_with_prefetches_in_flight(
     faulty: tuple[Faulty, nn.Module, ExpertStream, nn.Module],
 ) -> None:
-    """Nobody writes into memory that is given back."""
+    """Nothing is written into memory that was given back."""
     read, _, expert_stream, _ = faulty
     for end in (lambda: expert_stream.resize(smallest_cache(expert_stream)), expert_stream.close):
         read.gate.clear()
@@ -266,50 +280,27 @@ def test_closing_and_resizing_with_guesses_under_way(
 
 @settings(max_examples=80, deadline=None)
 @given(data=st.data(), policy=st.sampled_from(sorted(POLICIES)))
-def test_guesses_never_drive_out_what_must_stay(data: st.DataObject, policy: str) -> None:
+def test_prefetching_never_evicts_experts_that_must_stay(data: st.DataObject, policy: str) -> None:
     experts = data.draw(st.integers(2, 24))
     slots = data.draw(st.integers(1, experts))
     cache = ExpertCache(experts, slots, policy)
     some = st.lists(st.integers(0, experts - 1), unique=True, max_size=slots)
-    flying: list[int] = []
+    in_flight: list[int] = []
     for _ in range(data.draw(st.integers(1, 30))):
         if data.draw(st.booleans()):
             needed = data.draw(some)
             cache.place(needed)
             assert all(cache.slot_of[e] >= 0 for e in needed)
-            assert not set(needed) & set(cache._ahead)
-            flying = []
+            assert not set(needed) & set(cache._prefetched)
+            in_flight = []
         else:
             candidates = data.draw(some)
             before = set(cache.resident)
-            placed = cache.place_prefetched(candidates, flying)
+            placed = cache.place_prefetched(candidates, in_flight)
             assert set(placed) <= set(candidates) - before
-            assert before & {*candidates, *flying} <= set(cache.resident)
-            assert len(cache._ahead) <= max(2 * len(candidates), experts)
-            flying += placed
+            assert before & {*candidates, *in_flight} <= set(cache.resident)
+            assert len(cache._prefetched) <= max(2 * len(candidates), experts)
+            in_flight += placed
         used = [s for s in cache.slot_of.tolist() if s >= 0]
         assert sorted(used + cache._free) == list(range(slots))
-        assert set(cache._ahead) <= set(cache.resident)
-
-
-def steps(trial: Trial[bool], count: int, seconds: Callable[[bool], float]) -> list[bool]:
-    chosen = []
-    for _ in range(count):
-        chosen.append(trial.way)
-        trial.note(seconds(trial.way))
-    return chosen
-
-
-@pytest.mark.parametrize("gain", [0.8, 1.25])
-def test_a_trial_keeps_what_is_faster_and_asks_again(gain: float) -> None:
-    trial = Trial((True, False), False)
-    rng = np.random.default_rng(0)
-    steps(trial, 100, lambda on: (gain if on else 1.0) * rng.uniform(0.95, 1.05))
-    assert not trial.trying
-    assert trial.way == (gain < 1)
-    chosen = steps(trial, 2000, lambda on: (gain if on else 1.0) * rng.uniform(0.95, 1.05))
-    assert 0 < chosen.count(gain > 1) < 300, "tried too seldom or too often"
-    # What was good turns bad: noticed at the next trial.
-    steps(trial, 5000, lambda on: (1 / gain if on else 1.0) * rng.uniform(0.95, 1.05))
-    if not trial.trying:
-        assert trial.way == (gain > 1)
+        assert set(cache._prefetched) <= set(cache.resident)

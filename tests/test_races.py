@@ -25,9 +25,8 @@ import pytest
 from conftest import QUIET, all_experts, load_streamed, smallest_cache
 
 from mlx_streamexperts import ExpertStream, StreamConfig, StreamError, stream
-from mlx_streamexperts._experts import prefetch
-from mlx_streamexperts._experts import thread_guard as callers
-from mlx_streamexperts._experts.autotune import Trial
+from mlx_streamexperts._experts import prefetch, thread_guard
+from mlx_streamexperts._experts.autotune import AutoTuner
 
 RACES = Path(__file__).parent.parent / "benchmarks" / "races.py"
 
@@ -198,7 +197,7 @@ def test_the_first_thread_evaluates_what_it_left_when_it_calls_next(pair: Pair) 
     """Of all its sequences: the second thread could not, and waits for it."""
     left = [pair.model(t) for t in pair.tokens]
     second = Elsewhere(pair.exact)
-    until(lambda: pair.stream._callers.shared)
+    until(lambda: pair.stream._guard.shared)
     assert pair.exact(1)
     assert second.result() is True
     assert all(map(np.array_equal, map(np.array, left), pair.expected))
@@ -208,7 +207,7 @@ def test_wrong_passes_leave_nothing_to_another_thread(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A thread that has evaluated all it got, and waits for work: others need not wait for it."""
-    monkeypatch.setattr(callers, "_PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(thread_guard, "_PATIENCE_SECONDS", 0.0)
     pair = Pair(checkpoint("qwen3_moe"), replace(QUIET, run_ahead="on"))
     with pair.stream:
         pair.stream.resize(all_experts(pair.stream) * 7 // 8)
@@ -259,10 +258,10 @@ def test_a_trial_timed_by_several_threads() -> None:
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        trial = Trial(("a", "b"), "a", turn=1, turns=1)
-        trial._BEFORE = trial._HOLD = trial._LONGEST_HOLD = 1  # type: ignore[misc]
-        trial._hold = trial._left = 1
-        noting = [Elsewhere(lambda: [trial.note(1.0) for _ in range(20000)]) for _ in range(4)]
-        assert all(isinstance(t.result(), list) for t in noting)
+        tuner = AutoTuner(("a", "b"), "a", turn=1, turns=1)
+        tuner._BEFORE = tuner._HOLD = tuner._LONGEST_HOLD = 1  # type: ignore[misc]
+        tuner._hold = tuner._left = 1
+        recording = [Elsewhere(lambda: [tuner.record(1.0) for _ in range(20000)]) for _ in range(4)]
+        assert all(isinstance(t.result(), list) for t in recording)
     finally:
         sys.setswitchinterval(before)

@@ -1,7 +1,7 @@
-"""Bytes arrive exactly, in the right order, and a failure names what failed and hurts nothing else.
+"""Bytes arrive exactly and in the right order; a failure names its expert and affects no other.
 
-Real files throughout; faults and orders are made by putting a function of the test in place of
-`platform.read_into`, the only call that reads.
+All files are real. The tests make faults and orders by replacing `_osinfo.read_into`, the only call
+that reads.
 """
 
 from __future__ import annotations
@@ -27,6 +27,23 @@ from mlx_streamexperts._io.files import direct_works
 from mlx_streamexperts._io.ranges import ByteRange
 from mlx_streamexperts._io.reader import DEMAND, PREFETCH, ExpertReader, Ticket
 
+
+def test_a_reader_by_example(tmp_path: Path) -> None:
+    file, memory = tmp_path / "model.safetensors", bytearray(6)
+    file.write_bytes(b"abcdefghij")
+    parts = [memoryview(memory)[:3], memoryview(memory)[3:]]
+    ranges = [
+        ByteRange(str(file), offset, into, "layers.3", expert, "weight")
+        for offset, into, expert in ((7, parts[0], 12), (0, parts[1], 40))
+    ]
+    reader = ExpertReader(threads=2)
+    ticket = reader.submit(ranges)  # returns at once
+    ticket.wait()  # the caller helps to read while it waits
+    assert memory == b"hijabc"
+    assert not ticket.left  # experts whose reads have not ended
+    reader.close()
+
+
 FILE_BYTES = 300_007  # no multiple of any block size
 CONTENT = random.Random(0).randbytes(FILE_BYTES)
 PATIENCE = 20.0  # seconds until a test gives up instead of hanging
@@ -47,7 +64,7 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["through page cache", "direct"])
 def direct(request: pytest.FixtureRequest, shard: Path) -> bool:
-    """Both ways to read; the second only where the file system has it."""
+    """Both ways to read; the second only if the file system supports it."""
     if request.param == "direct" and not direct_works(shard):
         pytest.skip(f"the file system of {shard} cannot read past the page cache")
     return request.param == "direct"
@@ -60,15 +77,15 @@ def wanted(
 
 
 def finished(ticket: Ticket) -> None:
-    """Wait without helping, which `Ticket.wait` would."""
+    """Wait without helping, unlike `Ticket.wait`."""
     give_up = time.monotonic() + PATIENCE
-    while not ticket.done:
+    while ticket.left:
         assert time.monotonic() < give_up, "reads did not end"
         time.sleep(0.001)
 
 
 class Gate:
-    """A `read_into` that holds every read back until it is opened, and notes what it was asked."""
+    """A `read_into` that holds all reads until it is opened, and notes their offsets."""
 
     def __init__(self) -> None:
         self.entered, self.open = threading.Event(), threading.Event()
@@ -100,7 +117,7 @@ def gated_reader(
 
 
 def in_thread(work: Callable[[], object]) -> tuple[threading.Thread, list[BaseException]]:
-    """Run in a thread; what it raises is in the list after `join`."""
+    """Run in a thread; the list holds the exceptions after `join`."""
     raised: list[BaseException] = []
 
     def run() -> None:
@@ -140,7 +157,7 @@ def test_arbitrary_ranges_arrive_exactly(
     direct: bool,
     shard: Path,
 ) -> None:
-    """Overlapping, empty, up to the file's last byte; and nothing is written beside them."""
+    """Ranges may overlap, be empty, or end at the file's end; nothing is written beside them."""
     spans = [(a, min(n, FILE_BYTES - a)) for a, n in spans]
     memory = bytearray(b"\xa5" * (sum(n + 3 for _, n in spans) + 1))
     expected = bytearray(memory)
@@ -153,7 +170,7 @@ def test_arbitrary_ranges_arrive_exactly(
     try:
         ticket = reader.submit(ranges, priority)
         ticket.wait()
-        assert ticket.done and ticket.error is None and not ticket.failed
+        assert not ticket.left and not ticket.errors
         assert memory == expected
         assert reader.stats.bytes == sum(n for _, n in spans)
         assert reader.stats.errors == 0
@@ -164,7 +181,7 @@ def test_arbitrary_ranges_arrive_exactly(
 def test_aligned_direct_reads_go_straight_into_the_memory(
     shard: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No bounce buffer, no copy, where offset, length and address allow it."""
+    """No bounce buffer and no copy, if offset, length and address allow it."""
     if not direct_works(shard):
         pytest.skip(f"the file system of {shard} cannot read past the page cache")
     memory, owners, real = mmap.mmap(-1, 3 * 4096), [], platform.read_into
@@ -198,7 +215,7 @@ def test_the_files_last_bytes(n: int, direct: bool, shard: Path) -> None:
 
 
 def test_several_files_at_once(direct: bool, tmp_path: Path) -> None:
-    """Ranges of different files are never taken for neighbours."""
+    """Ranges of different files are never merged."""
     files = []
     for i in range(5):
         files.append(tmp_path / f"model-{i}.safetensors")
@@ -217,7 +234,7 @@ def test_several_files_at_once(direct: bool, tmp_path: Path) -> None:
 
 
 def test_neighbours_become_one_scatter_read(direct: bool, shard: Path) -> None:
-    """In whatever order they are asked for, and wherever they go."""
+    """In whatever order they are submitted, and wherever their memory is."""
     sizes = [10, 5000, 1, 4096, 333]
     begins = [1234, *itertools.accumulate(sizes, initial=1234)][1:-1]
     parts = [bytearray(n) for n in sizes]
@@ -364,10 +381,10 @@ def test_demand_overtakes_speculative(shard: Path, monkeypatch: pytest.MonkeyPat
         assert gate.offsets == [0, 30, 40, 10, 20, 50]  # first come, first served within each
 
 
-def test_who_waits_helps_with_demand_reads_only(
+def test_the_waiting_thread_helps_with_demand_reads_only(
     shard: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With every thread busy, the caller reads what it needs itself."""
+    """While every worker is busy, the caller reads what it needs itself."""
     real, memory = platform.read_into, bytearray(100)
     with gated_reader(monkeypatch, shard) as (reader, gate):
         me, mine = threading.get_ident(), []
@@ -383,7 +400,7 @@ def test_who_waits_helps_with_demand_reads_only(
         reader.submit([wanted(shard, 1000, memory)], DEMAND).wait()
         assert memory == CONTENT[1000:1100]
         assert mine == [1000]
-        assert not later.done
+        assert later.left
         gate.open.set()
         later.wait()
 
@@ -407,7 +424,7 @@ def fail_at(bad: set[int], number: int) -> Read:
 def test_an_io_error_says_what_could_not_be_read(
     number: int, shard: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The others arrive all the same, `failed` names nobody else, and the reader goes on."""
+    """The others arrive all the same, `errors` names no other expert, and the reader goes on."""
     offsets = range(0, 8000, 1000)
     parts = [bytearray(200) for _ in offsets]
     ranges = [
@@ -426,7 +443,7 @@ def test_an_io_error_says_what_could_not_be_read(
         assert (error.expert, error.tensor, error.offset) in [(2, "t2", 2000), (5, "t5", 5000)]
         for said in (error.layer, error.tensor, error.file, error.offset, os.strerror(number)):
             assert str(said) in str(error)
-        assert ticket.failed == {("model.layers.3", 2), ("model.layers.3", 5)}
+        assert set(ticket.errors) == {2, 5}
         assert reader.stats.errors == 2
         for expert, (offset, part) in enumerate(zip(offsets, parts, strict=True)):
             if expert not in (2, 5):
@@ -453,7 +470,7 @@ def test_waiting_again_raises_again(shard: Path, monkeypatch: pytest.MonkeyPatch
 def test_every_expert_of_a_failed_scatter_read_is_named(
     shard: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A split and a merged range: whoever did not arrive whole is in `failed`."""
+    """Of a split and a merged range, each expert that did not arrive whole is in `errors`."""
     monkeypatch.setattr(platform, "read_into", fail_at({3000}, errno.EIO))
     reader = ExpertReader(2, read_bytes=1000)
     try:
@@ -463,13 +480,13 @@ def test_every_expert_of_a_failed_scatter_read_is_named(
         with pytest.raises(ExpertReadError) as e:
             ticket.wait()
         assert (e.value.expert, e.value.offset) == (1, 3000)
-        assert ticket.failed == {("model.layers.3", 1)}
+        assert set(ticket.errors) == {1}
         assert merged.into == CONTENT[4300:4400]
     finally:
         reader.close()
 
 
-def test_an_error_no_one_foresaw_reaches_the_waiter(
+def test_an_unforeseen_error_reaches_the_waiting_thread(
     shard: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
@@ -489,7 +506,7 @@ def test_an_error_no_one_foresaw_reaches_the_waiter(
 def test_ctrl_c_while_helping_is_a_keyboard_interrupt(
     shard: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A read that the waiting caller does itself is interrupted as anything else there would be."""
+    """A read that the waiting thread does itself is interrupted like its other code."""
     with gated_reader(monkeypatch, shard) as (reader, gate):
         me = threading.get_ident()
 
@@ -516,7 +533,7 @@ def test_end_of_file(n: int, direct: bool, shard: Path) -> None:
         error = e.value
         assert (error.layer, error.expert, error.tensor) == ("model.layers.3", 6, "t.scales")
         assert (error.file, error.offset, error.errno) == (shard, FILE_BYTES, None)
-        assert ticket.failed == {("model.layers.3", 6)}
+        assert set(ticket.errors) == {6}
         good = bytearray(50)
         reader.submit([wanted(shard, 33, good)]).wait()
         assert good == CONTENT[33:83]
@@ -549,13 +566,13 @@ def test_end_of_file_inside_a_scatter_read_names_the_expert_it_hit(
         with pytest.raises(ExpertReadError) as e:
             ticket.wait()
         assert (e.value.expert, e.value.tensor, e.value.offset) == (2, "t2", FILE_BYTES)
-        assert ticket.failed >= {("model.layers.3", i) for i in (2, 3, 4)}
+        assert set(ticket.errors) >= {2, 3, 4}
     finally:
         reader.close()
 
 
 def test_a_missing_file(direct: bool, tmp_path: Path) -> None:
-    """Once it is there, the same reader reads it."""
+    """Once the file is there, the same reader reads it."""
     file = tmp_path / "model.safetensors"
     memory = bytearray(10)
     reader = ExpertReader(1, direct=direct)
@@ -597,7 +614,7 @@ def test_cancelled_reads_touch_nothing(shard: Path, monkeypatch: pytest.MonkeyPa
         ticket = reader.submit(ranges, PREFETCH)
         beside = reader.submit([wanted(shard, 70, other)], PREFETCH)
         reader.cancel(ticket)
-        assert ticket.done
+        assert not ticket.left
         gate.open.set()
         finished(beside)
         assert memory == bytes(3000)
@@ -606,7 +623,7 @@ def test_cancelled_reads_touch_nothing(shard: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_cancel_waits_for_reads_under_way(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Afterwards nobody writes into the memory any more."""
+    """Afterwards no thread writes to the memory."""
     gate, memory = Gate(), bytearray(10)
     monkeypatch.setattr(platform, "read_into", gate)
     reader = ExpertReader(1)
@@ -634,7 +651,7 @@ def test_cancelling_what_is_done_does_nothing(shard: Path) -> None:
             ticket.wait()
             reader.cancel(ticket)
             ticket.wait()
-            assert ticket.done
+            assert not ticket.left
     finally:
         reader.close()
 
@@ -642,7 +659,7 @@ def test_cancelling_what_is_done_does_nothing(shard: Path) -> None:
 def test_close_fails_what_is_queued_and_finishes_what_is_under_way(
     shard: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody who waits hangs."""
+    """No waiting thread hangs."""
     gate = Gate()
     monkeypatch.setattr(platform, "read_into", gate)
     reader = ExpertReader(1)
@@ -656,7 +673,7 @@ def test_close_fails_what_is_queued_and_finishes_what_is_under_way(
     for thread, raised in waiters:
         join(thread)  # before the gate opens: the queue is failed at once
         assert [type(e) for e in raised] == [ExpertReadError]
-    assert queued.failed == {("model.layers.3", 1), ("model.layers.3", 2)}
+    assert set(queued.errors) == {1, 2}
     gate.open.set()
     join(closer)
     assert not close_raised
@@ -710,7 +727,7 @@ def test_a_closed_reader_says_so(shard: Path) -> None:
 
 
 def test_nothing_is_left_behind(direct: bool, shard: Path, tmp_path: Path) -> None:
-    """No threads, no descriptors: after success, errors, cancelling, and unread queues."""
+    """No threads and descriptors remain after success, errors, cancelling, and unread queues."""
     files = [tmp_path / f"{i}" for i in range(4)]
     for file in files:
         file.write_bytes(CONTENT[:20_000])
@@ -750,7 +767,6 @@ def test_counters(shard: Path) -> None:
         assert (reader.stats.bytes, reader.stats.reads, reader.stats.errors) == (300, 3, 0)
         assert reader.stats.wait_seconds == 0
         assert reader.stats.read_seconds > 0
-        assert ticket.seconds > 0
     finally:
         reader.close()
 
@@ -765,7 +781,6 @@ def test_standing_still_is_counted(shard: Path, monkeypatch: pytest.MonkeyPatch)
         join(thread)
         assert not raised
         assert reader.stats.wait_seconds > 0
-        assert ticket.seconds > 0
 
 
 def test_nothing_to_read_is_done_at_once(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -773,11 +788,11 @@ def test_nothing_to_read_is_done_at_once(shard: Path, monkeypatch: pytest.Monkey
     with gated_reader(monkeypatch, shard) as (reader, _):
         for ranges in ([], [wanted(shard, 10, bytearray(0))]):
             ticket = reader.submit(ranges)
-            assert ticket.done
+            assert not ticket.left
             ticket.wait()
 
 
-# Reads ahead: taken back, hurried, waited for one by one.
+# Prefetches: withdrawn, promoted, and waited for one by one.
 
 
 def test_withdraw_takes_back_only_what_is_not_under_way(
@@ -789,8 +804,8 @@ def test_withdraw_takes_back_only_what_is_not_under_way(
         ranges = [wanted(shard, 1000 * i + 7, views[i], expert=i // 2) for i in range(6)]
         ticket = reader.submit(ranges, PREFETCH)
         assert reader.withdraw(ticket, 1)
-        assert ticket.ended(1)
-        assert not ticket.ended(0)
+        assert 1 not in ticket.left
+        assert 0 in ticket.left
         assert reader.withdraw(ticket, 1), "nothing of it is under way any more"
         gate.open.set()
         finished(ticket)
@@ -807,7 +822,7 @@ def test_withdraw_leaves_what_is_under_way(shard: Path, monkeypatch: pytest.Monk
         ticket = reader.submit([wanted(shard, 0, memory, 4)], PREFETCH)
         assert gate.entered.wait(PATIENCE)
         assert not reader.withdraw(ticket, 4)
-        assert not ticket.ended(4)
+        assert 4 in ticket.left
         gate.open.set()
         assert ticket.wait_for_any([4]) == [4]
         assert memory == CONTENT[:10]
@@ -833,7 +848,7 @@ def test_promoted_reads_go_among_demand_reads(shard: Path, monkeypatch: pytest.M
 def test_experts_arrive_one_by_one_in_the_order_asked_for(
     shard: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first can be used while the others are read, wherever they lie in the file."""
+    """The first can be used while the others are read, wherever they are in the file."""
     with gated_reader(monkeypatch, shard) as (reader, gate):
         ranges = [
             wanted(shard, 1000 * (10 - e) + 100 * part, bytearray(9), expert=e)

@@ -16,7 +16,7 @@ from conftest import QUIET, all_experts, load_streamed, smallest_cache
 from mlx_lm.generate import generate_step
 
 from mlx_streamexperts import stream
-from mlx_streamexperts._experts.foreign_modules import Strangers
+from mlx_streamexperts._experts.foreign_modules import ForeignModules
 
 PROMPT = mx.array(families.token_stream(families.VOCAB, 40, seed=2))
 
@@ -107,27 +107,27 @@ def test_a_class_that_records_is_seen_too(
     """`__call__` of a class exchanged, as some libraries do it."""
     model = load_streamed(checkpoint("qwen3_moe"), 1 << 40)
     with stream(model):
-        strangers = Strangers(model)
-        assert not strangers.any()
+        foreign = ForeignModules(model)
+        assert not foreign.any()
         block = type(model.layers[-1].mlp)
         real = block.__call__
         monkeypatch.setattr(block, "__call__", lambda self, x: real(self, x))
-        assert strangers.any()
+        assert foreign.any()
         monkeypatch.undo()
-        assert not strangers.any()
+        assert not foreign.any()
 
 
-def test_mlx_lms_own_modules_are_no_strangers(checkpoint: Callable[..., Path]) -> None:
+def test_mlx_lms_own_modules_are_not_foreign(checkpoint: Callable[..., Path]) -> None:
     """Adapters of the trunk may come after the load, and cost no speed."""
     from mlx_lm.tuner.lora import LoRALinear
 
     model = load_streamed(checkpoint("qwen3_moe"), 1 << 40)
     with stream(model):
-        strangers = Strangers(model)
+        foreign = ForeignModules(model)
         attention = model.layers[0].self_attn
         attention.q_proj = LoRALinear.from_base(attention.q_proj)
-        assert not strangers.any()
+        assert not foreign.any()
         attention.act = nn.ReLU()
-        assert not strangers.any()
+        assert not foreign.any()
         attention.note = lambda x: x
-        assert strangers.any()
+        assert foreign.any()

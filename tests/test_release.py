@@ -258,10 +258,23 @@ def test_the_workflow_runs_metal_and_linux_oldest_and_newest() -> None:
     assert any("pytest" in s for s in steps) and any("matrix.mlx-lm" in s for s in steps)
 
 
+def test_pre_commit_runs_the_linters_that_continuous_integration_runs() -> None:
+    """From the environment, so that both have the versions of the dev extra."""
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    hooks = [hook for repo in config["repos"] for hook in repo["hooks"]]
+    assert {hook["language"] for hook in hooks} == {"system"}
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    tools = [x.removeprefix(".venv/bin/") for x in lines if x.startswith(".venv/bin/")]
+    linters = [re.sub(r" --check| \.", "", t) for t in tools if not t.startswith("pip")]
+    assert [hook["entry"] for hook in hooks] == linters
+    dev = PROJECT["optional-dependencies"]["dev"]
+    assert {"pre-commit", *(x.split()[0] for x in linters)} <= set(dev)
+
+
 def test_versions_agree_and_what_they_mean_is_said() -> None:
     assert mlx_streamexperts.__version__ == PROJECT["version"]
     assert f"## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text()
-    assert "Semantic versioning." in (ROOT / "docs" / "CONTRIBUTING.md").read_text()
+    assert "Semantic versioning." in (ROOT / "CONTRIBUTING.md").read_text()
     assert "## Reporting" in (ROOT / "SECURITY.md").read_text()
 
 

@@ -30,6 +30,17 @@ from mlx_streamexperts._cache.policies import POLICIES
 from mlx_streamexperts._experts.trace import read_trace
 
 
+def test_a_replay_counts_hits_and_misses() -> None:
+    calls = [np.array([[expert]]) for expert in (0, 1, 0, 2, 1)]  # one token each, top-1
+    lru = replay_layer(calls, experts=4, slots=2, policy="lru")
+    assert lru.stats.hits == 1  # 0, when it comes again
+    assert lru.stats.compulsory == 3  # 0, 1 and 2, the first time
+    assert lru.stats.capacity == 1  # 1, which 2 evicted
+    assert lru.tokens == 5 and lru.decode_hit_rate == pytest.approx(1 / 5)
+    assert best_layer(calls, 4, 2).stats.capacity == 0  # the optimum evicts 0 instead
+    assert replay_layer(calls, 4, 2, hot=[0, 1]).stats.hits == 3  # both were read beforehand
+
+
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 @pytest.mark.parametrize("slots", [2, 5, 16, 40])
 def test_counts_equal_the_live_cache_on_the_shipped_model(

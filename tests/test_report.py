@@ -31,9 +31,9 @@ from mlx_streamexperts.report import _page as page
 from mlx_streamexperts.report import _power as power
 from mlx_streamexperts.report import _quality as quality
 from mlx_streamexperts.report import _speed as speed
-from mlx_streamexperts.report._captions import sentence
-from mlx_streamexperts.report._figures import COLOURS, PANELS, drawable, figure
 from mlx_streamexperts.report._locality import reuse_distances, token_overlap
+from mlx_streamexperts.report._panels import COLOURS, PANELS
+from mlx_streamexperts.report._report import Overlap, Report, as_json, from_json
 
 SCHEMA = json.loads(
     (Path(mlx_streamexperts.__file__).parent / "data" / "report-schema.json").read_text()
@@ -42,6 +42,20 @@ TINY = [
     "--prompts=2", "--prompt-tokens=12", "--tokens=4", "--repeats=1", "--seconds=0.005",
     "--points=2", "--items=2", "--sustained=0.01", "--note=<b>tiny</b>", "--no-progress",
 ]  # fmt: skip
+
+
+def sentence(key: str, found: dict[str, Any]) -> str:
+    """What the page says under a panel."""
+    _, axes = plt.subplots()
+    panel = next(p for p in PANELS if p.key == key)
+    try:
+        return panel.answer(from_json(Report, found), axes)
+    finally:
+        plt.close()
+
+
+def render(found: dict[str, Any]) -> str:
+    return page.render(from_json(Report, found))
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +92,16 @@ def test_the_schema_is_documented() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.PAGE.read_text() == module.page(), "stale: run docs/make_report_schema.py"
+    assert module.schema() == SCHEMA, "stale: run docs/make_report_schema.py"
+
+
+def test_a_report_is_its_json(found: dict[str, Any]) -> None:
+    report = from_json(Report, found)
+    assert as_json(report) == found
+    assert report.speed.by_prompt is not None
+    assert report.speed.by_prompt[0].name.startswith(found["speed"]["by_prompt"][0]["task"])
+    with pytest.raises(TypeError, match="cold_start"):
+        from_json(Report, {**found, "speed": {}})
 
 
 def test_nothing_in_it_names_a_path(found: dict[str, Any]) -> None:
@@ -123,15 +147,22 @@ def test_every_section_and_figure_is_on_the_page(written: Path, found: dict[str,
     for panel in PANELS:
         begin = text.index(f'id="figure-{panel.key}"')
         inside = text[begin : text.index("</figure>", begin)]
-        assert ("<svg" in inside) == drawable(panel, found)
+        drawable = (
+            panel.section != "power"
+            or found["power"]["sources" if panel.key == "watts" else "celsius_after"]
+        )
+        assert ("<svg" in inside) == bool(drawable)
         assert re.search(r"<p>[^<]{20,}</p>", inside)
     assert "&lt;b&gt;tiny" in text  # what a user wrote is text, not markup
 
 
 def test_figures_are_of_the_json(found: dict[str, Any]) -> None:
     wanted = ("sustained", "by_prompt", "by_rate", "perplexity")
-    drawn = {p.key: figure(p, found) for p in PANELS if p.key in wanted}
-    axes = {key: f.axes[0] for key, f in drawn.items()}
+    axes = {}
+    for panel in PANELS:
+        if panel.key in wanted:
+            _, axes[panel.key] = plt.subplots()
+            panel.answer(from_json(Report, found), axes[panel.key])
     windows = found["speed"]["sustained"]["windows"]
     assert np.allclose(axes["sustained"].lines[0].get_ydata(), [w["tokens_per_s"] for w in windows])
     widths = sorted(bar.get_width() for bar in axes["by_prompt"].patches)
@@ -142,8 +173,7 @@ def test_figures_are_of_the_json(found: dict[str, Any]) -> None:
     judged = [found["quality"]["streamed"], *found["quality"]["lossy"]]
     widths = [bar.get_width() for bar in axes["perplexity"].patches]
     assert np.allclose(widths, [r["perplexity"] for r in judged])
-    for f in drawn.values():
-        plt.close(f)
+    plt.close("all")
 
 
 def test_sentences_give_the_figures_of_the_json(found: dict[str, Any]) -> None:
@@ -161,31 +191,33 @@ def test_what_is_not_the_same_bits_is_held_to_the_promise(found: dict[str, Any])
     seen = found["quality"]["exactness"]
     seen.update(prompts_difference=0.004, prompts_bound=0.05)
     assert "same bits" in (said := sentence("kl", found)) and "0.4 % of the largest" in said
-    assert "selftest" not in said and "same bits</b>decoding" in page.render(found)
+    assert "selftest" not in said and "same bits</b>decoding" in render(found)
     seen["prompts_difference"] = 0.06
     assert "MORE than the 5 %" in (said := sentence("kl", found)) and "selftest" in said
     seen.update(prompts_difference=0.0, decoded_identical=False)
     assert "NOT the same" in (said := sentence("kl", found)) and "selftest" in said
-    assert "same bits" not in page.render(found).split("<nav")[0]
+    assert "same bits" not in render(found).split("<nav")[0]
     del found["quality"]["exactness"]  # as older reports have it
-    assert "off by" in sentence("kl", found) and page.render(found)
+    assert "off by" in sentence("kl", found) and render(found)
 
 
 def test_differences_from_stock_are_found() -> None:
-    prompts = [SimpleNamespace(tokens=demo_tokens(12).tolist())]
+    tokens = demo_tokens(12).tolist()
+    prompts = [SimpleNamespace(tokens=tokens)]
+    items = [SimpleNamespace(context=tokens[:4], choices=[tokens[4:6], tokens[6:8]], right=0)]
     stock, _ = mlx_lm.utils.load_model(demo_model())
-    right = quality.Logits.of(stock, prompts, 4)  # type: ignore[arg-type]
+    right = quality.Answers.of(stock, prompts, items, 4)  # type: ignore[arg-type]
     dtype = stock(mx.array([[0]])).dtype
-    assert quality.exact(right, right, dtype) == {
+    assert vars(quality.exact(right, right, dtype)) == {
         "decoded_tokens": 4,
         "decoded_identical": True,
         "prompts_difference": 0.0,
         "prompts_bound": prefill_bound(dtype),
     }
     stock.model.norm.weight = stock.model.norm.weight * 1.01
-    other = quality.Logits.of(stock, prompts, 4)  # type: ignore[arg-type]
+    other = quality.Answers.of(stock, prompts, items, 4)  # type: ignore[arg-type]
     wrong = quality.exact(right, other, dtype)
-    assert not wrong["decoded_identical"] and 0.005 < wrong["prompts_difference"] < 0.02
+    assert not wrong.decoded_identical and 0.005 < wrong.prompts_difference < 0.02
 
 
 def test_streaming_is_exact_and_shortcuts_are_not(found: dict[str, Any]) -> None:
@@ -205,7 +237,9 @@ def test_shortcuts_leave_the_stock_model_as_it_was() -> None:
     prompt = SimpleNamespace(tokens=tokens)
     before = quality.logits(stock, tokens, 0)
     item = SimpleNamespace(context=tokens[:4], choices=[tokens[4:6], tokens[6:8]], right=0)
-    quality.shortcuts(stock, [before], [prompt], [item], 0, (2,))  # type: ignore[list-item]
+    whole = quality.Answers([before], [], 1.0)
+    rows = quality.shortcuts(stock, whole, [prompt], [item], 0, (2,))  # type: ignore[list-item]
+    assert len(rows) > 2 and all(r.kl_nats > 0 for r in rows)
     assert np.array_equal(quality.logits(stock, tokens, 0), before)
 
 
@@ -243,15 +277,14 @@ def test_reuse_and_overlap_of_known_routing() -> None:
     routing = Routing("known", (4,), (), (calls,))
     # 0 at distance 0; 1 after 0, 2; 2 at 1; then 0 after 1, 2 and 1 at 0; three first uses.
     found = reuse_distances(routing)
-    assert found["first_uses"] == 3 / 8 and found["uses"][-1] == 5 / 8
-    assert found["uses"][0] == 2 / 8
-    assert token_overlap([routing])[0] == {"lag": 1, "shared": 0.5, "by_chance": 0.5}
+    assert found.first_uses == 3 / 8 and found.uses[-1] == 5 / 8
+    assert found.uses[0] == 2 / 8
+    assert token_overlap([routing])[0] == Overlap(lag=1, shared=0.5, by_chance=0.5)
 
 
-def test_drift_and_dips() -> None:
-    found = speed.drift([10, 10, 10, 7, 9, 9, 9, 9, 9])
-    assert found["drift"] == pytest.approx(-0.1) and found["dips"] == 1
-    assert speed.drift([10, 9])["drift"] is None
+def test_drift() -> None:
+    assert speed.drift([10, 10, 10, 7, 9, 9, 9, 9, 9]) == pytest.approx(-0.1)
+    assert speed.drift([10, 9]) is None
 
 
 def test_counters_of_energy_are_read_and_wrap(
@@ -275,17 +308,16 @@ def test_counters_of_energy_are_read_and_wrap(
 
 def test_apple_silicon_by_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
     class Monitor:
-        def begin_window(self, name: str) -> None:
-            self.name = name
+        mj = 7000
 
-        def end_window(self, name: str) -> SimpleNamespace:
-            assert name == self.name
-            return SimpleNamespace(cpu_total_mj=1500, gpu_mj=500, dram_mj=None)
+        def get_cumulative_energy(self) -> SimpleNamespace:
+            return SimpleNamespace(cpu_total_mj=3 * self.mj, gpu_mj=self.mj, dram_mj=None)
 
     library = SimpleNamespace(AppleEnergyMonitor=Monitor)
     monkeypatch.setitem(sys.modules, "zeus_apple_silicon", library)
     monkeypatch.setattr(sys, "platform", "darwin")
     sensors = power.find_sensors()
     sensors.begin()
+    monkeypatch.setattr(Monitor, "mj", 7500)
     assert sensors.end() == {"Apple silicon CPU": 1.5, "Apple silicon GPU": 0.5}
     assert "RAPL" not in sensors.missing

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,23 +13,37 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from test_report import SCHEMA, TINY
+from test_report import SCHEMA, TINY, render, sentence
 
 from mlx_streamexperts import StreamConfig
 from mlx_streamexperts._io.reader import DEMAND
 from mlx_streamexperts.report import _command as report
 from mlx_streamexperts.report import _locality as locality
+from mlx_streamexperts.report import _method as method
 from mlx_streamexperts.report import _page as page
 from mlx_streamexperts.report import _power as power
 from mlx_streamexperts.report import _quality as quality
 from mlx_streamexperts.report import _speed as speed
 from mlx_streamexperts.report import _study as study
-from mlx_streamexperts.report._captions import sentence
-from mlx_streamexperts.report._caveats import limits_of
+from mlx_streamexperts.report._caveats import caveats
 from mlx_streamexperts.report._drive import ReadLog
-from mlx_streamexperts.report._figures import PANELS
+from mlx_streamexperts.report._panels import PANELS
+from mlx_streamexperts.report._report import (
+    Kind,
+    KindRow,
+    Power,
+    PromptRow,
+    Report,
+    Sustained,
+    as_json,
+    from_json,
+)
 
 DEMO = Path(__file__).parents[1] / "docs" / "report" / "demo.json"
+
+
+def limits_of(found: dict[str, Any]) -> list[str]:
+    return list(caveats(from_json(Report, found)))
 
 
 @pytest.fixture
@@ -73,7 +88,7 @@ def test_a_whole_report_lacks_nothing_and_a_page_can_do_without(
     found["speed"].pop("sustained")
     found.pop("power")
     jsonschema.validate(found, SCHEMA)
-    assert "Not measured: the run ended before." in page.render(found)
+    assert "Not measured: the run ended before." in render(found)
 
 
 def test_a_page_of_what_there_is_after_every_part(
@@ -88,18 +103,19 @@ def test_a_page_of_what_there_is_after_every_part(
         for part in parts:  # as they come
             found[section][part] = parts[part]
             found["unfinished"] = f"what follows {section}, {part}"
-            text = page.render({**found, "limits": limits_of(found)})
+            text = render({**found, "limits": limits_of(found)})
             assert ("Not measured: the run ended before." in text) == (section != "quality")
 
 
 def test_a_page_that_fails_loses_no_measurement(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(report, "make_report", lambda *_: found)
+    made = from_json(Report, found)
+    monkeypatch.setattr(report, "make_report", lambda *_: made)
     monkeypatch.setattr(page, "render", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         report.main(["--out", str(tmp_path), "--no-progress"])
-    assert json.loads((tmp_path / "report.json").read_text()) == found
+    assert json.loads((tmp_path / "report.json").read_text()) == as_json(made)
 
 
 def test_what_came_after_the_last_step_is_kept_too(
@@ -109,9 +125,9 @@ def test_what_came_after_the_last_step_is_kept_too(
     drawn = found.pop("power")
 
     def interrupted(*args: Any) -> None:
-        found["unfinished"] = "decoding on and on"
-        args[-1](found)
-        found["power"] = drawn
+        early = from_json(Report, {**found, "unfinished": "decoding on and on"})
+        args[-1](early)
+        early.power = from_json(Power, drawn)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(report, "make_report", interrupted)
@@ -123,10 +139,10 @@ def test_what_came_after_the_last_step_is_kept_too(
 def test_a_quick_run_says_so(found: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "svg", lambda *_: "")  # which takes seconds
     assert found["method"]["settings"]["kind"] == "quick"
-    assert "A quick run (--quick)" in page.render(found)
+    assert "A quick run (--quick)" in render(found)
     assert any("quick run" in text for text in limits_of(found))
     found["method"]["settings"]["kind"] = "full"
-    assert "A quick run" not in page.render(found)
+    assert "A quick run" not in render(found)
     assert not any("quick run" in text for text in limits_of(found))
     assert study.FULL.kind == "full"
 
@@ -147,7 +163,7 @@ def test_names_are_text_and_no_formula(found: dict[str, Any]) -> None:
         window["celsius"] = {evil: 50.0}
     found["power"] |= {"celsius_before": {}, "celsius_after": {evil: 50.0}}
     found["power"]["missing"] = {evil: evil}
-    text = page.render(found)
+    text = render(found)
     assert "<script" not in text and text.count("&lt;script&gt;") >= 5
     assert "50 °C at the end" in sentence("heat", found)
 
@@ -170,48 +186,27 @@ def test_too_little_context_is_refused_before_anything_is_measured(
     assert f"--context-tokens {64 + speed.SUSTAINED_TOKENS}" in capsys.readouterr().err
 
 
-def test_no_path_of_an_option_is_in_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    nothing: Callable[..., str] = lambda *_: ""  # noqa: E731
-    monkeypatch.setattr(
-        study, "facts",
-        SimpleNamespace(machine=nothing, versions=nothing, checkpoint=nothing, page_cache=nothing),
-    )  # fmt: skip
+def test_no_path_of_an_option_is_in_a_report() -> None:
     config = StreamConfig(store="/home/me/s", hot_set="/home/me/h", profile="/home/me/p.json")
-    stream = SimpleNamespace(
-        config=config, plan=SimpleNamespace(resident_share=0.5, cache=1), bypasses_page_cache=True
-    )
-    method = study._method("", "", stream, study.QUICK, [], None)  # type: ignore[arg-type]
-    assert "home" not in json.dumps(method)
-    assert method["options"]["store"] is True and method["options"]["profile"] == "file"
+    options = method._options(SimpleNamespace(config=config))  # type: ignore[arg-type]
+    assert "home" not in json.dumps(options)
+    assert options["store"] is True and options["profile"] == "file"
 
 
 # Sensors
 
 
-class Counting:
-    """A source of energy that may fail."""
+@pytest.mark.parametrize("fails", [1, 2, 3])
+def test_a_sensor_that_fails_costs_the_others_nothing(fails: int) -> None:
+    reads = itertools.count(1)
 
-    def __init__(self, name: str, fails: str = "") -> None:
-        self.name, self._fails = name, fails
-
-    def _do(self, what: str) -> None:
-        if what == self._fails:
+    def broken() -> float:
+        if next(reads) == fails:
             raise OSError(19, "No such device")
+        return 0.0
 
-    def begin(self) -> None:
-        self._do("begin")
-
-    def look(self) -> None:
-        self._do("look")
-
-    def end(self) -> dict[str, float]:
-        self._do("end")
-        return {"": 10.0}
-
-
-@pytest.mark.parametrize("fails", ["begin", "look", "end"])
-def test_a_sensor_that_fails_costs_the_others_nothing(fails: str) -> None:
-    sensors = power.Sensors(energy=[Counting("GPU 0", fails), Counting("RAPL package-0")])
+    joules = iter([5.0, 9.0, 15.0])
+    sensors = power.Sensors(energy={"GPU 0": broken, "RAPL package-0": lambda: next(joules)})
     sensors.begin()
     sensors.look()
     assert sensors.end() == {"RAPL package-0": 10.0}
@@ -220,11 +215,8 @@ def test_a_sensor_that_fails_costs_the_others_nothing(fails: str) -> None:
 
 def test_a_counter_that_starts_over_twice() -> None:
     values = iter([8.0, 3.0, 9.0, 1.0])  # of 10: 5 more, 6 more, 2 more
-    counter = power._Counters("RAPL", lambda: next(values), 10.0)
-    counter.begin()
-    counter.look()
-    counter.look()
-    assert counter.end() == {"": pytest.approx(13.0)}
+    counter = power._unwrapped(lambda: next(values), 10.0)
+    assert [counter() - 8.0 for _ in range(3)] == pytest.approx([5.0, 11.0, 13.0])
 
 
 def test_what_the_platform_counts_is_not_counted_again(found: dict[str, Any]) -> None:
@@ -259,7 +251,7 @@ def test_a_card_tells_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(power.sys.modules, "pynvml", library)
     sensors = power.Sensors()
     power._add_nvml(sensors)
-    assert [s.name for s in sensors.energy] == ["GPU 1"]
+    assert list(sensors.energy) == ["GPU 1"]
     assert sensors.missing == {"GPU 0 energy": "Not Supported"}
     assert sensors.heat() == {"GPU 0": 40.0, "GPU 1": 41.0}
     assert sensors.throttled() == ["GPU 1: heat or power, by the hardware"]
@@ -306,23 +298,23 @@ def decoding(monkeypatch: pytest.MonkeyPatch, steps: list[float | type | None]) 
     monkeypatch.setattr(speed, "_endless", endless)
 
 
-def sustained(seconds: float) -> dict[str, Any]:
-    return speed.sustained(SimpleNamespace(), [], seconds, 2.0, power.Sensors())  # type: ignore[arg-type]
+def sustained(seconds: float) -> Sustained:
+    return speed.sustained(SimpleNamespace(), [], seconds, 2.0, power.Sensors())[0]  # type: ignore[arg-type]
 
 
 def test_prompts_are_no_dips_and_a_rest_is_no_window(monkeypatch: pytest.MonkeyPatch) -> None:
     decoding(monkeypatch, [1.0, 1.0, None, 0.5, 0.5, 0.5, 0.5, 1.9])
     run = sustained(25.9)
-    assert [w["tokens_per_s"] for w in run["windows"]] == [1.0, 2.0]
-    assert [w["at_s"] for w in run["windows"]] == [2.0, 24.0]
-    assert run["tokens"] == 8 and run["decode_s"] == pytest.approx(5.9)
-    assert run["seconds"] == pytest.approx(25.9) and not run["interrupted"]
+    assert [w.tokens_per_s for w in run.windows] == [1.0, 2.0]
+    assert [w.at_s for w in run.windows] == [2.0, 24.0]
+    assert run.tokens == 8 and run.decode_s == pytest.approx(5.9)
+    assert run.seconds == pytest.approx(25.9) and not run.interrupted
 
 
 def test_ctrl_c_keeps_the_windows_of_a_sustained_run(monkeypatch: pytest.MonkeyPatch) -> None:
     decoding(monkeypatch, [1.0, 1.0, 1.0, KeyboardInterrupt])
     run = sustained(600.0)
-    assert len(run["windows"]) == 1 and run["interrupted"] and run["tokens"] == 3
+    assert len(run.windows) == 1 and run.interrupted and run.tokens == 3
     decoding(monkeypatch, [1.0, KeyboardInterrupt])
     with pytest.raises(KeyboardInterrupt):
         sustained(600.0)
@@ -330,7 +322,7 @@ def test_ctrl_c_keeps_the_windows_of_a_sustained_run(monkeypatch: pytest.MonkeyP
 
 def test_a_slow_token_is_a_window_if_there_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     decoding(monkeypatch, [1.0, 0.5])
-    assert [w["tokens_per_s"] for w in sustained(0.1)["windows"]] == [1.0]
+    assert [w.tokens_per_s for w in sustained(0.1).windows] == [1.0]
 
 
 def test_repeats_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,8 +335,8 @@ def test_repeats_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "generate", generate)
     rows = speed.first_tokens(SimpleNamespace(), [0] * 9, (3, 5), 3)  # type: ignore[arg-type]
     assert asked == [3, 5] * 4  # not 3 thrice, whose experts would be there the second time
-    assert [r["seconds"]["values"] for r in rows] == [[3, 5, 7], [4, 6, 8]]  # the first: untimed
-    assert [r["seconds"]["median"] for r in rows] == [5, 6]
+    assert [r.seconds.values for r in rows] == [[3, 5, 7], [4, 6, 8]]  # the first: untimed
+    assert [r.seconds.median for r in rows] == [5, 6]
 
 
 def test_a_log_of_known_reads() -> None:
@@ -353,32 +345,28 @@ def test_a_log_of_known_reads() -> None:
     for priority, times in ((DEMAND, (0, 1, 4)), (DEMAND + 1, (0, 2, 3)), (DEMAND, (5, 6, 7))):
         log.note(one, priority, *times)  # type: ignore[arg-type]
     summary = log.summary()
-    assert summary["reads"] == 3 and summary["ahead"] == 1
-    last, middle = summary["percentiles"][-1], summary["percentiles"][3]
-    assert (last["bytes"], last["latency_s"], last["queued_s"], last["depth"]) == (100, 3, 2, 2)
-    assert (middle["percentile"], middle["latency_s"], middle["depth"]) == (50, 1, 1)
+    assert summary.reads == 3 and summary.ahead == 1
+    last, middle = summary.percentiles[-1], summary.percentiles[3]
+    assert (last.bytes, last.latency_s, last.queued_s, last.depth) == (100, 3, 2, 2)
+    assert (middle.percentile, middle.latency_s, middle.depth) == (50, 1, 1)
 
 
 def test_a_perplexity_beyond_all_numbers_is_one() -> None:
     logits = np.array([[0.0, 2000.0], [0.0, 0.0]], np.float32)
-    found = quality.compare([logits], [logits], [[0, 0]])
-    assert np.isfinite(found["perplexity"]) and found["perplexity"] > 1e300
+    found = quality.compare([logits], [logits], [SimpleNamespace(tokens=[0, 0])])  # type: ignore[list-item]
+    assert np.isfinite(found.perplexity) and found.perplexity > 1e300
 
 
 def test_hit_rates_by_task_and_language() -> None:
     rows = [
-        {"prompt": i, "share": share, "hit_rate": rate}
-        for i, rate in enumerate((0.2, 0.4, 0.9))
-        for share in (0.25, 0.5)
+        PromptRow(i, share, rate) for i, rate in enumerate((0.2, 0.4, 0.9)) for share in (0.25, 0.5)
     ]
-    kinds = [("prose", "English"), ("prose", "German"), ("code", "C")]
+    kinds = [Kind("prose", "English"), Kind("prose", "German"), Kind("code", "C")]
     kind = locality.by_kind(rows, kinds)
-    assert kind["share"] == 0.25 and kind["deviation"] == pytest.approx(0.36056, rel=1e-4)
-    assert kind["task"][0] == {
-        "name": "prose", "prompts": 2, "hit_rate": pytest.approx(0.3), "low": 0.2, "high": 0.4,
-    }  # fmt: skip
-    assert [x["name"] for x in kind["language"]] == ["English", "German", "C"]
-    assert locality.by_kind(rows[:2], kinds[:1])["deviation"] == 0
+    assert kind.share == 0.25 and kind.deviation == pytest.approx(0.36056, rel=1e-4)
+    assert kind.task[0] == KindRow("prose", 2, pytest.approx(0.3), 0.2, 0.4)
+    assert [x.name for x in kind.language] == ["English", "German", "C"]
+    assert locality.by_kind(rows[:2], kinds[:1]).deviation == 0
 
 
 def test_all_right_is_not_certain(found: dict[str, Any]) -> None:
@@ -388,7 +376,7 @@ def test_all_right_is_not_certain(found: dict[str, Any]) -> None:
 
 def test_the_named_machines_are_named_on_the_curve(found: dict[str, Any]) -> None:
     panel = next(p for p in PANELS if p.key == "by_rate")
-    text = page.svg(panel, found)
+    _, text = page.draw(panel, from_json(Report, found))
     for machine in found["ssd"]["sensitivity"]["machines"]:
         assert machine["name"].rsplit(" ", 2)[0] in text.split(">", 1)[1]
     assert "predicted" in text

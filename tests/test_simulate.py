@@ -53,6 +53,20 @@ def report_of(capsys: pytest.CaptureFixture[str], *argv: object) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+def test_a_simulation_is_a_row_for_each_trace_share_and_policy() -> None:
+    calls = [np.array([row]) for row in ([0, 1], [0, 2], [0, 3], [1, 2])] * 9
+    trace = Routing("chat", (4,), (1000,), (calls,))
+    machine = NAMED_MACHINES["M4 Max 128 GB"]
+    rows = simulate([trace], [0.5, 1.0], ["lru", BEST], machine).rows
+    assert [(r.share, r.policy) for r in rows] == [
+        (0.5, "lru"), (0.5, BEST), (1.0, "lru"), (1.0, BEST),
+    ]  # fmt: skip
+    lru, best, *whole = rows
+    assert lru.slots == (2,) and lru.hits <= best.hits  # Belady's optimum
+    assert lru.hits + lru.compulsory + lru.capacity == 2 * len(calls)
+    assert all(r.compulsory == r.capacity == 0 for r in whole)  # resident: nothing is counted
+
+
 def test_rows_are_what_the_replays_count(
     traces: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""What the scripts of this folder share."""
+"""Shared by the scripts of this folder."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mlx_streamexperts import ExpertStream
 from mlx_streamexperts._analysis.exactness import PLAIN as PLAIN
-from mlx_streamexperts._experts.layer import ExpertLayer
-from mlx_streamexperts._experts.speculative.policy import Trust
+from mlx_streamexperts._experts.layer import ExpertLayer, SyncedForward
+from mlx_streamexperts._experts.speculative.policy import SpeculationPolicy
 from mlx_streamexperts._io.output import write_json
 
 
-class Fixed(Trust):
-    """One way to begin steps, whatever is measured."""
+class Fixed(SpeculationPolicy):
+    """Starts steps in one way, whatever is measured."""
 
-    fixed = "ask"
+    fixed = "sync"
 
     @property
-    def way(self) -> str:
+    def start(self) -> str:
         return self.fixed
 
 
@@ -39,11 +39,11 @@ class Fixed(Trust):
 def everything_in_memory(s: ExpertStream) -> Iterator[None]:
     """Experts are taken from whatever slot is theirs by number: nothing is asked or mapped."""
 
-    def run(self: ExpertLayer, x: mx.array, indices: mx.array, _: bool = True) -> mx.array:
-        return self.switch(x, indices % self.cache.slots)
+    def run(self: ExpertLayer, x: mx.array, indices: mx.array, _: bool = True) -> SyncedForward:
+        return SyncedForward(self.switch(x, indices % self.cache.slots), [], False)
 
     with (
-        mock.patch.object(ExpertLayer, "ask", run),
+        mock.patch.object(ExpertLayer, "forward_synced", run),
         mock.patch.object(s.run_ahead, "_usable", False),
     ):
         yield

@@ -1,6 +1,6 @@
 """Exactness and hazards on this machine's default device: streamed against stock, bit by bit.
 
-First decoding at several cache sizes, with and without run-ahead and reading ahead; then whole
+First decoding at several cache sizes, with and without run-ahead and prefetching; then whole
 prompts at several cache sizes; then random schedules: several sequences whose steps are built
 lazily, evaluated in any order or never, taken back, read into banks in use, with caches resized in
 between. Shapes are few and large enough for GPU kernels: MLX's CUDA backend gave NaN for stock

@@ -1,10 +1,10 @@
-"""Full-size models on a GPU whose experts are on a drive that is played.
+"""Full-size models on a GPU with experts on a simulated ("played") drive.
 
 The model is the full-size stand-in (examples/fullsize) with a random trunk; its experts are random
 numbers put into the slots beforehand. A read ends when a bus of the stated rate that carries one
 read after another would have delivered it, 80 us later, and moves no bytes. CUDA moves managed
 memory by pages, at 2.6 GB/s when the host writes into slots, which no Mac does and which would hide
-every drive faster than that; so what is timed is the data path and the device's work, and not their
+every drive faster than that. So this times the data path and the device's work, but not their
 competition for memory.
 """
 
@@ -66,14 +66,14 @@ class Standin:
     Attributes:
         layers: with experts.
         whole: a time of these, times this, is the whole model's.
-        trust: says which way steps go.
+        policy: says how steps start.
     """
 
     model: nn.Module
     stream: ExpertStream
     layers: int
     whole: float
-    trust: Fixed
+    policy: Fixed
 
     @property
     def run_ahead(self) -> RunAhead:
@@ -111,7 +111,7 @@ def load(name: str, folder: Path, share: float, layers: int) -> Standin:
         _pack(layer, str(folder / "experts"))
     standin = Standin(model, s, layers, shape.layers / layers, Fixed(layers))
     standin.run_ahead.always = False
-    standin.run_ahead.trust = standin.trust
+    standin.run_ahead.policy = standin.policy
     return standin
 
 
@@ -149,11 +149,11 @@ def _fill(layer: ExpertLayer) -> None:
 
 def _pack(layer: ExpertLayer, file: str) -> None:
     """Places as in a packed store: an expert's parts side by side, one read."""
-    at = 0
+    at, packed = 0, {}
     for name, t in layer.tensors.items():
         row = t.stored.row_bytes
         offsets = [e * layer.expert_bytes + at for e in range(layer.experts)]
-        stored = replace(t.stored, files=(file,) * layer.experts, offsets=tuple(offsets))
-        layer.tensors[name] = replace(t, stored=stored)
+        files = (file,) * layer.experts
+        packed[name] = replace(t.stored, files=files, offsets=tuple(offsets))
         at += row
-    layer.slots.tensors = layer.tensors
+    layer.slots.relocate(packed)

@@ -1,14 +1,15 @@
 """Decode speed with nothing missing: stock, everything resident, and a cache that holds it all.
 
-The last maps experts to slots like any cache, and happens to hold what is asked for: what is left
-is the price of streaming itself, with a wait for the device in every layer and with run-ahead.
-Stock builds a token while the last one runs; a step that is checked has to end first. What that
-alone costs shows in the stock model waited for token by token.
+The last one maps experts to slots like any cache, and happens to hold every needed expert. What
+remains is the cost of streaming itself, with a wait for the device in every layer and with
+run-ahead. Stock builds a token while the last one runs; a step that is checked has to end first.
+Stock with a wait for each token shows the cost of that alone.
 Layers have the shape of Qwen3.5-397B-A17B's with fewer experts, so that stock mlx-lm fits too.
 
-Twice: as the model is, where on a fast GPU the host decides (it takes longer to build a layer than
-the device to compute it); and with an attention so wide that the device decides, as it does on a
-machine whose memory is slower. Rounds take turns; medians of the rounds' ratios, and their spread.
+There are two measurements: the model as it is, with which the host decides on a fast GPU (it takes
+longer to build a layer than the device to compute it); and an attention so wide that the device
+decides, as on a machine whose memory is slower. Rounds take turns. Figures are medians of the
+rounds' ratios, and their spread.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from mlx_lm.models import qwen3_moe
 from random_model import write_random_model
 
 from mlx_streamexperts import ExpertStream, patch, stream
-from mlx_streamexperts._experts.speculative.policy import Trust
+from mlx_streamexperts._experts.speculative.policy import SpeculationPolicy
 
 _WAITED = "stock, each token waited for"
 _HEADS = 1024  # of the wide attention: 2 x 1 GB of weights a layer, one layer's for all
@@ -41,24 +42,24 @@ def settings(s: ExpertStream) -> dict[str, Callable[[], None]]:
     run_ahead = s.run_ahead
     assert run_ahead is not None
 
-    def way(resident: bool, trust: Trust | None) -> Callable[[], None]:
+    def way(resident: bool, policy: SpeculationPolicy | None) -> Callable[[], None]:
         def choose() -> None:
             for layer in s.layers:
                 layer.resident = resident  # or the map is in use, and holds everything
-            run_ahead._usable = trust is not None
-            run_ahead.trust = trust or run_ahead.trust
+            run_ahead._usable = policy is not None
+            run_ahead.policy = policy or run_ahead.policy
 
         return choose
 
-    fixed = {name: Fixed(len(s.layers)) for name in ("trust", "at once")}
-    for name, trust in fixed.items():
-        trust.fixed = name
+    fixed = {name: Fixed(len(s.layers)) for name in ("speculate", "at once")}
+    for name, policy in fixed.items():
+        policy.fixed = name
     return {
         "resident": way(True, None),
         "held, asked": way(False, None),
-        "held, run ahead in groups": way(False, fixed["trust"]),
+        "held, run ahead in groups": way(False, fixed["speculate"]),
         "held, run ahead at once": way(False, fixed["at once"]),
-        "held, run ahead as it pays": way(False, Trust(len(s.layers))),
+        "held, run ahead as it pays": way(False, SpeculationPolicy(len(s.layers))),
     }
 
 
@@ -101,7 +102,7 @@ def compare(stock: nn.Module, model: nn.Module, args: argparse.Namespace) -> dic
         }
     run_ahead = stream(model).run_ahead
     assert run_ahead is not None
-    rows[name]["way"] = run_ahead.trust.way  # the last setting's
+    rows[name]["way"] = run_ahead.policy.start  # the last setting's
     return rows
 
 

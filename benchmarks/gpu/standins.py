@@ -1,19 +1,20 @@
-"""Streaming the stand-ins of the headline models from drives that are played, on a GPU.
+"""Streaming the stand-ins of the headline models from simulated ("played") drives, on a GPU.
 
     python benchmarks/gpu/standins.py --out RESULTS --model qwen3.5-397b --shares 0.25,0.5,0.75
     python benchmarks/gpu/standins.py --out RESULTS --model kimi-k2.5 --layers 8 --prompt 512
 
-Where a share of all experts is more than the GPU holds, the model is cut to the layers that fit; a
-token's time is given for the whole model. Played drives move no bytes (why: played.py); "this
-machine" reads for real, a sparse file into the slots.
+If a share of all experts is more than the GPU holds, the model is cut to the layers that fit, and a
+token's time is scaled to the whole model. Played drives move no bytes (played.py says why); "this
+machine" really reads a sparse file into the slots.
 
-Tokens are drawn from a few hundred, so that experts come again; hit rates are stated beside every
-figure, and are not those of a trained model. Of each way the time is that of the slower of compute
-and reads (roofline) against what was measured:
-    ask          every layer's indices are waited for; the next router's guesses are read ahead
-    trust        run-ahead, trusting the layers that it pays to trust
-    scout        run-ahead, each token begun by a pass that tells what it will want
-With `--prompt` it is prompts that are timed, one pass of so many tokens each.
+Tokens are drawn from a few hundred, so that experts recur. Hit rates are stated beside every
+figure, and are not those of a trained model. For each way, the measured time is compared with the
+roofline, the slower of compute and reads:
+    sync         the host waits for every layer's indices; the next layer's experts are prefetched
+    speculate    run-ahead, speculating on the layers for which it pays
+    predict      run-ahead, each token begun by a pass that predicts its experts
+(Rows measured before 2026-11-28 call these ask, trust and scout.)
+`--prompt` times prompts instead, in one pass of so many tokens each.
 """
 
 from __future__ import annotations
@@ -86,10 +87,10 @@ def decode(
 ) -> dict[str, Any]:
     """Time the text's tokens, one at a time, one way from one drive."""
     model, s = standin.model, standin.stream
-    standin.trust.fixed = way
+    standin.policy.fixed = way
     for layer in s.layers:
         if layer.prefetcher is not None:
-            layer.prefetcher.always = way == "ask"
+            layer.prefetcher.always = way == "sync"
     cache = make_prompt_cache(model)
     attach("unthrottled")
     steps(model, cache, text[:SETTLING])
@@ -170,7 +171,7 @@ def main() -> None:
     parser.add_argument("--model", choices=tuple(SHAPES), required=True)
     parser.add_argument("--shares", default="0.25,0.5,0.75", help="of the experts in memory")
     parser.add_argument("--drives", default=",".join(DRIVES), help="GB/s")
-    parser.add_argument("--ways", default="ask,trust,scout")
+    parser.add_argument("--ways", default="sync,speculate,predict")
     parser.add_argument("--tokens", type=int, default=16, help="timed steps of each setting")
     parser.add_argument("--warm-up", type=int, default=120, help="tokens that fill the cache")
     parser.add_argument("--layers", type=int, help="with experts; default: all, or what fits")

@@ -3,7 +3,7 @@
     python examples/two_machines/copy_parts.py MODEL hostfile.json FOLDER [--split 40,21]
 
 Copies with rsync over ssh, into the same FOLDER everywhere ("{rank}" in it is the rank's number);
-run again, it goes on. Every machine has to load with the same --split as was given here.
+run it again to resume. Every machine has to load with the same --split as given here.
 """
 
 from __future__ import annotations

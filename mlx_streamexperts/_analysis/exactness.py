@@ -1,8 +1,8 @@
-"""Streamed against stock, bit by bit, on this machine's default device.
+"""Streamed against stock, bit by bit, on MLX's default device.
 
-What `doctor --selftest` and the benchmarks for GPUs share: decoding at several cache sizes in every
-way there is, and random schedules of sequences whose steps are built lazily. Nothing is judged
-here: results are counted and handed back.
+Shared by `doctor --selftest` and the benchmarks for GPUs: decoding at several cache sizes in every
+way there is, and random schedules of sequences whose steps are built lazily. It judges nothing: it
+counts, and returns the counts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .._loading.load import patch
 from .._loading.patching import for_this_thread
 
 PLAIN = StreamConfig(cache=1 << 60, progress=False, prefetch="off", run_ahead="off")
-"""Room for everything, and nothing on that chooses by trial: whoever uses it says what he wants."""
+"""Unlimited cache, adaptive features off; callers enable what they test."""
 
 SHARES = (1.0, 0.9, 0.5, 0.25)
 """Parts of all experts that are resident."""
@@ -37,21 +37,21 @@ SHARES = (1.0, 0.9, 0.5, 0.25)
 PREFILL_BOUND = {mx.float32: 1e-4, mx.float16: 1e-2, mx.bfloat16: 5e-2}
 """Largest difference of prefill logits, relative to the largest logit, on devices but the CPU.
 
-While no router's choice changes: where two experts are as good as equal, another order of sums may
-choose the other, and what that makes of a token has no bound.
+It holds while no router's choice changes: if two experts are as good as equal, another order of
+sums may choose the other expert, and the difference that follows has no bound.
 """
 
-_TOKENS = 400  # numbers of tokens that are drawn from: few, so that experts come again
+_TOKENS = 400  # token ids to draw from: few, so that experts are used again
 
 Models = tuple[nn.Module, ExpertStream]
 
 
 def ways(base: StreamConfig = PLAIN) -> dict[str, StreamConfig]:
-    """The ways to decode, by name; other options are those of `base`."""
+    """Ways to decode, by name; other options are those of `base`."""
     plain = replace(base, prefetch="off", run_ahead="off")
     return {
         "asked": plain,
-        "asked, reading ahead": replace(plain, prefetch="on"),
+        "asked, prefetching": replace(plain, prefetch="on"),
         "asked, in lots": replace(plain, overlap="on"),
         "run ahead": replace(plain, run_ahead="on"),
         "run ahead, as it pays": replace(plain, run_ahead="auto", prefetch="auto"),
@@ -72,13 +72,13 @@ def load_streamed(folder: Path, config: StreamConfig) -> Models:
 
 
 def resize(s: ExpertStream, share: float) -> None:
-    """Leave room for a share of the experts, at least one token's."""
+    """Resize the cache to a share of the experts, at least those of one token."""
     slots = [max(n.top_k, int(share * n.experts)) for n in s.needs()]
     s.resize(sum(n * x.expert_bytes for n, x in zip(slots, s.layers, strict=True)))
 
 
 def random_tokens(count: int, seed: int = 0) -> list[int]:
-    """Numbers of tokens, from a few hundred."""
+    """Random token ids, from a few hundred."""
     return np.random.default_rng(seed).integers(0, _TOKENS, count).tolist()
 
 
@@ -95,14 +95,14 @@ def decode(model: nn.Module, tokens: Sequence[int]) -> tuple[list[np.ndarray], f
 
 
 def same(expected: Sequence[np.ndarray], got: Sequence[np.ndarray]) -> bool:
-    """Are all logits the same bits, and numbers?"""
+    """True if all logits are the same bits, and finite."""
     return all(
         np.array_equal(a, b) and np.isfinite(a).all() for a, b in zip(expected, got, strict=True)
     )
 
 
 def reference(folder: Path, tokens: Sequence[int]) -> list[np.ndarray] | None:
-    """Stock logits [V] of each step; None where they are no numbers, or others the next time."""
+    """Stock logits [V] of each step; None if they are not finite, or differ when run again."""
     stock = load_stock(folder)
     expected, _ = decode(stock, tokens)
     again, _ = decode(stock, tokens)
@@ -111,10 +111,10 @@ def reference(folder: Path, tokens: Sequence[int]) -> list[np.ndarray] | None:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What came of decoding with some share of the experts resident.
+    """Result of decoding with some share of the experts resident.
 
     Attributes:
-        identical: all logits were stock's.
+        identical: all logits equalled stock's.
         misses: experts that had to be read.
         passes, steps: see `RunAheadStats`.
     """
@@ -152,12 +152,12 @@ def decoding(
 
 @dataclass(frozen=True)
 class Prefilled:
-    """What came of a whole prompt with some share of the experts resident.
+    """Result of a whole prompt with some share of the experts resident.
 
     Attributes:
         difference: see `prefill_difference`.
         bound: see `prefill_bound`.
-        waves: in which the experts passed through, of all layers together.
+        waves: groups of experts that went through the slots, summed over layers.
     """
 
     difference: float
@@ -169,7 +169,7 @@ def prompts(
     folder: Path, lengths: Sequence[int], config: StreamConfig = PLAIN,
     shares: Sequence[float] = SHARES,
 ) -> dict[tuple[int, float], Prefilled]:  # fmt: skip
-    """Whole prompts of so many tokens at several cache sizes; results by length and share."""
+    """Whole prompts of several lengths at several cache sizes; results by length and share."""
     stock = load_stock(folder)
     model, s = load_streamed(folder, config)
     rows = {}
@@ -200,12 +200,12 @@ def prefill_bound(dtype: mx.Dtype) -> float:
 
 
 def prefill_difference(expected: mx.array, got: mx.array) -> float:
-    """The largest difference of some logits, relative to the largest; infinite if no numbers."""
+    """Largest difference of logits, relative to the largest; infinite if any is not finite."""
     return relative_difference(*(numbers(x.astype(mx.float32)) for x in (expected, got)))
 
 
 def relative_difference(a: np.ndarray, b: np.ndarray) -> float:
-    """The same of NumPy's arrays, of the shape of each other."""
+    """`prefill_difference` of NumPy arrays of equal shape."""
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return float("inf")
     return float(np.abs(a - b).max() / np.abs(a).max())
@@ -213,15 +213,15 @@ def relative_difference(a: np.ndarray, b: np.ndarray) -> float:
 
 @dataclass
 class Schedules:
-    """What came of random schedules.
+    """Result of random schedules.
 
     Attributes:
-        schedules: how many were run.
-        steps: passes that were built, of both models.
-        compared: those of them whose logits were compared.
-        taken_back: of those the ones that were then taken back, as a rejected draft is.
-        passes: of run-ahead.
-        different: which schedules differed.
+        schedules: number that were run.
+        steps: passes that both models built.
+        compared: passes whose logits were compared.
+        taken_back: passes that were trimmed from the KV cache, as a rejected draft is.
+        passes: run-ahead passes.
+        different: schedules that differed.
     """
 
     schedules: int = 0
@@ -239,11 +239,13 @@ def schedules(
     seconds: float,
     seed: int = 0,
 ) -> Schedules:
-    """Several sequences whose steps are built lazily, evaluated in any order or never, taken back,
-    with caches resized in between; until one differs, `count` were run, or the time is up.
+    """Run random schedules until one differs, `count` were run, or `seconds` are over.
+
+    A schedule is several sequences whose steps are built lazily, evaluated in any order or never,
+    and taken back, with caches resized in between.
 
     Args:
-        configs: ways to decode, by name; chance chooses.
+        configs: ways to decode, by name; each schedule draws one.
     """
     stock = load_stock(folder)
     loaded = {name: load_streamed(folder, config) for name, config in configs.items()}

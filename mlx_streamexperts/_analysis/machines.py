@@ -1,8 +1,8 @@
-"""What a model comes to on several machines: which layers, files and budget each has, and how fast.
+"""A model on several machines: each one's layers, files and budget, and the predicted speed.
 
-From headers alone, on one machine, before anything is copied to the others. Layers are divided as
-`pipeline.py` does it at load; a prompt's chunks are as long as the rank with the least room allows,
-as `on_ranks.py` has the ranks agree.
+Works from headers alone, on one machine, before anything is copied to the others. It divides layers
+as `_distributed.pipeline` does at load; the rank with the least room limits a prompt's chunks, as
+`_loading.on_ranks` does.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class RankPlan:
 
     Attributes:
         stage: its decoder layers.
-        plan: its own trunk, cache and so on; `plan.minimum` is the smallest memory it works with.
+        plan: its own trunk, cache and so on; `plan.minimum` is the smallest memory that works.
         files: the shards that it needs.
-        hidden_bytes: what one token sends from rank to rank.
+        hidden_bytes: sent from rank to rank for one token.
     """
 
     stage: Stage
@@ -63,18 +63,18 @@ def plan_ranks(
     trust_remote_code: bool = False,
     memories: Sequence[int] = (),
 ) -> tuple[RankPlan, ...]:
-    """What loading with `pipeline=True` on `ranks` machines would come to, in rank order.
+    """Plan loading with `pipeline=True` on `ranks` machines; one plan for each, in rank order.
 
     Args:
-        path_or_hf_repo: as `plan` takes it; of a Hub repository only headers are fetched.
-        ranks: how many machines.
-        trust_remote_code: run the model code that the checkpoint brings, if it does.
-        config: `memory` and `cache` are for each rank, or one for each ("96GB,64GB").
-        memories: each rank's memory in bytes, where `config` states no budget.
+        path_or_hf_repo: as for `plan`; of a Hub repository only headers are fetched.
+        ranks: number of machines.
+        trust_remote_code: run the checkpoint's own model code, if it has any.
+        config: `memory` and `cache` are one value for all ranks, or one for each ("96GB,64GB").
+        memories: each rank's memory in bytes, if `config` states no budget.
 
     Raises:
-        BudgetError: too small on a rank; names it, and the smallest that works.
-        StreamError: as `plan`; or the model cannot be divided so.
+        BudgetError: too small on a rank; names the rank and the smallest budget that works.
+        StreamError: as for `plan`; or the model cannot be divided like this.
     """
     config = config or StreamConfig()
     split = parse_split(config.split, ranks)
@@ -119,21 +119,21 @@ def predict_ranks(
     prompt_tokens: int = 1000,
     hit_rate: Range | None = None,
 ) -> tuple[Range, Range, list[Prediction]]:
-    """Predict what several machines reach together: arithmetic, not a measurement.
+    """Predict the speed of several machines together: arithmetic, not a measurement.
 
-    One token goes from rank to rank, so that their times add up:
+    A token goes from rank to rank, so the ranks' times add up:
 
         token = sum over ranks of (1 / tokens/s of its layers alone, see `predict`)
                 + messages x (link latency + hidden state / link rate)
         messages = 2 (ranks - 1): down the ranks, and the result back to all of them
 
-    What adds up is memory: each rank's cache holds a larger share of fewer experts. Drives work one
-    after the other in decoding. A prompt's chunks are worked on by all ranks at once:
+    Memory adds up too: each rank's cache holds a larger share of fewer experts. In decoding the
+    drives work one after the other. All ranks work on a prompt's chunks at once:
 
         first token = one chunk on every rank + (chunks - 1) x one chunk on the slowest + messages
 
-    The output matrix, which all ranks compute at the same time, is counted on each: a little too
-    slow.
+    All ranks compute the output matrix at the same time, but each is charged for it: the result is
+    a little too slow.
 
     Returns:
         tokens/s, seconds to the first token of `prompt_tokens`, and each rank's own prediction.
@@ -186,7 +186,7 @@ def report_lines(
 
 
 def other_files(folder: Path) -> list[str]:
-    """What every rank needs beside shards: configuration, tokenizer, code."""
+    """Files that every rank needs beside shards: configuration, tokenizer, code."""
     return sorted(
         f.name for f in folder.iterdir() if f.is_file() and not f.name.endswith(".safetensors")
     )

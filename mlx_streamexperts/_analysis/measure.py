@@ -1,7 +1,7 @@
 """Measurements of this machine that decide how fast a streamed model runs.
 
-Each takes about a second, reads only, and is used by `doctor`. None is cached: what a machine can
-do depends on what else it does.
+Each takes about a second and only reads. None is cached: results depend on what else the machine
+does.
 """
 
 from __future__ import annotations
@@ -12,40 +12,26 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
 from .._io.files import ShardFiles
 from .._io.ranges import ByteRange
-from .._io.reader import ExpertReader, Ticket
 
-if TYPE_CHECKING:
-    from .._experts.stream import ExpertStream
-
-_PLACES = 1024  # that a thread reads, then again: enough that none is still in a drive's cache
+_PLACES = 1024  # that a thread reads in turn: enough that none is still in a drive's cache
 
 
 @dataclass(frozen=True)
 class DriveRate:
-    """Random reads of one size at one queue depth.
+    """Random reads of one size at one queue depth."""
 
-    Attributes:
-        read_bytes: size of a read.
-        depth: reads in flight that were aimed at: threads that read one after another.
-        mean_depth: reads in flight on average, as measured.
-        rate: bytes/s.
-        latency: median seconds from asking to the last byte.
-        latency_p99: seconds within which 99 of 100 reads ended.
-    """
-
-    read_bytes: int
-    depth: int
-    mean_depth: float
-    rate: float
-    latency: float
-    latency_p99: float
+    read_bytes: int  #: of a read
+    depth: int  #: reads in flight that were aimed at: threads that read one after another
+    rate: float  #: bytes/s
+    latency: float  #: median seconds from asking to the last byte
+    latency_p99: float  #: seconds within which 99 of 100 reads ended
+    mean_depth: float = 0.0  #: reads in flight on average, as measured; older reports lack it
 
 
 def drive_rates(
@@ -80,7 +66,7 @@ def _drive_rate(
     shards: ShardFiles, files: Sequence[tuple[str, int]], sizes: np.ndarray, read_bytes: int,
     depth: int, seconds: float,
 ) -> DriveRate:  # fmt: skip
-    """One thread a read in flight: each begins its next read when its last has ended."""
+    """One thread for each read in flight: it begins its next read when its last has ended."""
     memory = [memoryview(bytearray(read_bytes)) for _ in range(depth)]
     begin = threading.Barrier(depth)
 
@@ -110,43 +96,7 @@ def _drive_rate(
     elapsed = float(ended.max() - begun.min())
     median, slow = (float(x) for x in np.percentile(ended - begun, (50, 99)))
     mean_depth = float((ended - begun).sum()) / elapsed
-    return DriveRate(read_bytes, depth, mean_depth, len(spans) * read_bytes / elapsed, median, slow)
-
-
-def drive_bandwidth(expert_stream: ExpertStream, bypass: bool, seconds: float = 1.0) -> float:
-    """Bytes/s of reading random experts with the queue never empty: what the drive can give.
-
-    Args:
-        expert_stream: the model whose experts are read; its cache is left alone.
-        bypass: read past the page cache.
-        seconds: about how long.
-    """
-    size = max(x.expert_bytes for x in expert_stream.layers)
-    halves = [memoryview(bytearray(size * 8)) for _ in range(2)]
-    order, done = np.random.default_rng(1), 0
-    pending: list[Ticket] = []
-    reader = ExpertReader(direct=bypass)
-    try:
-        start = time.perf_counter()
-        while time.perf_counter() - start < seconds:
-            layer = expert_stream.layers[order.integers(len(expert_stream.layers))]
-            if len(pending) == 2:
-                pending.pop(0).wait()
-            memory, at, ranges = halves[0], 0, []
-            halves.reverse()
-            for expert in order.choice(layer.experts, min(8, layer.experts), replace=False):
-                for t in layer.tensors.values():
-                    into = memory[at : at + t.stored.row_bytes]
-                    file, offset = t.stored.files[expert], t.stored.offsets[expert]
-                    ranges.append(ByteRange(file, offset, into, "", int(expert), ""))
-                    at += len(into)
-            pending.append(reader.submit(ranges))
-            done += at
-        for ticket in pending:
-            ticket.wait()
-        return done / (time.perf_counter() - start)
-    finally:
-        reader.close()
+    return DriveRate(read_bytes, depth, len(spans) * read_bytes / elapsed, median, slow, mean_depth)
 
 
 def memory_rate(nbytes: int = 256 << 20, repeats: int = 7) -> float:
@@ -177,7 +127,7 @@ def layer_seconds(layers: int = 20, kernels: int = 25) -> float:
 
 
 def sync_seconds(layers: int = 60, width: int = 2048) -> float:
-    """What reading one layer's indices on the host adds to a chain of small kernels, in seconds."""
+    """Seconds that reading one layer's indices on the host adds to a chain of small kernels."""
     matrix = mx.random.normal((width, width)) * width**-0.5
     mx.eval(matrix)
 

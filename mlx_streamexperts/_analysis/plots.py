@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .._errors import StreamError
 from .replay import BEST
-
-if TYPE_CHECKING:
-    from .simulation import Row
+from .simulation import Row
 
 _STYLES = ("-o", "-s", "-^", "-D", "-v", "-P", "-X")
 
@@ -18,7 +16,7 @@ _STYLES = ("-o", "-s", "-^", "-D", "-v", "-P", "-X")
 def plot_rates(rows: Sequence[Row], file: Path) -> None:
     """Draw hit rate by resident share and policy, and by layer under one policy.
 
-    Of several traces their sum is drawn.
+    Several traces are drawn as their sum.
 
     Raises:
         StreamError: matplotlib is missing, or does not know the kind of file.
@@ -59,6 +57,11 @@ def plot_rates(rows: Sequence[Row], file: Path) -> None:
 
 
 def save_figure(figure: Any, file: Path) -> None:
+    """Write a figure, whole or not at all.
+
+    Raises:
+        StreamError: matplotlib does not know the kind of file, or it cannot be written.
+    """
     partial = file.with_name(f"{file.stem}.partial{file.suffix}")
     try:
         # No date and a fixed salt: the same rows give the same file.
@@ -69,7 +72,7 @@ def save_figure(figure: Any, file: Path) -> None:
 
 
 def pyplot() -> Any:
-    """matplotlib.pyplot, drawing into files.
+    """matplotlib.pyplot, set to draw into files.
 
     Raises:
         StreamError: it is missing.

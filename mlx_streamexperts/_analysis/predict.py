@@ -1,7 +1,7 @@
-"""How fast a streamed model should run, from sizes: a model of time, not a measurement.
+"""Predict the speed of a streamed model from sizes: a model of time, not a measurement.
 
-Everything here is arithmetic on a `Plan` and a `Machine`. The formulas are in the docstrings, the
-published figures that they rest on are named where they stand, and every result is a range.
+Everything here is arithmetic on a `Plan` and a `Machine`. Docstrings state the formulas, comments
+name the published figures behind them, and every result is a range.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ PUBLISHED_HIT_RATES: dict[str, tuple[float, ...]] = {
 
 @dataclass(frozen=True)
 class Reported:
-    """A result that others have published for a streamed model; theirs, on their machines.
+    """A result that others published for a streamed model, on their machine.
 
     Attributes:
         model_type: as in config.json.
         layers: expert layers of the model.
         machine: one of `NAMED_MACHINES`.
-        memory: the budget that they state, or what the machine could give, in bytes.
+        memory: the budget that they state, or else the machine's, in bytes.
         tokens_per_s: decode rate.
-        note: who, and what differs from plain exact decoding.
+        note: the authors, and differences from plain exact decoding.
     """
 
     model_type: str
@@ -64,7 +64,7 @@ _RATE_SHARE = (0.6, 0.9)
 
 @dataclass(frozen=True)
 class Range:
-    """A prediction: the smallest, the likely and the largest value."""
+    """A prediction: lowest, likely and highest value."""
 
     low: float
     likely: float
@@ -76,15 +76,15 @@ class Range:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What `predict` returns.
+    """Result of `predict`.
 
     Attributes:
         hit_rate: share of needed experts that are resident.
         tokens_per_s: decode rate.
-        first_token: seconds to the first token of `prompt_tokens`.
-        prompt_tokens: the prompt that `first_token` is for.
+        first_token: seconds to the first token after a prompt of `prompt_tokens`.
+        prompt_tokens: length of that prompt.
         compute_seconds, sync_seconds, read_seconds: the likely parts of one token's time.
-        limit: which of them is largest: "memory bandwidth", "host sync and launches" or "drive".
+        limit: the largest of them: "memory bandwidth", "host sync and launches" or "drive".
     """
 
     hit_rate: Range
@@ -112,9 +112,9 @@ def predict(
         high    = max(compute + sync, read), optimistic hit rate and bandwidth: perfect overlap
         low     = the sum with the pessimistic hit rate and bandwidth
 
-    First token: each prompt chunk of `plan.prefill_tokens` reads every expert that it needs and
-    that is not resident once: `E (1 - (1 - k/E)^T)` distinct of E for T tokens, if routing
-    were even. Arithmetic is not modelled: compute-bound machines need longer.
+    First token: each chunk of `plan.prefill_tokens` reads every expert that it needs and that is
+    not resident once: `E (1 - (1 - k/E)^T)` distinct experts of E for T tokens, if routing is even.
+    Arithmetic is not modelled: compute-bound machines need longer.
 
     Args:
         plan: sizes of the model and its cache.
@@ -154,7 +154,7 @@ def predict(
         hit_rate=hits,
         tokens_per_s=Range(1 / slow, 1 / likely, 1 / fast),
         first_token=Range(
-            swept / 2 + fast,  # uneven routing wants fewer: half is a guess
+            swept / 2 + fast,  # uneven routing needs fewer: half is a guess
             swept + likely,
             plan.experts * len(chunks) / machine.drive_rate + slow,
         ),
@@ -167,7 +167,7 @@ def predict(
 
 
 def _touched(plan: Plan, tokens: int) -> float:
-    """Expected bytes of the distinct experts that `tokens` tokens need, were routing even."""
+    """Expected bytes of the distinct experts that `tokens` tokens need, if routing is even."""
     total = 0.0
     for experts in plan.layer_experts:
         share = 1 - (1 - min(1.0, plan.top_k / experts)) ** tokens
@@ -178,8 +178,8 @@ def _touched(plan: Plan, tokens: int) -> float:
 def published_hit_rate(model_type: str, resident_share: float) -> Range:
     """Hit rate of LRU at a resident share, interpolated in `PUBLISHED_HIT_RATES`.
 
-    The range spans the published models; the likely value is the model's own curve where there is
-    one, else their mean.
+    The range spans the published models; the likely value is the model's own curve if there is one,
+    else their mean.
     """
     rates = [float(np.interp(resident_share, _SHARES, c)) for c in PUBLISHED_HIT_RATES.values()]
     own = PUBLISHED_HIT_RATES.get(model_type)
@@ -190,8 +190,8 @@ def published_hit_rate(model_type: str, resident_share: float) -> Range:
 def replayed_hit_rate(trace: Path, slots: Sequence[int], policy: str = "lru") -> Range:
     """Hit rate of a recorded trace (`ExpertStream.trace`) at a cache size.
 
-    The likely value counts every needed expert; the high one leaves first uses out, as in a long
-    run; the low one is the worst tenth of the calls' layers.
+    The likely value counts every needed expert. The high one leaves out first uses, as in a long
+    run. The low one is the mean of the worst tenth of the layers.
 
     Args:
         trace: the recording.
@@ -199,7 +199,7 @@ def replayed_hit_rate(trace: Path, slots: Sequence[int], policy: str = "lru") ->
         policy: replacement policy.
 
     Raises:
-        StreamError: not a trace, or one of a model with other layers.
+        StreamError: the file is no trace, or of a model with other layers.
     """
     total, layers = replay(trace, slots, policy)
     later = total.hits + total.capacity

@@ -27,12 +27,12 @@ def write_random_model(
     vocab: int = 16384,
     dtype: mx.Dtype = mx.float32,
 ) -> Path:
-    """Write the checkpoint; does nothing where `folder` already holds the same configuration.
+    """Write the checkpoint; does nothing if `folder` already holds the same configuration.
 
     Args:
-        folder: where to.
+        folder: destination; anything else in it is removed.
         bits: 0 for unquantized experts, else affine with group size 64.
-        vocab: by default more than the embedded tokenizer's.
+        vocab: tokens; the default exceeds the embedded tokenizer's.
     """
     quantization = {"group_size": 64, "bits": bits, "mode": "affine"}
     config = {
@@ -45,7 +45,7 @@ def write_random_model(
         "max_position_embeddings": 32768,
     }  # fmt: skip
     if bits:
-        # Said outright, since not every reader infers from missing scales that the rest is float.
+        # Stated, since not every reader infers from missing scales that the rest is float.
         whole = ["model.embed_tokens"]
         for i in range(layers):
             names = [f"self_attn.{x}_proj" for x in "qkvo"] + ["mlp.gate"]
@@ -100,5 +100,5 @@ def write_random_model(
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     for file in demo_model().glob("*token*"):
         shutil.copy(file, folder)
-    (folder / "config.json").write_text(text)  # last: its presence says the rest is complete
+    (folder / "config.json").write_text(text)  # last: it marks the checkpoint as complete
     return folder

@@ -1,7 +1,7 @@
-"""Recorded routing run through a cache of any size and policy, or through the best there can be.
+"""Replay a trace through a cache of any size and policy, or through the optimal policy.
 
-The replay asks the live `ExpertCache` what the live layer would ask it, call by call, so its counts
-are the live ones. No model, no MLX, no I/O but reading traces.
+A replay makes the same calls to `ExpertCache` as the live layer, so its counts are the live ones.
+No model, no MLX, and no I/O except reading traces.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from .._experts.trace import Routing, read_trace
 
 @dataclass
 class LayerReplay:
-    """What one layer's cache has seen.
+    """Counts of one layer's cache.
 
     Attributes:
         stats: of all calls.
-        needed, missed: experts that calls of one token needed, and those of them that were missing.
+        needed, missed: experts needed by calls of one token, and those of them that missed.
         tokens: calls of one token.
-        prompt_missed: experts missing in calls of several tokens.
+        prompt_missed: misses of calls of several tokens.
     """
 
     stats: CacheStats = field(default_factory=CacheStats)
@@ -67,8 +67,8 @@ def replay_layer(
     """Run one layer's calls, int [T, K] each, through a cache of the live kind.
 
     Args:
-        hot: experts that are read before the first call, as far as there are slots; they count as
-            no misses, then or later.
+        hot: experts read before the first call, as many as have slots; reading them counts as no
+            miss.
     """
     cache = ExpertCache(experts, slots, policy)
     if hot:
@@ -88,12 +88,12 @@ def replay_layer(
 
 
 def best_layer(calls: Sequence[np.ndarray], experts: int, slots: int) -> LayerReplay:
-    """The fewest misses that any policy could have, with the future known.
+    """The fewest misses of any policy, with the future known.
 
     Belady's rule ("A study of replacement algorithms for a virtual-storage computer", IBM Systems
-    Journal 5 (2), 1966): what is used again last leaves. A call that needs more experts than there
-    are slots is taken to hit all that are resident and to keep whatever is best of all it saw,
-    which waves cannot always do: there it is a lower bound.
+    Journal 5 (2), 1966) evicts the expert whose next use is farthest away. A call that needs more
+    experts than there are slots is assumed to hit every resident expert and to keep the best of all
+    experts that it saw. Waves cannot always do that, so the result is a lower bound there.
     """
     never = len(calls)
     needs = [list(dict.fromkeys(rows.ravel().tolist())) for rows in calls]
@@ -128,7 +128,7 @@ def best_layer(calls: Sequence[np.ndarray], experts: int, slots: int) -> LayerRe
 
 
 BEST = "belady"
-"""Name of the optimum where a policy is asked for."""
+"""Name of the optimum, in place of a policy."""
 
 
 def replay_routing(
@@ -137,18 +137,18 @@ def replay_routing(
     policy: str | PolicyMaker = "lru",
     hot: Sequence[Sequence[int]] = (),
 ) -> list[LayerReplay]:
-    """Run a trace through caches of some sizes; one result a layer.
+    """Run a trace through caches of given sizes; one result for each layer.
 
     Args:
         slots: of each layer.
-        policy: one of `POLICIES`, `BEST`, or what makes a policy of experts and slots.
+        policy: one of `POLICIES`, `BEST`, or a function that makes a policy.
         hot: experts of each layer that are read beforehand.
     """
     results = []
     for i, (calls, experts, count) in enumerate(
         zip(routing.layers, routing.experts, slots, strict=True)
     ):
-        if count >= experts:  # loaded once and for all: the live layer counts nothing
+        if count >= experts:  # wholly resident: the live layer counts nothing
             results.append(LayerReplay())
         elif policy == BEST:
             results.append(best_layer(calls, experts, count))
@@ -169,7 +169,7 @@ def total(layers: Iterable[LayerReplay]) -> LayerReplay:
 def replay(
     trace: Path, slots: Sequence[int], policy: str = "lru"
 ) -> tuple[CacheStats, list[CacheStats]]:
-    """Run a trace file through caches of the live kind: statistics of all layers, and of each.
+    """Run a trace file through the live cache; statistics of all layers together, and of each.
 
     Raises:
         StreamError: not a trace, or one of a model with other layers.

@@ -1,6 +1,6 @@
-"""Uneven shares of a budget, layers kept whole, and hot sets: fitted on some traces, for others.
+"""Uneven shares of a budget, layers kept whole, and hot sets, fitted on some traces for others.
 
-What is fitted here is judged by `simulate` on traces that were not used for it. No MLX, no I/O.
+`simulate` judges them on traces that were not used to fit them. No MLX, no I/O.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from .replay import replay_layer
 
 
 def miss_curves(traces: Sequence[Routing], policy: str | PolicyMaker) -> list[np.ndarray]:
-    """Capacity misses of each layer by its slots, over some traces: float [experts + 1] each.
+    """Capacity misses of each layer by its slots, summed over traces: float [experts + 1] each.
 
-    Replayed at 17 sizes, straight lines between them; no slots count as one.
+    Replayed at 17 sizes with straight lines between them; 0 slots count as 1.
     """
     curves = []
     for layer, experts in enumerate(traces[0].experts):
@@ -37,10 +37,10 @@ def share_by_gain(
     slots: Sequence[int], expert_bytes: Sequence[int], least: Sequence[int],
     curves: Sequence[np.ndarray],
 ) -> list[int]:  # fmt: skip
-    """The bytes of an even division, handed out again to the layers that gain most by them.
+    """Give the bytes of an even division to the layers that gain most from them.
 
-    Each step goes to the layer and the number of slots that save most misses a byte: not only the
-    next slot, since a curve may be flat first and steep later.
+    Each step picks the layer and the number of slots that save most misses per byte. It looks
+    beyond the next slot, since a curve may be flat first and steep later.
 
     Args:
         slots: the even division.
@@ -70,9 +70,9 @@ def keep_whole(
     count: int, slots: Sequence[int], experts: Sequence[int], expert_bytes: Sequence[int],
     least: Sequence[int], curves: Sequence[np.ndarray],
 ) -> list[int] | None:  # fmt: skip
-    """An even division in which the `count` layers with most misses are resident altogether.
+    """Keep the `count` layers with most misses wholly resident; the others share the rest evenly.
 
-    The others share the rest evenly. None where that leaves them too little.
+    None if that leaves the others less than `least`.
     """
     order = sorted(range(len(slots)), key=lambda i: -curves[i][slots[i]])
     whole, others = order[:count], order[count:]

@@ -1,6 +1,6 @@
-"""Caches judged offline: recorded routing through policies and sizes, and the best there can be.
+"""Simulate caches offline: replay traces through policies and sizes, and through the optimum.
 
-What is fitted on some traces (uneven shares, layers kept whole, a hot set) is judged on others.
+Uneven shares, layers kept whole and hot sets are fitted on some traces and judged on others.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+
+import numpy as np
 
 from .._cache.expert_map import LayerNeed, fewest_slots, share_slots
 from .._cache.policies import LRFU, POLICIES, PolicyMaker
@@ -29,23 +30,23 @@ CANDIDATES: dict[str, PolicyMaker] = {
 }
 """Policies by name: those of the live cache, plain LFU, and LRFU with other half-lives."""
 
-_DEFAULT_POLICIES = ("lru", "s3fifo", "lfu", "lrfu", BEST)
-_DEFAULT_SHARES = "0.125,0.25,0.375,0.5,0.75"
-FIRST_CALLS = 100  # of each layer, in which a hot set can show
+FIRST_CALLS = 100
+"""Calls of each layer in which a hot set can show its effect."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One trace, or several together, at one cache size under one policy.
+    """One trace, or all together, at one cache size under one policy.
 
     Attributes:
-        trace, share, policy: what was replayed; `share` is the resident part of all expert bytes.
-        way: how the budget is divided: "even", "by gain", "1 whole", ...
+        trace: its name, or "all".
+        share: resident part of all expert bytes.
+        way: division of the budget over layers: "even", "by gain", "1 whole", ...
         slots: of each layer.
         hits, compulsory, capacity: as in `CacheStats`.
         hit_rate, decode_hit_rate: of all calls, and of those of one token.
-        missed_per_token: experts that a token (not of a prompt) had to read, over all layers.
-        prompt_missed: experts that calls of several tokens read.
+        missed_per_token: misses of a decoded token, over all layers.
+        prompt_missed: misses of calls of several tokens.
         layer_hit_rates: `hit_rate` by layer.
         tokens_per_s: predicted for decoding; None without the experts' sizes.
     """
@@ -68,10 +69,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Warmth:
-    """The first calls of a trace with an empty cache, and with a hot set read beforehand.
+    """Misses of a trace's first calls, with an empty cache and with a hot set read beforehand.
 
     Attributes:
-        read: experts of the hot set.
+        read: experts of the hot set that were read.
         cold, hot: misses of the first prompt.
         cold_calls, hot_calls: misses of each layer's first calls.
     """
@@ -88,7 +89,7 @@ class Warmth:
 
 @dataclass
 class Report:
-    """What `simulate` returns."""
+    """Result of `simulate`."""
 
     rows: list[Row] = field(default_factory=list)
     warmth: list[Warmth] = field(default_factory=list)
@@ -102,7 +103,14 @@ def simulate(
     fit: Sequence[Routing] = (),
     fit_policy: str = "lrfu",
 ) -> Report:
-    """Replay every trace at every share under every policy; then what is fitted on `fit`.
+    """Replay every trace at every share under every policy.
+
+    Args:
+        shares: resident parts of all expert bytes.
+        policies: of `CANDIDATES`, or `BEST`.
+        machine: tokens/s are predicted for it.
+        fit: traces to fit other divisions and a hot set on; `traces` judge them.
+        fit_policy: policy of what is fitted.
 
     Raises:
         StreamError: traces of different models, or a share too small to work.
@@ -113,21 +121,21 @@ def simulate(
             raise StreamError(f"{other.name} and {first.name} are traces of different models")
     report = Report()
     top_k = max(rows.shape[1] for t in (*traces, *fit) for calls in t.layers for rows in calls)
-    even = {share: even_slots(first, share, top_k) for share in shares}
+    even = {share: _even_slots(first, share, top_k) for share in shares}
     for share in shares:
         for policy in policies:
-            add_rows(report.rows, traces, share, policy, "even", even[share], machine)
+            report.rows += _rows(traces, share, policy, "even", even[share], machine)
     if fit:
         curves, hot = miss_curves(fit, CANDIDATES[fit_policy]), hot_experts(fit)
         for share in shares:
-            for way, slots in divisions(first, even[share], top_k, curves).items():
-                add_rows(report.rows, traces, share, fit_policy, way, slots, machine)
-            report.warmth += [warmth(t, share, fit_policy, even[share], hot) for t in traces]
+            for way, slots in _divisions(first, even[share], top_k, curves).items():
+                report.rows += _rows(traces, share, fit_policy, way, slots, machine)
+            report.warmth += [_warmth(t, share, fit_policy, even[share], hot) for t in traces]
     return report
 
 
-def even_slots(routing: Routing, share: float, top_k: int) -> list[int]:
-    """Slots of each layer as the live cache shares out this part of all experts' bytes."""
+def _even_slots(routing: Routing, share: float, top_k: int) -> list[int]:
+    """Slots of each layer, as the live cache divides this part of all expert bytes."""
     sizes = routing.expert_bytes or (1,) * len(routing.experts)
     needs = [
         LayerNeed(n, b, fewest_slots(top_k), top_k)
@@ -137,10 +145,10 @@ def even_slots(routing: Routing, share: float, top_k: int) -> list[int]:
     return share_slots(int(budget + 1e-6), needs)
 
 
-def divisions(
-    routing: Routing, even: list[int], top_k: int, curves: Sequence[Any]
+def _divisions(
+    routing: Routing, even: list[int], top_k: int, curves: Sequence[np.ndarray]
 ) -> dict[str, list[int]]:
-    """Other ways to divide what the even division takes."""
+    """Other divisions of the same bytes, by name."""
     sizes = routing.expert_bytes or (1,) * len(routing.experts)
     least = [min(n, top_k) for n in even]
     ways = {"by gain": share_by_gain(even, sizes, least, curves)}
@@ -151,44 +159,38 @@ def divisions(
     return ways
 
 
-def add_rows(
-    rows: list[Row], traces: Sequence[Routing], share: float, policy: str, way: str,
-    slots: Sequence[int], machine: Machine,
-) -> None:  # fmt: skip
-    """One row a trace, and one for all of them where there are several."""
+def _rows(
+    traces: Sequence[Routing], share: float, policy: str, way: str, slots: Sequence[int],
+    machine: Machine,
+) -> list[Row]:  # fmt: skip
+    """One row for each trace, and one for all of them if there are several."""
     maker = policy if policy == BEST else CANDIDATES[policy]
-    together = [LayerReplay() for _ in slots]
-    for trace in traces:
-        layers = replay_routing(trace, slots, maker)
-        rows.append(_row(trace.name, share, policy, way, slots, layers, trace, machine))
-        for sums, layer in zip(together, layers, strict=True):
-            sums.add(layer)
+
+    def row(name: str, trace: Routing, layers: list[LayerReplay]) -> Row:
+        summed = total(layers)
+        return Row(
+            trace=name,
+            share=share,
+            policy=policy,
+            way=way,
+            slots=tuple(slots),
+            hits=summed.stats.hits,
+            compulsory=summed.stats.compulsory,
+            capacity=summed.stats.capacity,
+            hit_rate=summed.stats.hit_rate,
+            decode_hit_rate=summed.decode_hit_rate,
+            missed_per_token=summed.missed / max(1, max(x.tokens for x in layers)),
+            prompt_missed=summed.prompt_missed,
+            layer_hit_rates=tuple(x.stats.hit_rate for x in layers),
+            tokens_per_s=speed(trace, slots, layers, machine),
+        )
+
+    replays = [replay_routing(trace, slots, maker) for trace in traces]
+    rows = [row(t.name, t, layers) for t, layers in zip(traces, replays, strict=True)]
     if len(traces) > 1:
-        rows.append(_row("all", share, policy, way, slots, together, traces[0], machine))
-
-
-def _row(
-    name: str, share: float, policy: str, way: str, slots: Sequence[int],
-    layers: list[LayerReplay], routing: Routing, machine: Machine,
-) -> Row:  # fmt: skip
-    summed = total(layers)
-    tokens = max(1, max(x.tokens for x in layers))
-    return Row(
-        trace=name,
-        share=share,
-        policy=policy,
-        way=way,
-        slots=tuple(slots),
-        hits=summed.stats.hits,
-        compulsory=summed.stats.compulsory,
-        capacity=summed.stats.capacity,
-        hit_rate=summed.stats.hit_rate,
-        decode_hit_rate=summed.decode_hit_rate,
-        missed_per_token=summed.missed / tokens,
-        prompt_missed=summed.prompt_missed,
-        layer_hit_rates=tuple(x.stats.hit_rate for x in layers),
-        tokens_per_s=speed(routing, slots, layers, machine),
-    )
+        together = [total(layers) for layers in zip(*replays, strict=True)]
+        rows.append(row("all", traces[0], together))
+    return rows
 
 
 def speed(
@@ -196,8 +198,11 @@ def speed(
 ) -> float | None:
     """Predicted decode rate: `predict`'s likely value at the replayed hit rate.
 
-    Wholly resident layers ask the device nothing and read nothing. A trace without the model's
-    sizes counts the experts' bytes as all that computing reads.
+    Wholly resident layers neither sync nor read. Without the model's sizes in the trace, computing
+    is taken to read the experts' bytes alone.
+
+    Returns:
+        None if the trace lacks the experts' sizes.
     """
     if not routing.expert_bytes:
         return None
@@ -228,10 +233,10 @@ def speed(
     return predict(plan, machine, 1, Range(rate, rate, rate)).tokens_per_s.likely
 
 
-def warmth(
+def _warmth(
     trace: Routing, share: float, policy: str, slots: Sequence[int], hot: list[list[int]]
 ) -> Warmth:
-    """What a hot set saves at the start of a trace."""
+    """Misses that a hot set saves at the start of a trace."""
     begin = replace(trace, layers=tuple(calls[:FIRST_CALLS] for calls in trace.layers))
     prompt = replace(trace, layers=tuple(calls[:1] for calls in trace.layers))
     maker = CANDIDATES[policy]

@@ -1,7 +1,7 @@
-"""A drive of a stated rate and latency in the place of this machine's, for measurements only.
+"""A drive of a stated rate and latency in place of this machine's, for measurements only.
 
-Nothing in the package streams through it: `slowed` puts it under every reader of the process for
-the length of a `with` block. It can only slow down: a drive that is slower than stated stays so.
+`slowed` puts it under every reader of the process for the length of a `with` block; nothing else
+streams through it. It can only slow down: a drive that is slower than stated stays slower.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _LATENCY = 80e-6  # of a fast NVMe drive's read
 
 
 class Throttle:
-    """Stands in for `platform.read_into`.
+    """Stands in for `_osinfo.read_into`.
 
-    Reads end when a bus that carries one after the other would have delivered them, `latency`
-    later. With the files in the page cache what it gives does not vary.
+    A read ends `latency` seconds after a bus that carries one read at a time would have delivered
+    it. With the files in the page cache its rate does not vary.
 
     Args:
-        bytes_per_s: rate of the bus, in bytes/s; `math.inf` for latency alone.
-        latency: seconds that each read takes besides; reads in flight share them.
+        bytes_per_s: rate of the bus; `math.inf` for latency alone.
+        latency: seconds added to each read; reads in flight share them.
     """
 
     def __init__(self, bytes_per_s: float, latency: float = _LATENCY) -> None:
@@ -44,7 +44,7 @@ class Throttle:
 
 @contextmanager
 def slowed(bytes_per_s: float, latency: float) -> Iterator[None]:
-    """Every read of this process goes through a `Throttle` meanwhile."""
+    """Send every read of this process through a `Throttle` meanwhile."""
     original = platform.read_into
     platform.read_into = Throttle(bytes_per_s, latency)
     try:

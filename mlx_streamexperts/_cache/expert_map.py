@@ -1,7 +1,7 @@
-"""Which expert sits in which slot: the map, slot sharing, statistics.
+"""Which expert is in which slot: the map of one layer, its statistics, and sharing out a budget.
 
-Pure Python and NumPy: no MLX, no I/O. An `ExpertCache` belongs to one layer and is the only place
-that changes its expert -> slot map. Which expert leaves is for a policy to say (policies.py).
+An `ExpertCache` is the only place that changes a layer's expert -> slot map; a policy (policies.py)
+chooses which expert leaves. Pure Python and NumPy: no MLX and no I/O.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from .policies import POLICIES, PolicyMaker
 
 @dataclass(slots=True)
 class CacheStats:
-    """What a cache has seen; each expert counts once per call of its layer.
+    """Counters of a cache. Each expert counts once per call of its layer.
 
     Attributes:
         hits: needed experts that were resident because of an earlier use.
-        prefetched: needed experts that a speculative read had brought, or was bringing.
-        compulsory: misses of experts never resident before: no cache could have saved them.
+        prefetched: needed experts whose prefetch had ended or was in flight.
+        compulsory: misses of experts that were never resident before; no cache could avoid them.
         capacity: misses of experts that had been evicted.
-        evictions: experts that made room.
-        wasted: experts read speculatively and evicted before any use.
+        evictions: experts that were evicted to make room.
+        wasted: prefetched experts that were evicted before any use.
     """
 
     hits: int = 0
@@ -44,7 +44,7 @@ class CacheStats:
     def hit_rate(self) -> float:
         """Share of needed experts that were resident; 1.0 before any use.
 
-        Prefetched ones were not: what speculation saves is time, not reads.
+        Prefetched experts count as not resident: a prefetch saves time, not a read.
         """
         seen = self.hits + self.prefetched + self.misses
         return self.hits / seen if seen else 1.0
@@ -53,7 +53,7 @@ class CacheStats:
         """Add another cache's counts to these.
 
         Args:
-            other: the counts to be added; unchanged.
+            other: the counts to add.
         """
         self.hits += other.hits
         self.prefetched += other.prefetched
@@ -66,10 +66,15 @@ class CacheStats:
 class ExpertCache:
     """The expert -> slot map of one layer.
 
+    Args:
+        experts: routed experts of the layer.
+        slots: how many experts fit; more slots than experts are not used.
+        policy: a name in `POLICIES`, or a function that makes a policy.
+
     Attributes:
-        slot_of: int32 [experts], the expert's slot or -1.
-        stats: what happened so far.
-        version: changes whenever the map does.
+        slot_of: int32 [experts], each expert's slot or -1.
+        stats: counters.
+        version: a number that changes with the map.
     """
 
     def __init__(self, experts: int, slots: int, policy: str | PolicyMaker = "lru") -> None:
@@ -81,8 +86,8 @@ class ExpertCache:
         self._policy = self._make_policy(experts, self.slots)
         self._free = list(range(self.slots - 1, -1, -1))  # popped from the end: slot 0 first
         self._seen = np.zeros(experts, bool)
-        self._hits: list[np.ndarray] = []  # calls that the policy does not know of yet
-        self._ahead: dict[int, None] = {}  # placed by speculation and not used since, oldest first
+        self._hits: list[np.ndarray] = []  # of calls that the policy was not told of yet
+        self._prefetched: dict[int, None] = {}  # and not used since, oldest first
 
     @property
     def resident(self) -> list[int]:
@@ -92,9 +97,11 @@ class ExpertCache:
     def wanted(self, experts: np.ndarray) -> list[int]:
         """The distinct experts that a call chose, in order of first choice.
 
+        Call this once per call of the layer and before `place`: the policy learns from it how often
+        a call of several tokens chose each expert.
+
         Args:
-            experts: int [..., K], the choices of each token. The policy learns how often a call of
-                several tokens chose each, so call this once a call, before `place`.
+            experts: int [..., K], the choices of each token.
         """
         self._catch_up()
         chosen = experts.ravel()
@@ -103,38 +110,41 @@ class ExpertCache:
         return list(dict.fromkeys(chosen.tolist()))
 
     def hit(self, experts: np.ndarray) -> list[int]:
-        """A call of one token, whose experts [K] were all resident: `wanted` and `place` in one.
+        """Do the work of `wanted` and `place` for a token whose experts [K] were all resident.
 
-        The policy is told before it decides anything, of many calls at once: on a GPU 20 us a layer
-        would be a tenth of its time.
+        The policy is told of many such calls at once, before it next decides: on a GPU, 20 us a
+        layer would be a tenth of its time.
         """
         distinct = list(dict.fromkeys(experts.tolist()))  # some routers name one expert twice
-        ahead = [e for e in distinct if e in self._ahead] if self._ahead else []
-        for expert in ahead:
-            del self._ahead[expert]
+        prefetched = [e for e in distinct if e in self._prefetched] if self._prefetched else []
+        for expert in prefetched:
+            del self._prefetched[expert]
             self._seen[expert] = True
-        self.stats.prefetched += len(ahead)
-        self.stats.hits += len(distinct) - len(ahead)
+        self.stats.prefetched += len(prefetched)
+        self.stats.hits += len(distinct) - len(prefetched)
         self._hits.append(experts if len(distinct) == len(experts) else np.array(distinct))
         if len(self._hits) == 64:
             self._catch_up()
         return distinct
 
     def _catch_up(self) -> None:
-        """Tell the policy what it has not been told."""
+        """Tell the policy of the hits that it has not been told of."""
         if self._hits:
             self._policy.touch_all(np.concatenate(self._hits))
             self._hits.clear()
 
     def place(self, needed: Sequence[int], keep: Iterable[int] = ()) -> list[int]:
-        """Give every needed expert a slot; returns those whose bytes must now be read into it.
+        """Give every needed expert a slot; returns the misses, whose bytes must now be read.
 
-        Hits are touched before any miss is installed, and neither a needed expert nor one in
-        `keep` is evicted. The caller reads the returned experts or calls `drop` on them.
+        Hits are touched before any miss is placed, and neither a needed expert nor one in `keep` is
+        evicted. The caller reads the returned experts or calls `drop` on them.
 
         Args:
             needed: distinct experts; with `keep` no more of them than there are slots.
             keep: resident experts that must stay although this call does not need them.
+
+        Raises:
+            ValueError: there are more of them than slots.
         """
         self._catch_up()
         missing = [e for e in needed if self.slot_of[e] < 0]
@@ -146,8 +156,8 @@ class ExpertCache:
         for expert in needed:
             if self.slot_of[expert] >= 0:
                 self._policy.touch(expert)
-                if expert in self._ahead:
-                    del self._ahead[expert]
+                if expert in self._prefetched:
+                    del self._prefetched[expert]
                     self._seen[expert] = True
                     prefetched += 1
         self.stats.prefetched += prefetched
@@ -167,17 +177,17 @@ class ExpertCache:
     def place_prefetched(self, candidates: Sequence[int], keep: Collection[int] = ()) -> list[int]:
         """Give experts that may be needed soon a slot.
 
-        None of them is evicted for another. Of those that turn out not to be used no more stay than
-        twice the candidates, or than half of the slots that a call leaves if that is less (but as
-        many as there are candidates): the oldest make room first, so that guesses do not drive
-        out what is used.
+        No candidate is evicted for another. The number of prefetched experts that have not been
+        used is limited to twice the candidates, or to half of the slots that the candidates leave
+        if that is less (but never below the number of candidates). Above the limit the oldest of
+        them make room, so that prefetches do not drive out experts that are used.
 
         Args:
             candidates: distinct experts, the likeliest first.
-            keep: experts that must stay, besides the candidates: those being read.
+            keep: other experts that must stay, because they are being read.
 
         Returns:
-            Those whose bytes must now be read; the caller reads them or calls `drop`.
+            The candidates whose bytes must now be read; the caller reads them or calls `drop`.
         """
         self._catch_up()
         count = len(candidates)
@@ -190,8 +200,8 @@ class ExpertCache:
                 continue
             if len(placed) == room:
                 break
-            if len(self._ahead) >= unused:
-                stale = next((e for e in self._ahead if e not in pinned), None)
+            if len(self._prefetched) >= unused:
+                stale = next((e for e in self._prefetched if e not in pinned), None)
                 if stale is None:
                     break
                 self.drop(stale)
@@ -200,7 +210,7 @@ class ExpertCache:
                 self._evict(pinned)
             self.slot_of[expert] = self._free.pop()
             self._policy.admit(expert)
-            self._ahead[expert] = None
+            self._prefetched[expert] = None
             self.version += 1
             placed.append(expert)
         return placed
@@ -210,25 +220,25 @@ class ExpertCache:
         self._free.append(int(self.slot_of[victim]))
         self.slot_of[victim] = -1
         self.stats.evictions += 1
-        if victim in self._ahead:
-            del self._ahead[victim]
+        if victim in self._prefetched:
+            del self._prefetched[victim]
             self.stats.wasted += 1
 
     def waves(self, needed: Sequence[int], uses: np.ndarray) -> list[tuple[list[int], list[int]]]:
-        """Divide more experts than there are slots, so that the most used ones are resident last.
+        """Divide more experts than there are slots into waves; the most used experts come last.
 
-        Resident experts come first, then the others in the given order, but those that the call
-        uses most, as many as there are slots, after all else. Up to half of the slots go to such
-        experts as are resident already: they stay throughout. A wave takes half of what remains,
-        so that the next can be read while it computes.
+        Resident experts come first, then the others in the given order, and at the end the experts
+        that the call uses most, as many as there are slots. Those of them that are resident already
+        stay throughout, in up to half of the slots. A wave takes half of the remaining slots, so
+        that the next one can be read while it computes.
 
         Args:
             needed: distinct experts.
             uses: int [experts], how many of the call's rows choose each.
 
         Returns:
-            The waves, each with the experts that must stay while it is placed: what stays
-            throughout, and the wave before, which still computes (but not in a single slot).
+            The waves, each with the experts that must stay while it is placed: those that stay
+            throughout, and the wave before, which still computes (but not if there is one slot).
         """
         ranked = sorted(needed, key=lambda e: (-int(uses[e]), e))
         most_used = set(ranked[: self.slots])
@@ -246,32 +256,32 @@ class ExpertCache:
         return [(wave, [*stay, *last]) for wave, last in zip(waves, before, strict=False)]
 
     def clear(self) -> None:
-        """Empty every slot, whatever state the map was left in."""
+        """Empty every slot, even if an exception left the map half changed."""
         self.slot_of[:] = -1
         self.version += 1
         self._policy = self._make_policy(self.experts, self.slots)
         self._free = list(range(self.slots - 1, -1, -1))
-        self._ahead.clear()
+        self._prefetched.clear()
         self._hits.clear()
 
     def drop(self, expert: int) -> None:
-        """Empty the expert's slot: its bytes never arrived."""
+        """Empty the slot of an expert whose bytes did not arrive."""
         self._catch_up()
         self._free.append(int(self.slot_of[expert]))
         self.slot_of[expert] = -1
         self.version += 1
         self._policy.remove(expert)
-        self._ahead.pop(expert, None)
+        self._prefetched.pop(expert, None)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerNeed:
-    """What sharing out a budget must know of one layer.
+    """What one layer asks of the budget.
 
     Attributes:
         experts: routed experts in the layer.
         expert_bytes: bytes of one of them, all its tensors together.
-        minimum: slots the layer cannot work without.
+        minimum: the fewest slots that the layer works with.
         top_k: experts of one token; with fewer slots they pass through in waves.
     """
 
@@ -282,23 +292,24 @@ class LayerNeed:
 
 
 def fewest_slots(top_k: int) -> int:
-    """Slots that a layer works with at least.
+    """The fewest slots that a layer works with.
 
-    Two: one is read while the other computes. Below top-k nothing outlives its token.
+    Two are enough: one is read while the other computes. With fewer than top-k, no expert stays for
+    the next token.
     """
     return min(2, top_k)
 
 
 def share_slots(budget_bytes: int, layers: Sequence[LayerNeed]) -> list[int]:
-    """Share one byte budget out: every layer gets the same fraction of its experts.
+    """Share out a budget so that every layer gets the same fraction of its experts.
 
-    What rounding leaves goes out one slot at a time to the layers furthest below that fraction.
+    The bytes that rounding leaves become single slots of the layers furthest below that fraction.
 
     Returns:
-        Slots per layer, at most the layer's experts, together within the budget.
+        Slots of each layer, at most as many as its experts, all within the budget.
 
     Raises:
-        BudgetError: the budget is below every layer's minimum together.
+        BudgetError: the budget is less than the minima of all layers.
     """
     least = sum(layer.minimum * layer.expert_bytes for layer in layers)
     if least > budget_bytes:

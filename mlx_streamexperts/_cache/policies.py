@@ -1,7 +1,7 @@
-"""Which resident expert makes room for another: the replacement policies.
+"""Replacement policies: which resident expert makes room for another.
 
-Pure Python and NumPy. A policy orders the resident experts of one layer and nothing else; where
-they are is the cache's business.
+A policy orders the resident experts of one layer; it knows nothing of slots. To add one, write a
+class with the methods of `Policy` and enter it in `POLICIES`.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ import numpy as np
 
 
 class Policy(Protocol):
-    """Orders the resident experts of one layer; chooses which to evict."""
+    """Orders the resident experts of one layer and chooses which one to evict."""
 
     def prompt(self, chosen: np.ndarray) -> None:
-        """A call of several tokens is about to use experts.
+        """A call of several tokens will use these experts.
 
         Args:
-            chosen: int [N], token after token, repeats included; each is then touched or inserted
-                once.
+            chosen: int [N], token after token, with repeats. Afterwards each expert is touched or
+                inserted once.
         """
 
     def touch(self, expert: int) -> None:
         """A resident expert was used."""
 
     def touch_all(self, experts: np.ndarray) -> None:
-        """Resident experts, int [N], were used one after the other; some more than once."""
+        """Resident experts, int [N], were used one after another, some more than once."""
 
     def insert(self, expert: int) -> None:
-        """An expert became resident, and is used."""
+        """An expert became resident and is used."""
 
     def admit(self, expert: int) -> None:
-        """An expert became resident on a guess, and is not used yet."""
+        """A prefetched expert became resident; it has not been used yet."""
 
     def evict(self, keep: Collection[int]) -> int:
         """Remove and return a resident expert that is not in `keep`; there is always one."""
 
     def remove(self, expert: int) -> None:
-        """A resident expert was dropped for another reason (its read failed)."""
+        """A resident expert was dropped for another reason; its read failed, for example."""
 
 
 class _OneByOne:
-    """Uses in a row are uses one by one."""
+    """A policy to which many uses at once are the same as one after another."""
 
     def touch(self, expert: int) -> None:
         raise NotImplementedError
@@ -56,13 +56,13 @@ class _OneByOne:
 
 
 class LRU(_OneByOne):
-    """Evicts the expert whose last use lies furthest back."""
+    """Evicts the expert that was not used for the longest time."""
 
     def __init__(self, experts: int, slots: int) -> None:
         self._order: OrderedDict[int, None] = OrderedDict()  # oldest first
 
     def prompt(self, chosen: np.ndarray) -> None:
-        """How often an expert is chosen within a call makes no difference."""
+        """Ignored: the number of uses within a call makes no difference."""
 
     def touch(self, expert: int) -> None:
         self._order.move_to_end(expert)
@@ -82,11 +82,11 @@ class LRU(_OneByOne):
 
 
 class S3FIFO(_OneByOne):
-    """Three FIFO queues: one-hit wonders leave early through a small probation queue.
+    """Three FIFO queues; experts that are used only once leave early, through a small queue.
 
-    Source: Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023. A tenth of
-    the slots is the probation queue; ghosts remember as many evicted experts as the main queue
-    holds; an expert's use count saturates at 3.
+    Source: Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023. The small
+    queue has a tenth of the slots. The ghost queue remembers as many evicted experts as the main
+    queue holds. Use counts saturate at 3.
     """
 
     def __init__(self, experts: int, slots: int) -> None:
@@ -97,7 +97,7 @@ class S3FIFO(_OneByOne):
         self._small_slots = max(1, slots // 10)
 
     def prompt(self, chosen: np.ndarray) -> None:
-        """How often an expert is chosen within a call makes no difference."""
+        """Ignored: the number of uses within a call makes no difference."""
 
     def touch(self, expert: int) -> None:
         self._uses[expert] = min(3, self._uses[expert] + 1)
@@ -114,9 +114,9 @@ class S3FIFO(_OneByOne):
             return victim
         if (victim := self._evict_main(keep)) is not None:
             return victim
-        # Everything in the main queue must stay.
+        # All experts in the main queue must stay.
         victim = self._evict_small(keep)
-        if victim is None:  # it has just promoted all that it could
+        if victim is None:  # the small queue has just promoted all that it could
             victim = self._evict_main(keep)
         assert victim is not None
         return victim
@@ -126,7 +126,7 @@ class S3FIFO(_OneByOne):
         (self._small if expert in self._small else self._main).pop(expert)
 
     def _evict_small(self, keep: Collection[int]) -> int | None:
-        """Promote experts that were used more than once; evict the first other one."""
+        """Promote experts that were used more than once, and evict the first other one."""
         for expert in [e for e in self._small if e not in keep]:
             del self._small[expert]
             if self._uses[expert] <= 1:
@@ -138,7 +138,7 @@ class S3FIFO(_OneByOne):
         return None
 
     def _evict_main(self, keep: Collection[int]) -> int | None:
-        """Put used experts back with one use less until one without uses is found."""
+        """Put used experts back with one use less, until an expert without uses is found."""
         movable = deque(e for e in self._main if e not in keep)
         while movable:
             expert = movable.popleft()
@@ -153,29 +153,29 @@ class S3FIFO(_OneByOne):
 
 
 class LRFU:
-    """Evicts the expert that was used least, where a use counts half as much a while later.
+    """Evicts the expert that was used least; the weight of a use halves over time.
 
     Source: Lee et al., "LRFU: a spectrum of policies that subsumes the least recently used and
-    least frequently used policies", IEEE Transactions on Computers 50 (12), 2001. Unlike a general
-    cache a layer has few experts, so the counts of evicted ones are kept as well. A prompt counts
-    as if its tokens had come one by one: counting its experts once each cost up to 8 % more misses.
+    least frequently used policies", IEEE Transactions on Computers 50 (12), 2001. A layer has few
+    experts, so the counts of evicted ones are kept too. A prompt counts as if its tokens had come
+    one by one; counting each of its experts once caused up to 8 % more misses.
 
     Args:
-        half_life: uses, per expert of the layer, after which a use counts half; infinity is plain
-            LFU.
+        half_life: number of uses, per expert of the layer, after which a use counts half; infinity
+            is plain LFU.
     """
 
     _LARGEST = 2.0**500
 
     def __init__(self, experts: int, slots: int, half_life: float = 2.0) -> None:
-        # Instead of every count shrinking at each use, the weight of a new use grows.
+        # Instead of shrinking every count at each use, let the weight of a new use grow.
         self._halving = 1 / (half_life * experts)
         self._growth = 2.0**self._halving
         self._weight = 1.0
         self._count = [0.0] * experts
-        self._counted: set[int] = set()  # their next use is one of a prompt's, already counted
-        # One entry a resident expert, with its count when it was last looked at: counts only grow,
-        # so the smallest one that is up to date is the smallest.
+        self._counted: set[int] = set()  # whose next use `prompt` has counted already
+        # An entry for each resident expert, with its count when the entry was made. Counts only
+        # grow, so the smallest entry that is up to date has the smallest count.
         self._heap: list[tuple[float, int]] = []
 
     def prompt(self, chosen: np.ndarray) -> None:
@@ -196,7 +196,7 @@ class LRFU:
             self._rescale()
 
     def touch_all(self, experts: np.ndarray) -> None:
-        if self._counted or len(experts) * self._halving > 400:  # seldom, and safe from overflow
+        if self._counted or len(experts) * self._halving > 400:  # rare; 2.0**400 does not overflow
             for expert in experts.tolist():
                 self.touch(expert)
             return
@@ -239,7 +239,7 @@ class LRFU:
         heapq.heapify(self._heap)
 
     def _grow(self, half_lives: float) -> None:
-        """Let this much time pass; a long prompt is more than a float holds at once."""
+        """Let time pass, in steps: a float cannot hold the growth over a long prompt."""
         self._counted.clear()
         while half_lives > 0:
             step = min(half_lives, 400.0)
@@ -249,15 +249,15 @@ class LRFU:
                 self._rescale()
 
     def _rescale(self) -> None:
-        """Keep numbers finite; dividing by a power of two changes no order."""
+        """Keep numbers finite; dividing by a power of two keeps their order."""
         self._weight /= self._LARGEST
         self._count = [c / self._LARGEST for c in self._count]
         self._heap = [(c / self._LARGEST, e) for c, e in self._heap]
-        heapq.heapify(self._heap)  # what was smallest may have become equal to another
+        heapq.heapify(self._heap)  # underflow may have made entries equal
 
 
 PolicyMaker = Callable[[int, int], Policy]
-"""Makes a policy of a layer's experts and slots."""
+"""Makes a policy from a layer's numbers of experts and slots."""
 
 POLICIES: dict[str, PolicyMaker] = {"lru": LRU, "s3fifo": S3FIFO, "lrfu": LRFU}
-"""Replacement policies by the name that `StreamConfig.policy` takes."""
+"""Replacement policies by their names in `StreamConfig.policy`."""

@@ -1,12 +1,12 @@
 """Slot memory: MLX arrays `[slots, ...]`, and byte views over the same memory.
 
 The bank owns the memory that expert bytes are read into. An evaluated MLX array exposes its memory
-through Python's buffer protocol, so a read can go straight into it, with no copy and no MLX
-operation. `in_place_works` checks at run time that the default device's kernels see such writes;
-where they do not, a bank stages the bytes and copies them with an MLX update.
+through Python's buffer protocol, so a read can go straight into it, without a copy or an MLX
+operation. `in_place_works` checks at run time that the default device's kernels see such writes. If
+they do not, a bank stages the bytes and copies them with an MLX update.
 
 Writing in place has one hazard: MLX is lazy, and a matmul that was built but has not run reads
-whatever the slot holds when it runs. The bank therefore remembers the outputs that read it, and
+whatever the slot holds when it runs. The bank therefore tracks the outputs that read it, and
 `flush_readers` must be called before any slot is overwritten.
 """
 
@@ -23,8 +23,8 @@ import numpy as np
 
 from .._errors import OtherThreadError, StreamError
 
-# An output above this size is evaluated at once rather than kept alive until the next write: in
-# prefill one layer's output is hundreds of megabytes.
+# A larger output is evaluated at once instead of being kept alive until the next write: in prefill
+# one layer's output is hundreds of megabytes.
 _KEEP_OUTPUT_BYTES = 1 << 20
 _KEEP_OUTPUTS = 4
 
@@ -37,7 +37,7 @@ class SlotTensor:
 
     Attributes:
         module: the projection that holds it, or the switch itself.
-        attribute: its name there, for example `weight`.
+        attribute: the tensor's name there, for example `weight`.
         shape: shape of one expert's part (without the expert dimension).
         dtype: MLX element type.
     """
@@ -56,73 +56,74 @@ class Bank:
         slots: how many experts fit.
         in_place: read straight into the arrays (see `in_place_works`).
 
-    Creating a bank allocates its memory and hangs the arrays into their modules.
+    Attributes:
+        spoiled: a commit failed, and the arrays may hold anything.
+
+    Creating a bank allocates its memory and puts the arrays into their modules.
+
+    Raises:
+        StreamError: there is not enough memory.
     """
 
     def __init__(self, tensors: dict[str, SlotTensor], slots: int, in_place: bool) -> None:
         self.slots, self.in_place = slots, in_place
         self._tensors = tensors
-        self._bytes: dict[str, memoryview] = {}
-        self._staged: dict[tuple[str, int], np.ndarray] = {}
+        self._row_bytes = [total_bytes([t]) for t in tensors.values()]
+        self._views: list[memoryview] = []  # [slots * row_bytes] of each tensor
+        self._staged: dict[int, list[np.ndarray]] = {}  # by slot: bytes of each tensor
         self._readers: list[mx.array] = []
-        self._builder: threading.Thread | None = None  # who built them
-        self._earlier: list[mx.array] = []  # of banks before this one, the same builder's
-        self.spoiled = False  # a commit failed: the arrays may hold anything
-        for name, t in tensors.items():
+        self._builder: threading.Thread | None = None  # of the readers
+        self._earlier: list[mx.array] = []  # readers of banks before this one, of the same builder
+        self.spoiled = False
+        for t in tensors.values():
             try:
                 array = mx.zeros((slots, *t.shape), t.dtype)  # [slots, ...]
                 mx.eval(array)
             except (MemoryError, RuntimeError) as e:
                 if not _lacks_memory(e):
                     raise
-                needed = slots * total_bytes(list(tensors.values()))
+                needed = slots * sum(self._row_bytes)
                 raise StreamError(
                     f"no memory for {needed:,} bytes of expert slots ({e}): give the cache less, "
                     "or close what else uses memory; then resize the cache, or load again"
                 ) from e
             setattr(t.module, t.attribute, array)
             if in_place:
-                self._bytes[name] = byte_view(array)
+                self._views.append(byte_view(array))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all slots."""
-        return sum(getattr(t.module, t.attribute).nbytes for t in self._tensors.values())
-
-    def destination(self, name: str, slot: int) -> memoryview:
-        """Writable bytes of one tensor of one slot."""
+    def destinations(self, slot: int) -> list[memoryview]:
+        """Writable memory for an expert in this slot: the bytes of each tensor, in their order."""
         if self.in_place:
-            view = self._bytes[name]
-            row = len(view) // self.slots
-            return view[slot * row : (slot + 1) * row]
-        t = self._tensors[name]
-        count = int(np.prod(t.shape, dtype=np.int64)) * t.dtype.size
-        staged = self._staged[name, slot] = np.empty(count, np.uint8)
-        return staged.data
+            sizes = zip(self._views, self._row_bytes, strict=True)
+            return [view[slot * size : (slot + 1) * size] for view, size in sizes]
+        staged = self._staged[slot] = [np.empty(size, np.uint8) for size in self._row_bytes]
+        return [part.data for part in staged]
 
-    def delivered(self, name: str, slot: int) -> memoryview:
-        """The bytes that were read into one tensor of one slot; before `commit`."""
-        return self.destination(name, slot) if self.in_place else self._staged[name, slot].data
+    def delivered(self, slot: int) -> list[memoryview]:
+        """The bytes of each tensor that were read for this slot. To be called before `commit`."""
+        if self.in_place:
+            return self.destinations(slot)
+        return [part.data for part in self._staged[slot]]
 
     def commit(self) -> None:
-        """Make staged bytes visible; nothing to do where reads go straight into the arrays.
+        """Make staged bytes visible. Does nothing if reads go straight into the arrays.
 
-        After an error no slot holds what it held, until `discard`: an update may write the array
-        that it updates, and what it returns is all slots.
+        After an error every slot's content is lost, until `discard`: an update may write to the
+        array that it updates, and it returns all slots.
         """
         if not self._staged or self.spoiled:
             return
         self.spoiled = True
-        for (name, slot), staged in self._staged.items():
-            t = self._tensors[name]
-            array = getattr(t.module, t.attribute)
-            array[slot] = mx.array(staged).view(t.dtype).reshape(t.shape)
+        for slot, staged in self._staged.items():
+            for t, part in zip(self._tensors.values(), staged, strict=True):
+                array = getattr(t.module, t.attribute)
+                array[slot] = mx.array(part).view(t.dtype).reshape(t.shape)
         mx.eval([getattr(t.module, t.attribute) for t in self._tensors.values()])
         self._staged.clear()
         self.spoiled = False
 
     def discard(self) -> None:
-        """Forget staged bytes; after a failed `commit`, have new arrays in place of the old."""
+        """Forget staged bytes. After a failed `commit`, replace the arrays by new ones."""
         self._staged.clear()
         if self.spoiled:
             for t in self._tensors.values():
@@ -131,15 +132,16 @@ class Bank:
             self.spoiled = False
 
     def flush_readers(self) -> None:
-        """Run every unevaluated reader, so that slots can be overwritten.
+        """Run every reader that has not been evaluated, so that slots can be overwritten.
 
-        In the thread that built them those of banks before this one too: run-ahead's tables stay.
+        In the thread that built them this includes the readers of banks before this one, because
+        they may read run-ahead's tables, which outlive a bank.
 
         Raises:
             OtherThreadError: only another thread can run them.
-            Exception: MLX's own; they have not run, or hold garbage. A device reports a failed
-                command once, to whoever waits for it first: nothing that was built before may be
-                used, by anyone.
+            Exception: MLX's own. Readers have not run, or hold garbage: a device reports a failed
+                command only once, to the first that waits for it, so nothing that was built before
+                may be used.
         """
         if self._earlier and self._builder is threading.current_thread():
             self._readers += self._earlier
@@ -156,77 +158,80 @@ class Bank:
                     "another thread has built a forward pass through this model and not evaluated "
                     "it; evaluate it there first, or give each thread its own model"
                 ) from e
-        self._readers.clear()  # nobody can evaluate what a thread built that is no more
+        self._readers.clear()  # if the builder is dead, no thread can evaluate them any more
 
     def track_reader(self, output: mx.array, eager: bool = False) -> mx.array:
-        """Note that `output`, not yet evaluated, reads this bank; returns it.
+        """Remember that `output`, which is not evaluated yet, reads this bank; returns it.
 
         Args:
-            eager: evaluate it now; asked for when several threads share the layer, because one
-                thread cannot evaluate another's graph.
+            output: any array that was built from the bank's arrays.
+            eager: evaluate it now, because several threads share the layer and none of them can
+                evaluate another's graph.
         """
         if eager or output.nbytes > _KEEP_OUTPUT_BYTES:
             mx.eval(output)
             return output
         if len(self._readers) >= _KEEP_OUTPUTS:
-            # Steps ago; evaluated long since (0.4 us to find out) unless the caller hoards graphs.
+            # These are steps old. They were evaluated long ago (0.4 us to find out), unless the
+            # caller hoards graphs.
             self.flush_readers()
         self._readers.append(output)
         self._builder = threading.current_thread()
         return output
 
     def forget(self, output: mx.array) -> None:
-        """Nobody will look at `output`: it need not be run before a slot changes."""
+        """Stop tracking `output`, which nothing uses: it need not run before a slot changes."""
         self._readers = [r for r in self._readers if r is not output]
 
     def inherit_readers(self, other: Bank) -> None:
-        """Know of what was built with the bank before, and is not known to have run."""
+        """Track the readers of the bank before this one that may not have run."""
         self._earlier, self._builder = [*other._earlier, *other._readers], other._builder
 
     def free(self) -> None:
-        """Give the memory back; the modules keep empty arrays.
+        """Give the memory back. The modules keep empty arrays.
 
-        What another thread has built and not evaluated keeps it until then: nobody writes there any
-        more, and two threads must not evaluate one graph.
+        Graphs that another thread has built and not evaluated keep the memory until they run. That
+        is safe, because nothing is written there any more, and necessary, because two threads must
+        not evaluate one graph.
         """
         try:
             if self._builder is threading.current_thread():
                 self.flush_readers()
         except Exception:
-            self._readers.clear()  # or the next change would fail as well
+            self._readers.clear()  # otherwise the next change would fail as well
             self._earlier.clear()
             raise
         finally:
-            self._bytes.clear()
+            self._views.clear()
             self._staged.clear()
             for t in self._tensors.values():
                 setattr(t.module, t.attribute, mx.zeros((0, *t.shape), t.dtype))
 
 
 def _of_another_thread(error: RuntimeError) -> bool:
-    """Is it MLX's refusal of what another thread has built, and not a device's error?"""
+    """Is this MLX's refusal to evaluate another thread's graph, and not a device's error?"""
     return str(error).startswith("There is no Stream(")
 
 
 def _lacks_memory(error: Exception) -> bool:
-    """Is it an allocation that failed, and not a device's error?"""
+    """Is this a failed allocation, and not a device's error?"""
     said = str(error).lower()
     return isinstance(error, MemoryError) or "alloc" in said or "memory" in said
 
 
 def numbers(array: mx.array) -> np.ndarray:
-    """An array's content as NumPy's, evaluated first.
+    """Evaluate an array and copy its content to NumPy.
 
-    `np.array` does not do: it drops the error that evaluating raised and asks the array again,
-    which a device that reports its failure once then answers with garbage.
+    `np.array` alone is not enough: it drops the error that the evaluation raised and asks the array
+    again. A device that reports its failure only once then answers with garbage.
     """
     mx.eval(array)
     return np.array(array)
 
 
 def byte_view(array: mx.array) -> memoryview:
-    """Writable bytes of an evaluated, contiguous array, over the same memory."""
-    # bfloat16 has no buffer format that NumPy knows; a view as unsigned integers shares the memory.
+    """Writable bytes of an evaluated, contiguous array; they share its memory."""
+    # NumPy knows no buffer format for bfloat16. A view as unsigned integers shares the memory.
     bits = array.view(_UNSIGNED[array.dtype.size])
     mx.eval(bits)
     return memoryview(cast(Any, bits)).cast("B")
@@ -237,9 +242,9 @@ _verdict_lock = threading.Lock()
 
 
 def in_place_works() -> bool:
-    """Do kernels on the default device see what is written into arrays' memory?
+    """Do kernels on the default device see bytes that are written into arrays' memory?
 
-    What `in_place_fault` found; kept per device.
+    `in_place_fault` finds out, once per device.
     """
     device = str(mx.default_device())
     with _verdict_lock:
@@ -249,16 +254,16 @@ def in_place_works() -> bool:
 
 
 def in_place_fault(rounds: int = 3) -> str | None:
-    """What is wrong with writing into arrays' memory on the default device; None if nothing is.
+    """Describe why arrays' memory cannot be written on the default device; None if it can.
 
-    Another thread writes, as the reader does, and kernels read, again and again, so that a stale
-    copy on the device is noticed: arrays of the element types in use, from one page to a quarter of
-    a megabyte; slices of an array, written through the whole array's memory (as run-ahead's tables
-    are); one part of an array while kernels that read another part run; neighbouring rows of 4
-    bytes by two threads at once, while kernels read those between.
+    Another thread writes, as the reader does, and kernels read, repeatedly, so that a stale copy on
+    the device shows. It writes arrays of the element types in use, from one page to a quarter of a
+    megabyte; slices of an array, through the whole array's memory (as run-ahead's tables are
+    written); one part of an array while kernels read another part; and, with a second thread,
+    neighbouring rows of 4 bytes while kernels read the rows between them.
 
     Args:
-        rounds: how often each of them is written.
+        rounds: how often each of these is written.
     """
     for dtype in (mx.uint32, mx.bfloat16, mx.float32, mx.uint8):
         for rows in (2, 128):
@@ -338,7 +343,7 @@ def _check_beside(rounds: int) -> bool:
 
 
 def _check_neighbours(rounds: int) -> bool:
-    """Of rows of 4 bytes every third is read by kernels, while two threads write the others."""
+    """Kernels read every third row of 4 bytes while two threads write the other rows."""
     rows, hops = 3 * 1024, 60
     table = mx.zeros((rows, 1), mx.uint32)
     mx.eval(table)
@@ -369,13 +374,13 @@ def _check_neighbours(rounds: int) -> bool:
 
 
 def _write_rows(rows: np.ndarray, values: np.ndarray) -> None:
-    """One after another, as tables are written."""
+    """Write row after row, as tables are written."""
     for i, value in enumerate(values.tolist()):
         rows[i] = value
 
 
 def _write_elsewhere(view: memoryview, pattern: np.ndarray) -> threading.Thread:
-    """Write in another thread, which is returned."""
+    """Start a thread that writes, and return it."""
     writer = threading.Thread(target=_write, args=(view, pattern))
     writer.start()
     return writer

@@ -1,9 +1,9 @@
-"""A call's (token, expert) rows, computed on several processor cores at once.
+"""Runs the (token, expert) rows of a call on several processor cores at once.
 
-MLX's CPU backend runs a stream's operations one after another in one thread, so that a model keeps
-one core busy. It computes the rows of an expert layer one by one, whichever others are in the call:
-shared out over several streams they come out with the same bits. A GPU shares them out itself, and
-chooses its kernels by their number: there a call stays one.
+MLX's CPU backend runs a stream's operations one after another in one thread, so a model keeps one
+core busy. It computes the rows of an expert layer one by one, whatever other rows are in the call:
+divided over several streams they give the same bits. A GPU divides them itself, and chooses its
+kernels by their number: there a call must stay one.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ import mlx.nn as nn
 
 from .._osinfo import usable_cores
 
-_MOST = 16  # MLX never ends the threads of a stream: each thread that calls a model has its own
+_MOST = 16  # MLX never ends a stream's threads, and each thread that calls a model has its own
 _IDLE_SECONDS = 1.0
 
-# Another part costs about 60 us of building and waking up, as long as this much takes to compute.
+# Another part costs about 60 us to build and wake up, which is as long as this much takes to run.
 _LEAST_BYTES = 128 << 10
 
-_streams: list[mx.ThreadLocalStream] = []  # of the process, made as they are needed
+_streams: list[mx.ThreadLocalStream] = []  # of the process, made when they are needed
 
 
-class Lanes:
+class CpuStreams:
     """Runs one model's calls in several streams of the CPU.
 
     Args:
-        cores: how many calls may keep busy; None for all that this process may use.
+        cores: how many cores a call may use; None for all that this process may use.
 
     Attributes:
-        count: into how many parts a call is divided at most; 1 on a GPU.
+        count: the most parts that a call is divided into; 1 on a GPU.
     """
 
     def __init__(self, cores: int | None = None) -> None:
@@ -44,35 +44,34 @@ class Lanes:
         self._seen = 0.0
 
     def run(self, switch: nn.Module, x: mx.array, slots: mx.array, expert_bytes: int) -> mx.array:
-        """`switch(x, slots)`, in parts along its longest dimension.
+        """Compute `switch(x, slots)`, in parts along its longest dimension.
 
         Args:
             switch: mlx-lm's module.
             x: [..., D] tokens.
-            slots: [..., K] where the experts of each are.
-            expert_bytes: size of one of them.
+            slots: [..., K], the slots of each token's experts.
+            expert_bytes: size of one expert.
 
         Returns:
             [..., K, D]
         """
-        axis = max(range(slots.ndim), key=lambda i: slots.shape[i])
-        if x.shape[:-1] != slots.shape[:-1]:
-            axis = slots.ndim - 1
-        size = slots.shape[axis]
+        shape = slots.shape
+        axis = shape.index(max(shape)) if x.shape[:-1] == shape[:-1] else len(shape) - 1
+        size = shape[axis]
         count = min(self.count, size, slots.size * expert_bytes // _LEAST_BYTES)
-        if count < 2 or not self._ours():
+        if count < 2 or not self._is_owner():
             return switch(x, slots)
         bounds = [size * i // count for i in range(1, count)]
         many_slots = mx.split(slots, bounds, axis)
-        many_x = [x] * count if axis == slots.ndim - 1 else mx.split(x, bounds, axis)
+        many_x = [x] * count if axis == len(shape) - 1 else mx.split(x, bounds, axis)
         parts = [switch(many_x[0], many_slots[0])]
         for stream, some_x, some_slots in zip(_streams, many_x[1:], many_slots[1:], strict=False):
             with mx.stream(stream):
                 parts.append(switch(some_x, some_slots))
-        return mx.concatenate(parts, axis)  # of [..., K, D], which has one dimension more behind
+        return mx.concatenate(parts, axis)  # [..., K, D]: axis counts from the front, D is last
 
-    def _ours(self) -> bool:
-        """Do the cores belong to this thread? Not while another one computes with this model."""
+    def _is_owner(self) -> bool:
+        """May this thread use the other cores? Not while another thread computes with the model."""
         now, me = time.perf_counter(), threading.get_ident()
         if self._owner != me and now - self._seen < _IDLE_SECONDS:
             return False

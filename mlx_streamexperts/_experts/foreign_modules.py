@@ -1,8 +1,8 @@
-"""Modules and functions that others have hung into a streamed model: recorders, say.
+"""Finds modules and functions that others have attached to a streamed model, such as recorders.
 
-mlx-lm's own keep nothing of what passes through them. To run a pass twice (runahead.py), or to call
-a router early (prefetch.py), changes nothing that anybody sees, as long as there are no others. Who
-records activations must see each pass once, and as it is.
+mlx-lm's own modules keep nothing of the arrays that pass through them. Running a pass twice
+(`runahead.py`) or probing a router early (`prefetch.py`) is therefore invisible, unless foreign
+code is attached: a recorder of activations must see each pass once, and complete.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import mlx.nn as nn
 _OURS = ("mlx", "mlx_lm", "mlx_vlm", __package__.partition(".")[0])
 
 
-class Strangers:
-    """Looks for them below some modules.
+class ForeignModules:
+    """Watches some modules for foreign code that is attached after this object was made.
 
     Args:
-        modules: what is called in them now is known, whoever wrote it. Lists of some, too.
+        modules: modules, or lists of modules. Everything that they call now is accepted.
     """
 
     def __init__(self, *modules: Any) -> None:
@@ -31,7 +31,7 @@ class Strangers:
         self._known = {id(call): call for m in modules for call in _calls(m)}
 
     def any(self) -> bool:
-        """Is there something that was not there, and is not mlx-lm's either?"""
+        """Is anything attached that was not there before and is not mlx-lm's?"""
         modules = [m for ref in self._modules if (m := ref()) is not None]
         return any(
             id(call) not in self._known and not _is_ours(call)
@@ -50,7 +50,7 @@ def _is_ours(call: Any) -> bool:
 
 
 def _calls(node: Any) -> Iterator[Any]:
-    """What runs when a module and those below it are called."""
+    """Everything that runs when a module and the modules below it are called."""
     if isinstance(node, nn.Module):
         yield next((vars(k)["__call__"] for k in type(node).__mro__ if "__call__" in vars(k)), None)
         for value in (*node.values(), *vars(node).values()):

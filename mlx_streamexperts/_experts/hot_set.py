@@ -1,8 +1,9 @@
-"""Hot sets: which experts sat in the slots, saved in one session and read in at the next load.
+"""Hot sets: the resident experts of one session, saved and read in at the next load.
 
 Measured on recorded routing (docs/policies.md): at 25 % resident the first prompt finds a third of
-what it would have read, at 50 % more than half, whatever topic the set comes from. Fewer reads are
-saved than made: they are moved to before the prompt. A hot set changes speed, never a result.
+the experts that it would have read, at 50 % more than half, whatever topic the set comes from. The
+reads happen before the prompt, and there are more of them than it saves. A hot set changes speed,
+never a result.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _SAMPLE_BYTES = 4096
 
 
 def save_hot_set(layers: Sequence[ExpertLayer], file: Path) -> None:
-    """Write which experts are resident now.
+    """Write the experts that are resident now.
 
     Raises:
         CheckpointError: the checkpoint's files cannot be read.
@@ -37,7 +38,7 @@ def read_hot_set(layers: Sequence[ExpertLayer], file: Path) -> list[list[int]]:
     """The experts of each layer that a hot set names.
 
     Raises:
-        CheckpointError: it is no hot set, or was saved from another checkpoint.
+        CheckpointError: the file is not a hot set, or was saved from another checkpoint.
     """
     content = read_json_object(file, "a hot set")
     if content.get("format") != _FORMAT or not isinstance(content.get("layers"), list):
@@ -53,14 +54,14 @@ def read_hot_set(layers: Sequence[ExpertLayer], file: Path) -> list[list[int]]:
         experts = saved.get("experts") if isinstance(saved, dict) else None
         if not _are_distinct(experts, layer.experts) or saved.get("name") != layer.name:
             raise CheckpointError(
-                f"{file}: {layer.name} is not described as saving does: save it again"
+                f"{file}: {layer.name} is not described as saving describes it: save it again"
             )
         hot.append(experts)
     return hot
 
 
 def read_in(layers: Sequence[ExpertLayer], hot: Sequence[Sequence[int]], progress: bool) -> None:
-    """Read hot experts into empty slots, as far as there are slots; layers kept whole have theirs.
+    """Read hot experts into empty slots, as many as fit. Wholly resident layers have theirs.
 
     Raises:
         ExpertReadError: an expert's bytes could not be read.
@@ -78,10 +79,10 @@ def read_in(layers: Sequence[ExpertLayer], hot: Sequence[Sequence[int]], progres
 
 
 def identity(layers: Sequence[ExpertLayer]) -> str:
-    """What tells one checkpoint's experts from another's, whether they lie packed or not.
+    """An identity of a checkpoint's experts, the same for a packed store of it.
 
-    A digest of every tensor's kind and of the first bytes of each layer's first expert: fine-tunes
-    that left the experts alone count as the same.
+    It is a digest of every tensor's kind and of the first bytes of each layer's first expert.
+    Fine-tunes that did not change the experts have the same one.
 
     Raises:
         CheckpointError: a file cannot be read.

@@ -1,10 +1,21 @@
-"""The streamed expert layer: drop-in for mlx-lm's `SwitchGLU` and `SwitchMLP`.
+"""One layer of routed experts, streamed: the path of a token from router indices to expert outputs.
 
-It computes what the module it stands in for computes, by calling that module itself: its expert
-tables are exchanged for a bank of slots, and expert indices for slot indices. Each (token, expert)
-row is computed on its own, so relocating experts changes no bit. It must never overwrite a slot
-that an unevaluated matmul will still read (`Bank.flush_readers`), nor return before every expert
-that it used was read.
+`StreamedSwitch` stands where the model has mlx-lm's `SwitchGLU` or `SwitchMLP`. A call takes these
+steps, in this order (`ExpertLayer.forward_synced`):
+
+    x [..., D], indices [..., K]        from the model: tokens, and the experts chosen for each
+    experts = numbers(indices)          int [..., K] on the host; the only wait for the device
+    needed = cache.wanted(experts)      the distinct experts
+    arrivals = slots.begin(needed)      each has a slot; reads of the missing ones are queued
+    arrivals.all()                      wait until their bytes are in the slots
+    slot_of[experts]                    uint32 [..., K]: slots take the place of experts
+    switch(x, slots)                    [..., K, D]: mlx-lm's own module, over the bank's arrays
+
+Each (token, expert) row is computed on its own, so moving experts to other slots changes no bit.
+
+A layer must never overwrite a slot that an unevaluated matmul will still read
+(`Bank.flush_readers`), nor return before every expert that it uses has been read. It knows its
+prefetcher and the runner of speculative passes only by the protocols below.
 """
 
 from __future__ import annotations
@@ -19,25 +30,28 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .._cache.expert_map import ExpertCache
+from .._cache.expert_map import CacheStats, ExpertCache
 from .._errors import StreamError
 from .._io.reader import ExpertReader
 from .._listeners import Listeners
-from .autotune import Pace, Trial
+from .autotune import StepTimer
 from .bank import numbers
-from .cpu_streams import Lanes
+from .cpu_streams import CpuStreams
 from .refusals import Experts, refuse_transforms
-from .slots import Arrivals, ExpertSlots, ExpertTensor
+from .slots import Arrivals, ExpertSlots, ExpertTensor, PrefetchStats
 from .split import SORTED_ROWS, RowRule, SplitCall
-from .thread_guard import Callers
+from .thread_guard import ThreadGuard
 
 PHASES = ("sync", "map", "wait", "build")
-"""Phases of a call; see `timeline.py`."""
+"""Phases of a call; `timeline.py` describes them."""
 
-# Ways to run a call some of whose experts are still being read: wait and run it whole; run those
-# that are there meanwhile; run each lot as it arrives as well. Every part costs a set of kernel
-# calls (100 to 200 us on a CPU), so that small experts are better run whole.
-WAYS = ("whole", "halves", "lots")
+OVERLAPS = ("none", "halves", "batches")
+"""How a call runs while experts that it misses are being read.
+
+It waits and runs everything at once; it runs the resident experts meanwhile; or it also runs each
+batch of missing experts as it arrives. Every part costs its own kernel calls (100 to 200 us on a
+CPU), so small experts are better run at once.
+"""
 
 _CLOSED = "this model's expert stream is closed"
 _FORKED = (
@@ -52,10 +66,10 @@ class LayerStats:
     """Counters of one layer.
 
     Attributes:
-        calls: forward calls that had to ask which experts are wanted.
+        calls: forward calls that looked up their experts.
         waves: extra passes of calls that needed more experts than there are slots.
         overlapped: calls that ran resident experts while missing ones were read.
-        seconds: the caller's time by phase; see `timeline.py`.
+        seconds: the caller's time by phase.
     """
 
     calls: int = 0
@@ -141,9 +155,9 @@ class StopForward(Exception):  # noqa: N818, it is no error
 class StreamedSwitch(Experts):
     """Stands in for one `SwitchGLU` or `SwitchMLP`: `y[..., k, :] = expert[indices[..., k]](x)`.
 
-    Bank memory is kept out of the module tree: it is no parameter, and nothing that walks the model
-    (adapters, quantizers, savers) may take a slot for an expert. What else a model hangs on its
-    experts (a norm, say) stays visible.
+    The bank's arrays stay out of the module tree: they are not parameters, and code that walks the
+    model (adapters, quantizers, savers) must not take a slot for an expert. Anything else that a
+    model attaches to its experts (a norm, for example) stays visible.
     """
 
     def __init__(self, layer: ExpertLayer) -> None:
@@ -167,7 +181,7 @@ class StreamedSwitch(Experts):
 
 
 class ExpertLayer:
-    """One layer's experts, and the passes over them.
+    """One layer's experts, and the calls that run them.
 
     Args:
         name: module path in the model.
@@ -176,34 +190,40 @@ class ExpertLayer:
         experts: routed experts in the layer.
 
     Attributes:
-        slots: the slots and what is on its way into them.
+        slots: the slots, and the reads on their way into them.
         stats: further counters.
-        resident: all experts are in the slot of their own index, nothing is asked or mapped.
-        on_routing: called with each call's experts [..., K] while traces are taken.
-        on_phase: told of each phase while timelines are taken: phase, layer, begin, end.
-        prefetcher: predicts what the next layers want; None without prefetch.
-        closed, why_closed: calls raise `StreamError`, and what that says.
+        resident: every expert is in the slot of its own index; calls look nothing up.
+        on_routing: called with each call's experts [..., K] while a trace is recorded.
+        on_phase: called with phase, layer, begin and end while a timeline is recorded.
+        prefetcher: predicts what the next layers need; None without prefetch.
+        closed, why_closed: calls raise `StreamError` with that reason.
+        lock: held by calls while they use slots.
     """
 
     def __init__(
         self, name: str, switch: nn.Module, tensors: dict[str, ExpertTensor], experts: int
     ) -> None:
-        self.name, self.switch, self.tensors, self.experts = name, switch, tensors, experts
+        self.name, self.switch, self.experts = name, switch, experts
         self.slots = ExpertSlots(name, tensors, experts)
         self.expert_bytes = self.slots.expert_bytes
         self.stats = LayerStats()
         self.resident = False
         self.on_routing = Listeners[Callable[[np.ndarray], None]]()
         self.on_phase = Listeners[Callable[[str, str, float, float], None]]()
-        self.closed, self.why_closed = True, _CLOSED
         self.prefetcher: Prefetcher | None = None
+        self.closed, self.why_closed = True, _CLOSED
+        self.lock = threading.RLock()
         self._runner: PassRunner | None = None
         self._calling = False  # a call has the lock, or was interrupted
-        self._pace = Pace(Trial(WAYS, WAYS[0]))
         self._rows = RowRule.of(switch)
-        self._lanes = Lanes(1)
-        self.lock = threading.RLock()
-        self._callers = Callers()
+        self._timer: StepTimer  # these three are set by open
+        self._guard: ThreadGuard
+        self._cpu_streams: CpuStreams
+
+    @property
+    def tensors(self) -> dict[str, ExpertTensor]:
+        """Every expert tensor, by name within the module."""
+        return self.slots.tensors
 
     @property
     def cache(self) -> ExpertCache:
@@ -211,11 +231,11 @@ class ExpertLayer:
         return self.slots.cache
 
     def use_prefetcher(self, prefetcher: Prefetcher) -> None:
-        """Let calls tell this prefetcher what they need, and predict for the next layers."""
+        """Let calls report their experts to this prefetcher, and predict for the next layers."""
         self.prefetcher = prefetcher
 
     def use_runner(self, runner: PassRunner) -> None:
-        """Let calls in the thread of this runner's pass go to it."""
+        """Hand calls to this runner while it runs a pass in the calling thread."""
         self._runner = runner
 
     def open(
@@ -223,31 +243,34 @@ class ExpertLayer:
         slots: int,
         reader: ExpertReader,
         policy: str,
-        pace: Pace,
-        callers: Callers,
-        lanes: Lanes,
+        timer: StepTimer,
+        guard: ThreadGuard,
+        cpu_streams: CpuStreams,
         in_place: bool,
     ) -> None:
-        """Allocate `slots` slots, all empty, and be ready for calls.
+        """Allocate `slots` slots, all empty, and accept calls.
 
         Args:
             slots: experts that fit.
-            pace: decides how calls overlap with reads, for all layers that are alike.
-            callers: which threads call the model, for all of its layers.
-            lanes: compute its calls.
+            reader: reads the experts.
+            policy: name of the cache's policy.
+            timer: decides how calls overlap with reads, for all layers with experts of this size.
+            guard: knows which threads call the model's layers.
+            cpu_streams: runs the matmuls.
+            in_place: read straight into MLX's arrays.
         """
         with self.lock:
-            self.closed, self.resident = True, False  # until all is there
+            self.closed, self.resident = True, False  # until everything is there
             self.why_closed = "a change of its cache was interrupted; call resize again"
-            self._pace, self._callers, self._lanes = pace, callers, lanes
+            self._timer, self._guard, self._cpu_streams = timer, guard, cpu_streams
             self.slots.open(slots, reader, policy, in_place)
             self.closed = False
 
     def load_all(self) -> Iterator[int]:
         """Read every expert into the slot of its own index; yields bytes read as it goes.
 
-        Afterwards the layer maps nothing and asks the device nothing. Needs as many slots as
-        experts, all empty, and the lock since they were opened.
+        From then on the layer looks nothing up and never waits for the device. It needs as many
+        slots as experts, all empty, and the caller must have held the lock since `open`.
         """
         yield from self.fill(range(self.experts))
         if not np.array_equal(self.cache.slot_of, np.arange(self.experts)):
@@ -255,13 +278,17 @@ class ExpertLayer:
         self.resident = True
 
     def fill(self, experts: Sequence[int]) -> Iterator[int]:
-        """Read experts into empty slots, no more than there are; yields bytes read as it goes."""
+        """Read experts into empty slots; yields bytes read as it goes.
+
+        Args:
+            experts: distinct ones, no more than there are slots.
+        """
         step = max(1, (64 << 20) // self.expert_bytes)
         for first in range(0, len(experts), step):
             chunk = list(experts[first : first + step])
             self.slots.begin(chunk).all()
             yield len(chunk) * self.expert_bytes
-        self.cache.stats = type(self.cache.stats)()  # loading is not a miss
+        self.cache.stats = CacheStats()  # loading is not a miss
 
     def close(self) -> None:
         """Free the slots; later calls raise `StreamError`."""
@@ -270,15 +297,20 @@ class ExpertLayer:
             self.slots.close()
 
     def disown(self) -> None:
-        """In a process that was forked: never touch slots, reader or device again."""
+        """Never touch slots, reader or device again: this is a forked process."""
         self.closed, self.resident, self.why_closed = True, False, _FORKED
         self.lock = threading.RLock()
 
     def reset(self) -> None:
         """Set every counter to zero."""
         self.stats = LayerStats()
-        self.slots.prefetch_stats = type(self.slots.prefetch_stats)()
-        self.cache.stats = type(self.cache.stats)()
+        self.slots.prefetch_stats = PrefetchStats()
+        self.cache.stats = CacheStats()
+
+    def flush_readers(self) -> None:
+        """Evaluate everything that this thread has built with the slots."""
+        with self.lock:
+            self.slots.bank.flush_readers()
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """Run the chosen experts.
@@ -292,15 +324,16 @@ class ExpertLayer:
 
         Raises:
             ExpertReadError: an expert's bytes could not be read.
+            StreamError: the stream is closed.
         """
         if self.resident:
-            with self.lock:  # the tables of one bank: another thread may be exchanging them
+            with self.lock:  # another thread may be exchanging the bank
                 if self.resident:
                     if self.on_routing.now:
                         self._report_routing(numbers(indices))
                     return self._run(x, indices)
         if self.closed:
-            with self.lock:  # unless another thread is just opening it
+            with self.lock:  # another thread may be opening it just now
                 self._check_open()
         runner = self._runner
         if runner is not None and runner.thread == threading.get_ident():
@@ -313,52 +346,83 @@ class ExpertLayer:
         """Wait for the indices, make their experts resident, and run them.
 
         Args:
+            x: [..., D] tokens.
+            indices: [..., K].
             predict_next: prefetch for the next layers meanwhile, if that pays.
         """
         start = time.perf_counter()
         prefetcher, prediction = self.prefetcher, None
         few = indices.size < SORTED_ROWS
         if predict_next and few and prefetcher is not None and prefetcher.begin_step():
-            mx.async_eval(indices)  # the device works while we ask
+            mx.async_eval(indices)  # the device works while the next routers are probed
             start = self.record_phase("sync", start)
             prediction = prefetcher.predict(x)
             start = self.record_phase("map", start)
             if prediction is not None:
                 mx.eval(indices, *prediction.arrays)
-        experts = numbers(indices)  # [..., K], the call's only host sync
+        experts = numbers(indices)  # int [..., K]; waits for the device
         began = self.record_phase("sync", start)
-        self._pace.tick(began)
-        self._callers.note()
+        self._timer.lap(began)
+        self._guard.enter()
         with self.lock:
-            self._check_open()
+            if self.closed:
+                self._check_open()
             self._calling = True
-            needed = self.count(experts)
-            if len(needed) > self.cache.slots:
+            slots = self.slots
+            needed = self.account(experts)
+            if len(needed) > slots.cache.slots:
                 missed = True
                 y = self._in_waves(x, experts, sorted(needed))
             else:
-                arrivals = self.slots.begin(needed)
+                arrivals = slots.begin(needed)
                 missed = bool(arrivals.left)
                 if missed and few:
-                    self._pace.mark(began)
+                    self._timer.time_step(began)
                 if prediction is not None:
                     prediction.start_reads()
                 self.record_phase("map", began)
-                y = self._at_once(x, experts, arrivals)
-                mx.async_eval(y)  # the device works while the caller builds what follows
+                y = self._run_arriving(x, experts, arrivals)  # [..., K, D]
+                mx.async_eval(y)  # the device works while the caller builds the next operations
                 if prefetcher is not None:
                     prefetcher.end_step()
-            # A prompt's output is not kept unevaluated: it would be, of each layer.
-            y = self.slots.bank.track_reader(y, self._callers.shared or not few)
+            # A prompt's output is evaluated now: kept unevaluated, it would be in memory once for
+            # each layer.
+            y = slots.bank.track_reader(y, eager=self._guard.shared or not few)
             self._calling = False
         return SyncedForward(y, needed, missed)
+
+    def finish_arrived(self, x: mx.array, experts: np.ndarray, arrivals: Arrivals) -> mx.array:
+        """Run a call whose experts are known, accounted for, and being read.
+
+        Args:
+            x: [..., D] tokens.
+            experts: int [..., K].
+            arrivals: the missing ones of them.
+
+        Returns:
+            [..., K, D]
+        """
+        with self.lock:
+            return self.slots.bank.track_reader(self._run_arriving(x, experts, arrivals))
+
+    def account(self, experts: np.ndarray) -> list[int]:
+        """Account for a call that chose these experts [..., K]; returns the distinct ones."""
+        needed = self.slots.cache.wanted(experts)
+        self._note_call(experts, needed)
+        return needed
+
+    def account_hit(self, experts: np.ndarray) -> None:
+        """Account for a call of one token whose experts [1, ..., K] were all resident."""
+        with self.lock:
+            self._note_call(experts, self.slots.cache.hit(experts.ravel()))
 
     def prefetch(self, experts: Sequence[int], distance: int) -> None:
         """Start reading experts that this layer may need soon, the likeliest first.
 
-        Does nothing while another call of this layer is under way: the prediction is late then.
+        Does nothing while another call of this layer runs: the prediction is late then.
 
         Args:
+            experts: distinct ones.
             distance: layers until they may be needed; nearer ones are read first.
         """
         # Taking the lock only if it is free would let Ctrl-C keep it: `with` alone is whole.
@@ -367,30 +431,22 @@ class ExpertLayer:
                 if not (self.resident or self.closed):
                     self.slots.prefetch(experts, distance)
 
+    def record_phase(self, phase: str, start: float) -> float:
+        """Count the time since `start` as this phase's; returns now."""
+        now = time.perf_counter()
+        self.stats.seconds[phase] += now - start
+        for listener in self.on_phase.now:
+            listener(phase, self.name, start, now)
+        return now
+
     def _check_open(self) -> None:
         if self.closed:
             raise StreamError(f"{self.name}: {self.why_closed}")
 
-    def settle(self) -> None:
-        """Evaluate what this thread has built with the slots."""
-        with self.lock:
-            self.slots.bank.flush_readers()
-
-    def hit(self, experts: np.ndarray) -> None:
-        """Account for a call of one token, whose experts [1, ..., K] were all there."""
-        with self.lock:
-            needed = self.cache.hit(experts.ravel())
-            self._note_call(experts, needed)
-
-    def count(self, experts: np.ndarray) -> list[int]:
-        """Account for a call that chose these experts [..., K]; returns the distinct ones."""
-        needed = self.cache.wanted(experts)
-        self._note_call(experts, needed)
-        return needed
-
     def _note_call(self, experts: np.ndarray, needed: Sequence[int]) -> None:
-        self._report_routing(experts)
         self.stats.calls += 1
+        if self.on_routing.now:
+            self._report_routing(experts)
         if self.prefetcher is not None:
             self.prefetcher.check(needed)
 
@@ -398,64 +454,74 @@ class ExpertLayer:
         for listener in self.on_routing.now:
             listener(experts)
 
-    def finish_arrived(self, x: mx.array, experts: np.ndarray, arrivals: Arrivals) -> mx.array:
-        """Run a call's experts [..., K], known and accounted for, once they have arrived."""
-        with self.lock:
-            return self.slots.bank.track_reader(self._at_once(x, experts, arrivals))
+    def _run_arriving(self, x: mx.array, experts: np.ndarray, arrivals: Arrivals) -> mx.array:
+        """Run experts [..., K] that all have slots, once the missing ones have arrived.
 
-    def _at_once(self, x: mx.array, experts: np.ndarray, arrivals: Arrivals) -> mx.array:
-        """All needed experts fit into the slots together: the decode path.
-
-        Those that are resident run while others are read, and these in lots as they arrive.
+        This is the path of decoding. Resident experts may run while missing ones are read.
         """
-        start, way = time.perf_counter(), self._pace.trial.way
-        if arrivals.left and way != "whole":
-            split = self._split(x, experts)
-            chosen = dict.fromkeys(experts.ravel().tolist())
-            ready = [e for e in chosen if e not in arrivals.left]
-            self.stats.overlapped += bool(ready)
-            try:
-                while arrivals.left:
-                    if ready:
-                        mx.async_eval(split.run(split.rows_of(ready)))
-                    start = self.record_phase("build", start)
-                    ready = arrivals.some() if way == "lots" else arrivals.all()
-                    start = self.record_phase("wait", start)
-            except Exception:
-                arrivals.abandon()
-                raise
-            if split.begun:
-                split.run(split.rows_of(ready))
-                y = split.joined()
-                self.record_phase("build", start)
+        start, cache, overlap = time.perf_counter(), self.slots.cache, self._timer.tuner.choice
+        if arrivals.left and overlap != "none":
+            y = self._run_overlapped(x, experts, arrivals, overlap)
+            if y is not None:
                 return y
-        arrivals.all()
-        start = self.record_phase("wait", start)
-        if self._rows.divides(experts.size, self.experts, self.cache.slots):
+            start = time.perf_counter()
+        if arrivals.left:
+            arrivals.all()
+            start = self.record_phase("wait", start)
+        if self._rows.ratio and self._rows.divides(experts.size, self.experts, cache.slots):
             split = self._split(x, experts)
             split.run(np.arange(experts.size))
             y = split.joined()
         else:
-            y = self._run(x, mx.array(self.cache.slot_of[experts].astype(np.uint32)))
+            y = self._run(x, mx.array(cache.slot_of[experts].astype(np.uint32)))
+        self.record_phase("build", start)
+        return y
+
+    def _run_overlapped(
+        self, x: mx.array, experts: np.ndarray, arrivals: Arrivals, overlap: str
+    ) -> mx.array | None:
+        """Run the resident ones of experts [..., K] while others are read.
+
+        Returns:
+            [..., K, D], or None if nothing was resident until all had arrived: then nothing ran.
+        """
+        start, split = time.perf_counter(), self._split(x, experts)
+        ready = [e for e in dict.fromkeys(experts.ravel().tolist()) if e not in arrivals.left]
+        self.stats.overlapped += bool(ready)
+        try:
+            while arrivals.left:
+                if ready:
+                    mx.async_eval(split.run(split.rows_of(ready)))
+                start = self.record_phase("build", start)
+                ready = arrivals.some() if overlap == "batches" else arrivals.all()
+                start = self.record_phase("wait", start)
+        except Exception:
+            arrivals.abandon()
+            raise
+        if not split.begun:
+            return None
+        split.run(split.rows_of(ready))
+        y = split.joined()
         self.record_phase("build", start)
         return y
 
     def _run(self, x: mx.array, slots: mx.array) -> mx.array:
-        return self._lanes.run(self.switch, x, slots, self.expert_bytes)
+        """x [..., D], slots [..., K] -> [..., K, D]."""
+        return self._cpu_streams.run(self.switch, x, slots, self.expert_bytes)
 
     def _split(self, x: mx.array, experts: np.ndarray) -> SplitCall:
-        cache = self.cache
+        cache = self.slots.cache
         return SplitCall(self._run, x, experts, cache.slot_of, cache.slots, self._rows)
 
     def _in_waves(self, x: mx.array, experts: np.ndarray, needed: list[int]) -> mx.array:
-        """More experts than slots: they pass through, each read once.
+        """Run more experts than there are slots: they pass through the slots, each read once.
 
-        While a wave computes, the next one is read into the slots of the wave before. The call's
-        most used experts come last and stay: what follows a prompt wants those.
+        While a wave is computed, the next one is read into the slots of the wave before. The
+        experts that the call uses most come last and stay, for the tokens that follow.
         """
-        slots = self.cache.slots
+        cache = self.slots.cache
         self.slots.drain()
-        waves = self.cache.waves(needed, np.bincount(experts.ravel(), minlength=self.experts))
+        waves = cache.waves(needed, np.bincount(experts.ravel(), minlength=self.experts))
         self.stats.waves += len(waves) - 1
         split = self._split(x, experts)
         before: list[mx.array] = []
@@ -468,8 +534,8 @@ class ExpertLayer:
             mx.async_eval(y)
             start = self.record_phase("build", start)
             if i + 1 < len(waves):
-                # The next wave overwrites slots of waves before this one: they must have run.
-                if slots == 1:
+                # The next wave overwrites slots of earlier waves: those must have run.
+                if cache.slots == 1:
                     mx.eval(y)
                 elif before:
                     mx.eval(before)
@@ -478,11 +544,3 @@ class ExpertLayer:
                 start = self.record_phase("map", start)
             before = y
         return split.joined()
-
-    def record_phase(self, phase: str, start: float) -> float:
-        """Account for the time since `start`; returns now."""
-        now = time.perf_counter()
-        self.stats.seconds[phase] += now - start
-        for on_phase in self.on_phase.now:
-            on_phase(phase, self.name, start, now)
-        return now

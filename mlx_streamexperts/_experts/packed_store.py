@@ -1,9 +1,9 @@
 """The packed store: each expert's parts side by side, so that a miss is one read.
 
-A folder with one file a layer and a manifest, made from a checkpoint and tied to it. Each expert's
-block starts at a page of 16 KiB (Apple's page size, a multiple of every drive's block), holds the
-expert's parts in a fixed order, and has a checksum. The manifest is written last: a folder without
-one is unfinished.
+It is a folder with one file per layer and a manifest, made from a checkpoint and tied to it. Each
+expert's block starts at a page of 16 KiB (Apple's page size, and a multiple of every drive's block
+size), holds the expert's parts in a fixed order, and has a checksum. The manifest is written last:
+a folder without one is unfinished.
 """
 
 from __future__ import annotations
@@ -20,20 +20,19 @@ from .._errors import CheckpointError, StreamError
 from .._io.checkpoint import file_identity, read_json_object
 from .._io.output import exclusive, sync_folder, write_json
 from .layer import ExpertLayer
-from .slots import ExpertTensor
 from .stream import expert_files
 
 PAGE_BYTES = 16_384
 _FORMAT = 1
 _MANIFEST = "manifest.json"
-# What packing writes, and so all that it may delete: the folder may hold a user's files too.
+# The files that packing writes. It deletes no others: the folder may hold a user's files too.
 _LAYER_FILE = re.compile(r"layer-\d{5}\.experts")
 _OURS = re.compile(rf"({_LAYER_FILE.pattern}(\.json)?|manifest\.json)(\.partial)?")
 
 
 @dataclass(frozen=True)
 class Damage:
-    """An expert whose bytes are not those that were packed."""
+    """An expert whose bytes differ from those that were packed."""
 
     layer: str
     expert: int
@@ -45,16 +44,16 @@ def write_store(
 ) -> Iterator[int]:
     """Pack the experts of `layers`; yields bytes done as it goes, resumed layers included.
 
-    Interrupted at any moment and run again, it goes on after the last whole layer.
+    If it is interrupted and run again, it continues after the last complete layer.
 
     Args:
         layers: as located in their checkpoint.
-        folder: where to; created.
+        folder: the store's folder; created if needed.
         overwrite: discard another checkpoint's store there.
 
     Raises:
         StreamError: the disk has no room or cannot be written, `folder` holds the store of
-            another checkpoint, or somebody else is writing there.
+            another checkpoint, or another process is writing there.
         CheckpointError: the source ends early or cannot be read.
     """
     try:
@@ -62,8 +61,8 @@ def write_store(
             yield from _write_store(layers, folder, overwrite)
     except OSError as e:
         raise StreamError(
-            f"{e.filename or folder}: packing stopped: {e.strerror}; layers that are whole are "
-            "kept, run again to go on"
+            f"{e.filename or folder}: packing stopped: {e.strerror}; complete layers are "
+            "kept, run again to continue"
         ) from e
 
 
@@ -82,7 +81,7 @@ def _write_store(layers: Sequence[ExpertLayer], folder: Path, overwrite: bool) -
     ]
     needed = sum(map(_file_bytes, unfinished))
     free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in stale)
-    if needed > free:  # before anything is discarded: the old store may be all there is
+    if needed > free:  # before anything is discarded: the old store may be the only one
         raise StreamError(
             f"{folder}: packing needs {needed:,} bytes and {free:,} are free; nothing was written"
         )
@@ -116,12 +115,12 @@ def use_store(
         layers: as located in their checkpoint.
         folder: the store.
         verify_reads: compare each expert's checksum after each of its reads.
-        in_part: `layers` are some of the model's; files of the others need not be there.
-        planning: the checkpoint's headers may be all that is here of it.
+        in_part: `layers` are some of the model's; files of the others may be missing.
+        planning: only the checkpoint's headers may be here.
 
     Raises:
-        CheckpointError: it is not a finished store, is damaged, or was made of another checkpoint.
-        StreamError: `verify_reads` without the library of the checksums.
+        CheckpointError: it is not a finished store, is damaged, or belongs to another checkpoint.
+        StreamError: `verify_reads` needs a library that is not installed.
     """
     file = folder / _MANIFEST
     source, stored = _read_manifest(file)
@@ -138,7 +137,7 @@ def use_store(
     if len(stored) != len(layers):
         raise CheckpointError(f"{file}: does not describe {len(layers)} layers: pack again")
     for layer, mine, theirs in zip(layers, expected, stored, strict=True):
-        # Everything that places bytes follows from the checkpoint; nothing is taken on trust.
+        # The places of bytes all follow from the checkpoint; the manifest is not trusted with them.
         if mine != {k: theirs.get(k) for k in mine}:
             raise CheckpointError(
                 f"{file}: {layer.name} is not laid out as this checkpoint's would be: pack again"
@@ -149,18 +148,17 @@ def use_store(
             state = "is missing" if size < 0 else f"has {size:,} bytes of {_file_bytes(mine):,}"
             raise CheckpointError(f"{path} {state}: pack again")
     for layer, mine, theirs in zip(layers, expected, stored, strict=True):
-        if verify_reads:
-            layer.slots.as_packed = _read_check(theirs["checksums"])
         files = (str(folder / mine["file"]),) * layer.experts
+        packed = {}
         for part in mine["parts"]:
-            tensor = layer.tensors[part["name"]]
             offsets = range(part["offset"], _file_bytes(mine), mine["stride"])
-            packed = replace(tensor.stored, files=files, offsets=tuple(offsets))
-            layer.tensors[part["name"]] = ExpertTensor(tensor.slot, packed)
+            table = layer.tensors[part["name"]].stored
+            packed[part["name"]] = replace(table, files=files, offsets=tuple(offsets))
+        layer.slots.relocate(packed, _read_check(theirs["checksums"]) if verify_reads else None)
 
 
 def verify_store(folder: Path) -> Iterator[tuple[int, Damage | None]]:
-    """Re-read every expert of a store; yields bytes read, and what is damaged.
+    """Re-read every expert of a store; yields bytes read, and the damage if there is any.
 
     Raises:
         CheckpointError: not a finished store, or a file is missing or cannot be read.
@@ -171,8 +169,8 @@ def verify_store(folder: Path) -> Iterator[tuple[int, Damage | None]]:
             with path.open("rb") as f:
                 size = os.fstat(f.fileno()).st_size
                 for expert, expected in enumerate(layer["checksums"]):
-                    # Nothing is read past the end: a manifest's sizes must not decide how much
-                    # memory is taken. The padding belongs to the block.
+                    # Read nothing past the end: a manifest's sizes must not decide how much memory
+                    # is allocated. The padding belongs to the block.
                     good = (expert + 1) * stride <= size
                     if good:
                         f.seek(expert * stride)
@@ -183,10 +181,10 @@ def verify_store(folder: Path) -> Iterator[tuple[int, Damage | None]]:
 
 
 def _read_manifest(file: Path) -> tuple[Any, list[dict[str, Any]]]:
-    """What a manifest says of its source, and its layers.
+    """A manifest's source and its layers.
 
     Raises:
-        CheckpointError: it is not one that packing writes.
+        CheckpointError: packing does not write such a manifest.
     """
     manifest = read_json_object(file, "layers")
     if manifest.get("format") != _FORMAT:
@@ -199,13 +197,13 @@ def _read_manifest(file: Path) -> tuple[Any, list[dict[str, Any]]]:
     for number, layer in enumerate(layers):
         if not _as_packed(layer):
             raise CheckpointError(
-                f"{file}: layer {number} is not described as packing does: pack again"
+                f"{file}: layer {number} is not described as packing describes it: pack again"
             )
     return manifest.get("source"), layers
 
 
 def _as_packed(layer: Any) -> bool:
-    """Is this a layer's entry as packing writes it, with a checksum for every expert?"""
+    """Does packing write such an entry for a layer, with a checksum for every expert?"""
     if not isinstance(layer, dict):
         return False
     sizes = [layer.get(k) for k in ("experts", "used", "stride")]
@@ -229,7 +227,7 @@ def _ours(folder: Path) -> list[Path]:
 
 
 def _describe(number: int, layer: ExpertLayer) -> dict[str, Any]:
-    """A layer's entry in the manifest, but for the checksums."""
+    """A layer's entry in the manifest, without the checksums."""
     parts, offset = [], 0
     for name, tensor in layer.tensors.items():
         nbytes = tensor.stored.row_bytes
@@ -259,15 +257,15 @@ def _file_bytes(plan: dict[str, Any]) -> int:
 
 
 def _sidecar(folder: Path, plan: dict[str, Any]) -> Path:
-    """Says that a layer's file is whole, until the manifest does."""
+    """The file that marks a layer's file as complete, until there is a manifest."""
     return folder / f"{plan['file']}.json"
 
 
 def _write_layer(layer: ExpertLayer, plan: dict[str, Any], folder: Path) -> Iterator[int]:
-    """Copy a layer, expert by expert; adds the checksums to its entry."""
+    """Copy a layer, expert by expert, and add the checksums to its entry."""
     path, sums = folder / plan["file"], []
     partial = path.with_name(path.name + ".partial")
-    block = bytearray(plan["stride"])  # what follows the last part stays zero
+    block = bytearray(plan["stride"])  # the padding after the last part stays zero
     sources = {f: os.open(f, os.O_RDONLY) for f in expert_files([layer])}
     try:
         with partial.open("wb") as out:
@@ -300,7 +298,7 @@ def _write_layer(layer: ExpertLayer, plan: dict[str, Any], folder: Path) -> Iter
 
 
 def _finished(folder: Path, plan: dict[str, Any], source: dict[str, Any]) -> list[str] | None:
-    """Checksums of a layer that an earlier run packed whole; None where it has to be packed."""
+    """Checksums of a layer that an earlier run has packed; None if it has to be packed."""
     path, sidecar = folder / plan["file"], _sidecar(folder, plan)
     if not path.is_file() or path.stat().st_size != _file_bytes(plan):
         return None
@@ -332,12 +330,12 @@ def _refuse_foreign(folder: Path, source: dict[str, Any]) -> None:
 
 
 def _source(layers: Sequence[ExpertLayer]) -> dict[str, Any]:
-    """What ties a store to its checkpoint: each shard's size, digests of header and samples."""
+    """A store's tie to its checkpoint: each shard's size, and digests of header and samples."""
     return {file.name: file_identity(file) for file in map(Path, expert_files(layers))}
 
 
 def _headers(source: Any) -> Any:
-    """A source without the samples of its data."""
+    """A source without the digests of samples."""
     if not isinstance(source, dict):
         return source
     return {
@@ -375,7 +373,7 @@ def _checksum(data: bytes | memoryview) -> str:
 
 
 def _read_check(checksums: list[str]) -> Callable[[int, Sequence[memoryview]], bool]:
-    """Are an expert's parts, in the order of its block, the bytes that were packed?"""
+    """Returns a check: are an expert's parts, in their order, the bytes that were packed?"""
     xxh3_64 = _xxhash().xxh3_64
 
     def as_packed(expert: int, parts: Sequence[memoryview]) -> bool:

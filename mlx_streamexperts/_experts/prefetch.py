@@ -8,7 +8,7 @@ for themselves, and only the router is computed. The answer is evaluated togethe
 that the layer waits for anyway.
 
 A prediction never affects a result: it only starts reads into spare slots, behind demand reads.
-Each layer predicts only while measurements show that its steps are faster for it (`Trial`).
+Each layer predicts only while measurements show that its steps are faster for it (`AutoTuner`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .autotune import Trial
+from .autotune import AutoTuner
 from .bank import numbers
-from .foreign_modules import Strangers
+from .foreign_modules import ForeignModules
 from .layer import ExpertLayer, StopForward, probe
 
 # The norm before the experts, by the names that mlx-lm's models give it, most reliable first.
@@ -57,13 +57,13 @@ class Router:
     def __init__(self, layer: ExpertLayer, block: nn.Module, norm: nn.Module | None) -> None:
         self.layer, self._block, self._norm = layer, block, norm
         self._gate = next((name for name in _GATES if name in block), None)
-        self._strangers = Strangers(block, *([norm] if norm is not None else []))
+        self._foreign = ForeignModules(block, *([norm] if norm is not None else []))
         self._lock = threading.Lock()
 
     @property
     def observed(self) -> bool:
-        """Would a module of somebody else see the probe?"""
-        return self._strangers.any()
+        """Would foreign code see the probe?"""
+        return self._foreign.any()
 
     def choose(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
         """Let the block choose for x [..., D].
@@ -188,10 +188,10 @@ class RouterPrefetcher:
     Args:
         router: the layer's own.
         successors: the prefetchers of the layers that this one predicts for, nearest first.
-        always: probe them whatever the trial says.
+        always: probe them whatever was measured.
 
     Attributes:
-        trial: finds out from which precision on prefetching pays here.
+        tuner: finds out from which precision on prefetching pays here.
     """
 
     def __init__(
@@ -205,7 +205,7 @@ class RouterPrefetcher:
         self._precision = {s.router.layer.name: Precision() for s in successors}
         self._failures = dict.fromkeys(self._precision, 0)  # in a row
         small = router.layer.expert_bytes < SMALL_EXPERT_BYTES
-        self.trial = Trial((_LIKELY, 0.0, _NEVER), _NEVER if small else _LIKELY, turn=4)
+        self.tuner = AutoTuner((_LIKELY, 0.0, _NEVER), _NEVER if small else _LIKELY, turn=4)
         self._began: float | None = None
         for successor in successors[:1]:
             successor._predecessor = self
@@ -213,10 +213,10 @@ class RouterPrefetcher:
     @property
     def on(self) -> bool:
         """Does this layer predict at present?"""
-        return bool(self._successors) and (self.always or self.trial.way < _NEVER)
+        return bool(self._successors) and (self.always or self.tuner.choice < _NEVER)
 
     def begin_step(self) -> bool:
-        """Start timing a step of the trial; returns whether to predict in it."""
+        """Start timing a step; returns whether to predict in it."""
         self._began = time.perf_counter()
         return self.on
 
@@ -247,7 +247,7 @@ class RouterPrefetcher:
                 continue
             self._failures[name], precision = 0, self._precision[name]
             answers.append(Answer(target, distance, precision, *chosen))
-        at_least = 0.0 if self.always else self.trial.way
+        at_least = 0.0 if self.always else self.tuner.choice
         return RouterPrediction(answers, at_least) if answers else None
 
     def expect(self, precision: Precision, ranked: Sequence[tuple[int, int]]) -> None:
@@ -267,10 +267,10 @@ class RouterPrefetcher:
             self._expected.clear()
 
     def end_step(self) -> None:
-        """This layer has its experts: the trial's step of the layer before it is over."""
+        """This layer has its experts: the timed step of the layer before it is over."""
         before = self._predecessor
         if before is not None and before._began is not None:
-            before.trial.note(time.perf_counter() - before._began)
+            before.tuner.record(time.perf_counter() - before._began)
             before._began = None
 
     def _scale(self, router: Router, x: mx.array) -> mx.array | None:

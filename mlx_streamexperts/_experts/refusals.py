@@ -1,9 +1,9 @@
-"""What a streamed model's modules refuse, because it would be done without the experts.
+"""Methods of `nn.Module` that a streamed model refuses, because they would leave its experts out.
 
-The experts are no parameters (layer.py): `nn.Module`'s own methods would save, cast or copy all the
-rest and say nothing. So each module that holds streamed experts, however far below, gets a class
-of its own, in which these methods look for them first. What leaves parameters alone (`freeze`,
-`train`, `eval`), or only looks at them, stays as it is, and so does what concerns others.
+The experts are not parameters (`layer.py`), so `nn.Module`'s own methods would silently save, cast
+or copy everything else. Each module with streamed experts anywhere below it therefore gets a class
+of its own, whose methods look for experts first. Methods that only read parameters, or do not touch
+them (`freeze`, `train`, `eval`), stay as they are, and so does everything about other parameters.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from .._errors import UnsupportedModelError
 
 SAVE = (
-    "The experts of a streamed model are not in memory: what is saved of it has none. To change a "
+    "The experts of a streamed model are not in memory, so they would not be saved. To change a "
     "checkpoint's quantization in little memory use python -m mlx_streamexperts.convert; otherwise "
     "load the model with mlx-lm alone."
 )
@@ -28,7 +28,7 @@ TRAIN = (
     "models take them with --adapter-path."
 )
 _CHANGE = (
-    "The experts of a streamed model are not in memory: they would stay what they are in the "
+    "The experts of a streamed model are not in memory: they would stay as they are in the "
     "checkpoint. Convert the checkpoint (python -m mlx_streamexperts.convert, with --dtype or "
     "--quantize) and stream that, or load the model with mlx-lm alone."
 )
@@ -48,7 +48,7 @@ _TRANSFORM = (
 
 
 class Guarded(nn.Module):
-    """Put before the class of a module that holds streamed experts; see above."""
+    """Base class put before the class of a module that holds streamed experts."""
 
     def save_weights(self, file: str) -> NoReturn:
         """Refused."""
@@ -75,8 +75,8 @@ class Guarded(nn.Module):
     ) -> Self:
         """As of `nn.Module`; refused if experts are among the parameters, or for a gradient.
 
-        `nn.value_and_grad` puts its tracers in the parameters' place, and leaves them there when
-        what it calls raises: the model would be of no use any more.
+        `nn.value_and_grad` puts its tracers in place of the parameters, and leaves them there when
+        the function that it calls raises: the model could not be used any more.
         """
         arrays: Any = tree_flatten(parameters)
         try:
@@ -94,7 +94,7 @@ class Guarded(nn.Module):
         map_fn: Callable[[mx.array], mx.array],
         filter_fn: Callable[[nn.Module, str, Any], bool] | None = None,
     ) -> Self:
-        """As of `nn.Module`; refused if experts are among what the filter selects."""
+        """As of `nn.Module`; refused if the filter selects experts."""
         chosen = filter_fn or self.valid_parameter_filter
         reached: Any = self.filter_and_map(chosen, is_leaf_fn=_ends_at_experts)
         below: Any = tree_flatten(reached, is_leaf=_is_experts)
@@ -116,10 +116,10 @@ class Guarded(nn.Module):
 
 
 class Experts(Guarded):
-    """Stands in for a module whose tables are streamed.
+    """Stands in for a module whose expert tables are streamed.
 
     Attributes:
-        tables: that module. What of it is no expert table is here too.
+        tables: that module. Its other arrays and modules are children of this one too.
     """
 
     tables: nn.Module
@@ -133,24 +133,24 @@ class Experts(Guarded):
         return bool(tree_flatten(self.tables.filter_and_map(hidden)))
 
     def leaf_modules(self) -> NoReturn:
-        """Refused: what `nn.quantize` of these alone calls."""
+        """Refused; `nn.quantize` of these experts alone calls this."""
         self.to_quantized()
 
     def to_quantized(self, **options: Any) -> NoReturn:
-        """Refused: what `nn.quantize` calls."""
+        """Refused; `nn.quantize` calls this."""
         raise UnsupportedModelError(f"nn.quantize: {_CHANGE}")
 
 
 def guard(model: nn.Module) -> None:
-    """Let every module that holds streamed experts refuse what would leave them out."""
+    """Let every module with streamed experts refuse methods that would leave them out."""
     _guard(model, {})
 
 
 def refuse_transforms(error: ValueError) -> None:
-    """Raise our error if this is MLX's refusal to evaluate inside a transformation.
+    """Raise our own error if MLX has refused to evaluate inside a transformation.
 
     Raises:
-        UnsupportedModelError: it is.
+        UnsupportedModelError: it has.
     """
     if "graph transformation" in str(error) or "function transformations" in str(error):
         raise UnsupportedModelError(_TRANSFORM + TRAIN) from error
@@ -171,7 +171,7 @@ def _guard(node: Any, made: dict[type, type]) -> bool:
 
 
 def _expert_in(node: Any, parameters: Any, path: str = "") -> str | None:
-    """The first of some parameters that is an expert's; None if there is none."""
+    """The path of the first parameter that belongs to an expert; None if none does."""
     pairs: Any = ()
     if isinstance(parameters, dict) and isinstance(node, dict):
         if isinstance(node, Experts) and (hidden := parameters.keys() - node.keys()):

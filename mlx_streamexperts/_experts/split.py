@@ -1,7 +1,7 @@
-"""A call of an expert layer taken apart into (token, expert) rows, and put together again.
+"""Runs a call of an expert layer in parts, by (token, expert) rows, and joins their results.
 
-Rows whose experts are in memory can run while others' are read. The parts must give the bits that
-the whole call would have given.
+Rows whose experts are resident can run while other experts are read. The parts must give the same
+bits as the whole call.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _RATIO = 4
 
 @dataclass(frozen=True)
 class RowRule:
-    """What a backend chooses its kernels by: another kernel would sum in another order.
+    """How a backend chooses its kernels; another kernel would sum in another order.
 
     Attributes:
-        count: by the number of rows, or whether they are sorted.
-        ratio: by how many rows there are for each expert of a table.
+        count: by the number of rows, or by whether they are sorted.
+        ratio: by the number of rows per expert of a table.
     """
 
     count: bool = False
@@ -37,14 +37,14 @@ class RowRule:
 
     @classmethod
     def of(cls, switch: nn.Module) -> RowRule:
-        """For a module on MLX's default device. The CPU backend computes row by row."""
+        """The rule for a module on MLX's default device. The CPU backend computes row by row."""
         if mx.default_device() == mx.cpu:
             return cls()
         parts = [m for m in switch.values() if isinstance(m, QuantizedSwitchLinear)]
         return cls(True, mx.metal.is_available() and bool(parts))
 
     def limits(self, rows: int, experts: int, slots: int) -> tuple[int, int]:
-        """The least and the most rows that a part of a prompt may have to be run as the whole is.
+        """The least and the most rows of a part of a prompt that uses the kernels of the whole.
 
         Args:
             rows: of the whole.
@@ -58,7 +58,7 @@ class RowRule:
         return 1, max(SORTED_ROWS, _RATIO * slots) - 1
 
     def divides(self, rows: int, experts: int, slots: int) -> bool:
-        """Must a prompt be taken apart though all of its experts are there?"""
+        """Must a prompt run in parts although all of its experts are resident?"""
         return self.ratio and rows >= SORTED_ROWS and rows > self.limits(rows, experts, slots)[1]
 
 
@@ -66,13 +66,16 @@ class SplitCall:
     """One call `switch(x, indices)`, run part by part.
 
     Args:
-        switch: mlx-lm's module over slots, or what runs it.
+        switch: runs mlx-lm's module over slots.
         x: [..., D] tokens.
         experts: int [..., K], the chosen experts.
-        slot_of: int32 [experts], where each expert is; looked at when a part runs.
+        slot_of: int32 [experts], each expert's slot; read when a part runs.
         slots: how many there are.
-        rule: what the device chooses its kernels by. A token's parts then have as many rows as the
-            whole; a prompt's have to be enough, or few enough.
+        rule: how the device chooses its kernels. A token's parts have as many rows as the whole if
+            that matters; a prompt's parts are large enough, or small enough.
+
+    Attributes:
+        begun: a part has run.
     """
 
     def __init__(
@@ -88,19 +91,15 @@ class SplitCall:
         self._shape = experts.shape
         self._chosen = experts.ravel()  # [T*K]
         self._keeps = rule.count and experts.size < SORTED_ROWS
-        # A prompt's parts go into one output as they come: kept and joined at the end they would
-        # take three times its memory. Of a token's, joining costs least.
+        # A prompt's parts go into one output at once: joined at the end, they would take three
+        # times its memory. For a token, joining is cheapest.
         self._in_one = experts.size >= SORTED_ROWS
         self._least, self._most = 1, sys.maxsize
         if self._in_one:
             self._least, self._most = rule.limits(experts.size, len(slot_of), slots)
         self._y: mx.array | None = None  # [T*K, D]
         self._parts: list[tuple[np.ndarray, mx.array]] = []  # rows, their result
-
-    @property
-    def begun(self) -> bool:
-        """Has a part been run?"""
-        return bool(self._parts) or self._y is not None
+        self.begun = False
 
     def rows_of(self, experts: Sequence[int]) -> np.ndarray:
         """Indices of the rows of some experts, int [R]."""
@@ -109,12 +108,13 @@ class SplitCall:
         return np.flatnonzero(wanted[self._chosen])
 
     def run(self, rows: np.ndarray) -> list[mx.array]:
-        """Build the part of the call that these rows are; their experts must be in their slots.
+        """Build the part of the call with these rows, whose experts must be in their slots.
 
         Returns:
-            What to evaluate for it: [R, D] each; where the number of rows is kept [..., K, D], of
-            which only these rows count.
+            The arrays to evaluate for it, [R, D] each; or [..., K, D] if parts keep the number of
+            rows, of which only these rows count.
         """
+        self.begun = True
         if not self._in_one:
             y = self._run_padded(rows) if self._keeps else self._run_alone(rows)
             self._parts.append((rows, y))
@@ -123,17 +123,17 @@ class SplitCall:
         return [self._add(rows[at : at + most]) for at in range(0, len(rows), most)]
 
     def _add(self, rows: np.ndarray) -> mx.array:
-        """Run these rows of a prompt, and write their results to the output."""
+        """Run these rows of a prompt and write their results to the output."""
         more = np.repeat(rows[-1:], max(0, self._least - len(rows)))
         y = self._run_alone(np.concatenate([rows, more]))[: len(rows)]
         if self._y is None:
             self._y = mx.zeros((len(self._chosen), y.shape[-1]), y.dtype)
         self._y[mx.array(rows.astype(np.uint32))] = y
-        mx.async_eval(self._y)  # nothing else holds the one before: written where it is
+        mx.async_eval(self._y)  # nothing else holds the array before: it is updated in place
         return y
 
     def joined(self) -> mx.array:
-        """All parts in the call's order, [..., K, D]; together they must be all rows."""
+        """Join the parts in the call's order, [..., K, D]; they must cover all rows."""
         if self._y is not None:
             return self._y.reshape(*self._shape, -1)
         size = len(self._chosen)

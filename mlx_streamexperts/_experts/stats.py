@@ -1,4 +1,4 @@
-"""What a stream has counted, summed over its layers."""
+"""A stream's counters, summed over its layers."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class StreamStats:
         layer_hit_rates: hit rate by layer name, 0 to 1.
         prefetch: outcomes of prefetched experts.
         prefetching_layers: layers that prefetch at present.
-        seconds: the caller's seconds in expert layers by phase: `sync` waiting for routers'
-            indices, the device's own work included; `map` experts to slots and queueing reads;
-            `wait` for reads; `build` the graph.
-        calls: of expert layers, summed over layers; wholly resident ones are not counted.
+        seconds: the caller's seconds in expert layers by phase: `sync` waits for routers' indices
+            and includes the device's own work; `map` maps experts to slots and queues reads; `wait`
+            waits for reads; `build` builds the graph.
+        calls: of expert layers, summed over layers; wholly resident layers count none.
         waves: extra passes of calls that needed more experts than a layer has slots.
         overlapped: calls that ran resident experts while missing ones were read.
         resident_layers: layers whose experts are all in memory; they count no hits.

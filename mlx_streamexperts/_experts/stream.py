@@ -37,17 +37,17 @@ from .._memory.process_memory import (
 )
 from .._osinfo import available_memory_bytes, file_mark
 from .._progress import progress_bar
-from .autotune import Pace, Trial
+from .autotune import AutoTuner, StepTimer
 from .bank import in_place_works
-from .cpu_streams import Lanes
+from .cpu_streams import CpuStreams
 from .hot_set import read_hot_set, read_in, save_hot_set
-from .layer import WAYS, ExpertLayer
+from .layer import OVERLAPS, PHASES, ExpertLayer
 from .prefetch import SMALL_EXPERT_BYTES
 from .slots import PrefetchStats
 from .speculative.runahead import RunAhead, RunAheadStats
 from .stats import StreamStats
-from .thread_guard import Callers
-from .timeline import PHASES, Timeline
+from .thread_guard import ThreadGuard
+from .timeline import Timeline
 from .trace import Trace
 
 _STREAM = "_expert_stream"
@@ -57,21 +57,21 @@ _log = logging.getLogger(__name__)
 
 
 class ExpertStream(Closing):
-    """What `stream(model)` returns. A context manager: leaving it closes the stream.
+    """The result of `stream(model)`. As a context manager, it closes the stream at the end.
 
-    Close it, or let the model go, to free slots, files and threads.
+    Close it, or drop the model, to free slots, files and threads.
 
     Attributes:
-        layers: the expert layers in model order, for diagnosis; no part of the stable interface.
+        layers: the expert layers in model order, for diagnosis; not part of the stable interface.
         plan: how the budget was divided.
         config: the options in force.
         bypasses_page_cache: whether reads go past the system's page cache.
         in_place: whether reads go straight into MLX's memory.
-        run_ahead: runs steps that do not wait for each layer; None where that is off.
-        stage: the decoder layers that are this rank's, where several machines share the model.
+        run_ahead: runs steps that do not wait for each layer; None if that is off.
+        stage: this rank's decoder layers, if several machines share the model.
         ranks: those machines.
         profile: the settings of an earlier `tune` that are in use; None where there are none.
-        token_rows: tokens that the model knows; None where its own code does not tell.
+        token_rows: tokens that the model knows; None if its own code does not tell.
     """
 
     profile: Any = None
@@ -104,9 +104,9 @@ class ExpertStream(Closing):
         self._recordings: list[Trace | Timeline] = []
         self._changing = threading.RLock()  # one change of the cache at a time, closing included
         _alive.add(self)
-        self._callers = Callers(self._settle)
-        self._lanes = Lanes(config.cores)
-        self._paces: dict[int, Pace] = {}  # by the size of an expert
+        self._guard = ThreadGuard(self._flush_readers)
+        self._cpu_streams = CpuStreams(config.cores)
+        self._timers: dict[int, StepTimer] = {}  # by the size of an expert
         hold_limits(self, plan, config.wired == "auto")
         try:
             self._open(plan.slots)
@@ -151,19 +151,18 @@ class ExpertStream(Closing):
     def trace(self, path: str | os.PathLike[str]) -> Trace:
         """Record every routing decision into a file of JSON lines, until it is closed.
 
-        Layers that are wholly resident are asked for their indices too while it runs, which costs
-        them their freedom from syncs.
+        While it runs, wholly resident layers too wait for the device's indices.
 
         Args:
-            path: the file. Its first line describes the layers, each further one is one call of one
-                layer: its number, and for each token the experts that its router chose.
+            path: the file. Its first line describes the layers. Each further line is one call of
+                one layer: its number, and for each token the experts that its router chose.
 
         Returns:
-            A context manager; the file is there when it is closed, or this stream is.
+            A context manager. The file exists when it is closed, or this stream is.
 
         Raises:
             StreamError: this stream is closed, or another recording into that file is under way.
-            OSError: the file cannot be made.
+            OSError: the file cannot be created.
         """
         return self._record(lambda: Trace(path, self.layers, self.plan))
 
@@ -174,17 +173,17 @@ class ExpertStream(Closing):
             path: the file, in Chrome's trace-event format (JSON).
 
         Returns:
-            A context manager, closed with this stream at the latest; its `summary()` gives seconds
-            by phase.
+            A context manager, which closes with this stream at the latest. Its `summary()` gives
+            seconds by phase.
 
         Raises:
             StreamError: this stream is closed, or another recording into that file is under way.
-            OSError: the file cannot be made.
+            OSError: the file cannot be created.
         """
         return self._record(lambda: Timeline(path, self.layers, self._reader))
 
     def save_hot_set(self, path: str | os.PathLike[str]) -> None:
-        """Write which experts are cached now, for `StreamConfig(hot_set=path)` at a later load.
+        """Write the experts that are cached now, for `StreamConfig(hot_set=path)` at a later load.
 
         Args:
             path: the file (JSON).
@@ -220,15 +219,15 @@ class ExpertStream(Closing):
             hold_limits(self, self.plan, self.config.wired == "auto")
 
     def make_room(self, needed: int, context: int, sequences: int) -> None:
-        """Let the expert cache shrink until a pass fits that the plan did not foresee.
+        """Shrink the expert cache until a pass fits that was not planned for.
 
         Args:
             needed: bytes that the pass takes.
-            context: tokens that each sequence has after it.
-            sequences: that it has side by side.
+            context: tokens of each sequence after it.
+            sequences: of the batch.
 
         Raises:
-            BudgetError: it does not fit beside the fewest experts that the model works with.
+            BudgetError: it does not fit beside the smallest expert cache that works.
         """
         with self._change():
             gc.collect()
@@ -250,7 +249,7 @@ class ExpertStream(Closing):
                     "context, the batch, or what else is kept (prompt caches, logits)",
                     needed_bytes=enough,
                 )
-            # A cache that shrinks starts empty: better once by much than often.
+            # A cache that shrinks starts empty, so it shrinks by a lot at once.
             slots = share_slots(max(least, has - max(over, has // _GIVES)), needs)
             taken = sum(n * x.expert_bytes for n, x in zip(slots, self.layers, strict=True))
             _log.warning(
@@ -266,19 +265,19 @@ class ExpertStream(Closing):
 
     @property
     def reader(self) -> ExpertReader:
-        """Reads the experts; for diagnosis, no part of the stable interface."""
+        """Reads the experts; for diagnosis, not part of the stable interface."""
         return self._reader
 
     def close(self) -> None:
-        """Stop reading, free slots, files and threads. Later calls of the model raise.
+        """Stop reading and free slots, files and threads. Later calls of the model raise.
 
-        A device error that comes up here is raised once all of that is done.
+        A device error that appears meanwhile is raised at the end.
         """
         if self._freed:
             return
         with self._change():
             self._closed = True
-            with ExitStack() as steps:  # from the last one up; all of them can be done again
+            with ExitStack() as steps:  # run in reverse order; each of them can be repeated
                 steps.callback(mx.clear_cache)
                 steps.callback(release_limits, self)
                 steps.callback(self._reader.close)
@@ -291,18 +290,18 @@ class ExpertStream(Closing):
             self._freed = True
 
     def held_bytes(self) -> int:
-        """What this model holds, and may yet take by its plan, in bytes."""
+        """Bytes that this model holds, or may still take according to its plan."""
         if self._closed:
             return self.plan.trunk
         cache = sum(x.cache.slots * x.expert_bytes for x in self.layers)
         return self.plan.trunk + cache + self.plan.kv + self.plan.work
 
     def accompany(self, ranks: Ranks, watch: Watch) -> None:
-        """Know the other ranks of a distributed run, until closed.
+        """Join the other ranks of a distributed run, until closed.
 
         Args:
             ranks: all of them.
-            watch: notices when one is lost.
+            watch: notices when a rank is lost.
         """
         self.ranks, self._watch = ranks, watch
 
@@ -311,17 +310,17 @@ class ExpertStream(Closing):
         return None if self._watch is None else self._watch.why()
 
     def leave(self, reason: str) -> None:
-        """Close, and tell the other ranks of a distributed run why it cannot go on.
+        """Close, and tell the other ranks of a distributed run the reason.
 
         Args:
-            reason: one sentence, which they show their users.
+            reason: one sentence, which they show to their users.
         """
         if self._watch is not None:
             self._watch.close(reason)
         self.close()
 
     def needs(self) -> list[LayerNeed]:
-        """What each layer asks of a budget, in model order."""
+        """Each layer's sizes and minimum slots for a budget, in model order."""
         return layer_needs(self.layers, self._model_config)
 
     def __repr__(self) -> str:
@@ -336,18 +335,18 @@ class ExpertStream(Closing):
             self._recordings.append(recording)
         return recording
 
-    def _settle(self) -> None:
+    def _flush_readers(self) -> None:
         for layer in self.layers:
-            layer.settle()
+            layer.flush_readers()
 
     @contextmanager
     def _change(self) -> Iterator[None]:
-        """Nobody else changes the cache meanwhile, and no step runs ahead."""
+        """Keep others from changing the cache, and run-ahead steps from running."""
         with self._changing, self.run_ahead.paused() if self.run_ahead else nullcontext():
             yield
 
     def _open(self, slots: Sequence[int]) -> None:
-        """Give each layer so many slots, and read in those that are to be wholly resident."""
+        """Give each layer its number of slots, and read in layers that fit entirely."""
         shrink, grow = [], []
         for layer, count in zip(self.layers, slots, strict=True):
             whole = count == layer.experts
@@ -359,32 +358,33 @@ class ExpertStream(Closing):
         with progress_bar("Loading experts", bool(self.config.progress and total), total) as bar:
             for layer, count in shrink:
                 self._open_layer(layer, count)
-            mx.clear_cache()  # shrink first, and give it back, so that growing stays in the budget
+            mx.clear_cache()  # before other layers grow, so that all stays within the budget
             for layer, count in grow:
-                with layer.lock:  # nobody calls it half-filled
+                with layer.lock:  # no call may see it half-filled
                     self._open_layer(layer, count)
                     for nbytes in layer.load_all() if count == layer.experts else ():
                         bar.update(nbytes)
         self._reader.stats = ReadStats()
 
     def _open_layer(self, layer: ExpertLayer, slots: int) -> None:
-        ways = {"auto": WAYS, "on": WAYS[-1:], "off": WAYS[:1]}[self.config.overlap]
+        overlaps = {"auto": OVERLAPS, "on": OVERLAPS[-1:], "off": OVERLAPS[:1]}[self.config.overlap]
         small = layer.expert_bytes < SMALL_EXPERT_BYTES
-        likely = "halves" if small and len(ways) > 1 else ways[-1]
-        pace = self._paces.setdefault(layer.expert_bytes, Pace(Trial(ways, likely)))
+        likely = "halves" if small and len(overlaps) > 1 else overlaps[-1]
+        timer = self._timers.setdefault(layer.expert_bytes, StepTimer(AutoTuner(overlaps, likely)))
         layer.open(
-            slots, self._reader, self.config.policy, pace, self._callers, self._lanes, self.in_place
-        )
+            slots, self._reader, self.config.policy, timer, self._guard, self._cpu_streams,
+            self.in_place,
+        )  # fmt: skip
 
     def _make_run_ahead(self) -> RunAhead | None:
-        """None where it cannot be, or where the host is the device and waits for nobody."""
+        """None if it is off or impossible, or if the host is the device and never waits for it."""
         wanted = {"auto": mx.default_device() != mx.cpu, "on": True, "off": False}
         if not (wanted[self.config.run_ahead] and self.in_place):
             return None
         top_k = max(need.top_k for need in self.needs())
         always = self.config.run_ahead == "on"
         return RunAhead(
-            self.layers, top_k, self._callers, lambda: self._reader.stats.wait_seconds, always
+            self.layers, top_k, self._guard, lambda: self._reader.stats.wait_seconds, always
         )
 
     def _decide_bypass(self) -> bool:
@@ -399,14 +399,14 @@ class ExpertStream(Closing):
                     "the page cache; use 'auto' or 'off'"
                 )
             return True
-        # Others measured a page cache that competes with the expert cache for memory. Where the
-        # page cache has room for what the slots leave out, it makes misses cheap instead.
-        unread = max(0, self.plan.trunk - mx.get_active_memory())  # the rest is no longer free
+        # A page cache competes with the expert cache for memory, as others have measured. If it has
+        # room for all experts that are not in slots, it makes misses cheap instead.
+        unread = max(0, self.plan.trunk - mx.get_active_memory())  # the rest is not free any more
         room = available_memory_bytes() - unread - self.plan.cache
         return possible and self.plan.experts - self.plan.cache > room // 2
 
     def _disown(self) -> None:
-        """In a process that was forked: its model raises `StreamError` where it would hang."""
+        """Let calls raise `StreamError`: this is a forked process, where they would hang."""
         self._closed = self._freed = True
         self._changing = threading.RLock()
         for layer in self.layers:
@@ -432,7 +432,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def layer_needs(layers: list[ExpertLayer], model_config: dict[str, Any]) -> list[LayerNeed]:
-    """Sizes and minimum slots of some layers."""
+    """Sizes and minimum slots of each layer."""
     needs = []
     for x in layers:
         top_k = experts_per_token(model_config, x.experts)
@@ -441,27 +441,27 @@ def layer_needs(layers: list[ExpertLayer], model_config: dict[str, Any]) -> list
 
 
 def expert_files(layers: Sequence[ExpertLayer]) -> list[str]:
-    """Every file that holds experts of some layers."""
+    """Every file that holds experts of these layers."""
     return sorted({f for x in layers for t in x.tensors.values() for f in t.stored.files})
 
 
 def unwritten(layers: Sequence[ExpertLayer]) -> bool:
-    """Are some experts in no file yet, because the checkpoint has to be converted first?"""
+    """Are there experts that are in no file, because the checkpoint must be converted first?"""
     return any(not t.stored.files for x in layers for t in x.tensors.values())
 
 
 def _let_go(layers: Sequence[ExpertLayer]) -> None:
-    """Drop the lazy arrays of all experts: MLX holds their files open as long as they live."""
+    """Drop the lazy arrays of all experts, because MLX keeps their files open meanwhile."""
     for layer in layers:
         for slot in (tensor.slot for tensor in layer.tensors.values()):
             setattr(slot.module, slot.attribute, mx.zeros((0, *slot.shape), slot.dtype))
 
 
 def _marks(files: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """What tells each file from one that may take its place.
+    """Marks that tell each file from a file that replaces it.
 
     Raises:
-        CheckpointError: one is gone.
+        CheckpointError: a file is gone.
     """
     try:
         return {f: file_mark(Path(f)) for f in files}
@@ -475,7 +475,7 @@ def flatten(module: nn.Module) -> list[tuple[str, mx.array]]:
 
 
 def attach(model: nn.Module, expert_stream: ExpertStream) -> None:
-    """Remember the stream on its model; it closes when the model is collected."""
+    """Attach the stream to its model; it closes when the model is collected."""
     object.__setattr__(model, _STREAM, expert_stream)
     register(expert_stream)
     weakref.finalize(model, _gone, expert_stream)
@@ -494,10 +494,10 @@ def stream(model: nn.Module) -> ExpertStream:
     """The `ExpertStream` behind a model that `load` or `patch` made.
 
     Args:
-        model: what `load`, or `mlx_lm.load` under `patch`, returned.
+        model: a model from `load`, or from `mlx_lm.load` under `patch`.
 
     Returns:
-        The same object at each call, closed or not.
+        The same object at every call, closed or not.
 
     Raises:
         UnsupportedModelError: the model is not streamed.
@@ -511,5 +511,5 @@ def stream(model: nn.Module) -> ExpertStream:
 
 
 def is_streamed(model: nn.Module) -> bool:
-    """Does `stream(model)` have an answer?"""
+    """Does this model have an `ExpertStream`?"""
     return _STREAM in model.__dict__

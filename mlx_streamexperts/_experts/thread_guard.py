@@ -1,9 +1,9 @@
-"""Which threads call a model: a graph can be evaluated only by the thread that built it.
+"""Keeps the threads that call one model apart: only the thread that built a graph can evaluate it.
 
-One thread may leave a layer's output unevaluated when it leaves the layer: whoever calls next, the
-same thread, evaluates it before a slot changes. From the second thread on every call evaluates its
-own output before it leaves. Between the two lies what the first thread had left behind when the
-second one came: the first evaluates it when it calls next, which the second one waits for.
+A single thread may leave a layer's output unevaluated: that same thread calls next, and evaluates
+it before a slot changes. Once a second thread calls, every call evaluates its own output before it
+leaves. Between the two lies the output that the first thread had left when the second one came. The
+first thread evaluates it at its next call, and the second one waits for that.
 """
 
 from __future__ import annotations
@@ -13,52 +13,64 @@ import time
 from collections.abc import Callable
 
 _PATIENCE_SECONDS = 2.0
-_LOOK_SECONDS = 0.002
+_POLL_SECONDS = 0.002
 
 
-class Callers:
-    """The threads that call one model's layers.
+class ThreadGuard:
+    """Knows which threads call one model's layers.
 
     Args:
-        catch_up: evaluates whatever the calling thread has built through the layers.
+        flush: evaluates everything that the calling thread has built through the layers.
 
     Attributes:
-        shared: more than one does.
-        stepping: the first one is in a step that runs ahead.
+        shared: more than one thread calls.
     """
 
-    def __init__(self, catch_up: Callable[[], None] = lambda: None) -> None:
-        self._catch_up = catch_up
+    def __init__(self, flush: Callable[[], None] = lambda: None) -> None:
+        self._flush = flush
         self._first: int | None = None
-        self._seen = 0.0  # when the first one called last
-        self.shared = self.stepping = False
-        self._caught_up = False
+        self._seen = 0.0  # when the first thread called last
+        self.shared = False
+        self._in_step = False  # the first thread is in a run-ahead step
+        self._flushed = False
         self._lock = threading.Lock()
 
-    def note(self) -> bool:
-        """This thread is about to use slots; returns whether it must evaluate its output.
+    def enter(self) -> bool:
+        """Note that this thread is about to use slots.
 
-        A thread that is not the first waits until the first has caught up, as long as that one
-        lives and calls, or has called within `_PATIENCE_SECONDS`. After that it is not in a pass,
-        and what it left is either evaluated or found not to be (`Bank.flush_readers` raises).
+        A thread that is not the first waits until the first one has flushed, as long as that one
+        lives and calls, or called within `_PATIENCE_SECONDS`. After that it is not in a pass, and
+        the output that it left is either evaluated or found not to be (`Bank.flush_readers`
+        raises).
+
+        Returns:
+            Whether this thread must evaluate its output.
         """
         me = threading.get_ident()
         if me == self._first:
             self._seen = time.perf_counter()
-            if self.shared and not self._caught_up and not self.stepping:
-                self._catch_up()
-                self._caught_up = True
+            if self.shared and not self._flushed and not self._in_step:
+                self._flush()
+                self._flushed = True
             return self.shared
         with self._lock:
             if self._first is None:
                 self._first, self._seen = me, time.perf_counter()
                 return False
         self.shared = True
-        while not self._caught_up and self._busy():
-            time.sleep(_LOOK_SECONDS)
-        self._caught_up = True
+        while not self._flushed and self._first_is_busy():
+            time.sleep(_POLL_SECONDS)
+        self._flushed = True
         return True
 
-    def _busy(self) -> bool:
-        recent = self.stepping or time.perf_counter() - self._seen < _PATIENCE_SECONDS
+    def begin_step(self) -> None:
+        """The first thread begins a run-ahead step, in which it does not flush."""
+        self._in_step = True
+
+    def end_step(self) -> None:
+        """The first thread's run-ahead step is over."""
+        self._in_step = False
+
+    def _first_is_busy(self) -> bool:
+        recent = self._in_step or time.perf_counter() - self._seen < _PATIENCE_SECONDS
         return recent and any(t.ident == self._first for t in threading.enumerate())

@@ -1,14 +1,14 @@
 """Where the time of a step goes: spans of the layers and of the reader's threads.
 
-A timeline is a file in Chrome's trace-event format; Perfetto (ui.perfetto.dev) and chrome://tracing
-show it. Spans are appended to a list while it is taken (1 us each) and written when it is closed.
+A timeline is a file in Chrome's trace-event format, for Perfetto (ui.perfetto.dev) or
+chrome://tracing. Recording appends spans to a list (1 us each); closing it writes the file.
 
-A layer's phases, which follow one another:
-    sync    waiting for the router's indices: the device works through what was built before
-    map     experts to slots, queueing reads, asking the next layers' routers
-    wait    standing still for reads
-    build   building the graph of the expert matmuls
-What lies between two layers' spans is the model's own Python.
+A layer's phases, one after another:
+    sync    waits for the router's indices, while the device runs the graph built so far
+    map     maps experts to slots, queues reads, probes the next layers' routers
+    wait    waits for reads
+    build   builds the graph of the expert matmuls
+The time between two layers' spans is the model's own Python.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .layer import PHASES, ExpertLayer
 
 
 class _Read(NamedTuple):
-    """One system call's worth, labelled by its first range. Times of `perf_counter`."""
+    """One system call, labelled by its first range. Times are those of `perf_counter`."""
 
     thread: str
     layer: str
@@ -43,12 +43,12 @@ class _Read(NamedTuple):
 
 
 class Timeline(Closing):
-    """A recording under way; a context manager, or call `close`.
+    """A recording under way. Use it as a context manager, or call `close`.
 
-    The file appears under its name only when the recording is complete.
+    The file gets its name only when the recording is complete.
 
     Attributes:
-        closed: it is over.
+        closed: the recording is over.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Timeline(Closing):
         self._path, self._layers, self._reader = Path(path), layers, reader
         partial = claim(self._path)
         try:
-            partial.touch()  # find out now whether it can be written
+            partial.touch()  # fail now if it cannot be written
         except BaseException:
             release(self._path)
             raise
@@ -70,10 +70,10 @@ class Timeline(Closing):
         reader.on_read.add(self._read)
 
     def summary(self) -> dict[str, float]:
-        """Seconds by phase so far: `sync`, `map`, `wait`, `build`.
+        """Seconds by phase so far.
 
         Returns:
-            Those, `elapsed` (of all), and `between` (outside of expert layers).
+            `sync`, `map`, `wait`, `build`, `between` (outside of expert layers) and `elapsed`.
         """
         seconds = dict.fromkeys(PHASES, 0.0)
         first, last = self._start, self._start
@@ -84,10 +84,10 @@ class Timeline(Closing):
         return {**seconds, "between": elapsed - sum(seconds.values()), "elapsed": elapsed}
 
     def close(self) -> None:
-        """End the recording and put the file in place.
+        """End the recording and write the file.
 
         Raises:
-            StreamError: it cannot be written.
+            StreamError: the file cannot be written.
         """
         if self.closed:
             return
@@ -109,7 +109,7 @@ class Timeline(Closing):
     def _read(
         self, ranges: Sequence[ByteRange], priority: int, queued: float, begin: float, end: float
     ) -> None:
-        first = ranges[0]  # taken apart: its view would keep a bank's memory alive
+        first = ranges[0]  # not kept: its view would keep a bank's memory alive
         self._reads.append(
             _Read(
                 threading.current_thread().name, first.layer, first.expert, first.tensor,
@@ -118,7 +118,7 @@ class Timeline(Closing):
         )  # fmt: skip
 
     def _events(self) -> list[dict[str, object]]:
-        """Complete events ("X") in microseconds; each reader thread is a row of its own."""
+        """Complete events ("X") in microseconds; every reader thread has its own row."""
         rows = {"layers": 0}
         events: list[dict[str, object]] = []
 
@@ -135,7 +135,7 @@ class Timeline(Closing):
             add("layers", phase, begin, end, layer=layer)
         for r in self._reads:
             add(
-                r.thread, "read" if r.priority == DEMAND else "read ahead", r.begin, r.end,
+                r.thread, "read" if r.priority == DEMAND else "prefetch", r.begin, r.end,
                 layer=r.layer, expert=r.expert, tensor=r.tensor, bytes=r.nbytes,
                 queued_us=1e6 * (r.begin - r.queued),
             )  # fmt: skip

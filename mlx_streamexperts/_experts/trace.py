@@ -1,9 +1,9 @@
-"""Recording of which experts a model's routers choose, for study and replay.
+"""Traces: recorded routing, for study and replay.
 
-A trace is JSON lines. The first describes the model: `{"layers": [names], "experts": [counts],
-"expert_bytes": [bytes], "model": {...}}`, the last being what a prediction of speed needs besides
-(see `_SIZES`). Each further line is one call of one layer, in the order of calls: `{"layer": i,
-"experts": [[...], ...]}`, one list of chosen experts per token.
+A trace is a file of JSON lines. The first describes the model: `{"layers": [names], "experts":
+[counts], "expert_bytes": [bytes], "model": {...}}`; `model` has the other sizes that a prediction
+of speed needs (`_SIZES`). Each further line is one call of one layer, in the order of calls:
+`{"layer": i, "experts": [[...], ...]}`, with one list of chosen experts per token.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _SIZES = ("model_type", "trunk", "active_bytes_per_token", "top_k")
 
 
 class Trace(Closing):
-    """A recording under way; a context manager, or call `close`.
+    """A recording under way. Use it as a context manager, or call `close`.
 
-    The file appears under its name only when the recording is complete. If it cannot be written any
-    more (a full disk) the recording ends, and generation goes on.
+    The file gets its name only when the recording is complete. If a write fails (a full disk), the
+    recording ends and generation goes on.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Trace(Closing):
         """End the recording and put the file in place.
 
         Raises:
-            StreamError: it could not be written to its end; there is none.
+            StreamError: a write has failed; there is no file.
         """
         with self._lock:
             file, self._file = self._file, None
@@ -83,7 +83,7 @@ class Trace(Closing):
 
     @property
     def closed(self) -> bool:
-        """Is it over?"""
+        """Is the recording over?"""
         return self._file is None
 
     def _recorder(self, number: int) -> Callable[[np.ndarray], None]:
@@ -104,12 +104,12 @@ class Trace(Closing):
 
 @dataclass(frozen=True)
 class Routing:
-    """What a trace holds.
+    """The content of a trace.
 
     Attributes:
-        name: the file's, for reports.
-        experts: routed experts of each layer.
-        expert_bytes: bytes of one expert of each layer; empty where the trace does not say.
+        name: of the file, for reports.
+        experts: number of routed experts, by layer.
+        expert_bytes: bytes of one expert, by layer; empty if the trace does not have them.
         layers: each layer's calls in order, int [T, K] each: the choices of T tokens.
         model: `model_type`, `trunk`, `active_bytes_per_token` and `top_k`, or nothing.
     """
@@ -128,10 +128,10 @@ def read_trace(path: Path) -> Routing:
         path: the file.
 
     Returns:
-        Its routing: each layer's calls, as arrays of expert indices [tokens, top_k].
+        Each layer's calls, as arrays of expert indices [T, K].
 
     Raises:
-        StreamError: it cannot be read or is no trace; says which line.
+        StreamError: the file cannot be read or is not a trace; the message names the line.
     """
     lines = _lines(path)
     head = next(lines, {})

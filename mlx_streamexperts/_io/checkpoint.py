@@ -1,7 +1,7 @@
-"""Where every tensor's bytes lie in a safetensors checkpoint, from the headers alone.
+"""Where each tensor's bytes are in a safetensors checkpoint, from the headers alone.
 
-No weight is read here. Everything that can be wrong with the files is found here, before anything
-loads, and raised as `CheckpointError` naming the file and the tensor. The format is
+This module never reads a weight. It finds everything that can be wrong with the files before
+anything loads, and raises a `CheckpointError` that names the file and the tensor. The format is
 https://github.com/huggingface/safetensors (8 bytes of header length, a JSON header, the data).
 """
 
@@ -30,13 +30,13 @@ _ITEM_BYTES = {
     "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
-_MAX_SIZE = 2**63 - 1  # no file is longer; larger numbers are refused unprinted
+_MAX_SIZE = 2**63 - 1  # no file is longer; messages do not print larger numbers
 _MOST_LAYERS = 1000  # Kimi K2.5 has 61
-# Not every "layer" in a key counts them: Gemma has vocab_size_per_layer_input of 262144.
+# Not every key with "layer" is a count of layers: Gemma's vocab_size_per_layer_input is 262144.
 _LAYER_COUNT = re.compile(r"(n|num)_(\w+_)?layers?$")
 _SHARDS = "model*.safetensors"
 INDEX = "model.safetensors.index.json"
-CONVERSION = "convert.json"  # there from a conversion's start on, while config.json comes last
+CONVERSION = "convert.json"  # a conversion writes this file first and config.json last
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +62,12 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class ExpertTable:
-    """Where one tensor of each of a layer's experts lies.
+    """Where one tensor of a layer's experts is stored, for each expert.
 
     Attributes:
         dtype: safetensors name of the element type.
         row_bytes: bytes of one expert's part.
-        files: the file with each expert's part (strings: the reader compares them at every miss).
+        files: the file with each expert's part (strings: the reader compares them in every miss).
         offsets: absolute position of each expert's first byte in its file.
         names: the stored tensor that holds each expert's part.
     """
@@ -84,7 +84,7 @@ class ExpertTable:
 
     @classmethod
     def stacked(cls, entry: TensorEntry) -> ExpertTable:
-        """A tensor `[experts, ...]`: expert after expert in one range."""
+        """The table of a tensor `[experts, ...]`, which holds expert after expert."""
         experts = entry.shape[0]
         row = entry.nbytes // max(1, experts)
         offsets = tuple(range(entry.offset, entry.offset + experts * row, row)) if row else ()
@@ -92,15 +92,15 @@ class ExpertTable:
 
     @classmethod
     def nowhere(cls, nbytes: int, experts: int) -> ExpertTable:
-        """A table that is yet to be written, for planning: it has a size and no place."""
+        """A table for planning, of a tensor that is not written yet: with sizes, without places."""
         return cls("", nbytes // max(1, experts), (), (0,) * experts, ())
 
     @classmethod
     def separate(cls, entries: Sequence[TensorEntry]) -> ExpertTable:
-        """One tensor an expert, as original checkpoints have them.
+        """The table of one tensor per expert, as original checkpoints have them.
 
         Raises:
-            CheckpointError: they differ in shape or element type.
+            CheckpointError: the tensors differ in shape or element type.
         """
         first = entries[0]
         for entry in entries:
@@ -125,8 +125,9 @@ class Checkpoint:
     Attributes:
         folder: the model folder.
         tensors: every tensor of every `model*.safetensors` file in it.
-        absent: tensors that no file has, with the file that the index names for them. A hint: an
-            index may be of another conversion, and name more than the model needs.
+        absent: tensors that the index names and no file has, with the file that should have them.
+            This is only a hint: the index may belong to another conversion, or name tensors that
+            the model does not need.
     """
 
     folder: Path
@@ -140,17 +141,17 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """The tensors of the `model*.safetensors` files of `folder`, which is what mlx-lm loads.
+    """Read the headers of the `model*.safetensors` files of `folder`, which mlx-lm loads.
 
-    mlx-lm never reads the index file, and a checkpoint is whole if its model finds all that it
-    needs: whatever the index says, nothing is refused for it here.
+    mlx-lm never reads the index file, and a checkpoint is complete if its model finds all tensors
+    that it needs. Therefore nothing is refused here because of the index.
 
     Args:
         folder: the model folder.
 
     Raises:
-        CheckpointError: there is no shard, one is truncated or malformed, tensors overlap or appear
-            twice.
+        CheckpointError: there is no shard, a shard is truncated or malformed, or tensors overlap or
+            appear twice.
     """
     if not folder.is_dir():
         raise CheckpointError(
@@ -174,12 +175,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The files that mlx-lm reads weights from; to it a folder's own name is part of a pattern."""
+    """The files that mlx-lm reads weights from. Like mlx-lm, this treats `folder` as a pattern."""
     return sorted(Path(f) for f in glob.glob(str(folder / _SHARDS)))
 
 
 def is_shard(name: str) -> bool:
-    """Does mlx-lm read a file of this name for weights?"""
+    """Does mlx-lm read weights from a file of this name?"""
     return fnmatch(name, _SHARDS)
 
 
@@ -194,20 +195,20 @@ def _no_files(folder: Path, promised: dict[str, str]) -> str:
 
 
 def _pattern_in_name(folder: Path) -> str:
-    """A way out where mlx-lm takes a folder's name for a pattern of names; else empty."""
+    """Advice if mlx-lm takes the folder's name for a pattern; otherwise empty."""
     if glob.escape(str(folder)) == str(folder):
         return ""
     return "; mlx-lm takes *, ? and [ in a folder's name for a pattern: rename the folder"
 
 
 def whereabouts(checkpoint: Checkpoint) -> str:
-    """What the index says of tensors that a model lacks; empty where it says nothing."""
+    """Where the index says that missing tensors should be; empty if it does not name them."""
     folder, absent = checkpoint.folder, checkpoint.absent
     if not absent:
         return ""
     gone = sorted(
         {f for f in absent.values() if not os.path.exists(folder / f)},
-        key=lambda f: (not is_shard(f), f),  # those that mlx-lm would read come first
+        key=lambda f: (not is_shard(f), f),  # files that mlx-lm would read come first
     )
     if gone:
         named = {*absent.values(), *(t.file.name for t in checkpoint.tensors.values())}
@@ -223,11 +224,11 @@ def whereabouts(checkpoint: Checkpoint) -> str:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Is there a config.json?
+    """Check that a folder has a usable config.json.
 
     Raises:
-        CheckpointError: there is none; says so where a conversion into the folder is unfinished.
-            Or it is no JSON object, or of more layers than any model has.
+        CheckpointError: it has none (the message tells if a conversion is unfinished), or the file
+            is not a JSON object or asks for more layers than any model has.
     """
     if (folder / "config.json").is_file():
         _check_numbers(folder / "config.json", read_model_config(folder))
@@ -239,11 +240,11 @@ def check_model_folder(folder: Path) -> None:
 
 
 def _check_numbers(file: Path, config: dict[str, Any], depth: int = 0) -> None:
-    """Refuse what takes mlx-lm or MLX down, or up all memory, before they raise an error."""
+    """Refuse numbers with which mlx-lm or MLX would crash or take all memory."""
     for key, value in config.items():
         if isinstance(value, dict) and depth < 4:
             _check_numbers(file, value, depth + 1)
-        # mlx-lm builds as many layers as are asked for before it looks for their weights.
+        # mlx-lm builds all layers before it looks for their weights.
         elif _LAYER_COUNT.match(key) and isinstance(value, int) and value > _MOST_LAYERS:
             raise CheckpointError(f"{file}: {key} is {value}, more than any model has")
         # MLX 0.32 divides by it: the process ends with SIGFPE.
@@ -252,7 +253,7 @@ def _check_numbers(file: Path, config: dict[str, Any], depth: int = 0) -> None:
 
 
 def read_header(file: Path) -> list[TensorEntry]:
-    """Parse and validate one shard's header; no tensor data is read.
+    """Parse and validate one shard's header, without reading tensor data.
 
     Raises:
         CheckpointError: see `read_checkpoint`.
@@ -297,12 +298,12 @@ def read_header(file: Path) -> list[TensorEntry]:
 
 
 def header_identity(file: Path) -> dict[str, Any]:
-    """What tells one shard from another without reading its data: size, and digest of the header.
+    """A shard's size and the digest of its header, to tell it from others without reading its data.
 
     Two fine-tunes of one model may have the same; `file_identity` tells them apart.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the file cannot be read.
     """
     try:
         with file.open("rb") as f:
@@ -315,10 +316,10 @@ def header_identity(file: Path) -> dict[str, Any]:
 
 
 def file_identity(file: Path) -> dict[str, Any]:
-    """`header_identity`, and a digest of samples of the data.
+    """`header_identity` and a digest of samples of the data.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the file cannot be read.
     """
     try:
         return {**header_identity(file), "sample": content_sample(file)}
@@ -327,7 +328,7 @@ def file_identity(file: Path) -> dict[str, Any]:
 
 
 def _entry(file: Path, name: str, spec: Any, data_start: int) -> TensorEntry:
-    """Validate one header entry on its own."""
+    """Validate one entry of a header."""
     where = f"{file}: tensor {name}"
     if not isinstance(spec, dict):
         raise CheckpointError(f"{where}: its description is not a JSON object")
@@ -352,7 +353,7 @@ def _entry(file: Path, name: str, spec: Any, data_start: int) -> TensorEntry:
 
 
 def named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; one that names a thing twice means one thing to us and another to others."""
+    """Make a JSON object; refuse repeated names, because other readers may take the other value."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -362,10 +363,10 @@ def named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """A model's config.json; of what it says twice the last counts, as for mlx-lm.
+    """Read a model's config.json. The last of repeated names counts, as in mlx-lm.
 
     Raises:
-        CheckpointError: it cannot be read, or holds no object.
+        CheckpointError: it cannot be read, or is not a JSON object.
     """
     return read_json_object(folder / "config.json", "a model's configuration", dict)
 
@@ -375,15 +376,15 @@ def read_json_object(
     holding: str,
     made_of: Callable[[list[tuple[str, Any]]], dict[str, Any]] = named_once,
 ) -> dict[str, Any]:
-    """The JSON object in a file, which is expected to hold `holding`.
+    """Read the JSON object in a file.
 
     Args:
         file: the file.
-        holding: for error messages.
-        made_of: makes an object of its pairs; by default one that names a thing twice is refused.
+        holding: what the object should hold, for error messages.
+        made_of: makes an object from its pairs; by default repeated names are refused.
 
     Raises:
-        CheckpointError: it cannot be read, or holds something else.
+        CheckpointError: the file cannot be read, or holds something else.
     """
     try:
         if (size := file.stat().st_size) > MAX_HEADER_BYTES:
@@ -397,22 +398,22 @@ def read_json_object(
 
 
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:
-    """Is this a list of numbers that sizes and positions in a file can have?"""
+    """Is this a list of numbers that can be sizes or positions in a file?"""
     return isinstance(value, list) and all(type(n) is int and 0 <= n <= _MAX_SIZE for n in value)
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name from the index file, as far as it can be understood."""
+    """Tensor name -> file name, from the parts of the index file that are valid."""
     try:
         weight_map = read_json_object(folder / INDEX, "weight_map", dict).get("weight_map")
     except CheckpointError:
         return {}
     if not isinstance(weight_map, dict):
         return {}
-    plain: dict[str, bool] = {}  # Kimi K2.5's original has 208,000 tensors in 56 shards
+    plain: dict[str, bool] = {}  # a cache: Kimi K2.5's original has 208,000 tensors in 56 shards
 
     def is_plain(name: Any) -> bool:
-        """A file in the folder: a hostile index must not make us look elsewhere."""
+        """Is this a file in the folder? A hostile index must not make us look elsewhere."""
         if not isinstance(name, str):
             return False
         if name not in plain:

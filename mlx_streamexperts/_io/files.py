@@ -1,6 +1,6 @@
-"""One read of a shard, whole or an error: system calls, alignment, short reads.
+"""One read of a shard, which is complete or an error: system calls, alignment, short reads.
 
-Called by many threads at once. The only module that opens weight files for streaming.
+Many threads read at once. No other module opens weight files for streaming.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import mmap
 import os
 import threading
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,12 @@ from .ranges import ByteRange
 
 _REPLACED = "the file was replaced by another one, or rewritten, after the model was loaded"
 
-_SPARE_FILES, _FEWEST_FILES = 64, 8  # what libraries open beside: allowed for, and at least
+# Files that libraries open besides: how many the limit makes room for, and the fewest that do.
+_SPARE_FILES, _FEWEST_FILES = 64, 8
 
-_SHORT_COPY_BYTES = 32 << 10  # copied in the time it takes to let other threads run
+_SHORT_COPY_BYTES = 32 << 10  # copied in the time that it takes to let other threads run
+
+_memory_of = itemgetter(2)  # `ByteRange.into`
 
 
 class ShardFiles:
@@ -30,7 +34,7 @@ class ShardFiles:
 
     Args:
         direct: bypass the page cache.
-        expected: which file each path was when the model was loaded; see `platform.file_mark`.
+        expected: mark of each file when the model was loaded; see `_osinfo.file_mark`.
     """
 
     def __init__(self, direct: bool, expected: dict[str, tuple[int, ...]]) -> None:
@@ -40,7 +44,7 @@ class ShardFiles:
         self._local = threading.local()
 
     def close(self) -> None:
-        """Close all descriptors; nobody may be reading."""
+        """Close all descriptors. No read may be under way."""
         while self._files:
             os.close(self._files.popitem()[1][0])
 
@@ -50,10 +54,10 @@ class ShardFiles:
         Raises:
             ExpertReadError: the file cannot be read, or ends too early.
         """
-        fd, alignment = self._open(ranges[0])
+        fd, alignment = self._files.get(ranges[0].file) or self._open(ranges[0])
         if alignment > 1 and not _aligned(ranges, alignment):
             return self._read_bounced(ranges, fd, alignment)
-        buffers = [r.into for r in ranges]
+        buffers = list(map(_memory_of, ranges))
         offset, calls = ranges[0].offset, 0
         while buffers:
             try:
@@ -67,8 +71,7 @@ class ShardFiles:
             while buffers and count >= len(buffers[0]):
                 count -= len(buffers.pop(0))
             if count:
-                if alignment > 1 and count % alignment:
-                    # A direct read stops short only at the end.
+                if alignment > 1 and count % alignment:  # a direct read ends early only at the end
                     raise _failure(ranges, offset, None)
                 buffers[0] = buffers[0][count:]
         return calls
@@ -96,7 +99,7 @@ class ShardFiles:
             source = bounce[position : position + size]
             if size <= _SHORT_COPY_BYTES:
                 r.into[:] = source
-            else:  # NumPy lets other threads run meanwhile
+            else:  # NumPy lets other threads run while it copies
                 np.copyto(np.frombuffer(r.into, np.uint8), np.frombuffer(source, np.uint8))
             position += size
         return calls
@@ -109,26 +112,25 @@ class ShardFiles:
         return buffer
 
     def _open(self, first: ByteRange) -> tuple[int, int]:
-        """The shard's descriptor, opened at first use, and the alignment it asks for."""
-        known = self._files.get(first.file)
-        if known is None:
-            with self._lock:
-                known = self._files.get(first.file)
-                if known is None:
-                    try:
-                        if self.direct:
-                            known = platform.open_direct(Path(first.file))
-                        else:
-                            known = platform.open_buffered(Path(first.file)), 1
-                    except OSError as e:
-                        raise ExpertReadError(*label(first), first.offset, e.errno) from e
-                    try:
-                        self._check_same(first, known[0])
-                    except BaseException:
-                        os.close(known[0])
-                        raise
-                    self._files[first.file] = known
-        return known
+        """Open a shard; returns its descriptor and the alignment that reads must have."""
+        with self._lock:
+            known = self._files.get(first.file)
+            if known is not None:  # another thread was faster
+                return known
+            try:
+                if self.direct:
+                    known = platform.open_direct(Path(first.file))
+                else:
+                    known = platform.open_buffered(Path(first.file)), 1
+            except OSError as e:
+                raise ExpertReadError(*label(first), first.offset, e.errno) from e
+            try:
+                self._check_same(first, known[0])
+            except BaseException:
+                os.close(known[0])
+                raise
+            self._files[first.file] = known
+            return known
 
     def _check_same(self, first: ByteRange, fd: int) -> None:
         expected = self._expected.get(first.file)
@@ -140,14 +142,14 @@ class ShardFiles:
 
 
 def allow_open(count: int, what: str) -> None:
-    """See to it that this process may open `count` files more, by raising its own limit.
+    """Make sure that this process may open `count` more files, by raising its own limit.
 
     Args:
         count: how many.
-        what: whose, for the error.
+        what: whose files, for the error.
 
     Raises:
-        StreamError: the system does not allow as many.
+        StreamError: the system does not allow so many.
     """
     opened = platform.open_descriptors()
     wanted = opened + count + _SPARE_FILES
@@ -160,10 +162,10 @@ def allow_open(count: int, what: str) -> None:
 
 
 def room_for_clients(most: int, folders: Sequence[Path]) -> int:
-    """How many connections a server may have open beside the shards that it reads.
+    """How many connections a server may have open besides the shards that it reads.
 
     Args:
-        most: that many suffice.
+        most: upper bound of the result.
         folders: of the models, of which one at a time is loaded.
     """
     shards = max([len(shard_files(f)) for f in folders], default=0)
@@ -172,7 +174,7 @@ def room_for_clients(most: int, folders: Sequence[Path]) -> int:
 
 
 def direct_works(file: Path) -> bool:
-    """Can `file` be read past the page cache? Reads its first block to find out."""
+    """Can `file` be read past the page cache? Its first block is read to find out."""
     try:
         fd, alignment = platform.open_direct(file)
     except OSError:
@@ -196,13 +198,14 @@ def _aligned(ranges: Sequence[ByteRange], alignment: int) -> bool:
 
 
 def label(r: ByteRange) -> tuple[str, int, str, Path]:
+    """The first arguments of an `ExpertReadError`."""
     return r.layer, r.expert, r.tensor, Path(r.file)
 
 
 def _failure(ranges: Sequence[ByteRange], offset: int, errno: int | None) -> ExpertReadError:
-    """The error of the range in which `offset` lies."""
+    """An error that names the range in which `offset` lies."""
     at = ranges[0]
-    offset = max(offset, at.offset)  # a widened read may fail before the first wanted byte
+    offset = max(offset, at.offset)  # a widened read may fail before the first byte asked for
     for r in ranges:
         if r.offset <= offset:
             at = r

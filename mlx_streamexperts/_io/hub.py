@@ -1,7 +1,7 @@
-"""The headers of a model, without its weights.
+"""A model's safetensors headers without its weights.
 
-A Hub repository's safetensors headers are fetched by ranged requests and written into sparse files
-of the true size, so that everything that works on a local folder's headers works on them.
+The headers of a Hub repository are fetched by ranged requests and written into sparse files of the
+true size, so that all code that reads the headers of a local folder can read these.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ SMALL_FILES = (".json", ".py", ".jinja", ".txt", ".model", ".tiktoken")
 
 
 @contextmanager
-def had(path_or_hf_repo: str | Path, otherwise: str) -> Iterator[None]:
-    """Something of the Hub's is fetched.
+def fetching(path_or_hf_repo: str | Path, otherwise: str) -> Iterator[None]:
+    """Turn errors of fetching from the Hub into a `CheckpointError`.
 
     Args:
-        path_or_hf_repo: of what.
-        otherwise: what to say of it where it cannot be had; the reason follows.
+        path_or_hf_repo: where the message starts.
+        otherwise: how it goes on; the reason follows.
 
     Raises:
-        CheckpointError: it cannot be had.
+        CheckpointError: something cannot be fetched.
     """
     try:
         yield
@@ -43,24 +43,26 @@ def had(path_or_hf_repo: str | Path, otherwise: str) -> Iterator[None]:
 
 @contextmanager
 def headers_only(path_or_hf_repo: str) -> Iterator[tuple[Path, bool]]:
-    """A folder with the model's headers and small files.
+    """Make a folder with the model's headers and small files.
+
+    A local folder or a repository that has been downloaded is used as it is. Otherwise a temporary
+    folder is made, and removed at the end.
 
     Args:
         path_or_hf_repo: a model folder, or a Hugging Face repository.
 
     Yields:
-        The folder, and whether it holds the weights too: a local folder or a repository that has
-        been downloaded is used as it is; else a temporary folder is made, and removed at the end.
+        The folder, and whether it holds the weights too.
 
     Raises:
-        CheckpointError: it is neither, or a header cannot be what it claims.
+        CheckpointError: it is neither, or a header is not what it claims to be.
     """
     if (local := _local(path_or_hf_repo)) is not None:
         yield local, True
         return
     folder = Path(tempfile.mkdtemp(prefix="mlx-streamexperts-headers-"))
     try:
-        with had(
+        with fetching(
             path_or_hf_repo, "is neither a model folder nor a repository whose headers can be had"
         ):
             _fetch(path_or_hf_repo, folder)
@@ -70,12 +72,12 @@ def headers_only(path_or_hf_repo: str) -> Iterator[tuple[Path, bool]]:
 
 
 def _local(path_or_hf_repo: str) -> Path | None:
-    """The folder with the weights, if they are on this machine."""
+    """The folder with the weights, if it is on this machine."""
     if Path(path_or_hf_repo).exists():
         return Path(path_or_hf_repo)
     try:
         return hf_repo_to_path(path_or_hf_repo)
-    except (OSError, HFValidationError):  # not in the cache, or only in part
+    except (OSError, HFValidationError):  # not in the cache, or only partly
         return None
 
 

@@ -1,11 +1,12 @@
-"""An output folder: one process writes it at a time, and each file in it is whole or not there.
+"""Output folders and files: one process writes a folder at a time, and no file is half written.
 
-Two converters that resume the same folder would each write the other's unfinished shards. A lock
-that the system drops with its process keeps them apart, so that none is left of a killed one.
+Two converters that resume the same folder would overwrite each other's unfinished shards. The lock
+that keeps them apart belongs to the process, so the system drops it when the process is killed.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import threading
@@ -16,37 +17,37 @@ from pathlib import Path
 from typing import Any
 
 from .._errors import StreamError
-from .._osinfo import try_lock
 
 LOCK = ".mlx-streamexperts.lock"
 
 
 @contextmanager
 def exclusive(folder: Path, doing: str) -> Iterator[None]:
-    """Create `folder` and be the only one that writes into it, in this process or any other.
+    """Create `folder` and keep every other writer out of it, in this process and others.
 
-    The lock's file goes when the work ends, and so does a folder that was created and stayed empty.
+    The lock file is removed at the end, and so are folders that were created and stayed empty.
 
     Args:
         folder: where output goes.
-        doing: what others are told is going on, for example "converting".
+        doing: what others are told, for example "converting".
 
     Raises:
-        StreamError: another process or thread is writing there (says which), or the folder cannot
-            be written.
+        StreamError: another process or thread is writing there (the message says which), or the
+            folder cannot be written.
     """
     created = [p for p in (folder, *folder.parents) if not p.exists()]
     fd = _acquire(folder / LOCK)
     try:
         if fd is not None:
-            os.ftruncate(fd, 0)  # what a killed process left
+            os.ftruncate(fd, 0)  # a killed process may have left its name
             os.pwrite(fd, f"{doing}, process {os.getpid()}".encode(), 0)
         yield
     finally:
         if fd is not None:
-            (folder / LOCK).unlink(missing_ok=True)  # before the lock is gone: it may be another's
+            # While the lock is held; afterwards the file may be another writer's.
+            (folder / LOCK).unlink(missing_ok=True)
             os.close(fd)
-        with suppress(OSError):  # it holds something now
+        with suppress(OSError):  # it is not empty
             for path in created:
                 path.rmdir()
 
@@ -55,30 +56,56 @@ def check_not_written(folder: Path, purpose: str) -> None:
     """Refuse a source that another process is still writing.
 
     Raises:
-        StreamError: it is; says by which process.
+        StreamError: another process is writing it; the message says which.
     """
     try:
         fd = try_lock(folder / LOCK, create=False)
-    except OSError:  # no lock there, or a folder that only may be read: nobody is writing
+    except OSError:  # there is no lock file, or the folder is read-only: nobody is writing
         return
     if fd is None:
         raise StreamError(_busy(folder / LOCK, f"wait for it before {purpose}"))
     os.close(fd)
 
 
+def try_lock(file: Path, create: bool = True) -> int | None:
+    """Take the lock of a file. The system drops it when this process ends or is killed.
+
+    Args:
+        file: its content does not matter.
+        create: create the file if it is missing; otherwise it is opened for reading only.
+
+    Returns:
+        A descriptor that holds the lock until it is closed; None if another descriptor holds it, of
+        this process or another.
+
+    Raises:
+        OSError: the file cannot be opened, or its file system has no locks.
+    """
+    fd = os.open(file, os.O_RDWR | os.O_CREAT if create else os.O_RDONLY, 0o666)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
 def _acquire(file: Path) -> int | None:
-    """The lock's descriptor; None on a file system that has no locks."""
+    """A descriptor that holds the lock; None on a file system without locks."""
     while True:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             fd = try_lock(file)
-        except FileNotFoundError:  # another one that ended took its empty folder along
+        except FileNotFoundError:  # another writer ended and removed its empty folder
             continue
         except OSError as e:
-            if e.filename is not None:  # locking itself names none
+            if e.filename is not None:  # errors of locking itself name no file
                 raise StreamError(f"{e.filename}: cannot be written: {e.strerror}") from e
             warnings.warn(
-                f"{file.parent}: this file system has no locks ({e.strerror}); see to it that "
+                f"{file.parent}: this file system has no locks ({e.strerror}); make sure that "
                 "nothing else writes there",
                 stacklevel=2,
             )
@@ -88,7 +115,7 @@ def _acquire(file: Path) -> int | None:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(fd), file.stat()):
                 return fd
-        os.close(fd)  # its owner removed it between our opening and locking it
+        os.close(fd)  # its owner removed the file after we opened it and before we locked it
 
 
 def _busy(file: Path, advice: str) -> str:
@@ -98,20 +125,20 @@ def _busy(file: Path, advice: str) -> str:
     return f"{file.parent}: in use ({who or 'another process is starting there'}): {advice}"
 
 
-UNWRITTEN = "the recording could not be written ({}), and there is none: make room, record again"
+UNWRITTEN = "the recording could not be written ({}) and is lost: make room, record again"
 
 _claimed: set[str] = set()
 _claims = threading.Lock()
 
 
 def claim(file: Path) -> Path:
-    """Be the only recording of this process into a file, until `release`.
+    """Reserve a file for one recording of this process, until `release`.
 
     Returns:
-        What it is called until it is whole.
+        The name to write to until the recording is complete.
 
     Raises:
-        StreamError: another one is under way.
+        StreamError: another recording into the file is under way.
     """
     with _claims:
         if os.path.abspath(file) in _claimed:
@@ -130,10 +157,10 @@ def release(file: Path) -> None:
 
 @contextmanager
 def whole(file: Path) -> Iterator[Path]:
-    """Write a file under another name first: it is whole, or as it was before.
+    """Replace a file completely or not at all, by writing under another name first.
 
     Yields:
-        That name. The file there is put in place at the end; after an error it goes.
+        That name. The file there is moved into place at the end, and removed after an error.
     """
     partial = partial_name(file)
     try:
@@ -147,12 +174,12 @@ def whole(file: Path) -> Iterator[Path]:
 
 
 def partial_name(file: Path) -> Path:
-    """What a file is called until it is whole."""
+    """Name of a file until it is complete."""
     return file.with_name(file.name + ".partial")
 
 
 def write_json(file: Path, content: dict[str, Any], indent: int | None = 4) -> None:
-    """Under a temporary name first: the file is whole or not there."""
+    """Write a JSON file completely or not at all."""
     with whole(file) as partial, partial.open("w") as f:
         json.dump(content, f, indent=indent)
         f.flush()
@@ -160,7 +187,7 @@ def write_json(file: Path, content: dict[str, Any], indent: int | None = 4) -> N
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` last through a power failure."""
+    """Make renames in `folder` survive a power failure."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -1,6 +1,7 @@
 """Byte ranges of experts, and how they become reads.
 
-Pure functions: what lies side by side in a file is read at once, what is long is shared out.
+Pure functions: neighbouring ranges of a file become one read, and long ranges are split so that
+threads can share them.
 """
 
 from __future__ import annotations
@@ -29,31 +30,35 @@ class ByteRange(NamedTuple):
 
 
 def merge(ranges: Sequence[ByteRange], read_bytes: int) -> list[list[ByteRange]]:
-    """Group ranges that lie side by side in a file, none longer than `read_bytes`.
+    """Group ranges that lie side by side in a file, no group longer than `read_bytes`.
 
-    Experts come in the order given, so that the first is complete long before the last.
+    Groups are in the order in which their experts were given, so that the first expert is complete
+    long before the last.
     """
+    order: dict[int, int] = {}
+    for r in ranges:
+        order.setdefault(r.expert, len(order))
     runs: list[list[ByteRange]] = []
+    places: list[int] = []  # of each run's first expert in that order
     length = end = 0
     file = ""
-    for whole in sorted(ranges, key=_place_on_disk):
-        size = len(whole.into)
+    for whole in sorted(ranges, key=_file_and_offset):
+        place, size = order[whole.expert], len(whole.into)
         for r in (whole,) if 0 < size <= read_bytes else _split(whole, read_bytes):
             size = len(r.into)
             if r.offset == end and r.file == file and length + size <= read_bytes:
                 runs[-1].append(r)
                 length += size
+                places[-1] = min(places[-1], place)
             else:
                 runs.append([r])
+                places.append(place)
                 length, file = size, r.file
             end = r.offset + size
-    place: dict[int, int] = {}
-    for r in ranges:
-        place.setdefault(r.expert, len(place))
-    return sorted(runs, key=lambda run: min([place[r.expert] for r in run]))
+    return [runs[i] for i in sorted(range(len(runs)), key=places.__getitem__)]
 
 
-_place_on_disk = itemgetter(0, 1)  # file and offset
+_file_and_offset = itemgetter(0, 1)
 
 
 def _split(r: ByteRange, read_bytes: int) -> list[ByteRange]:

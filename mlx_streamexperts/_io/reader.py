@@ -1,12 +1,12 @@
 """Asynchronous reads of byte ranges into given memory, by a pool of threads.
 
-It knows nothing of MLX: threads handle bytes, and MLX
-arrays are bound to the thread that makes them. Demand reads overtake speculative ones; ranges that
-lie side by side in a file become one scatter read; long ones are split over the threads.
+`ExpertReader` owns the queue, the threads and the files. A `Ticket` is a caller's view of the reads
+that it submitted; a `Job` is the part of them that one thread does in one go. Threads handle bytes
+and must never touch MLX, whose arrays are bound to the thread that makes them.
 
-Ctrl-C may end a caller's call here between any two steps. Therefore callers use no lock that is
-written in Python (`Condition`, `Event`: an interrupt within leaves them locked), what ends a read
-can be done twice, and `stop` trusts no ticket.
+Any line that runs in a caller's thread may be the last of its call (Ctrl-C, `MemoryError`).
+Therefore callers use no lock that is written in Python (an exception within `Condition` or `Event`
+leaves it locked), a job is always in the queue, in `_taken` or ended, and can be ended twice.
 """
 
 from __future__ import annotations
@@ -27,23 +27,26 @@ from .files import ShardFiles, label
 from .ranges import ByteRange, merge
 
 DEMAND, PREFETCH = 0, 1
-"""Priorities: a layer waits for a demand read; a speculative one may be of use later."""
+"""Priorities: a layer waits for a demand read; a prefetch may be of use later."""
 
 _SMALL_READ_BYTES = 128 << 10
 
 # The waiting thread reads too while reads are shorter than this.
 _HELP_SECONDS = 300e-6
 
-# It reads all of them where one takes less than this: threads that are woken for 5 us of copying
-# stand in each other's way. Embedded model, 25 % resident, warm: 47.0 -> 50.2 tokens/s.
+# It does all reads itself if one takes less than this: workers that are woken for 5 us of copying
+# get in each other's way. Embedded model, 25 % resident, warm: 47.0 -> 50.2 tokens/s.
 _QUICK_SECONDS = 40e-6
 _QUICK_BYTES = 1 << 20
 
-# Who waits looks this often whether a thread has died, or a signal got lost.
-_LOOK_SECONDS = 0.05
+# A waiting thread checks this often for workers that died and for wake-ups that got lost.
+_CHECK_SECONDS = 0.05
+
+_POLL_SECONDS = 0.001  # between looks at reads that are under way, after errors and when closing
 
 OnRead = Callable[[Sequence[ByteRange], int, float, float, float], None]
-"""Told of each read: ranges, priority, when it was queued, begun and ended (perf_counter)."""
+"""Called after each job: its ranges, priority, and when it was queued, begun and ended
+(`time.perf_counter`)."""
 
 
 @dataclass(slots=True)
@@ -52,11 +55,11 @@ class ReadStats:
 
     Attributes:
         bytes: bytes delivered into expert memory.
-        speculative_bytes: those of them that nobody waited for when they were read.
+        speculative_bytes: those of them that were prefetched.
         reads: system calls that read.
-        read_seconds: time the threads spent reading, summed over threads.
-        wait_seconds: time callers stood still waiting for reads.
-        delay_seconds: time that reads which a layer waits for stood behind speculative ones.
+        read_seconds: time spent reading, summed over threads.
+        wait_seconds: time that callers waited for reads.
+        delay_seconds: time that demand reads waited because every thread did a prefetch.
         errors: ranges that failed.
     """
 
@@ -69,115 +72,123 @@ class ReadStats:
     errors: int = 0
 
 
-class Wake:
-    """Wakes one waiter. Callers look again at what they wait for: it may wake without cause."""
-
-    def __init__(self) -> None:
-        self._gate = threading.Lock()
-        self._gate.acquire()
-
-    def set(self) -> None:
-        with suppress(RuntimeError):  # nobody has woken since the last time
-            self._gate.release()
-
-    def wait(self) -> None:
-        self._gate.acquire(timeout=_LOOK_SECONDS)
-
-
 class Ticket:
-    """A submitted group of reads of one layer's experts."""
+    """The reads of one `ExpertReader.submit`, as their caller sees them. All are of one layer.
 
-    def __init__(self, reader: ExpertReader, jobs: list[Job]) -> None:
+    Attributes:
+        submitted: when (`time.perf_counter`).
+        left: jobs that have not ended, by expert. An expert that is not in it has arrived, failed,
+            or was taken back.
+        errors: why an expert did not arrive, by expert; the first failure first.
+        unassigned: jobs left for the waiting thread; no worker was woken for them.
+    """
+
+    def __init__(self, reader: ExpertReader) -> None:
         self._reader = reader
-        self._submitted = time.perf_counter()
-        self.seconds = 0.0  # from submission to the last byte
-        self._left = set(jobs)  # that have not ended
-        self._reads_left: dict[int, set[Job]] = {}  # by expert
-        for job in jobs:
-            for expert in job.experts:
-                self._reads_left.setdefault(expert, set()).add(job)
-        self._wake = Wake()  # set when an expert's last read ends
-        self.unheard = 0  # queued reads that no thread was woken for: who waits does them
-        self.error: ExpertReadError | None = None  # the first
-        self.errors: dict[int, ExpertReadError] = {}  # by expert
-        self.failed: set[tuple[str, int]] = set()  # (layer, expert)
-
-    @property
-    def done(self) -> bool:
-        return not self._left
-
-    def ended(self, expert: int) -> bool:
-        """Have all reads of this expert ended, well or badly?"""
-        return expert not in self._reads_left
+        self._gate = threading.Lock()  # open when something has ended
+        self._gate.acquire()
+        self.submitted = time.perf_counter()
+        self.left: dict[int, set[Job]] = {}
+        self.errors: dict[int, ExpertReadError] = {}
+        self.unassigned = 0
 
     def wait(self) -> None:
-        """Stand still until every read has ended, well or badly; helps with the queue meanwhile.
+        """Wait until every read has ended, and help with demand reads meanwhile.
 
         Raises:
-            ExpertReadError: the first failure; `failed` names every expert that did not arrive.
+            ExpertReadError: the first failure; `errors` has all experts that did not arrive.
         """
-        if self._left:
+        if self.left:
             start = time.perf_counter()
-            while self._left:
+            while self.left:
                 self._help()
-            self._wake.set()  # somebody else may wait too
+            self.wake()  # another thread may wait too
             self._reader.stats.wait_seconds += time.perf_counter() - start
-        if self.error is not None:
+        if self.errors:
             self._reader.revive()
-            raise self.error
+            raise next(iter(self.errors.values()))
 
     def wait_for_any(self, experts: Collection[int]) -> list[int]:
-        """Stand still until the reads of at least one of `experts` have ended; returns those.
+        """Wait until the reads of at least one of `experts` have ended; returns those experts.
 
-        To be called by one thread. Helps with the queue like `wait`.
+        Only one thread may call this. It helps with demand reads like `wait`.
 
         Raises:
-            ExpertReadError: one of those failed.
+            ExpertReadError: one of those experts failed.
         """
-        start = time.perf_counter()
-        while not (got := [e for e in experts if e not in self._reads_left]):
+        start, wanted = time.perf_counter(), set(experts)
+        while wanted <= self.left.keys():
             self._help()
         self._reader.stats.wait_seconds += time.perf_counter() - start
-        for expert in got:
-            if expert in self.errors:
-                self._reader.revive()
-                raise self.errors[expert]
-        return got
+        ended = [e for e in experts if e not in self.left]
+        if self.errors:
+            for expert in ended:
+                if expert in self.errors:
+                    self._reader.revive()
+                    raise self.errors[expert]
+        return ended
+
+    def end(self, job: Job, failures: Sequence[tuple[list[ByteRange], ExpertReadError]]) -> None:
+        """Note that a job has ended. The caller holds the reader's lock.
+
+        Args:
+            job: one of this ticket's; nothing changes if it has ended before.
+            failures: its ranges that could not be read.
+        """
+        if job.ended:
+            return
+        for run, error in failures:
+            for r in run:
+                self.errors.setdefault(r.expert, error)
+        for expert in job.experts:
+            jobs = self.left.get(expert, set())
+            jobs.discard(job)
+            if not jobs:
+                self.left.pop(expert, None)
+        job.ended = True
+
+    def wake(self) -> None:
+        """Let a waiting thread look again at what it waits for."""
+        if self._gate.locked():
+            with suppress(RuntimeError):  # another thread was faster
+                self._gate.release()
 
     def _help(self) -> None:
-        """Run a queued read, or stand still until one has ended."""
-        if self.unheard and not self._reader.quick:
-            self._rouse()
-        if not self._reader.help():
-            self._stand_still()
+        """Run a queued demand read, or wait until a read of this ticket has ended."""
+        reader = self._reader
+        if self.unassigned and not reader.quick:
+            self._assign()
+        if reader.help():
+            return
+        if self.unassigned:
+            self._assign()
+        if not self._gate.acquire(timeout=_CHECK_SECONDS):
+            reader.revive()
 
-    def _rouse(self) -> None:
-        jobs, self.unheard = self.unheard, 0
-        self._reader.rouse(jobs)
-
-    def _stand_still(self) -> None:
-        if self.unheard:
-            self._rouse()
-        start = time.perf_counter()
-        self._wake.wait()
-        if time.perf_counter() - start >= _LOOK_SECONDS:
-            self._reader.revive()
+    def _assign(self) -> None:
+        self._reader.wake(self.unassigned)
+        self.unassigned = 0
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """What a thread does in one go: scatter reads, each of ranges side by side in one file."""
+    """What one thread does in one go.
+
+    Attributes:
+        runs: scatter reads, each of ranges that lie side by side in one file.
+        priority: `DEMAND`, `PREFETCH`, or more for a prefetch that can wait.
+        ticket: what it is part of.
+        experts: whose bytes it reads.
+        behind: every thread did a prefetch when this demand read was queued.
+        ended: read, failed or taken back.
+    """
 
     runs: list[list[ByteRange]]
     priority: int
-    layer: str = field(init=False)
-    experts: set[int] = field(init=False)
-    ticket: Ticket = field(init=False)
-    behind: bool = False  # speculative reads held every thread when it was queued
-
-    def __post_init__(self) -> None:
-        self.layer = self.runs[0][0].layer
-        self.experts = {r.expert for run in self.runs for r in run}
+    ticket: Ticket
+    experts: set[int] = field(default_factory=set)
+    behind: bool = False
+    ended: bool = False
 
 
 class ExpertReader:
@@ -186,9 +197,13 @@ class ExpertReader:
     Args:
         threads: reads in flight at once.
         read_bytes: longest single read; longer ranges are split so that threads share them.
-        direct: bypass the page cache. True needs the file system's support and raises where it
-            has none.
-        expected: marks of the files (`platform.file_mark`): others are not read in their place.
+        direct: bypass the page cache. Reads fail if the file system does not support that.
+        expected: marks of the files (`_osinfo.file_mark`); a file with another mark is not read.
+
+    Attributes:
+        stats: counters.
+        on_read: called after each job.
+        quick: reads take less time than waking a worker for one.
     """
 
     def __init__(
@@ -199,24 +214,23 @@ class ExpertReader:
         expected: dict[str, tuple[int, ...]] | None = None,
     ) -> None:
         self.stats = ReadStats()
+        self.on_read = Listeners[OnRead]()
         self.direct = direct
+        self.quick = False
         self._read_bytes = read_bytes
         self._files = ShardFiles(direct, expected or {})
         self._queue: list[tuple[int, int, Job]] = []  # heap of (priority, order, job)
         self._order = 0
-        self._taken: dict[int, Job] = {}  # reads under way, by thread
-        self._speculating = 0  # speculative reads under way
+        self._taken: dict[int, Job] = {}  # under way, by thread
         self._job_seconds, self._read_seconds = 0.0, _QUICK_SECONDS  # moving averages: job, read
-        self.on_read = Listeners[OnRead]()  # called after each read while timelines are taken
         self._lock = threading.Lock()
-        self._work: SimpleQueue[None] = SimpleQueue()  # one for each job, taken by whom it wakes
-        self._idle = Wake()  # set when a read ends
+        self._work: SimpleQueue[None] = SimpleQueue()  # one item wakes one worker
         self._closed = False
         self._threads: list[threading.Thread] = []
         try:
             for i in range(threads):
                 self._threads.append(self._start(i))
-        except RuntimeError as e:  # the system's limit of threads: fewer do as well
+        except RuntimeError as e:  # the system's limit of threads; fewer do as well
             if not self._threads:
                 raise StreamError(f"no thread can be started to read experts: {e}") from e
         except BaseException:
@@ -227,79 +241,105 @@ class ExpertReader:
         """Queue reads; returns at once.
 
         Args:
-            ranges: what to read; all memory must stay valid until the ticket is done.
-            priority: `DEMAND` or `PREFETCH`.
+            ranges: what to read. All memory must stay valid until the reads have ended.
+            priority: `DEMAND`, `PREFETCH`, or more for a prefetch that can wait.
         """
         runs = merge(ranges, self._read_bytes)
-        # Handing out a small read costs as much as the read: then no more portions than threads.
-        each, total = 1, sum([len(r.into) for r in ranges])
-        if total < _SMALL_READ_BYTES * len(runs):
+        # Handing out a small read costs as much as the read: then no more jobs than threads.
+        each, nbytes = 1, sum([len(r.into) for r in ranges])
+        if nbytes < _SMALL_READ_BYTES * len(runs):
             each = -(-len(runs) // max(8, len(self._threads)))
-        jobs = [Job(runs[i : i + each], priority) for i in range(0, len(runs), each)]
-        ticket = Ticket(self, jobs)
+        ticket, jobs = Ticket(self), []
+        for i in range(0, len(runs), each):
+            job = Job(runs[i : i + each], priority, ticket)
+            jobs.append(job)
+            for run in job.runs:
+                for r in run:
+                    job.experts.add(r.expert)
+            for expert in job.experts:
+                ticket.left.setdefault(expert, set()).add(job)
         with self._lock:
             if self._closed:
                 raise StreamError("the expert reader is closed")
-            behind = priority == DEMAND and self._speculating >= len(self._threads)
+            threads = len(self._threads)
+            behind = priority == DEMAND and len(self._taken) >= threads
+            if behind:
+                behind = sum(job.priority > DEMAND for job in self._taken.values()) >= threads
             for job in jobs:
-                job.ticket, job.behind = ticket, behind
+                job.behind = behind
                 self._order += 1
                 heapq.heappush(self._queue, (priority, self._order, job))
-        if priority == DEMAND and total < _QUICK_BYTES and self.quick:
-            ticket.unheard = len(jobs)
+        if priority == DEMAND and nbytes < _QUICK_BYTES and self.quick:
+            ticket.unassigned = len(jobs)
         else:
-            self.rouse(len(jobs))
+            self.wake(len(jobs))
         return ticket
 
-    @property
-    def quick(self) -> bool:
-        """Are reads so short that waking a thread for one takes longer?"""
-        return self._read_seconds < _QUICK_SECONDS
-
-    def rouse(self, jobs: int) -> None:
-        """Wake threads for so many queued reads."""
-        for _ in range(jobs):
+    def wake(self, workers: int) -> None:
+        """Wake so many workers, each of which works until the queue is empty."""
+        for _ in range(workers):
             self._work.put(None)
 
-    def cancel(self, ticket: Ticket) -> None:
-        """Take the ticket's queued reads back and wait for those under way.
+    def help(self) -> bool:
+        """Run the first queued demand read in the caller's thread; False if it runs none.
 
-        Its memory may be reused afterwards; which ranges arrived is not known.
+        A warm read takes 10 us and waking a worker about 50. Long reads are left to the workers, so
+        that the caller can go on as soon as something else has arrived.
         """
-        self._give_back()
-        with self._lock:
-            self._take_back(lambda job: job.ticket is ticket)
-        while ticket._left:
-            ticket._stand_still()
+        if self._job_seconds >= _HELP_SECONDS:
+            return False
+        try:
+            job = self._take(DEMAND)
+            if job is None:
+                return False
+            self._execute(job)
+        except BaseException:
+            self._fail_own()
+            raise
+        return True
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Take back the ticket's queued reads and wait for those under way.
+
+        Its memory may be reused afterwards. Which ranges arrived is not known.
+        """
+        self._stop(lambda job: job.ticket is ticket)
 
     def stop(self, layer: str) -> None:
-        """Take all queued reads of a layer back and wait for those under way.
+        """Take back all queued reads of a layer and wait for those under way.
 
-        For when a call was interrupted anywhere, in this class too: no ticket is asked.
+        This is for a caller that lost its tickets because an exception ended its call.
         """
-        self._give_back()
+        self._stop(lambda job: job.runs[0][0].layer == layer)
+
+    def _stop(self, chosen: Callable[[Job], bool]) -> None:
+        self._fail_own()
         with self._lock:
-            self._take_back(lambda job: job.layer == layer)
-        while any(job.layer == layer for job in list(self._taken.values())):
-            self._idle.wait()
+            self._take_back(chosen)
+        self._finish(chosen)
+
+    def _finish(self, chosen: Callable[[Job], bool]) -> None:
+        """Wait for jobs that are under way."""
+        while any(chosen(job) for job in list(self._taken.values())):
+            time.sleep(_POLL_SECONDS)
             self.revive()
 
     def withdraw(self, ticket: Ticket, expert: int) -> bool:
-        """Take an expert's reads back if none is under way; returns whether that was so.
+        """Take back an expert's reads if none is under way; returns whether it did.
 
         Its memory may then be reused at once. Otherwise nothing changes.
         """
         with self._lock:
-            queued = [e[2] for e in self._queue if e[2].ticket is ticket]
+            queued = [job for _, _, job in self._queue if job.ticket is ticket]
             mine = [job for job in queued if expert in job.experts]
-            under_way = len(ticket._reads_left.get(expert, ())) - len(mine)
+            under_way = len(ticket.left.get(expert, ())) - len(mine)
             if under_way or any(len(job.experts) > 1 for job in mine):
                 return False
             self._take_back(lambda job: job.ticket is ticket and expert in job.experts)
         return True
 
     def promote(self, ticket: Ticket, expert: int) -> None:
-        """A speculative read is waited for now: put what is queued of it among demand reads."""
+        """Turn an expert's queued prefetch into a demand read, because a layer waits for it now."""
         with self._lock:
             for i, (priority, order, job) in enumerate(self._queue):
                 if job.ticket is ticket and expert in job.experts and priority > DEMAND:
@@ -307,61 +347,39 @@ class ExpertReader:
             heapq.heapify(self._queue)
 
     def _take_back(self, chosen: Callable[[Job], bool]) -> None:
-        mine = [e[2] for e in self._queue if chosen(e[2])]
-        self._queue = [e for e in self._queue if not chosen(e[2])]
+        """Remove jobs from the queue; the caller holds the lock."""
+        mine = [job for _, _, job in self._queue if chosen(job)]
+        self._queue = [entry for entry in self._queue if not chosen(entry[2])]
         heapq.heapify(self._queue)
         for job in mine:
-            self._count_down(job)
-
-    def help(self) -> bool:
-        """Run the first queued demand read in the caller's thread; False if none is to be run.
-
-        A warm read takes 10 us and waking a thread about 50. A long read is left to the threads:
-        whoever waits should rather go on when something else has arrived.
-        """
-        return self._job_seconds < _HELP_SECONDS and self.run_one(DEMAND)
-
-    def run_one(self, priority: int) -> bool:
-        """Run the first queued read of at most this priority value; False if there is none."""
-        job = self._take(priority)
-        if job is None:
-            return False
-        try:
-            interrupt = self._execute(job)
-        finally:
-            self._give_back()
-        if interrupt is not None:
-            raise interrupt  # Ctrl-C, in the caller's thread: his, as anywhere else
-        return True
+            job.ticket.end(job, ())
 
     def close(self) -> None:
-        """End the threads and close the files. Queued reads are dropped and count as failed."""
-        self._give_back()
+        """End the threads and close the files. Queued reads fail."""
+        self._fail_own()
         with self._lock:
             self._closed = True
             dropped, self._queue = self._queue, []
             for _, _, job in dropped:
-                self._finish(job, self._failures(job, errno.EBADF))
-        for _ in self._threads:
-            self._work.put(None)
+                self._fail(job, errno.EBADF)
+        self.wake(len(self._threads))
         for thread in self._threads:
             thread.join()
-        while self._taken:  # a descriptor closed under a read may be another file by then
-            self._idle.wait()
-            self._bury()
+        # A descriptor that is closed while a caller reads may be another file by then.
+        self._finish(lambda job: True)
         self._files.close()
 
     def is_mine(self) -> bool:
-        """Is this one of the reader's threads?"""
+        """Is the calling thread one of this reader's workers?"""
         return threading.current_thread() in self._threads
 
     def revive(self) -> None:
-        """Threads that died (none should) are replaced; what they were reading has failed."""
-        self._bury()
+        """Replace workers that have died; what they were reading has failed."""
+        self._reap()
         for i, thread in enumerate(self._threads):
             if not (thread.is_alive() or self._closed):
                 self._threads[i] = self._start(i)
-                self._work.put(None)  # which it had taken
+                self._work.put(None)  # the dead worker had taken one
 
     def _start(self, number: int) -> threading.Thread:
         name = f"expert-reader-{number}"
@@ -377,106 +395,83 @@ class ExpertReader:
                     self._execute(job)
                     del job  # its views would keep a bank's memory alive while this thread waits
             finally:
-                self._give_back()
+                self._fail_own()
             if self._closed:
                 return
 
     def _take(self, priority: int) -> Job | None:
-        """The first queued read of at most this priority value, now this thread's."""
-        self._give_back()
+        """The first queued job of at most this priority value, now this thread's."""
+        me = threading.get_ident()
+        if me in self._taken:
+            self._fail_taken([me])
         with self._lock:
             if not self._queue or self._queue[0][0] > priority:
                 return None
-            # Noted before it leaves the queue: it is never in neither.
-            job = self._taken[threading.get_ident()] = self._queue[0][2]
+            job = self._taken[me] = self._queue[0][2]  # before it leaves the queue
             heapq.heappop(self._queue)
         return job
 
-    def _give_back(self) -> None:
-        """If this thread was interrupted in a read, that has failed."""
-        if threading.get_ident() in self._taken:
-            self._fail([threading.get_ident()])
-
-    def _bury(self) -> None:
-        """What threads that are no more were reading has failed."""
-        alive = sys._current_frames()
-        self._fail([t for t in list(self._taken) if t not in alive])
-
-    def _fail(self, threads: Iterable[int]) -> None:
-        with self._lock:
-            for thread in threads:
-                job = self._taken[thread]
-                if not any(e[2] is job for e in self._queue):
-                    self._finish(job, self._failures(job, errno.EINTR))
-                del self._taken[thread]
-        self._idle.set()
-
-    def _failures(self, job: Job, number: int) -> list[tuple[list[ByteRange], ExpertReadError]]:
-        return [(r, ExpertReadError(*label(r[0]), r[0].offset, number)) for r in job.runs]
-
-    def _execute(self, job: Job) -> BaseException | None:
-        """Do a read; returns what is not an `Exception` and interrupted it."""
-        interrupt = None
+    def _execute(self, job: Job) -> None:
+        """Do this thread's job. An error of any read ends the job and goes to its ticket."""
         start = time.perf_counter()
-        speculative = job.priority != DEMAND
-        with self._lock:
-            self._speculating += speculative
-            if job.behind:
-                self.stats.delay_seconds += start - job.ticket._submitted
         reads = nbytes = 0
         failures: list[tuple[list[ByteRange], ExpertReadError]] = []
         for run in job.runs:
             try:
                 reads += self._files.read(run)
-                nbytes += sum(len(r.into) for r in run)
+                nbytes += run[-1].offset + len(run[-1].into) - run[0].offset
             except ExpertReadError as e:
                 failures.append((run, e))
-            except BaseException as e:  # a waiting caller must never hang, whatever happened here
-                error = ExpertReadError(*label(run[0]), run[0].offset, 5)
+            except Exception as e:  # nobody expects it, and a waiting caller must never hang
+                error = ExpertReadError(*label(run[0]), run[0].offset, errno.EIO)
                 error.__cause__ = e
                 failures.append((run, error))
-                interrupt = None if isinstance(e, Exception) else e
-        seconds = time.perf_counter() - start
+        end = time.perf_counter()
         for on_read in self.on_read.now:
             ranges = [r for run in job.runs for r in run]
-            on_read(ranges, job.priority, job.ticket._submitted, start, start + seconds)
+            on_read(ranges, job.priority, job.ticket.submitted, start, end)
         with self._lock:
-            self._speculating -= speculative
+            stats, seconds = self.stats, end - start
             self._job_seconds += 0.05 * (seconds - self._job_seconds)
             self._read_seconds += 0.05 * (seconds / max(1, reads) - self._read_seconds)
-            self.stats.read_seconds += seconds
-            self.stats.reads += reads
-            self.stats.bytes += nbytes
-            self.stats.speculative_bytes += nbytes if speculative else 0
-            self._finish(job, failures)
+            self.quick = self._read_seconds < _QUICK_SECONDS
+            stats.read_seconds += seconds
+            stats.reads += reads
+            stats.bytes += nbytes
+            if job.priority > DEMAND:
+                stats.speculative_bytes += nbytes
+            elif job.behind:
+                stats.delay_seconds += start - job.ticket.submitted
+            for run, _ in failures:
+                stats.errors += len(run)
+            job.ticket.end(job, failures)
             del self._taken[threading.get_ident()]
-        self._idle.set()
-        return interrupt
+        job.ticket.wake()
 
-    def _finish(
-        self, job: Job, failures: Sequence[tuple[list[ByteRange], ExpertReadError]]
-    ) -> None:
-        """A job has ended; with the lock held. Done twice it does no more than once."""
-        ticket = job.ticket
-        if job not in ticket._left:
-            return
-        for run, error in failures:
-            self.stats.errors += len(run)
-            ticket.error = ticket.error or error
-            for r in run:
-                ticket.errors.setdefault(r.expert, error)
-                ticket.failed.add((r.layer, r.expert))
-        self._count_down(job)
+    def _fail_own(self) -> None:
+        """If an exception ended this thread's job, that has failed."""
+        if threading.get_ident() in self._taken:
+            self._fail_taken([threading.get_ident()])
 
-    def _count_down(self, job: Job) -> None:
-        """A read has ended or will never begin; with the lock held."""
-        ticket = job.ticket
-        for expert in job.experts:
-            left = ticket._reads_left.get(expert, set())
-            left.discard(job)
-            if not left:
-                ticket._reads_left.pop(expert, None)
-        if ticket._left == {job}:
-            ticket.seconds = time.perf_counter() - ticket._submitted
-        ticket._left.discard(job)
-        ticket._wake.set()
+    def _reap(self) -> None:
+        """What threads that are no more were reading has failed."""
+        alive = sys._current_frames()
+        self._fail_taken([t for t in list(self._taken) if t not in alive])
+
+    def _fail_taken(self, threads: Iterable[int]) -> None:
+        with self._lock:
+            for thread in threads:
+                job = self._taken.get(thread)
+                if job is None:  # another caller was faster
+                    continue
+                if not any(queued is job for _, _, queued in self._queue):
+                    self._fail(job, errno.EINTR)
+                del self._taken[thread]
+
+    def _fail(self, job: Job, number: int) -> None:
+        """End a job that was not done; the caller holds the lock."""
+        if not job.ended:
+            self.stats.errors += sum(len(run) for run in job.runs)
+            errors = [ExpertReadError(*label(r[0]), r[0].offset, number) for r in job.runs]
+            job.ticket.end(job, list(zip(job.runs, errors, strict=True)))
+            job.ticket.wake()

@@ -20,12 +20,11 @@ from .._distributed.pipeline import wait_on_host
 from .._distributed.ranks import Ranks
 from .._distributed.watch import Watch
 from .._errors import RankError, StreamError, UnsupportedModelError
-from .._experts.foreign_modules import Strangers
 from .._experts.layer import StreamedSwitch
 from .._experts.prefetch import connect
 from .._experts.refusals import guard
 from .._experts.stream import ExpertStream, attach, flatten
-from .._io.hub import had, headers_only
+from .._io.hub import fetching, headers_only
 from .._memory.budget import Plan, check_device
 from .._memory.hardware import named_machine
 from .._memory.passes import Passes
@@ -140,7 +139,9 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: there is no such folder, and no such repository can be downloaded.
     """
-    with had(path_or_hf_repo, "is neither a model folder nor a repository that can be downloaded"):
+    with fetching(
+        path_or_hf_repo, "is neither a model folder nor a repository that can be downloaded"
+    ):
         return mlx_lm.utils._download(str(path_or_hf_repo), revision=revision)
 
 
@@ -268,10 +269,10 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
             wait_on_host(model, found.stage)
             expert_stream.stage = found.stage
         attach(model, expert_stream)
-        ahead = expert_stream.run_ahead
-        if ahead is not None:
-            ahead.strangers = Strangers(model)
-        passes = Passes(expert_stream, ahead.step if ahead else None)
+        run_ahead = expert_stream.run_ahead
+        if run_ahead is not None:
+            run_ahead.watch(model)
+        passes = Passes(expert_stream, run_ahead.step if run_ahead else None)
         passes.install(model, PassCheck(model, rows))
         expert_stream.token_rows = rows
         self.streams.append(expert_stream)

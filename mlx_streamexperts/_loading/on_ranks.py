@@ -27,7 +27,7 @@ from .._io.checkpoint import (
     read_index,
     read_model_config,
 )
-from .._io.hub import SMALL_FILES, had
+from .._io.hub import SMALL_FILES, fetching
 from .._memory.budget import Plan, check_device, default_memory
 from .._osinfo import device_limit
 from .discover import DiscoveredModel, discover, original_load_model
@@ -117,7 +117,7 @@ def part_of_repository(
     if Path(path_or_hf_repo).exists():
         return Path(path_or_hf_repo)
     patterns = [f"*{end}" for end in SMALL_FILES]  # the index among them
-    with had(path_or_hf_repo, "cannot be downloaded"):
+    with fetching(path_or_hf_repo, "cannot be downloaded"):
         folder: Path = mlx_lm.utils._download(path_or_hf_repo, allow_patterns=patterns)
         if promised := read_index(folder):
             model, _ = original_load_model(folder, True, strict=False, trust_remote_code=trust)

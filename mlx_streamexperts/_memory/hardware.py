@@ -1,4 +1,4 @@
-"""Machines: what of each decides how fast a streamed model runs. Figures, and their sources."""
+"""Figures of machines that decide how fast a streamed model runs, and their sources."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from .._errors import StreamError
 
 @dataclass(frozen=True)
 class Machine:
-    """What of a machine decides the speed of a streamed model.
+    """Figures of a machine that decide the speed of a streamed model.
 
     Attributes:
         name: for reports.
-        memory: what a process may use for the model, in bytes.
+        memory: bytes that a process may use for the model.
         memory_rate: bytes/s at which kernels read weights.
         drive_rate: bytes/s of reads of one expert's size at full queue depth.
-        drive_latency: seconds of one such read when nothing else is read.
-        sync_seconds: cost of asking the device for one layer's routing.
+        drive_latency: seconds of one such read with nothing else in flight.
+        sync_seconds: cost of reading one layer's router indices from the device.
         layer_seconds: cost of launching one layer's kernels, whatever they read.
     """
 
@@ -46,14 +46,14 @@ NAMED_MACHINES: dict[str, Machine] = {
         Machine("iPhone class 12 GB", 12 * 10**9, 77e9, 2.0e9, drive_latency=200e-6),
     )
 }
-"""Machines that others have reported results on; figures from their specifications."""
+"""Machines that others have published results on; figures from their specifications."""
 
 
 def named_machine(name: str) -> Machine:
     """One of `NAMED_MACHINES`.
 
     Raises:
-        StreamError: there is none of that name.
+        StreamError: no machine has that name.
     """
     if name not in NAMED_MACHINES:
         raise StreamError(f"unknown machine {name!r}: choose of {', '.join(NAMED_MACHINES)}")
@@ -61,10 +61,13 @@ def named_machine(name: str) -> Machine:
 
 
 def parse_rate(text: str, latency: float) -> tuple[float, float]:
-    """Bytes/s, and seconds of latency: of `7GB/s:100us`, or of `7GB/s` with the stated latency.
+    """Parse `7GB/s:100us` into bytes/s and seconds of latency.
+
+    Args:
+        latency: the default, for `7GB/s` alone.
 
     Raises:
-        StreamError: not understood.
+        StreamError: the text has another form.
     """
     rate, _, stated = text.partition(":")
     try:

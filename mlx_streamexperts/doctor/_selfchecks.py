@@ -142,8 +142,8 @@ def _rewrite(
     """Write experts into slots from `first` on, and enter them into the table."""
     table[:] = 0
     for slot, expert in enumerate(held.tolist(), first):
-        for name, rows in content.items():
-            bank.destination(name, slot)[:] = rows[expert].data
+        for rows, into in zip(content.values(), bank.destinations(slot), strict=True):
+            into[:] = rows[expert].data
         table[expert] = slot
 
 

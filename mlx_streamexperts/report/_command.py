@@ -5,7 +5,7 @@ python -m mlx_streamexperts.report --model ./my-model --memory 24GB --sustained 
 
 Method, drive, locality, power and quality, each with figures and the sentence that answers its
 question. The page is one file that loads nothing; docs/report-schema.md describes the JSON.
-Quick by default on the embedded model, thorough otherwise: --quick and --full say which. Ctrl-C
+Quick by default on the embedded model, thorough otherwise: --quick and --full choose. Ctrl-C
 ends it with a page of what was measured. Needs the extra `report`.
 """
 
@@ -16,13 +16,13 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from .._cli.options import failed, make_parser, stream_settings
 from .._errors import StreamError
-from ._caveats import limits_of
+from ._caveats import caveats
 from ._page import UNFINISHED, check_libraries, write_data, write_page
-from ._study import FULL, QUICK, SCHEMA, VERSION, Settings, make_report
+from ._report import SCHEMA, VERSION, Report, as_json, from_json
+from ._study import FULL, QUICK, Settings, make_report
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -41,7 +41,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, help="of the drive at each size and depth")
     parser.add_argument("--points", type=int, help="throttled drives, by rate and by latency")
     parser.add_argument("--items", type=int, help="of the bundled task (default: all)")
-    parser.add_argument("--note", default="", help="what readers should know, shown on the page")
+    parser.add_argument("--note", default="", help="for readers, shown on the page")
     parser.add_argument(
         "--render", type=Path, metavar="JSON", help="only write the page of this report again"
     )
@@ -53,52 +53,62 @@ def main(argv: list[str] | None = None) -> int:
     args = setup_arg_parser().parse_args(argv)
     try:
         check_libraries()
-        if args.render is not None:
-            report = _read(args.render)
-            try:
-                page = write_page(report, args.out)
-            except (LookupError, TypeError, ValueError, AttributeError) as e:
-                raise StreamError(f"{args.render}: not a whole report: {e!r}") from e
-        else:
-            page = _measured(args)
-    except _Unfinished as e:
-        return e.status
+        page = _measured(args) if args.render is None else _rendered(args.render, args.out)
     except StreamError as e:
         return failed(e)
+    if page is None:
+        return 130
     print(f"Wrote {page} and {page.with_suffix('.json').name}")
     return 0
 
 
-class _Unfinished(Exception):  # noqa: N818, what there is was written
-    def __init__(self, status: int) -> None:
-        self.status = status
+def _rendered(file: Path, out: Path) -> Path:
+    """The page of a JSON file, written again."""
+    try:
+        found = json.loads(file.read_text())
+        if (found["schema"], found["version"]) != (SCHEMA, VERSION):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise StreamError(f"{file}: not a report of version {VERSION}") from e
+    try:
+        page = write_page(from_json(Report, found), out)
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
+        raise StreamError(f"{file}: not a whole report: {e!r}") from e
+    write_data(found, out)
+    return page
 
 
-def _measured(args: argparse.Namespace) -> Path:
-    """Measure, and write the page; of a run that ends before its end, a page of what there is."""
+def _measured(args: argparse.Namespace) -> Path | None:
+    """Measure, and write the page; a run that ends early leaves one of what was measured.
+
+    Returns:
+        The page; None after Ctrl-C.
+    """
     config, model = stream_settings(args)
     assert model is not None
     settings = _settings(args)
     local = args.model is None or Path(args.model).exists()
     name = Path(model).resolve().name if local else args.model  # no path of a user
-    kept: dict[str, Any] | None = None
+    kept: Report | None = None
 
-    def keep(found: dict[str, Any]) -> None:
+    def keep(found: Report) -> None:
         nonlocal kept
-        kept = found  # itself: parts that come later are in it too
-        write_data(found, args.out, UNFINISHED)  # lasts, whatever ends this process
+        kept = found  # itself: it gets later parts too
+        write_data(as_json(found), args.out, UNFINISHED)  # lasts, however this process ends
 
     try:
         report = make_report(model, config, settings, name, args.note, keep)
     except BaseException as e:
         if kept is None:
             raise
-        page = write_page({**kept, "limits": limits_of(kept)}, args.out, UNFINISHED)
-        print(f"Ended while at: {kept['unfinished']}. What was measured: {page}", file=sys.stderr)
+        kept.limits = list(caveats(kept))
+        write_data(as_json(kept), args.out, UNFINISHED)
+        page = write_page(kept, args.out, UNFINISHED)
+        print(f"Ended while at: {kept.unfinished}. What was measured: {page}", file=sys.stderr)
         if isinstance(e, KeyboardInterrupt):
-            raise _Unfinished(130) from e
+            return None
         raise
-    write_data(report, args.out, "report")  # first: whatever becomes of the page
+    write_data(as_json(report), args.out)  # first: the page may fail
     page = write_page(report, args.out)
     for suffix in (".json", ".html"):
         (args.out / UNFINISHED).with_suffix(suffix).unlink(missing_ok=True)
@@ -112,15 +122,5 @@ def _settings(args: argparse.Namespace) -> Settings:
     if wrong := [n for n, v in stated.items() if not v > 0]:
         raise StreamError(f"--{wrong[0].replace('_', '-')} must be above 0")
     settings = replace(FULL if full else QUICK, **stated)
-    # A short run still has windows enough to see a drift in.
+    # A short run still has enough windows to see a drift in.
     return replace(settings, window=min(settings.window, settings.sustained * 60 / 12))
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        report = json.loads(file.read_text())
-        if (report["schema"], report["version"]) != (SCHEMA, VERSION):
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise StreamError(f"{file}: not a report of version {VERSION}") from e
-    return dict(report)

@@ -12,8 +12,8 @@ from .._analysis.plots import pyplot
 from .._config import format_size
 from .._errors import StreamError
 from .._io.output import whole, write_json
-from ._captions import sentence
-from ._figures import COLOURS, PANELS, STYLE, Panel, drawable, figure, measured
+from ._panels import COLOURS, PANELS, STYLE, NotMeasured, Panel
+from ._report import Report
 
 _TEMPLATE = Path(__file__).parent.parent / "data" / "report.html"
 SECTIONS = {
@@ -23,10 +23,10 @@ SECTIONS = {
     "power": "Power and heat",
     "quality": "Quality",
 }
-"""Sections with figures, and their titles; the method comes before, the limits after."""
+"""Sections with panels, and their titles; the method comes before, the limits after."""
 
 UNFINISHED = "unfinished"
-"""Name of what an ended run leaves, so that an earlier, whole report stays as it is."""
+"""Name of an ended run's files, so that an earlier, whole report is kept."""
 
 
 def check_libraries() -> None:
@@ -39,19 +39,16 @@ def check_libraries() -> None:
     _template()
 
 
-def write_page(report: dict[str, Any], folder: Path, name: str = "report") -> Path:
-    """Write `report.json` and `report.html` into a folder, each whole or not at all.
-
-    Returns:
-        The page.
+def write_page(report: Report, folder: Path, name: str = "report") -> Path:
+    """Write `NAME.html` into a folder, whole or not at all; returns its path.
 
     Raises:
         StreamError: the folder cannot be written, or a library is missing.
     """
     page = folder / f"{name}.html"
     text = render(report)
-    write_data(report, folder, name)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with whole(page) as partial, partial.open("w", encoding="utf-8") as f:
             f.write(text)
             f.flush()
@@ -61,63 +58,57 @@ def write_page(report: dict[str, Any], folder: Path, name: str = "report") -> Pa
     return page
 
 
-def write_data(report: dict[str, Any], folder: Path, name: str) -> None:
-    """Only the JSON file.
+def write_data(found: dict[str, Any], folder: Path, name: str = "report") -> None:
+    """Write `NAME.json`, whole or not at all.
 
     Raises:
         StreamError: the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / f"{name}.json", report, indent=1)
+        write_json(folder / f"{name}.json", found, indent=1)
     except OSError as e:
         raise StreamError(f"{folder}: cannot write the report: {e.strerror}") from e
 
 
-def render(report: dict[str, Any]) -> str:
+def render(report: Report) -> str:
     """The page's HTML."""
-    from markupsafe import Markup
-
-    sections = []
-    for key, title in SECTIONS.items():
-        panels = [
-            {
-                "key": p.key,
-                "title": p.title,
-                "sentence": sentence(p.key, report)
-                if measured(p, report)
-                else "Not measured: the run ended before.",
-                "svg": Markup(svg(p, report))
-                if measured(p, report) and drawable(p, report)
-                else None,
-            }
-            for p in PANELS
-            if p.section == key
-        ]
-        sections.append({"key": key, "title": title, "panels": panels})
-    return str(_template().render(report=report, sections=sections, size=format_size))
+    panels = [(p, *draw(p, report)) for p in PANELS]
+    return str(
+        _template().render(report=report, sections=SECTIONS, panels=panels, size=format_size)
+    )
 
 
-def svg(panel: Panel, report: dict[str, Any]) -> str:
-    """One figure, in the page's colours, with identifiers of its own."""
+def draw(panel: Panel, report: Report) -> tuple[str, str]:
+    """A panel's sentence and its SVG, which is empty if there is nothing to draw."""
+    with pyplot().rc_context(STYLE):  # until it is saved: that makes ticks and texts
+        figure, axes = pyplot().subplots(figsize=(4.5, panel.height), layout="constrained")
+        try:
+            sentence = panel.answer(report, axes)
+        except NotMeasured:
+            sentence = "Not measured: the run ended before."
+        drawn = svg(figure, panel.key, sentence) if axes.has_data() else ""
+    pyplot().close(figure)
+    return sentence, drawn
+
+
+def svg(figure: Any, key: str, label: str) -> str:
+    """One figure as markup, in the page's colours, with identifiers of its own."""
+    from markupsafe import Markup, escape
+
     buffer = io.StringIO()
-    with pyplot().rc_context(STYLE):  # saving makes ticks, and decides what becomes of text
-        drawn = figure(panel, report)
-        drawn.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    pyplot().close(drawn)
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.S)
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->\s*", "", text, flags=re.S)
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
     text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)
     text = text.replace("xlink:href", "href")
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{panel.key}-", text)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{key}-", text)
     for stand_in, colour in COLOURS.items():
         text = text.replace(stand_in, colour)
-    label = sentence(panel.key, report).replace("&", "&amp;").replace('"', "&quot;")
-    label = label.replace("<", "&lt;")
-    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    text = text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+    return Markup(text)
 
 
 def _template() -> Any:

@@ -1,8 +1,7 @@
-"""The prompts and the small task that a report uses: shipped, so that machines can be compared.
+"""The prompts and the small task of a report: shipped, so that machines can be compared.
 
-The prompts are of several tasks and languages and were written for this. Each item of the task is a
-context and two ways to go on, of which one is right; whatever the model finds likelier is its
-answer.
+The prompts cover several tasks and languages. Each item of the task is a context and two ways to go
+on, one of them right; the model's answer is the one that it finds likelier.
 """
 
 from __future__ import annotations
@@ -12,33 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ._report import Kind
+
 _DATA = Path(__file__).parent.parent / "data"
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A text to go on with.
-
-    Attributes:
-        task: "prose", "code" and so on.
-        language: "English", "Python" and so on.
-        tokens: of the text, by the model's own tokenizer.
-    """
-
-    task: str
-    language: str
-    tokens: list[int]
-
-    @property
-    def name(self) -> str:
-        return f"{self.task}, {self.language}"
+class Prompt(Kind):
+    tokens: list[int]  # of the model's own tokenizer
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One item of the task: tokens of a context, and of what might follow."""
+    """One item of the task, as tokens; `right` is an index into `choices`."""
 
-    task: str
     context: list[int]
     choices: list[list[int]]
     right: int
@@ -55,12 +41,11 @@ def report_prompts(tokenizer: Any, count: int | None = None) -> list[Prompt]:
 
 def report_choices(tokenizer: Any, count: int | None = None) -> list[Choice]:
     """The shipped task, at most its first `count` items."""
-    items = json.loads((_DATA / "report-tasks.json").read_text())[:count]
 
     def encode(text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False))
 
     return [
-        Choice(x["task"], tokenizer.encode(x["context"]), [*map(encode, x["choices"])], x["right"])
-        for x in items
+        Choice(tokenizer.encode(x["context"]), [*map(encode, x["choices"])], x["right"])
+        for x in json.loads((_DATA / "report-tasks.json").read_text())[:count]
     ]

@@ -1,10 +1,10 @@
-"""Taking a model's caches back to before a forward pass.
+"""Snapshots of a model's KV caches, to take them back to before a forward pass.
 
-A pass that used an expert which was not there gave wrong results: what it left in the caches must
+A pass that used an expert that was not resident gave wrong results: its changes to the caches must
 be undone, without copying them. mlx-lm's caches write keys and values behind `offset`, where the
-next pass writes again, so that their other attributes are all there is to restore; recurrent
-states are new arrays each step, so that the old ones need only be kept. A cache that overwrites
-what a second pass would read cannot be taken back, unless it is small enough to keep a copy.
+next pass writes again, so only their other attributes need restoring. Recurrent states are new
+arrays in each step, so the old ones only need to be kept. A cache that overwrites entries that a
+second pass would read cannot be taken back, unless it is small enough to copy.
 """
 
 from __future__ import annotations
@@ -18,45 +18,46 @@ from mlx_lm.models import cache as stock
 _COPY_BYTES = 1 << 20
 """A rotating cache up to this size is copied each step: 128 tokens of gpt-oss are 256 KiB."""
 
-# Caches that write behind their present end only, or into new arrays.
+# Caches that only write behind their present end, or into new arrays.
 _APPENDING = (
     stock.KVCache, stock.QuantizedKVCache, stock.ConcatenateKVCache, stock.ChunkedKVCache,
     stock.BatchKVCache,
 )  # fmt: skip
 _ROTATING = (stock.RotatingKVCache, stock.BatchRotatingKVCache)
 
-Undo = Callable[[], None]
+Restore = Callable[[], None]
+"""Takes caches back to a snapshot, any number of times."""
 
 
-def remember(caches: Iterable[Any] | None) -> Undo | None:
-    """Note the state of a model's caches before a pass.
+def snapshot(caches: Iterable[Any] | None) -> Restore | None:
+    """Take a snapshot of a model's caches before a pass.
 
     Args:
-        caches: mlx-lm's caches, one a layer, None among them; or None where the pass uses none.
+        caches: mlx-lm's caches, one per layer, some of them None; or None if the pass uses none.
 
     Returns:
-        What takes them back to it, any number of times; or None where one of them cannot be.
+        A function that restores them; None if one of them cannot be restored.
     """
-    undos: list[Undo] = []
+    restores: list[Restore] = []
     for cache in caches or ():
-        undo = _remember(cache)
-        if undo is None:
+        restore = _snapshot(cache)
+        if restore is None:
             return None
-        undos.append(undo)
+        restores.append(restore)
 
-    def undo_all() -> None:
-        for undo in undos:
-            undo()
+    def restore_all() -> None:
+        for restore in restores:
+            restore()
 
-    return undo_all
+    return restore_all
 
 
-def _remember(cache: Any) -> Undo | None:
+def _snapshot(cache: Any) -> Restore | None:
     kind = type(cache)
     if cache is None:
         return _nothing
     if kind is stock.CacheList:
-        return remember(cache.caches)
+        return snapshot(cache.caches)
     if kind is stock.ArraysCache:
         return _attributes(cache, {**vars(cache), "cache": list(cache.cache)})
     if kind in _APPENDING:
@@ -65,27 +66,27 @@ def _remember(cache: Any) -> Undo | None:
         if cache.keys is None or not _full(cache):
             return _attributes(cache, dict(vars(cache)))
         if cache.keys.nbytes + cache.values.nbytes <= _COPY_BYTES:
-            # Another array over the same memory: writing then has to leave that alone.
+            # A second array over the same memory keeps MLX from writing there in place.
             kept = {"keys": mx.array(cache.keys), "values": mx.array(cache.values)}
             return _attributes(cache, {**vars(cache), **kept})
     return None
 
 
 def _full(cache: Any) -> bool:
-    """Will a rotating cache overwrite what it holds?"""
+    """Will a rotating cache overwrite entries that it holds?"""
     tokens = cache._offset if isinstance(cache.offset, mx.array) else cache.offset
     return bool(tokens >= cache.max_size)
 
 
-def _attributes(cache: Any, before: dict[str, Any]) -> Undo:
-    # Counters of batches are arrays that some caches change where they are.
+def _attributes(cache: Any, before: dict[str, Any]) -> Restore:
+    # Counters of batches are arrays that some caches change in place.
     counters = {
         name: mx.array(value)
         for name, value in before.items()
         if isinstance(value, mx.array) and value.ndim <= 1
     }
 
-    def undo() -> None:
+    def restore() -> None:
         for name, value in before.items():
             if name in counters:
                 value = mx.array(counters[name])
@@ -93,7 +94,7 @@ def _attributes(cache: Any, before: dict[str, Any]) -> Undo:
                 value = list(value)
             setattr(cache, name, value)
 
-    return undo
+    return restore
 
 
 def _nothing() -> None:

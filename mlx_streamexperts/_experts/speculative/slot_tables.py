@@ -1,6 +1,7 @@
 """Every layer's expert -> slot table in the device's memory, kept up to date by the host.
 
-The host writes where the device reads: only after everything that was built with a table has run.
+The host writes a table only after every graph that was built with it has run, because the device
+reads the same memory.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..layer import ExpertLayer
 class SlotTables:
     """The tables of a model's layers.
 
-    One array holds all of them: on a GPU whose memory moves by pages it is fetched at once.
+    One array holds all of them: a GPU whose memory moves by pages fetches it at once.
 
     Args:
         layers: the model's expert layers.
@@ -27,25 +28,28 @@ class SlotTables:
     def __init__(self, layers: Sequence[ExpertLayer]) -> None:
         self._layers = layers
         most = max(x.experts for x in layers)
-        self._array = mx.zeros((len(layers), 2, most), mx.uint32)  # slot; 1 where there is none
+        self._array = mx.zeros((len(layers), 2, most), mx.uint32)  # slot; 1 if it has none
         mx.eval(self._array)
         self._memory = np.frombuffer(byte_view(self._array), np.uint32).reshape(self._array.shape)
-        # Looked at here: where memory moves by pages, looking at the device's costs 36 us a layer.
+        # A copy for the host: if memory moves by pages, reading the device's costs 36 us a layer.
         self._absent = np.ones((len(layers), most), bool)
         self._views = [(self._array[i, 0], self._array[i, 1]) for i in range(len(layers))]
         mx.eval(self._views)  # the same memory
         self._made_of: list[tuple[ExpertCache, int] | None] = [None] * len(layers)
-        self._partial = [False] * len(layers)  # some of the map's experts were on their way
+        self._partial = [False] * len(layers)  # some of the map's experts were in flight
 
     def of(self, i: int) -> tuple[mx.array, mx.array]:
-        """A layer's slots and whether they are missing, uint32 [experts] each, as things are now.
+        """A layer's table as of now: its experts' slots, and 1 for each that has none.
 
-        To be called with the layer's lock.
+        The caller must hold the layer's lock.
+
+        Returns:
+            Two arrays, uint32 [experts].
         """
         slots = self._layers[i].slots
         cache = slots.cache
         if self._partial[i] or self._made_of[i] != (cache, cache.version):
-            slots.bank.flush_readers()  # whatever was built with the table as it is has run
+            slots.bank.flush_readers()  # graphs that read the table must have run
             here = slots.arrived()  # bool [experts]
             count = len(here)
             self._memory[i, 0, :count] = np.where(here, cache.slot_of, 0)
@@ -54,12 +58,13 @@ class SlotTables:
             self._partial[i] = not np.array_equal(here, cache.slot_of >= 0)
         return self._views[i]
 
-    def held(self, i: int, experts: np.ndarray) -> bool:
-        """Did a layer's table name the slots of all these, and are they there still?"""
-        return self.all_held([i], [experts])
+    def held(self, layers: Sequence[int], chosen: Sequence[np.ndarray]) -> bool:
+        """Did the layers' tables name a slot for every chosen expert, and is it still there?
 
-    def all_held(self, layers: Sequence[int], chosen: Sequence[np.ndarray]) -> bool:
-        """The same of several layers at once: experts [..., K] of each."""
+        Args:
+            layers: their numbers.
+            chosen: int [..., K] of each.
+        """
         for i, experts in zip(layers, chosen, strict=True):
             cache = self._layers[i].cache
             if self._made_of[i] != (cache, cache.version) or self._absent[i, experts].any():
