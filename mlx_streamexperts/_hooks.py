@@ -1,4 +1,7 @@
-"""Hooks around the calls of one module, or around one model's forward passes."""
+"""Replaces calls: of one module, of a model's forward passes, or of a library's functions.
+
+A replacement never affects other objects of the same class, or ends with its `with` block.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,19 @@ import mlx.core as mx
 import mlx.nn as nn
 
 Check = Callable[[mx.array | None, Any], None]
-"""Checks a forward pass: its token ids [B, T], or None for embeddings, and its caches or None."""
+"""Checks a pass before it runs, given its token ids [B, L] (None for embeddings) and its caches."""
 
 _EMBEDDINGS = "input_embeddings"
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One call of a model.
+    """One forward call of a model.
 
     Attributes:
-        model, kind: the model, and its class in mlx-lm.
-        names: the parameters of its call, in order.
-        given: the call's arguments by name. The first parameter takes the tokens, [B, L].
+        model, kind: the model, and its original class.
+        names: names of the call's parameters, in order.
+        given: arguments by name. The first one holds the tokens, [B, L].
         sequences, tokens: B and L.
     """
 
@@ -37,20 +40,20 @@ class Pass:
     tokens: int
 
     def __call__(self) -> Any:
-        """Run the pass."""
+        """Run the pass and return its result."""
         return self.kind.__call__(self.model, **self.given)
 
     @property
     def caches(self) -> Any:
-        """The KV caches that it changes, one per layer; None if it was given none."""
+        """The caches that the pass changes, one for each layer; None if it was given none."""
         caches = self.given.get("cache")
         return None if not caches or any(c is None for c in caches) else caches
 
     @property
     def divisible(self) -> bool:
-        """Can it run in parts, one after another?
+        """Do consecutive parts of the pass compute the same as the whole?
 
-        It can if its only arguments are tokens and caches. A mask, for example, is for the whole.
+        They do if tokens and caches are the only arguments: a mask, for example, covers the whole.
         """
         known = {self.names[0], _EMBEDDINGS, "cache"}
         return bool(self.caches) and all(
@@ -58,7 +61,7 @@ class Pass:
         )
 
     def part(self, begin: int, end: int) -> Pass:
-        """The pass over its tokens `begin` to `end`."""
+        """The pass over tokens `begin` to `end - 1`."""
         given = dict(self.given)
         for name in (self.names[0], _EMBEDDINGS):
             if isinstance(given.get(name), mx.array):
@@ -89,15 +92,15 @@ def swapped(owner: Any, **values: Any) -> Iterator[None]:
 
 
 def intercept(module: nn.Module, call: Callable[..., Any], method: str = "__call__") -> None:
-    """Redirect calls of this module, and of no other module of its class, to `call`.
+    """Redirect calls of this module, and of no other of its class, to `call`.
 
-    The module gets a class of its own, derived from the one it had. There is no wrapper, so paths
-    in the model, `isinstance` and the signature stay the same.
+    The module gets a class of its own, derived from its old one. Without a wrapper, every path in
+    the model stays the same, and so do `isinstance` and the signature.
 
     Args:
         module: the module.
-        call: takes the module and the call's arguments.
-        method: the method to redirect.
+        call: receives the module and the arguments of the call.
+        method: the method to redirect; calling the module by default.
     """
     kind: Any = type(module)
     own = {method: functools.wraps(getattr(kind, method))(call), "__module__": kind.__module__}
@@ -108,9 +111,9 @@ def intercept_passes(model: nn.Module, step: Step, check: Check) -> None:
     """Redirect a model's forward passes to `step`.
 
     Args:
-        model: left alone unless its call takes a `cache`.
-        step: runs each pass.
-        check: is called before each pass, and raises if it must not run.
+        model: the model; it is left unchanged if its call takes no `cache`.
+        step: runs a pass.
+        check: called before each pass; raises if the pass must not run.
     """
     kind: Any = type(model)
     signature = inspect.signature(kind.__call__)

@@ -1,10 +1,11 @@
-"""Benchmark a streamed model: `mlx_lm.benchmark` with every one of its options, and ours.
+"""Benchmark a streamed model: `mlx_lm.benchmark` with all of its options and ours.
 
 python -m mlx_streamexperts.bench --prompt-tokens 128 --generation-tokens 64 --num-trials 3
 python -m mlx_streamexperts.bench --model ./my-model --memory 24GB -p 512 -g 128 -n 3
 
-The summary is of the timed trials, without the warm-up. mlx-lm's benchmark repeats one random
-prompt, whose routing is neither that of text nor new in each trial: no hit rate of real use.
+The summary covers the timed trials, without the warm-up. mlx-lm's benchmark repeats one random
+prompt, whose routing differs from that of text and is the same in each trial. So its hit rate says
+nothing about real use.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _with_room(config: StreamConfig, args: argparse.Namespace) -> StreamConfig:
-    """KV room for all sequences at once, unless the command line states it."""
+    """Plan KV cache for all sequences at once, unless `--context-tokens` is stated."""
     if config.context_tokens is not None:
         return config
     tokens = args.batch_size * (args.prompt_tokens + args.generation_tokens)

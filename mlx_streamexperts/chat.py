@@ -1,4 +1,4 @@
-"""Chat with a streamed model: `mlx_lm.chat` with every one of its options, and ours.
+"""Chat with a streamed model: `mlx_lm.chat` with all of its options and ours.
 
 python -m mlx_streamexperts.chat --model mlx-community/Qwen3.5-397B-A17B-4bit --memory 90GB
 """
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         with program(stock, parser, argv, args, config) as session, _templates():
             try:
                 stock.main()
-            except (EOFError, KeyboardInterrupt):  # Ctrl-D, Ctrl-C: the end of a chat, no failure
+            except (EOFError, KeyboardInterrupt):  # Ctrl-D or Ctrl-C ends a chat
                 print()
         session.print_summary()
     except StreamError as e:
@@ -47,15 +47,13 @@ def main(argv: list[str] | None = None) -> int:
 
 @contextmanager
 def _templates() -> Iterator[None]:
-    """Give base models, which have no chat template, one that adds nothing: mlx-lm needs one."""
+    """Give models without a chat template, which mlx-lm needs, one that adds nothing."""
     original = stock.load
 
     def load(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         model, tokenizer, *rest = original(*args, **kwargs)
         if not tokenizer.has_chat_template:
-            print(
-                "This model has no chat template: it goes on from what you write", file=sys.stderr
-            )
+            print("This model has no chat template: it continues your text", file=sys.stderr)
             tokenizer.chat_template = _PLAIN_TEMPLATE
             tokenizer.has_chat_template = True
         return model, tokenizer, *rest

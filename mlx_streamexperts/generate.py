@@ -1,4 +1,4 @@
-"""Generate text with streamed experts: `mlx_lm.generate` with every one of its options, and ours.
+"""Generate text with streamed experts: `mlx_lm.generate` with all of its options and ours.
 
 python -m mlx_streamexperts.generate --prompt "Then said Jesus unto his disciples,"
 python -m mlx_streamexperts.generate --model mlx-community/Kimi-K2.5 --memory 96GB -p "hello"
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
             config, model = stream_settings(args)
             parser.set_defaults(model=model)
             if model == str(demo_model()):
-                parser.set_defaults(prompt=DEMO_PROMPT)  # it knows no answer to mlx-lm's "hello"
+                parser.set_defaults(prompt=DEMO_PROMPT)  # it cannot answer mlx-lm's "hello"
             with program(stock, parser, argv, args, config) as session:
                 streams = session.patched.streams
                 stock.main()
@@ -56,16 +56,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _for_several(args: argparse.Namespace) -> None:
-    """Share the model with the other ranks, as far as mlx-lm can.
+    """Prepare the options to share the model with other ranks.
 
     Raises:
-        StreamError: an option that it cannot.
+        StreamError: mlx-lm does not support an option on several machines.
     """
     args.pipeline = True
     for option in ("draft_model", "adapter_path", "prompt_cache_file"):
         if getattr(args, option) is not None:
             flag = "--" + option.replace("_", "-")
-            raise StreamError(f"{flag} does not work with several machines; run without")
+            raise StreamError(f"{flag} does not work with several machines; run without it")
     rank = str(mx.distributed.init().rank())
     for option in ("timeline", "trace"):
         if (file := getattr(args, option)) is not None:

@@ -1,11 +1,12 @@
-"""Pack a checkpoint's experts so that each is one read: a store beside the checkpoint.
+"""Write a packed store, a copy of a checkpoint's experts in which each expert is one read.
 
 python -m mlx_streamexperts.pack --model ./my-model --out ./my-model-packed
 python -m mlx_streamexperts.pack --out ./my-model-packed --verify
 python -m mlx_streamexperts.generate --model ./my-model --store ./my-model-packed -p "hello"
 
-The store takes as much disk as the experts. The checkpoint stays as it is and is still needed: for
-the trunk, and to know that the store belongs to it. An interrupted run goes on where it stopped.
+The store takes as much disk space as the experts. The checkpoint does not change and is still
+needed: for the trunk, and to check that the store belongs to it. An interrupted run continues where
+it stopped.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="re-read a store and compare its checksums; exit status 1 if any differs",
+        help="read a store and compare its checksums; the exit status is 1 if any differs",
     )
     add_output_arguments(parser, "the store's folder", "another checkpoint")
     return parser
@@ -80,7 +81,7 @@ def _verify(args: argparse.Namespace) -> int:
         print(f"damaged: expert {d.expert} of {d.layer} in {d.file}", file=sys.stderr)
     print(f"{experts - len(damaged)} of {experts} experts are as they were packed")
     if damaged:
-        print("Delete the damaged files and pack again: the others are kept.", file=sys.stderr)
+        print("Delete the damaged files and pack again; the others are kept.", file=sys.stderr)
     return 1 if damaged else 0
 
 

@@ -5,9 +5,9 @@ python -m mlx_streamexperts.run --cache 8GB my_script.py --whatever it takes
 
 Our options come before the program; everything after it belongs to the program. A program is one
 of mlx-lm's, any module that `python -m` runs, or a file. The first model that it loads must have
-routed experts. It decides itself how many tokens it runs at once: --prefill-tokens tells how many
-to leave room for (default: the program's --prefill-step-size, else mlx-lm's own 2048), --reserve
-keeps more. The summary goes to standard error.
+routed experts. The program decides how many tokens it runs at once: --prefill-tokens plans memory
+for that many (default: the program's --prefill-step-size, else mlx-lm's own 2048), and --reserve
+keeps more memory free. The summary goes to standard error.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def programs() -> dict[str, str]:
-    """mlx-lm's programs in the installed release: name on the command line, and module."""
+    """Programs of the installed mlx-lm: module by name on the command line."""
     try:
         scripts = distribution("mlx-lm").entry_points.select(group="console_scripts")
     except PackageNotFoundError:  # mlx-lm from a folder on the path
@@ -93,14 +93,14 @@ def programs() -> dict[str, str]:
 
 
 def find_program(name: str, arguments: list[str]) -> tuple[str, Callable[[], Any]]:
-    """What `name` is, and a function that runs it with `sys.argv` as it stands.
+    """Find a program; returns its name and a function that runs it with the present `sys.argv`.
 
     Args:
         name: a module, one of mlx-lm's programs, or a file.
-        arguments: the program's; `mlx_lm perplexity` takes its subcommand from here.
+        arguments: the program's arguments; the subcommand of `mlx_lm` is removed from them.
 
     Raises:
-        StreamError: there is no such program, or it is not one.
+        StreamError: there is no such program, or the module is not a program.
     """
     if name.endswith(".py"):
         if not Path(name).is_file():
@@ -120,18 +120,18 @@ def find_program(name: str, arguments: list[str]) -> tuple[str, Callable[[], Any
         raise StreamError(
             f"there is no module or program {name!r}. mlx-lm's programs: {', '.join(known)}"
         )
-    if module in known.values():  # some of these do nothing when run as __main__
+    if module in known.values():  # some of these do nothing if run as __main__
         return module, lambda: _import(module).main()
     if not _is_program(spec):
         raise StreamError(
-            f"{module} is a module, but not a program: python -m {module} would do nothing. "
+            f"{module} is a module but not a program: python -m {module} would do nothing. "
             f"mlx-lm's programs: {', '.join(known)}"
         )
     return module, lambda: runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def _run_file(file: Path) -> None:
-    """As `python file`: what lies beside it can be imported."""
+    """Run a file as `python file` does: it can import modules from its folder."""
     with swapped(sys, path=[str(file.resolve().parent), *sys.path]):
         runpy.run_path(str(file), run_name="__main__")
 
@@ -146,7 +146,7 @@ def _import(module: str) -> Any:
 
 
 def _is_program(spec: ModuleSpec) -> bool:
-    """Does `python -m` run it?"""
+    """Does `python -m` run this module?"""
     if spec.submodule_search_locations is not None:
         return importlib.util.find_spec(f"{spec.name}.__main__") is not None
     source = getattr(spec.loader, "get_source", lambda name: None)(spec.name)
@@ -154,7 +154,7 @@ def _is_program(spec: ModuleSpec) -> bool:
 
 
 def _config(args: argparse.Namespace) -> StreamConfig:
-    """Our options; room for the passes that the program makes."""
+    """Our options, with the settings that the program's own options imply."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--prefill-step-size", type=int)
     parser.add_argument("--max-kv-size", type=int)
@@ -174,7 +174,7 @@ def _config(args: argparse.Namespace) -> StreamConfig:
 
 
 class _RecordedPatch(patch):
-    """A patch that begins to record when the first streamed model has been loaded."""
+    """A patch that starts recording once the first streamed model is loaded."""
 
     def __init__(self, config: StreamConfig) -> None:
         super().__init__(config=config)
@@ -188,7 +188,7 @@ class _RecordedPatch(patch):
 
 
 def _status(end: SystemExit) -> int:
-    """The exit status that a program ended with."""
+    """The exit status of a program that raised `SystemExit`."""
     if end.code is None or isinstance(end.code, int):
         return end.code or 0
     print(end.code, file=sys.stderr)
@@ -196,7 +196,7 @@ def _status(end: SystemExit) -> int:
 
 
 def _known() -> str:
-    """mlx-lm's programs and what becomes of them, for --help."""
+    """mlx-lm's programs and whether each runs streamed, for --help."""
     lines = ["mlx-lm's programs:"]
     for name, module in programs().items():
         if _OURS.get(name) in COMMANDS:
@@ -204,11 +204,11 @@ def _known() -> str:
                 f"runs; python -m mlx_streamexperts.{_OURS[name]} has its options and ours together"
             )
         elif name in _NO_MODEL:
-            note = "loads no model: nothing to stream"
+            note = "loads no model, so nothing is streamed"
         elif module == "mlx_lm.quant.dwq":
             note = "with --targets-only"
         elif module in REFUSED_PROGRAMS:
-            note = "refused: writes a model, which needs its experts in memory"
+            note = "refused: writes a model, which needs all experts in memory"
         elif name == "mlx_lm.lora":
             note = "with --test; training is refused"
         else:

@@ -54,6 +54,18 @@ ROUNDING = 1e-4
 Reply = tuple[list[int], np.ndarray]  # tokens [T], logarithms of probabilities [T, V]
 
 
+def test_options_that_a_family_cannot_do_are_refused_before_loading(
+    checkpoint: Callable[..., Path],
+) -> None:
+    drafting = Options(draft_model=DRAFT)
+    check_options(checkpoint("qwen3_moe"), QUIET, Options())
+    with pytest.raises(UnsupportedModelError, match=r"--draft-model .* does not work with jamba"):
+        check_options(checkpoint("jamba"), QUIET, drafting)
+    check_tokens(mx.array([[0, 99]]), rows=100)
+    with pytest.raises(TokenError, match="token 100: the model has no such token, only 0 to 99"):
+        check_tokens(mx.array([[0, 100]]), rows=100)
+
+
 def alone(model: nn.Module, prompt: list[int], caches: list[Any] | None = None) -> Reply:
     """Greedy, mlx-lm's way."""
     tokens, rows = [], []

@@ -1,8 +1,4 @@
-"""What a pass takes is known before it runs: compared with what MLX then measures.
-
->>> peak_bytes of (a + b) * c, [4] floats each    # the second result takes the first one's place
-    16
-"""
+"""The memory of a pass is predicted before it runs, and compared with MLX's own measurement."""
 
 from __future__ import annotations
 
@@ -17,9 +13,11 @@ import mlx_lm.utils
 import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from mlx_streamexperts._loading.discover import SWITCHES, _width
+from mlx_streamexperts._loading.discover import expert_modules
 from mlx_streamexperts._memory import footprint
-from mlx_streamexperts._memory.footprint import Footprint, LayerCache, in_order, measure, peak_bytes
+from mlx_streamexperts._memory.footprint import Footprint, LayerCache
+from mlx_streamexperts._memory.model_graph import measure
+from mlx_streamexperts._memory.peak import evaluation_order, peak_bytes
 
 SMALL = Footprint(
     layers=((LayerCache(100), LayerCache(10, kept=512)), (LayerCache(0, 7),)),
@@ -29,6 +27,18 @@ SMALL = Footprint(
     totals=((0, 0), (10**9, 10**9)),
     logits=0,
 )
+
+
+def test_a_footprint_predicts_any_pass_from_the_graph_alone(
+    checkpoint: Callable[..., Path],
+) -> None:
+    model, config = mlx_lm.utils.load_model(checkpoint("qwen3_moe"), lazy=True)
+    measured = measure(model, expert_modules(model), config)
+    assert measured.kv(context=2000) > measured.kv(context=1000) > 1000 * measured.token
+    assert measured.work(chunk=64, context=1000) > measured.work(chunk=1, context=1000)
+    room = measured.work(chunk=256, context=256)
+    assert measured.longest_chunk(room, past=0, longest=4096) == 256
+    assert measured.longest_chunk(room, past=4096, longest=4096) < 256  # keys need room too
 
 
 def test_kv_grows_with_the_context_but_for_windows_and_states() -> None:
@@ -79,15 +89,15 @@ def trace(run: Callable[..., Any], *inputs: mx.array) -> tuple[list[dict[str, An
 def test_the_peak_of_small_graphs(run: Callable[..., Any], peak: int) -> None:
     a = mx.zeros((64, 64))
     nodes, outputs = trace(run, a)
-    assert peak_bytes(in_order(nodes, outputs), outputs, ()) // a.nbytes == peak
+    assert peak_bytes(evaluation_order(nodes, outputs), outputs, ()) // a.nbytes == peak
 
 
 def test_what_is_held_is_freed_after_its_last_use() -> None:
     a = mx.zeros((64, 64))
     nodes, outputs = trace(lambda x: (x @ x) @ mx.ones((64, 64)), a)
     mine = nodes[0]["inputs"][0][0]
-    alone = peak_bytes(in_order(nodes, outputs), outputs, ())
-    assert peak_bytes(in_order(nodes, outputs), outputs, [mine]) == alone - a.nbytes
+    alone = peak_bytes(evaluation_order(nodes, outputs), outputs, ())
+    assert peak_bytes(evaluation_order(nodes, outputs), outputs, [mine]) == alone - a.nbytes
 
 
 @pytest.fixture
@@ -105,8 +115,7 @@ def test_every_family_takes_what_was_foreseen(
     """Stock's own passes, each operation after the other, at the end of a context."""
     folder = checkpoint(family)
     lazy, _ = mlx_lm.utils.load_model(folder, lazy=True)
-    switches = [(m, _width(m)) for m in lazy.modules() if isinstance(m, SWITCHES)]
-    foreseen = measure(lazy, switches, {})
+    foreseen = measure(lazy, expert_modules(lazy), {})
     model, _ = mlx_lm.utils.load_model(folder)
     caches = make_prompt_cache(model)
     try:
@@ -134,14 +143,13 @@ def test_a_model_that_cannot_be_traced_is_estimated(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model, config = mlx_lm.utils.load_model(checkpoint("qwen3_moe"), lazy=True)
-    switches = [(m, _width(m)) for m in model.modules() if isinstance(m, SWITCHES)]
-    traced = measure(model, switches, config)
+    traced = measure(model, expert_modules(model), config)
 
     def fail(*_: Any) -> None:
         raise ValueError("[export_function] Unable to get state for primitive New")
 
     monkeypatch.setattr(mx, "export_function", fail)
-    estimated = measure(model, switches, config)
+    estimated = measure(model, expert_modules(model), config)
     assert "Unable to get state for primitive New" in caplog.text
     assert estimated.kv(1000) >= traced.kv(1000)
     for chunk, context in ((1, 4096), (64, 512), (512, 4096)):
@@ -151,11 +159,10 @@ def test_a_model_that_cannot_be_traced_is_estimated(
 def test_tracing_leaves_the_model_as_it_was(checkpoint: Callable[..., Path]) -> None:
     """Nothing is computed, and nothing of it is found in the model afterwards."""
     model, _ = mlx_lm.utils.load_model(checkpoint("kimi_k3"), lazy=True)
-    switches = [(m, _width(m)) for m in model.modules() if isinstance(m, SWITCHES)]
     kinds = [type(m) for m in model.modules()]
     operations = {name: getattr(mx, name) for name in ("contiguous", "to_fp8", "from_fp8")}
     before = mx.get_active_memory()
-    measure(model, switches, {})
+    measure(model, expert_modules(model), {})
     assert mx.get_active_memory() - before < 1 << 20
     assert [type(m) for m in model.modules()] == kinds
     assert {name: getattr(mx, name) for name in operations} == operations

@@ -33,7 +33,7 @@ from mlx_streamexperts import (
 from mlx_streamexperts._loading.discover import SWITCHES
 from mlx_streamexperts._memory import budget, passes
 from mlx_streamexperts._memory.budget import Plan, check_device
-from mlx_streamexperts._memory.footprint import measure
+from mlx_streamexperts._memory.model_graph import measure
 from mlx_streamexperts._memory.passes import Passes, context, is_quantized
 from mlx_streamexperts._osinfo import DeviceLimit, apple_limit
 

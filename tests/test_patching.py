@@ -9,6 +9,7 @@ import random
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import families
@@ -32,6 +33,7 @@ from mlx_streamexperts import (
     plan,
     stream,
 )
+from mlx_streamexperts._loading.discover import discover
 from mlx_streamexperts._loading.patching import for_this_thread
 
 ORIGINAL = mlx_lm.utils.load_model
@@ -42,6 +44,21 @@ TOKENS = mx.array([[3, 1, 4, 1, 5]])
 def copy(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
     """A private copy of a checkpoint, to be damaged."""
     return Path(shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "model"))
+
+
+def test_experts_are_discovered_planned_and_streamed(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint("qwen3_moe")
+    config = replace(QUIET, cache="200kB")
+    found = discover(folder, config, {})  # nothing is evaluated
+    assert [x.name for x in found.layers][-1] == "model.layers.2.mlp.switch_mlp"
+    assert found.layers[0].tensors["gate_proj.weight"].stored.experts == found.layers[0].experts
+    planned = found.plan(config)
+    assert all(s < n for s, n in zip(planned.slots, planned.layer_experts, strict=True))
+    with patch(config=config):
+        model, _ = mlx_lm.utils.load_model(folder)
+    assert stream(model).plan.slots == planned.slots
+    assert model(TOKENS).shape == (1, 5, families.VOCAB)
+    stream(model).close()
 
 
 def test_patch_leaves_mlx_lm_exactly_as_found(checkpoint: Callable[..., Path]) -> None:

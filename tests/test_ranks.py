@@ -8,9 +8,12 @@ import json
 import shutil
 import signal
 import socket
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import ClassVar
 
 import families
 import mlx.core as mx
@@ -37,7 +40,7 @@ from mlx_streamexperts import (
 from mlx_streamexperts._analysis.machines import Link, plan_ranks, predict_ranks
 from mlx_streamexperts._analysis.predict import predict
 from mlx_streamexperts._distributed.pipeline import Part, Stage, cut, parse_split, wait_on_host
-from mlx_streamexperts._distributed.watch import address_of_rank_0
+from mlx_streamexperts._distributed.watch import Watch, address_of_rank_0
 from mlx_streamexperts._experts.packed_store import write_store
 from mlx_streamexperts._loading.discover import discover
 from mlx_streamexperts._loading.on_ranks import part_of_repository
@@ -101,6 +104,48 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return build_deep("qwen3_moe", tmp_path_factory.mktemp("deep"), m, layers=8)
 
 
+def test_a_rank_keeps_its_own_layers(deep: Path) -> None:
+    model, _ = mlx_lm.utils.load_model(deep, lazy=True)
+    stage = cut(model, Part(index=1, count=2))
+    assert str(stage) == "rank 1 of 2, layers 0 to 3"  # rank 0 has the last layers
+    assert stage.needs("model.layers.3.self_attn.q_proj.weight")
+    assert not stage.needs("model.layers.4.self_attn.q_proj.weight")
+    assert stage.needs("model.embed_tokens.weight")  # every rank does
+    assert len(model.model.layers[stage.start : stage.end]) == 4
+
+
+class TwoRanks:
+    """One of two `Ranks` in the same process."""
+
+    size, names = 2, ("rank 0", "rank 1")
+    statements: ClassVar[list[object]] = [None, None]
+    barrier = threading.Barrier(2, timeout=10)
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def exchange(self, statement: object) -> list[object]:
+        self.statements[self.rank] = statement
+        self.barrier.wait()
+        everybody = list(self.statements)
+        self.barrier.wait()
+        return everybody
+
+
+def test_a_rank_that_leaves_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_HOST_IP", "127.0.0.1")
+    for reason, news in (
+        (None, "rank 1 left the run"),
+        ("the drive is gone", "rank 1 was lost: the drive is gone"),
+    ):
+        with ThreadPoolExecutor() as threads:
+            first, second = threads.map(lambda r: Watch(TwoRanks(r)), range(2))  # type: ignore[arg-type]
+        assert first.why(seconds=0) is None
+        second.close(reason)
+        assert first.why() == news
+        first.close()
+
+
 def test_every_family_that_mlx_lm_can_divide_gives_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,8 +165,8 @@ def test_every_family_that_mlx_lm_can_divide_gives_the_same_bits(
         assert low["misses"][number] > 0, name
 
 
-def test_four_ranks_with_guesses_and_unequal_parts(deep: Path, tmp_path: Path) -> None:
-    """Bits do not depend on the number of ranks, the split, budgets or reading ahead."""
+def test_four_ranks_with_prefetching_and_unequal_parts(deep: Path, tmp_path: Path) -> None:
+    """Bits do not depend on the number of ranks, the split, budgets or prefetching."""
     expected = stock_logits(deep)
     options = {"cache": "160kB,90kB,90kB,200kB", "split": "3,1,1,3", "prefetch": "on"}
     reports = [e.json() for e in run_ranks("measured", 4, tmp_path, deep, json.dumps(options))]

@@ -1,7 +1,7 @@
-"""Running mlx-lm's own programs with our options: its parser, its main, experts streamed.
+"""Runs mlx-lm's own programs with streamed experts and our options.
 
-Nothing of a program is rewritten. Its `setup_arg_parser` is replaced by one that knows our options
-too, its generation functions by ones that are watched, both only while it runs.
+While a program runs, its `setup_arg_parser` is replaced by one with our options too, and its
+generation functions by ones that take times. Nothing else of a program changes.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from .options import make_parser
 from .summary import Timing, experts_read, of_all_ranks, rows
 from .terminal import print_rows
 
-_PREFILL_BATCH = 8  # prompts that mlx-lm's BatchGenerator takes into one pass
+_PREFILL_BATCH = 8  # prompts that mlx-lm's BatchGenerator puts into one pass
 
 
 def program_parser(
     stock: ModuleType, command: str, description: str | None
 ) -> argparse.ArgumentParser:
-    """The parser of one of mlx-lm's programs, with our options and what to report.
+    """The parser of a program of mlx-lm, with our streaming and recording options.
 
     Args:
-        stock: the program.
-        command: ours, by the name of its module.
-        description: for `--help`.
+        stock: the program's module.
+        command: name of our command.
+        description: text for `--help`.
     """
     prog = f"python -m mlx_streamexperts.{command}"
     parser = make_parser(stock.setup_arg_parser(), prog, description)
@@ -46,7 +46,7 @@ def program_parser(
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to record of a run, and to print of it at the end."""
+    """Add the options that record a run and print figures at its end."""
     group = parser.add_argument_group("recording")
     group.add_argument(
         "--timeline", help="write where the time went to this file, for ui.perfetto.dev"
@@ -64,9 +64,9 @@ class Session:
     """One run of a program.
 
     Attributes:
-        args: the options that it was given.
-        patched: holds the streams of the models that it loaded.
-        timing: of its generations.
+        args: the parsed command line.
+        patched: the patch; it holds the streams of all models loaded.
+        timing: times of the generations.
     """
 
     args: argparse.Namespace
@@ -77,7 +77,7 @@ class Session:
     _recording: bool = False
 
     def record(self, expert_stream: ExpertStream) -> None:
-        """Begin what `--timeline` and `--trace` ask for, once."""
+        """Start the recordings of `--timeline` and `--trace`, once."""
         if self._recording:
             return
         self._recording = True
@@ -89,12 +89,12 @@ class Session:
             self.recordings.enter_context(expert_stream.trace(self.args.trace))
 
     def note_phases(self) -> None:
-        """Keep the timeline's sums so far, if one is taken."""
+        """Copy the timeline's sums so far into `timing`, if there is a timeline."""
         if self._timeline is not None:
             self.timing.phases = self._timeline.summary()
 
     def print_summary(self, file: TextIO | None = None) -> None:
-        """What streaming cost; nothing where no model was loaded."""
+        """Print the cost of streaming, or nothing if no model was loaded."""
         if self.patched.streams:
             lines = rows(self.patched.streams, self.timing, self.args.layer_hits)
             lines = of_all_ranks(self.patched.streams[0], lines)
@@ -110,15 +110,15 @@ def program(
     config: StreamConfig,
     warm_up: int = 0,
 ) -> Iterator[Session]:
-    """Everything for `stock.main()` to run with experts streamed.
+    """Let `stock.main()` run with streamed experts, within the `with` block.
 
     Args:
-        stock: one of mlx-lm's programs.
-        parser: takes its options and ours.
-        argv: the command line's arguments, those of this process if None.
-        args: what `parser` makes of them.
-        config: how experts are streamed.
-        warm_up: generations that the session does not count.
+        stock: the program's module.
+        parser: parser of its options and ours.
+        argv: arguments of the command line; None for those of this process.
+        args: the arguments, parsed.
+        config: streaming options.
+        warm_up: generations to leave out of the session's figures.
     """
     with patch(config=config) as patched:
         session = Session(args, patched)
@@ -130,7 +130,7 @@ def program(
 def _arguments(
     stock: ModuleType, parser: argparse.ArgumentParser, argv: list[str] | None
 ) -> Iterator[None]:
-    """Let mlx-lm's main parse our command line: it ignores the options it does not know."""
+    """Let mlx-lm's main parse our command line with our parser; it ignores our options."""
     command = sys.argv if argv is None else [parser.prog, *argv]
     with swapped(stock, setup_arg_parser=lambda: parser), swapped(sys, argv=command):
         yield
@@ -138,9 +138,9 @@ def _arguments(
 
 @contextmanager
 def _watched(stock: ModuleType, session: Session, warm_up: int) -> Iterator[None]:
-    """Time generations, record them if asked to, and let prompts go in chunks as planned."""
+    """Time and record generations, and divide prompts into the planned chunks."""
     original, done = stock.stream_generate, 0
-    local = ("help", "model", "verbose", "pipeline")  # all else decides which text there is
+    local = ("help", "model", "verbose", "pipeline")  # the others determine the text
     shared = [a.dest for a in stock.setup_arg_parser()._actions if a.dest not in local]
     said = {name: str(getattr(session.args, name, None)) for name in shared}
     original_batch: Any = getattr(stock, "batch_generate", None)

@@ -1,1 +1,1 @@
-"""One model on several machines: each rank's layers, and what the ranks tell each other."""
+"""One model on several machines: each rank's layers, and the messages between ranks."""

@@ -1,9 +1,8 @@
-"""One rank's part of a model that several machines compute together, layer after layer.
+"""Cuts a lazily loaded model down to one rank's decoder layers.
 
-The division is mlx-lm's own (`PipelineMixin.pipeline`): rank 0 has the last layers, the highest
-rank the first ones; embedding, final norm and output matrix are on every rank. This module cuts a
-lazily loaded model down to one rank's decoder layers before anything of it is evaluated, and says
-which files of the checkpoint a rank needs. It never communicates.
+mlx-lm divides the layers (`PipelineMixin.pipeline`): rank 0 has the last ones, the highest rank the
+first; embedding, final norm and output matrix are on every rank. This module also tells which files
+of the checkpoint a rank needs. It evaluates nothing and never communicates.
 """
 
 from __future__ import annotations
@@ -20,18 +19,18 @@ import mlx.nn as nn
 from .._errors import StreamError, UnsupportedModelError
 from .._hooks import intercept
 
-# As mlx-lm's `sharded_load` reads a layer's number off the name of a stored tensor.
+# mlx-lm's `sharded_load` takes a layer's number from a tensor's name in the same way.
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _NORMS = ("norm", "ln_f", "final_layernorm")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A rank's place among others, as `mx.distributed.Group` tells it to `pipeline`.
+    """A rank's position in a run; `pipeline` accepts it in place of an `mx.distributed.Group`.
 
     Attributes:
         index: the rank.
-        count: ranks altogether.
+        count: number of ranks.
         split: decoder layers of each rank, in rank order; None divides evenly.
     """
 
@@ -51,8 +50,8 @@ class Stage:
     """The decoder layers of one rank.
 
     Attributes:
-        rank, ranks: whose, and of how many.
-        start, end: layers `start` to `end - 1`, counted over the whole model.
+        rank, ranks: the rank, and the number of ranks.
+        start, end: it has layers `start` to `end - 1` of the whole model.
         layers: decoder layers of the whole model.
     """
 
@@ -66,28 +65,28 @@ class Stage:
         return f"rank {self.rank} of {self.ranks}, layers {self.start} to {self.end - 1}"
 
     def needs(self, tensor: str) -> bool:
-        """Does this rank use a stored tensor? Those of no layer are used by every rank.
+        """Does this rank use a stored tensor? Every rank uses tensors outside the layers.
 
-        By name, as mlx-lm does it; layers past the model's own (multi-token prediction) are no
-        rank's.
+        Decided by name, as in mlx-lm. No rank uses layers past the model's own (multi-token
+        prediction).
 
         Args:
-            tensor: its name in the checkpoint.
+            tensor: name in the checkpoint.
         """
         match = _LAYER.search(tensor)
         return match is None or self.start <= int(match[1]) < self.end
 
     def files(self, weight_map: Mapping[str, str]) -> tuple[str, ...]:
-        """The shards that this rank needs, by name.
+        """Names of the shards that this rank needs.
 
         Args:
-            weight_map: the shard of each tensor, as a checkpoint's index has it.
+            weight_map: shard of each tensor, from the checkpoint's index.
         """
         return tuple(sorted({f for tensor, f in weight_map.items() if self.needs(tensor)}))
 
 
 def parse_split(split: str | None, ranks: int) -> tuple[int, ...] | None:
-    """Decoder layers of each rank, of a string such as "31,30".
+    """Parse decoder layers of each rank from a string such as "31,30".
 
     Raises:
         StreamError: it is not `ranks` positive numbers.
@@ -110,8 +109,8 @@ def cut(model: nn.Module, part: Part) -> Stage:
     """Leave only one rank's decoder layers in a lazily loaded model. Nothing is evaluated.
 
     Raises:
-        UnsupportedModelError: mlx-lm cannot pipeline this family, or not so.
-        StreamError: there are fewer layers than ranks, or the split does not add up to them.
+        UnsupportedModelError: mlx-lm cannot pipeline this family, or not with a split.
+        StreamError: there are more ranks than layers, or the split does not add up to the layers.
     """
     inner: Any = getattr(model, "model", None)  # where mlx_lm.utils.sharded_load looks
     if not hasattr(inner, "pipeline"):
@@ -128,7 +127,7 @@ def cut(model: nn.Module, part: Part) -> Stage:
         if "split" not in inspect.signature(inner.pipeline).parameters:
             raise UnsupportedModelError(
                 f"{type(model).__module__.rpartition('.')[2]} models are divided evenly only: "
-                "leave the split out"
+                "leave out the split"
             )
         if sum(part.split) != layers:
             raise StreamError(
@@ -140,13 +139,13 @@ def cut(model: nn.Module, part: Part) -> Stage:
 
 
 def wait_on_host(model: nn.Module, stage: Stage) -> None:
-    """Let the host wait for other ranks, where otherwise the device would.
+    """Let the host wait for other ranks instead of the device.
 
-    A layer that reads its experts from a drive may take seconds, and a GPU that waits in a kernel
-    for what another machine sends is stopped by the system's watchdog before that. So what is
-    received is evaluated before any layer uses it, and so is what comes back to all ranks, when it
-    is one token (of a prompt's chunks it is never used: waiting for it would keep the ranks from
-    working on two chunks at once).
+    A layer that reads its experts from a drive may take seconds. If a GPU waited in a kernel for
+    another machine, the system's watchdog would stop it sooner. So received hidden states are
+    evaluated before a layer uses them, and so is the final hidden state of a single token, which
+    all ranks receive. That of a prompt's chunk is never used; waiting for it would keep the ranks
+    from working on two chunks at once.
     """
     inner = getattr(model, "model")  # noqa: B009, mypy knows no attributes of a Module
     while "layers" not in inner:  # a wrapper of a text model
@@ -159,7 +158,7 @@ def wait_on_host(model: nn.Module, stage: Stage) -> None:
 
 
 def _before(module: nn.Module, when: Callable[[mx.array], bool]) -> None:
-    """Evaluate a module's input before each of its calls, where `when` says so."""
+    """Evaluate a module's input before each call for which `when(input)` is true."""
     kind: Any = type(module)
 
     def call(self: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> Any:

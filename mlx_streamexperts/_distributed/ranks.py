@@ -1,8 +1,8 @@
-"""What the ranks of a distributed run tell each other: statements, compared at load.
+"""Lets the ranks of a distributed run exchange and compare small JSON statements.
 
-Every rank takes part in every exchange, also one that has failed: then all raise, with the reason
-of the one that failed, and none is left waiting. Messages name ranks with their hosts. This module
-moves small JSON only; hidden states are mlx-lm's business.
+Every rank takes part in every exchange, even after a failure: then all ranks raise with the reason
+of the one that failed, and none is left waiting. Messages name each rank with its host. mlx-lm
+sends the hidden states, never this module.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Ranks:
     """The processes of one distributed run.
 
     Attributes:
-        rank: this process's.
-        size: how many there are.
-        names: each rank as messages call it, for example `rank 1 (mini.local)`.
-        on_this_host: how many of them run on this rank's machine and share its memory.
+        rank: rank of this process.
+        size: number of ranks.
+        names: name of each rank in messages, for example `rank 1 (mini.local)`.
+        on_this_host: number of ranks on this machine, which share its memory.
     """
 
     def __init__(self, group: mx.distributed.Group) -> None:
@@ -41,10 +41,10 @@ class Ranks:
         self.on_this_host = hosts.count(hosts[self.rank])
 
     def exchange(self, statement: Any) -> list[Any]:
-        """Every rank's statement, in rank order; what JSON can hold.
+        """Send a JSON value to all ranks; returns every rank's value, in rank order.
 
         Raises:
-            RankError: a rank was lost meanwhile.
+            RankError: a rank was lost during the exchange.
         """
         data = np.frombuffer(json.dumps(statement).encode(), np.uint8)  # [bytes]
         lengths = self._gather(np.array([data.size], np.int32))  # [ranks]
@@ -56,11 +56,11 @@ class Ranks:
         ]
 
     def all_or_none(self, work: Callable[[], _T]) -> _T:
-        """Do this rank's share of something; if one rank fails, all do.
+        """Do this rank's share of a step; if one rank fails, all do.
 
         Raises:
-            RankError: another rank failed; says why.
-            StreamError: this one did.
+            RankError: another rank failed; the message has its reason.
+            StreamError: this rank failed.
         """
         error: StreamError | None = None
         result: list[_T] = []
@@ -77,14 +77,14 @@ class Ranks:
         return result[0]
 
     def agree(self, statements: Mapping[str, Any]) -> None:
-        """Check that all ranks say the same.
+        """Check that all ranks have equal values.
 
         Args:
-            statements: what has to be equal, by the name that a message gives it; a statement may
-                be a mapping itself, and then only keys that two ranks both have are compared.
+            statements: values to compare, by their names in messages. Of values that are mappings,
+                only the keys that two ranks share are compared.
 
         Raises:
-            RankError: two ranks differ; names both, and what they say.
+            RankError: two ranks differ; the message has both values.
         """
         theirs = self.exchange(dict(statements))
         for rank in range(1, self.size):
@@ -105,9 +105,9 @@ class Ranks:
                     )
 
     def share_random_state(self) -> None:
-        """Let all ranks draw the same random numbers: each of them samples the next token itself.
+        """Let all ranks draw the same random numbers, since each samples the next token itself.
 
-        Ranks that were not seeded alike would each feed its own layers another text.
+        With different seeds, each rank would feed a different text to its own layers.
         """
         state: Any = mx.random.state
         states = self.exchange([np.array(s).tolist() for s in state])
@@ -116,9 +116,9 @@ class Ranks:
             mx.random.seed(seed)
 
     def _gather(self, row: np.ndarray) -> np.ndarray:
-        """One row of each rank, [1, ...] -> [ranks, ...]."""
+        """Gather one row from each rank, [1, ...] -> [ranks, ...]."""
         try:
-            # On the CPU's stream: a GPU must not wait for a network.
+            # On the CPU's stream, because a GPU must not wait for a network.
             gathered = mx.distributed.all_gather(mx.array(row), group=self._group, stream=mx.cpu)
             mx.eval(gathered)
         except RuntimeError as e:

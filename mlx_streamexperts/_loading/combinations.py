@@ -1,7 +1,7 @@
-"""What mlx-lm computes rightly with which family: batches, trimmed caches, draft models.
+"""Which families mlx-lm computes correctly in batches, with trimmed caches and with draft models.
 
-This module alone owns those facts; tests/test_combinations.py tries every family on stock mlx-lm
-and holds them to what it finds, in both directions. What was not tried is taken to be wrong.
+This module alone owns these facts. tests/test_combinations.py checks them against stock mlx-lm for
+every family, in both directions. Anything untested counts as wrong.
 """
 
 from __future__ import annotations
@@ -39,64 +39,64 @@ BATCHED = frozenset(
         "lfm2_moe", "longcat_flash", "qwen3_5", "qwen3_5_moe", "qwen3_next",
     )
 )  # fmt: skip
-"""Modules of mlx_lm.models that keep more than keys and values, and whose padded batches are right.
+"""Modules of mlx_lm.models that cache more than keys and values and batch correctly with padding.
 
-The others of that kind let padding into what they keep (bailing_moe_linear, jamba, nemotron_h: a
-state; longcat_flash_ngram: the tokens before; minimax_m3_vl: the blocks that it looks at;
-granitemoehybrid: a state, where a padded prompt takes several passes).
+In other such families padding leaks into the cache (bailing_moe_linear, jamba, nemotron_h: the
+state; longcat_flash_ngram: the preceding tokens; minimax_m3_vl: the selected blocks;
+granitemoehybrid: the state, if a padded prompt takes several passes).
 """
 
 _KEYS_AND_VALUES = (KVCache, RotatingKVCache)  # mlx-lm masks the padding of these itself
-_EXACT = (KVCache, QuantizedKVCache)  # trimmed, they are what they were before
-# Until its window is full a RotatingKVCache is; then it says itself that it cannot be trimmed.
+_EXACT = (KVCache, QuantizedKVCache)  # trimming restores their earlier state exactly
+# So it does for a RotatingKVCache until its window is full; then `is_trimmable` is False.
 _EXACT_WHEN_THEY_SAY_SO = (*_EXACT, RotatingKVCache)
 
 
 def family(model: nn.Module) -> str:
-    """The module of mlx-lm, or of the checkpoint, that a model's class comes from."""
+    """Name of the module that defines a model's class, in mlx-lm or in the checkpoint."""
     return type(model).__module__.rpartition(".")[2]
 
 
 def batches(model: nn.Module, caches: list[Any]) -> bool:
-    """Does mlx-lm compute a padded batch of this model as it computes each sequence alone?
+    """Does a padded batch give each sequence the same result as a batch of its own?
 
     Args:
-        model: a model of mlx-lm's.
-        caches: what `make_prompt_cache` makes for it.
+        model: a model of mlx-lm.
+        caches: its caches, from `make_prompt_cache`.
     """
     return family(model) in BATCHED or all(type(c) in _KEYS_AND_VALUES for c in caches)
 
 
 def trims(caches: list[Any]) -> bool:
-    """Does a cache that says that it can be trimmed go on, once trimmed, like a fresh one?"""
+    """Does a trimmed cache continue like one that never had the removed tokens?"""
     return _all(caches, _EXACT_WHEN_THEY_SAY_SO)
 
 
 def drafts(caches: list[Any]) -> bool:
-    """Can tokens be taken back at any length, as draft models need it?"""
+    """Can tokens be removed at any length, as a draft model requires?"""
     return _all(caches, _EXACT)
 
 
 def token_rows(model: nn.Module) -> int | None:
-    """How many tokens a model knows, from a pass that is never computed; None if that fails.
+    """The model's vocabulary size, from a pass that is built but not evaluated; None if that fails.
 
     Args:
-        model: with all its layers as mlx-lm made them. No weight is read.
+        model: a model with all its layers, before any is replaced.
     """
     try:
         return int(_pass(model, make_prompt_cache(model), 1).shape[-1])
-    except Exception:  # whatever a model's own code raises: it may run on Metal alone
+    except Exception:  # model code may raise anything, and some of it runs on Metal only
         return None
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a command line asks of a model beside a reply.
+    """Command-line options that not every family supports.
 
     Attributes:
-        draft_model: folder or repository of a model that guesses ahead; None for none.
-        kv_bits, kv_group_size: how the KV cache is quantized; None for not at all.
-        max_kv_size: tokens of a KV cache that forgets; None for one that does not.
+        draft_model: folder or repository of a draft model, or None.
+        kv_bits, kv_group_size: quantization of the KV cache; None for none.
+        max_kv_size: tokens of a rotating KV cache; None for one that keeps all.
     """
 
     draft_model: str | None = None
@@ -106,7 +106,7 @@ class Options:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Options:
-        """Those of a parsed command line, whichever of them it knows."""
+        """The options of a parsed command line; those it does not have keep their defaults."""
         return cls(
             draft_model=getattr(args, "draft_model", None),
             kv_bits=getattr(args, "kv_bits", None),
@@ -118,21 +118,21 @@ class Options:
 def check_options(
     folder: str | Path, config: StreamConfig, options: Options, trust_remote_code: bool = False
 ) -> None:
-    """Refuse what cannot work with this model, before any weight is read.
+    """Refuse options that do not work with this model, before any weight is read.
 
     Args:
-        folder: of the model.
+        folder: the model folder.
         config: as for `load`.
-        options: what is asked for.
-        trust_remote_code: run the model code that the checkpoint brings, if it does.
+        options: the options to check.
+        trust_remote_code: run model code that comes with the checkpoint.
 
     Raises:
-        UnsupportedModelError: names the option and the family.
-        StreamError: what `load` raises.
+        UnsupportedModelError: an option does not work; the message names it and the family.
+        StreamError: the model cannot be loaded, as for `load`.
     """
     if options.draft_model is None and options.kv_bits is None:
         return
-    if mx.distributed.init().size() > 1:  # a rank has its own part of the model's files alone
+    if mx.distributed.init().size() > 1:  # a rank has only its own part of the model's files
         return
     model = discover(Path(folder), config, {"trust_remote_code": trust_remote_code}).model
     if options.draft_model is not None:
@@ -145,28 +145,28 @@ def check_options(
 def _check_drafts(model: nn.Module, caches: list[Any]) -> None:
     if not drafts(caches):
         raise UnsupportedModelError(
-            f"--draft-model (draft_model=) does not work with {family(model)}: tokens that were "
-            f"guessed wrong cannot be taken out of its cache ({_names(caches)}) again; run without"
+            f"--draft-model (draft_model=) does not work with {family(model)}: rejected draft "
+            f"tokens cannot be removed from its cache ({_names(caches)}); run without it"
         )
 
 
 def _check_draft_tokens(model: nn.Module, folder: Path, draft_model: str) -> None:
-    """The draft model sees the prompt and what the model has chosen."""
+    """Check that the draft model knows every token of the prompt and of the model."""
     try:
         words = len(load_tokenizer(folder))
         draft, _ = original_load_model(_download(draft_model), lazy=True)
-    except Exception:  # whatever is wrong with their files comes up when they are loaded
+    except Exception:  # loading them will report what is wrong with their files
         return
     words = min(words, token_rows(model) or words)
     if (rows := token_rows(draft) or words) < words:
         raise UnsupportedModelError(
             f"--draft-model {draft_model} knows {rows} tokens, {family(model)} and its tokenizer "
-            f"{words}: it would read past its table; take one of the same tokenizer"
+            f"{words}: it would read past its table; use one with the same tokenizer"
         )
 
 
 def _check_quantized(model: nn.Module, options: Options) -> None:
-    """Build, but never compute, a prompt, the cache's quantization, and what follows it."""
+    """Build, without evaluating, a prompt, the cache's quantization, and two more passes."""
     caches = make_prompt_cache(model, options.max_kv_size)
     kinds = _names(caches)
     try:
@@ -174,45 +174,46 @@ def _check_quantized(model: nn.Module, options: Options) -> None:
         maybe_quantize_kv_cache(caches, 0, options.kv_group_size, options.kv_bits)
         _pass(model, caches, 2)
         _pass(model, caches, 1)
-    except Exception as e:  # whatever a model's own code raises
+    except Exception as e:  # model code may raise anything
         asked = f"--kv-bits {options.kv_bits} --kv-group-size {options.kv_group_size}"
         if options.max_kv_size is not None:
             asked += f" --max-kv-size {options.max_kv_size}"
         reason = " ".join(str(e).split()) or type(e).__name__
         raise UnsupportedModelError(
-            f"{asked} does not work with {family(model)}, whose cache is of {kinds}: {reason}"
+            f"{asked} does not work with {family(model)}, whose cache is {kinds}: {reason}"
         ) from e
 
 
 class PassCheck:
-    """Looks at each forward pass of a streamed model before it runs.
+    """Checks each forward pass of a streamed model before it runs.
 
     Args:
         model: the model.
-        rows: tokens that it knows, or None.
+        rows: its vocabulary size, or None if unknown.
     """
 
     def __init__(self, model: nn.Module, rows: int | None) -> None:
         self._model, self._rows = model, rows
         self._batches = batches(model, make_prompt_cache(model))
-        self._seen: mx.array | None = None  # padding of a step that was looked at
+        self._seen: mx.array | None = None  # padding array of the last decode step checked
 
     def __call__(self, ids: mx.array | None, caches: Any) -> None:
-        """Refuse a pass that mlx-lm would compute wrongly. To be called by the model's call alone.
+        """Refuse a pass that mlx-lm would compute wrongly.
+
+        Only the model's intercepted call may call this: it inspects its caller's caller.
 
         Args:
-            ids: token ids [B, T], or None where embeddings stand in for them.
-            caches: those of the call, or None.
+            ids: token ids [B, T], or None if the pass was given embeddings.
+            caches: the caches of the call, or None.
 
         Raises:
-            TokenError: the model has no row for a token.
-            UnsupportedModelError: a padded batch, or a draft model, of a family for which mlx-lm
-                computes those wrongly.
+            TokenError: the model has no such token.
+            UnsupportedModelError: mlx-lm computes padded batches, or draft models, of this family
+                wrongly.
         """
         if ids is None:
             return
-        # A sampler's choice, one of the model's own tokens, is uint32; what comes from a tokenizer
-        # is not. So decoding never waits for this.
+        # Sampled tokens, always valid, are uint32; a tokenizer's are not. So decoding never waits.
         if ids.shape[1] > 1 or ids.dtype != mx.uint32:
             check_tokens(ids, self._rows)
         if not caches:
@@ -226,7 +227,7 @@ class PassCheck:
         for cache in _leaves(caches):
             padding = getattr(cache, "left_padding", None)
             if is_step and padding is not None and padding is self._seen:
-                return  # nobody has come or left: mlx-lm would have made a new array
+                return  # same sequences as before: mlx-lm makes a new array if they change
             for name in ("left_padding", "_right_padding", "lengths", "_lengths"):
                 amounts = getattr(cache, name, None)
                 if isinstance(amounts, mx.array) and np.ptp(np.array(amounts)) > 0:
@@ -241,18 +242,17 @@ class PassCheck:
 
 
 def check_tokens(ids: mx.array, rows: int | None) -> None:
-    """Refuse tokens for which a model has no row: looking them up would read past its table.
+    """Refuse tokens that a model does not have: looking them up would read past its table.
 
     Args:
         ids: token ids of any shape.
-        rows: tokens that the model knows, or None where that is unknown.
+        rows: the model's vocabulary size, or None if unknown.
 
     Raises:
-        TokenError: names the token.
+        TokenError: the model has no such token; the message names it.
     """
     if rows is None or not ids.size or not mx.issubdtype(ids.dtype, mx.integer):
         return
-    # As int64: the largest uint32 and a negative int32 are what they are.
     try:
         values = np.array(ids)
     except ValueError as e:
@@ -262,24 +262,24 @@ def check_tokens(ids: mx.array, rows: int | None) -> None:
     if low < 0 or high >= rows:
         raise TokenError(
             f"token {low if low < 0 else high}: the model has no such token, only 0 to {rows - 1}. "
-            "Its tokenizer may know more tokens than the model: take those out of the prompt"
+            "Its tokenizer may know more tokens than the model: remove them from the prompt"
         )
 
 
 def _code(code: CodeType) -> Iterator[CodeType]:
-    """A function's code and that of the functions within."""
+    """A function's code object and those of the functions inside it."""
     yield code
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
             yield from _code(inner)
 
 
-# mlx-lm asks only before the first token whether it can take tokens back.
+# mlx-lm checks only before the first token whether the cache can be trimmed.
 _SPECULATIVE = frozenset(_code(speculative_generate_step.__code__))
 
 
 def _pass(model: Any, caches: list[Any], tokens: int) -> mx.array:
-    """Logits [1, tokens, vocabulary] of a pass that is built, and never computed."""
+    """Logits [1, tokens, vocabulary] of a pass, not evaluated."""
     logits: mx.array = model(mx.zeros((1, tokens), mx.int32), cache=caches)
     return logits
 

@@ -50,7 +50,8 @@ from .._io.checkpoint import (
 )
 from .._io.files import allow_open
 from .._memory.budget import Plan, Sizes, divide, text_config
-from .._memory.footprint import Footprint, copied, measure
+from .._memory.footprint import Footprint
+from .._memory.model_graph import copied, measure
 from .._osinfo import unfinished_bytes
 
 # Bound before any patch is installed.
@@ -176,18 +177,22 @@ def _footprint(model: nn.Module, model_config: dict[str, Any]) -> Footprint:
     """The footprint of the model's passes; cached, since planning again (`tune`) is common."""
     key = json.dumps([model_config, str(mx.default_device())], sort_keys=True, default=str)
     if key not in _footprints:
-        switches = [(m, _width(m)) for m in model.modules() if isinstance(m, SWITCHES)]
-        _footprints[key] = measure(model, switches, text_config(model_config))
+        _footprints[key] = measure(model, expert_modules(model), text_config(model_config))
     return _footprints[key]
 
 
 _footprints: dict[str, Footprint] = {}
 
 
-def _width(switch: nn.Module) -> int:
-    """Width of an expert's hidden layer: rows of its widest projection but the last."""
-    tables = [p.weight for p in switch.children().values() if isinstance(p, PROJECTIONS)]
-    return max((t.shape[1] for t in tables[:-1]), default=1)
+def expert_modules(model: nn.Module) -> list[tuple[nn.Module, int]]:
+    """A model's expert modules, each with the width of an expert's hidden layer."""
+    found: list[tuple[nn.Module, int]] = []
+    for module in model.modules():
+        if isinstance(module, SWITCHES):
+            tables = [p.weight for p in module.children().values() if isinstance(p, PROJECTIONS)]
+            width = max((t.shape[1] for t in tables[:-1]), default=1)  # the last one projects back
+            found.append((module, width))
+    return found
 
 
 def _check_whole(

@@ -145,7 +145,7 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
         return mlx_lm.utils._download(str(path_or_hf_repo), revision=revision)
 
 
-class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
+class patch:  # noqa: N801 - called like a function
     """Make `mlx_lm.load` stream experts, wherever it was imported.
 
     Use it as a context manager, or call `install` and later `remove`. Removing restores mlx-lm

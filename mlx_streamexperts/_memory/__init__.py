@@ -1,1 +1,1 @@
-"""The memory promise: how a budget is divided, what a pass takes, what all models hold."""
+"""The memory promise: dividing a budget, predicting and bounding passes, counting all models."""

@@ -1,11 +1,11 @@
-"""How a memory budget is divided, from sizes alone, before anything is allocated.
+"""Divides a memory budget, from sizes alone, before anything is allocated.
 
     memory = trunk + expert cache + KV cache + work space + the process itself
 
-The trunk and the experts are exact sums over the checkpoint; KV cache and work space are upper
-estimates from the graph of the model's own forward pass (footprint.py). Attention needs work space
-for each pair of a new token and one of the context, so that the tokens of a pass get fewer as the
-context grows: the work space stays what was planned.
+Trunk and experts are exact sums over the checkpoint. KV cache and work space are upper estimates
+from the graph of the model's own forward pass (footprint.py). Attention needs work space for each
+pair of a new token and a token of the context, so chunks get shorter as the context grows: the work
+space stays as planned.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from .._errors import BudgetError
 from .._osinfo import DeviceLimit, device_memory_bytes, on_metal
 from .footprint import STEP, Footprint
 
-# What a process holds besides MLX's memory: interpreter, MLX, mlx-lm, transformers and a tokenizer
-# were 0.3 GB. A small budget (of a test, say) cannot mean that too: there it is a 50th.
+# Memory of the process besides MLX's: interpreter, MLX, mlx-lm, transformers and a tokenizer took
+# 0.3 GB. A small budget (of a test, say) cannot include that; there it is a 50th.
 _PROCESS_BYTES = 512 << 20
 _PROCESS_SHARE = 50
-_DEFAULT_SHARE = 0.85  # of what the device recommends; the rest is the host program's
+_DEFAULT_SHARE = 0.85  # of the recommended memory; the rest is for the host program
 
-# A sweep of a prompt chunk reads nearly every expert that is not resident. With a tenth of the room
-# as work space a chunk of Kimi K2.5 within 96 GB is 7k tokens long instead of 2k.
+# A prompt chunk reads nearly every expert that is not resident, so chunks should be long. With a
+# tenth of the room as work space, a chunk of Kimi K2.5 within 96 GB has 7k tokens instead of 2k.
 _PREFILL_SHARE = 10
-_EVEN = 32  # passes of at least as many tokens have a multiple of them
+_EVEN = 32  # longer chunks are a multiple of this many tokens
 _LEAST_PREFILL_TOKENS = 32  # at the end of the longest context
 
-# macOS ends a GPU command that takes too long. One attention kernel covers all keys: with 2,048 new
+# macOS ends GPU commands that take too long. One attention kernel covers all keys: with 2,048 new
 # tokens it was ended somewhere between 65k and 128k keys (MLX issue 3302).
 _METAL_PAIRS = 1 << 27
 
@@ -44,36 +44,37 @@ _TOP_K_KEYS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What loading a model within a budget comes to. All sizes in bytes.
+    """Division of a memory budget over a model. All sizes in bytes.
 
     Attributes:
-        memory: the bound for everything that was stated, or None where only the cache's was.
-        bound: the bound for everything that is kept: `memory`, else the device's default.
+        memory: stated bound for everything, or None if only the cache's bound was stated.
+        bound: bound for everything in effect: `memory`, else the device's default.
         trunk: weights that stay resident: everything but routed experts.
         experts: all routed experts on disk.
-        cache: what the slots take.
-        kv: room for the KV cache of `context_tokens` tokens, `state` included.
-        state: of that, what a sequence keeps whatever its length (linear attention does).
-        work: room for what a forward pass computes.
+        cache: expert slots.
+        kv: KV cache of `context_tokens` tokens, `state` included.
+        state: part of `kv` that a sequence takes at any length (linear attention).
+        work: work space of a forward pass.
         slots: slots of each expert layer, in model order.
         layer_experts: routed experts of each layer.
         top_k: experts that a router picks for a token.
-        prefill_tokens: tokens of the longest pass, the first of a prompt.
-        context_tokens: tokens that `kv` is for.
+        prefill_tokens: tokens of the longest pass, the first chunk of a prompt.
+        context_tokens: tokens that `kv` has room for.
         disk: the checkpoint's tensors.
-        active_bytes_per_token: weights that computing one token reads.
-        cold_bytes_per_token: what one token reads from the drive if no expert is resident.
+        active_bytes_per_token: weights read from memory to compute one token.
+        cold_bytes_per_token: bytes that one token reads from the drive if no expert is resident.
         minimum: the smallest `memory` that works with these options.
-        conversion: disk that `convert` takes beside the checkpoint before the model can be
-            streamed; 0 where it streams as it is.
+        conversion: disk space that `convert` needs before the model can be streamed; 0 if it
+            streams as it is.
         model_type: the checkpoint's.
-        footprint: what passes take; None in a plan that was made without a model.
-        others: bytes of MLX's that were taken before the load by what is no streamed model: they
-            are beside the bound, as nobody knows what they are for.
-        reserve: bytes that other models of this process have, or are to have.
+        footprint: memory of the model's passes; None in a plan made without a model.
+        others: MLX's memory before the load that belongs to no streamed model. It is not part of
+            the bound, since its purpose is unknown.
+        reserve: memory that other models of this process have or will have.
         context_stated: `context_tokens` is a limit that the user set.
-        pass_bytes: work space that passes are divided by; with several machines the least of them.
-        resident_share: part of all expert bytes that fits into the cache, 0 to 1.
+        pass_bytes: work space for dividing passes if several machines share the model: the least of
+            all ranks. Else 0.
+        resident_share: fraction of all expert bytes that fits into the cache, 0 to 1.
     """
 
     memory: int | None
@@ -94,7 +95,7 @@ class Plan:
     model_type: str
     conversion: int = 0
     state: int = 0
-    bound: int = field(default=0, compare=False)  # may follow what is available now
+    bound: int = field(default=0, compare=False)  # may depend on the memory available now
     footprint: Footprint | None = field(default=None, repr=False)
     pass_bytes: int = 0
     reserve: int = 0
@@ -114,7 +115,7 @@ class Plan:
 
     @property
     def kv_room(self) -> int:
-        """What KV caches may take in all: `kv`, and what is left if no context was stated."""
+        """Memory for all KV caches: `kv`, and unplanned memory too if no context was stated."""
         if self.context_stated:
             return self.kv
         left = self.mlx_bound - self.trunk - self.cache - self.work - self.reserve
@@ -122,7 +123,7 @@ class Plan:
 
     @property
     def kv_token(self) -> int:
-        """KV cache that a token adds to a sequence."""
+        """KV cache that each token adds to a sequence."""
         if self.footprint is not None:
             return self.footprint.token
         return (self.kv - self.state) // max(1, self.context_tokens)
@@ -133,14 +134,14 @@ class Plan:
         return self.bound - min(self.bound // _PROCESS_SHARE, _PROCESS_BYTES)
 
     def as_dict(self) -> dict[str, Any]:
-        """Its figures, for JSON."""
+        """The figures as JSON values."""
         figures = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "footprint"}
         return {**figures, "resident_share": self.resident_share, "text": str(self)}
 
     @property
     def spare(self) -> int:
-        """What the budget leaves beside everything planned: prompts may use it while it is free."""
-        if self.pass_bytes:  # of several machines all must divide a pass alike
+        """Unplanned memory; prompts may use it while it is free."""
+        if self.pass_bytes:  # all ranks must divide a pass alike
             return 0
         taken = self.trunk + self.cache + self.kv + self.work + self.reserve
         return max(0, self.mlx_bound - taken)
@@ -153,14 +154,14 @@ class Plan:
         quantized: bool = False,
         free: int | None = None,
     ) -> int:
-        """Tokens of each sequence that the next pass over a prompt may have.
+        """Length of the next chunk of a prompt, in tokens of each sequence.
 
         Args:
-            tokens: of each that are to come.
-            past: of the context before them.
-            sequences: that the pass has side by side.
-            quantized: keys and values are.
-            free: bytes that the context leaves free; None for all that should be.
+            tokens: tokens of each sequence still to process.
+            past: tokens of the context before them.
+            sequences: batch size.
+            quantized: keys and values are quantized.
+            free: free bytes; None if all planned memory is free.
         """
         sequences = max(1, sequences)
         longest = max(1, min(tokens, self.prefill_tokens // sequences))
@@ -172,18 +173,18 @@ class Plan:
         if free is None or free >= work + self.spare:
             work += self.spare
         fitting = self.footprint.longest_chunk(work, past, longest, sequences, quantized)
-        return (
-            fitting if fitting in (tokens, longest) or fitting < _EVEN else fitting // _EVEN * _EVEN
-        )
+        if fitting in (tokens, longest) or fitting < _EVEN:
+            return fitting
+        return fitting // _EVEN * _EVEN
 
     def passes(self, tokens: int) -> list[int]:
-        """The passes over a prompt.
+        """Chunks of a prompt.
 
         Args:
-            tokens: of the prompt.
+            tokens: length of the prompt.
 
         Returns:
-            Tokens of each pass.
+            Tokens of each chunk.
         """
         chunks: list[int] = []
         past = 0
@@ -195,11 +196,12 @@ class Plan:
     def pass_bytes_of(
         self, tokens: int, past: int, sequences: int, quantized: bool = False, added: int = 0
     ) -> int:
-        """Work space of a pass, and KV cache that it adds.
+        """Work space of a pass and the KV cache that it adds, in bytes.
 
         Args:
-            tokens, past, sequences, quantized: as for `next_pass`.
-            added: tokens that the caches have to allocate for it.
+            tokens: tokens of each sequence in the pass.
+            past, sequences, quantized: as for `next_pass`.
+            added: tokens that the caches allocate for the pass.
         """
         if self.footprint is None:
             return 0
@@ -223,9 +225,9 @@ class Sizes:
 
     Attributes:
         trunk: weights that stay resident.
-        looked_up: the part of the trunk of which a token uses one row (an input embedding).
+        looked_up: part of the trunk of which a token reads one row (an input embedding).
         disk: the checkpoint's tensors, used or not.
-        conversion: what `convert` has to write before the model streams; 0 where it need not.
+        conversion: bytes that `convert` must write before the model can be streamed, or 0.
     """
 
     trunk: int
@@ -242,18 +244,18 @@ def divide(
     footprint: Footprint,
     held: int = 0,
 ) -> Plan:
-    """Divide the budget that `config` states over a model.
+    """Divide the budget that `config` states over a model's parts.
 
     Args:
         sizes: bytes of the model's parts.
-        layers: what each expert layer needs.
+        layers: the needs of each expert layer.
         model_config: the checkpoint's config.json.
         config: states `memory` or `cache`, or neither.
-        footprint: what the model's passes take.
-        held: bytes of `memory` that other models of this process have.
+        footprint: memory of the model's passes.
+        held: bytes of `memory` that other models of this process hold.
 
     Raises:
-        BudgetError: it is too small; says the smallest that works.
+        BudgetError: the budget is too small; the message states the smallest that works.
     """
     experts = sum(n.experts * n.expert_bytes for n in layers)
     context = config.context_tokens or DEFAULT_CONTEXT
@@ -323,7 +325,7 @@ def divide(
 
 
 def default_memory(held: int = 0) -> int:
-    """The budget where none is stated, in bytes; `held` of them other models have already."""
+    """The budget if none is stated, in bytes; other models hold `held` of them already."""
     return int(_DEFAULT_SHARE * device_memory_bytes(held))
 
 
@@ -334,7 +336,7 @@ def text_config(model_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def experts_per_token(model_config: dict[str, Any], experts: int) -> int:
-    """Experts that a router picks for one token, at most `experts`; 8 where no key tells."""
+    """Experts that a router picks for one token, at most `experts`; 8 if config.json is silent."""
     known = text_config(model_config)
     for key in _TOP_K_KEYS:
         value = known.get(key)
@@ -346,44 +348,44 @@ def experts_per_token(model_config: dict[str, Any], experts: int) -> int:
 
 
 def check_device(plan: Plan, limit: DeviceLimit, oversubscribe: bool = False) -> None:
-    """Refuse a budget that a device cannot hold: the system would swap, or end the process.
+    """Refuse a budget that exceeds the device: the system would swap, or end the process.
 
     Args:
-        plan: how the budget would be divided.
-        limit: what the device can hold.
-        oversubscribe: take it all the same.
+        plan: the division of the budget.
+        limit: the most that the device can hold.
+        oversubscribe: accept any budget.
 
     Raises:
-        BudgetError: the device cannot; says what raises its limit.
+        BudgetError: the budget exceeds the limit; the message says how to raise the limit.
     """
     if oversubscribe or plan.bound <= limit.nbytes:
         return
     raised = f" To raise that until the next restart: {limit.command}." if limit.command else ""
     stated = (
-        "memory" if plan.memory is not None else "this cache, with all that it needs beside it,"
+        "memory" if plan.memory is not None else "this cache, with everything else that it needs,"
     )
     raise BudgetError(
         f"{stated} of {format_size(plan.bound)} is more than the device can hold, "
         f"{format_size(limit.nbytes)}: {limit.why}.{raised} State at most {limit.nbytes:,} bytes, "
-        "or oversubscribe=True (--force) to try all the same",
+        "or oversubscribe=True (--force) to try anyway",
         needed_bytes=plan.minimum,
     )
 
 
 def check_resize(plan: Plan, cache: int, reserve: int, others: int) -> int:
-    """Does a memory promise still hold with another cache?
+    """Check that the memory promise holds with another cache size.
 
     Args:
-        plan: of the model.
-        cache: bytes that its slots shall take.
+        plan: the model's plan.
+        cache: the new size of the slots, in bytes.
         reserve: bytes kept free for other models.
-        others: bytes that other streamed models hold, out of the reserve where there is one.
+        others: bytes that other streamed models hold; they come out of the reserve.
 
     Returns:
-        The bound for everything: the plan's, or more if only the cache was stated.
+        The bound for everything: the plan's, or a larger one if only the cache was stated.
 
     Raises:
-        BudgetError: no; says the smallest memory that would do.
+        BudgetError: it would break the promise; the message states the smallest sufficient memory.
     """
     fixed = plan.trunk + plan.kv + plan.work + max(reserve, others)
     needed = _with_process(fixed + cache)
@@ -400,7 +402,7 @@ def check_resize(plan: Plan, cache: int, reserve: int, others: int) -> int:
 
 
 def _with_process(nbytes: int) -> int:
-    """The smallest memory of which `nbytes` are left beside the process itself."""
+    """The smallest memory that leaves `nbytes` besides the process itself."""
     return min(nbytes + _PROCESS_BYTES, -(-nbytes * _PROCESS_SHARE // (_PROCESS_SHARE - 1)))
 
 

@@ -1,7 +1,7 @@
-"""What the streamed models of this process hold together: one memory promise covers them all.
+"""Memory that all streamed models of this process hold together, and MLX's limits for it.
 
-Kept here because no single stream knows of the others: the sum that a new model's budget starts
-from, and MLX's limits, which are for the process.
+One memory promise covers the whole process, but no stream knows the others. So this module keeps
+the sum that a new model's budget starts from, and alone sets MLX's process-wide limits.
 """
 
 from __future__ import annotations
@@ -17,84 +17,91 @@ from .._errors import StreamError
 from .._osinfo import address_space_left, on_metal, working_set_bytes
 from .budget import Plan
 
-# Measured from here to the end of a generation, the plan's own left out: 730 MB with 8 threads.
+# Mapped from load to the end of a generation, without the plan's own: 730 MB with 8 threads.
 _MAPPED_BYTES, _MAPPED_BY_THREAD = 256 << 20, 64 << 20
 
 
 class Holder(Protocol):
-    """What holds a model's memory: its `ExpertStream`."""
+    """Holds a model's memory: its `ExpertStream`."""
 
     plan: Plan
 
     def held_bytes(self) -> int:
-        """Bytes that it holds now."""
+        """Bytes that the model holds, and may yet take by its plan."""
 
     def make_room(self, needed: int, context: int, sequences: int) -> None:
-        """Give slots back until a pass has `needed` bytes."""
+        """Give up slots until `needed` bytes are free for a pass.
+
+        Args:
+            needed: bytes.
+            context: tokens of the context after the pass.
+            sequences: sequences of the pass.
+        """
 
 
-_registered: dict[int, Holder] = {}  # of models that have not been collected
-_limits: dict[int, int] = {}  # bytes of freed buffers that each open stream allows
-_wired: dict[int, int] = {}  # bytes that each wants to be kept wired
-_unfinished: dict[int, int] = {}  # bytes above which nothing is begun before something ends
-_before: dict[str, int] = {}  # each limit while none is open, by the function that sets it
+_registered: dict[int, Holder] = {}  # by id, until their models are collected
+# Each open stream's wish for one of MLX's limits, in bytes, by the stream's id:
+_limits: dict[int, int] = {}  # cache of freed buffers
+_wired: dict[int, int] = {}  # wired memory
+_unfinished: dict[int, int] = {}  # memory above which MLX waits for operations to end
+_before: dict[str, int] = {}  # limits before the first stream, by the function that sets them
 _KEPT_BYTES = 16 << 20
-_SMALL_BYTES = 1 << 20  # token ids, random states: work space has 8 MB for them
-_lock = threading.RLock()  # a collected model may close its stream in the middle of anything
+_SMALL_BYTES = 1 << 20  # token ids, random states; work space has 8 MB for them
+_lock = threading.RLock()  # reentrant: a collected model may close its stream at any point
 
 
 def register(holder: Holder) -> None:
-    """Its model lives from now on."""
+    """Count a holder's memory from now on."""
     _registered[id(holder)] = holder
 
 
 def unregister(holder: Holder) -> None:
-    """Its model has been collected."""
+    """Stop counting a holder, whose model has been collected."""
     _registered.pop(id(holder), None)
 
 
 def is_registered(holder: Holder) -> bool:
-    """Is its model still in memory?"""
+    """Is the holder's model still in memory?"""
     return id(holder) in _registered
 
 
 def held_bytes() -> int:
-    """Bytes that streamed models hold, those that nobody uses any more included."""
+    """Bytes that all streamed models hold, used or not."""
     if _registered:
-        gc.collect()  # a model that nobody can reach may be waiting for it
+        gc.collect()  # frees unreachable models, which are cyclic
     return sum(s.held_bytes() for s in list(_registered.values()))
 
 
 def check_address_space(plan: Plan, threads: int) -> None:
-    """Refuse what a limit of this process's address space has no room for.
+    """Refuse a plan that exceeds this process's address-space limit (`ulimit -v`).
 
-    MLX's own threads end the process where memory cannot be mapped.
+    If mapping memory fails, MLX's own threads end the process.
 
     Args:
-        plan: what will be taken, nothing of it yet.
-        threads: that read.
+        plan: the plan, nothing of it allocated yet.
+        threads: number of reader threads.
 
     Raises:
-        StreamError: there is no room; says how much there must be.
+        StreamError: the limit is too small; the message states both sizes.
     """
     left = address_space_left()
     needed = plan.trunk + plan.cache + plan.kv + plan.work
     needed += _MAPPED_BYTES + threads * _MAPPED_BY_THREAD
     if left is not None and left < needed:
         raise StreamError(
-            f"this process may map {format_size(max(0, left))} more, and {format_size(needed)} are "
-            "needed for the plan and for threads: raise the limit of its address space (ulimit -v) "
-            "by the difference, or state a smaller memory"
+            f"this process may map {format_size(max(0, left))} more, but the plan and its threads "
+            f"need {format_size(needed)}: raise the limit of its address space (ulimit -v) by the "
+            "difference, or state a smaller memory"
         )
 
 
 def bytes_over_bound(active: int) -> int:
-    """Bytes by which MLX's memory would be over the bound of this process; negative below it.
+    """Bytes by which MLX's memory exceeds the bound of this process; negative below the bound.
 
-    The bound is the largest of its streamed models': each was given what the ones before it left.
+    The bound is the largest of its streamed models', since each plan includes the models before it.
 
     Args:
-        active: bytes of MLX's memory (`mx.get_active_memory`).
+        active: MLX's memory in bytes, as `mx.get_active_memory` returns it.
     """
     plans = [s.plan for s in list(_registered.values())]
     bound = max((p.mlx_bound + p.others for p in plans), default=active)
@@ -102,26 +109,27 @@ def bytes_over_bound(active: int) -> int:
 
 
 def hold_limits(holder: Holder, plan: Plan, wired: bool = True) -> None:
-    """Set MLX's limits for a stream that opens or changes its size, for the whole process.
+    """Set MLX's process-wide limits for a stream that opens or changes its size.
 
-    Freed buffers that MLX keeps for reuse are memory too, inside the work space. Elsewhere than on
-    Metal little of it is allowed: a prompt's buffers differ in size from call to call and are
-    seldom of use again (were all of the work space allowed: 0.29 instead of 0.20 GB resident after
-    512 tokens of the embedded model, at the same speed). On Metal each new buffer costs a change of
-    what is kept resident: there all of the work space may be kept.
+    Cache limit: freed buffers that MLX keeps for reuse count as work space. Off Metal only a
+    sixteenth of it may be kept, because a prompt's buffers differ in size from call to call and are
+    rarely reused (keeping all of it: 0.29 instead of 0.20 GB resident after 512 tokens of the
+    embedded model, at the same speed). On Metal each new buffer changes the residency set, so all
+    of the work space may be kept.
 
-    Operations under way hold their results. Above MLX's memory limit it lets some end before it
-    begins others (`eval_impl` in transforms.cpp); without one a prompt's pass was seen to take 1.6
-    times the memory that its operations need one after the other.
+    Memory limit: running operations hold their results. Above the limit MLX lets some end before it
+    starts others (`eval_impl` in transforms.cpp). Without it, a prompt's pass took up to 1.6 times
+    the memory that its operations need one after the other.
 
-    On Metal all that is planned stays wired from here to `release_limits`. mlx-lm wires within a
-    generation alone, so that macOS may swap or compress slots between two, and each one wires and
-    unwires all of them. It restores the limit that it finds, which is this one. A larger limit that
-    is set already (mlx-lm's server sets one) is left.
+    Wired limit: on Metal the whole plan stays wired until `release_limits`. mlx-lm wires memory
+    only within a generation: between two, macOS may swap or compress slots, and each generation
+    wires and unwires all of them. mlx-lm restores the limit that it finds, which is this one. A
+    larger limit that is already set (as by mlx-lm's server) stays.
 
     Args:
-        plan: how the stream's memory is divided.
-        wired: hold the wired limit, where the device has one.
+        holder: the stream.
+        plan: division of the stream's memory.
+        wired: set the wired limit, if the device has one.
     """
     metal = on_metal()
     kept = plan.work if metal else plan.work // 16
@@ -139,7 +147,7 @@ def hold_limits(holder: Holder, plan: Plan, wired: bool = True) -> None:
 
 
 def release_limits(holder: Holder) -> None:
-    """Undo `hold_limits`; the last stream that closes leaves what the first one found."""
+    """Undo `hold_limits`; the last stream to close restores the limits that the first one found."""
     with _lock:
         for name, limits in (
             ("set_cache_limit", _limits),
@@ -151,7 +159,7 @@ def release_limits(holder: Holder) -> None:
 
 
 def _want(name: str, limits: dict[int, int], holder: Holder, nbytes: int) -> None:
-    if not limits:  # MLX tells a limit only to whom sets another
+    if not limits:  # MLX returns a limit only when another is set
         _before[name] = getattr(mx, name)(nbytes)
     limits[id(holder)] = nbytes
     _set(name, limits)

@@ -1,4 +1,4 @@
-"""Rewrite an original checkpoint once into the form that mlx-lm holds in memory and streams."""
+"""Rewrites an original checkpoint once, into the form that this package streams."""
 
 from ._command import convert, main, setup_arg_parser
 from ._rewrite import Options

@@ -1,11 +1,11 @@
-"""Rewrite a checkpoint once into the form that mlx-lm holds in memory and this package streams.
+"""Rewrite an original checkpoint once, into the form that this package streams.
 
 python -m mlx_streamexperts.convert --model ./original --out ./converted
 python -m mlx_streamexperts.convert --model ./original --out ./converted -q --q-bits 4
 
-For original Hugging Face checkpoints: experts stored one by one, fused (gate_up_proj), packed int4
-or FP8. The result is what mlx_lm.convert makes, bit for bit, in the memory of a few experts. An
-interrupted run goes on after the last whole shard.
+Original Hugging Face checkpoints store experts one by one, fused (gate_up_proj), packed as int4 or
+as FP8. The result has the same bits as that of mlx_lm.convert, but needs only the memory of a few
+experts. Run the same command again after an interruption: whole shards are kept.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ from ._rewrite import Options, Rewrite
 from ._shards import Shard, ShardWriter, lay_out
 
 _FORMAT = 1
-# What else a model folder needs: mlx_lm.convert keeps these too, through the tokenizer.
+# Other files of a model folder; mlx_lm.convert keeps them too, through the tokenizer.
 _COPIED = ("*.json", "*.py", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.jsonl")
-# Written here, or said differently in the new config.json.
+# Written here, or replaced by entries of the new config.json.
 _NOT_COPIED = {"config.json", INDEX, CONVERSION, "hf_quant_config.json"}
-# MLX keeps freed buffers for reuse; more than a step's worth would only look like a leak.
+# MLX keeps freed buffers for reuse; more than those of one step are useless.
 _MLX_CACHE_BYTES = 64 << 20
 
 
@@ -67,21 +67,21 @@ def convert(
 ) -> int:
     """Convert the checkpoint in `source` into `out`; returns the bytes of its tensors.
 
-    Run again after an interruption, it keeps the shards that are whole.
+    After an interruption, a second call keeps the whole shards.
 
     Args:
         source: folder of the original.
         out: folder of the result; created.
-        options: quantization and element type; None: neither.
-        shard_size: a shard is no longer, unless one projection's experts are.
-        overwrite: discard what another conversion left in `out`.
-        trust_remote_code: run the model code that the checkpoint brings, if it does.
+        options: quantization and element type; None for neither.
+        shard_size: limit of a shard's size, unless one projection's experts alone exceed it.
+        overwrite: discard another conversion's files in `out`.
+        trust_remote_code: run model code that comes with the checkpoint.
         progress: show a progress bar.
 
     Raises:
         CheckpointError: the source is damaged or incomplete.
         UnsupportedModelError: it cannot be converted in parts.
-        StreamError: no room, `out` holds something else, or somebody is writing there.
+        StreamError: the disk is full, `out` holds other files, or another process writes there.
     """
     options = options or Options()
     shard_bytes = parse_size(shard_size)
@@ -133,7 +133,7 @@ def _write_shard(rewrite: Rewrite, shard: Shard, folder: Path) -> Iterator[int]:
                 for piece in pieces:
                     yield writer.write(piece.name, rewrite.trunk(piece.name))
                 continue
-            # All projections of a layer together: what several are made of is read once.
+            # All projections of a layer at once, so that tables they share are read once.
             for first, end in rewrite.steps(pieces):
                 rows = rewrite.rows(pieces, first, end)
                 yield sum(writer.write(name, array, first) for name, array in rows.items())
@@ -143,7 +143,7 @@ def _write_shard(rewrite: Rewrite, shard: Shard, folder: Path) -> Iterator[int]:
 
 
 def _write_rest(source: Path, out: Path, rewrite: Rewrite, shards: list[Shard]) -> None:
-    """Tokenizer and other small files, the index, and config.json, which makes it a model."""
+    """Write tokenizer and other small files, the index, and last config.json."""
     for pattern in _COPIED:
         for file in sorted(source.glob(pattern)):
             if file.name not in _NOT_COPIED:
@@ -164,7 +164,7 @@ _EXPERT = re.compile(r"^(.*\.experts\.)(\d+)(\..+)$")
 
 
 def _check_single_experts(checkpoint: Checkpoint) -> None:
-    """Where experts are stored one by one: is each there, and like the others?"""
+    """If experts are stored one by one, check that each is present and of the same shape."""
     families: dict[tuple[str, str], dict[int, TensorEntry]] = {}
     for name, entry in checkpoint.tensors.items():
         if match := _EXPERT.match(name):
@@ -179,7 +179,7 @@ def _check_single_experts(checkpoint: Checkpoint) -> None:
                 raise CheckpointError(
                     f"{checkpoint.folder}: tensor {prefix}{expert}{suffix} is missing (expert "
                     f"{expert} of {prefix.removesuffix('.experts.')}), while {first.name} is in "
-                    f"{first.file}: download the checkpoint again or complete it"
+                    f"{first.file}: complete the checkpoint or download it again"
                 )
             entry = members[expert]
             if entry.shape != first.shape:
@@ -192,10 +192,10 @@ def _check_single_experts(checkpoint: Checkpoint) -> None:
 
 
 def _state(checkpoint: Checkpoint, options: Options, shard_bytes: int) -> dict[str, Any]:
-    """What decides every byte of the result."""
+    """All inputs that determine the bytes of the result."""
     files: dict[str, Any] = {}
     for file in sorted({t.file for t in checkpoint.tensors.values()}):
-        # Two fine-tunes of one model have the same headers and sizes: time and samples differ.
+        # Two fine-tunes of one model have equal headers and sizes; times and samples differ.
         files[file.name] = {**file_identity(file), "mtime_ns": file.stat().st_mtime_ns}
     config = (checkpoint.folder / "config.json").read_bytes()
     return {
@@ -209,7 +209,7 @@ def _state(checkpoint: Checkpoint, options: Options, shard_bytes: int) -> dict[s
 
 
 def _check_folder(out: Path, state: dict[str, Any], overwrite: bool) -> None:
-    """Refuse to mix two conversions, and to touch a model that is none of ours."""
+    """Refuse to mix two conversions, or to overwrite a model that no conversion wrote."""
     file = out / CONVERSION
     if not file.is_file():
         if foreign := sorted([*out.glob("model*.safetensors"), *out.glob("config.json")]):
@@ -220,13 +220,13 @@ def _check_folder(out: Path, state: dict[str, Any], overwrite: bool) -> None:
     if overwrite:
         return
     known = read_json_object(file, "a conversion's state")
-    # A source that was moved is still the same source.
+    # The source may have been moved.
     changed = [k for k in state if k != "source" and known.get(k) != state[k]]
     if changed:
         raise StreamError(
             f"{file}: this folder holds a conversion of {known.get('source')} with other "
             f"{' and '.join(changed)} ({_difference(known.get(changed[0]), state[changed[0]])}). "
-            "Remove the folder, choose another, or use --overwrite to discard what is there."
+            "Remove the folder, choose another, or use --overwrite to discard its files."
         )
 
 
@@ -238,7 +238,7 @@ def _difference(theirs: Any, mine: Any) -> str:
 
 
 def _is_whole(file: Path, shard: Shard) -> bool:
-    """Was this shard finished by an earlier run? Only then does it have its name."""
+    """Did an earlier run finish this shard? Unfinished ones have another name."""
     if not file.is_file() or file.stat().st_size != shard.nbytes:
         return False
     with file.open("rb") as f:
@@ -247,7 +247,7 @@ def _is_whole(file: Path, shard: Shard) -> bool:
 
 def _check_room(out: Path, needed: int, finished: set[str]) -> None:
     existing = next(p for p in [out, *out.resolve().parents] if p.exists())
-    # What an earlier run left unfinished, or is to be discarded, makes room.
+    # Unfinished shards of an earlier run, and files to be discarded, make room.
     replaced = (f for f in out.glob("model*.safetensors*") if f.name not in finished | {INDEX})
     left = sum(f.stat().st_blocks * 512 for f in replaced)
     if needed > (free := shutil.disk_usage(existing).free + left):
@@ -258,7 +258,7 @@ def _check_room(out: Path, needed: int, finished: set[str]) -> None:
 
 
 def _discard(out: Path) -> None:
-    """Remove what a conversion writes, and nothing else."""
+    """Remove files that a conversion writes, and no others."""
     for pattern in ("config.json", INDEX, CONVERSION, "model*.safetensors", "*.partial"):
         for file in out.glob(pattern):
             file.unlink()
@@ -266,13 +266,13 @@ def _discard(out: Path) -> None:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """The file system's errors, as ours."""
+    """Raise the file system's errors as `StreamError`."""
     try:
         yield
     except OSError as e:
         raise StreamError(
             f"{e.filename or path}: cannot be written: {e.strerror}. Run the same command again to "
-            "go on from here."
+            "continue."
         ) from e
 
 
@@ -286,7 +286,7 @@ def _bounded_mlx_cache() -> Iterator[None]:
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
-    """The command line's options; those of mlx_lm.convert mean what they mean there."""
+    """The command line's options; those of mlx_lm.convert mean the same as there."""
     parser = argparse.ArgumentParser(
         prog="python -m mlx_streamexperts.convert",
         description=__doc__,
@@ -299,15 +299,24 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--q-bits", type=int, help="bits per weight (default: the mode's, affine 4)"
     )
-    parser.add_argument("--q-group-size", type=int, help="(default: the mode's, affine 64)")
-    parser.add_argument("--q-mode", choices=("affine", "mxfp4", "nvfp4", "mxfp8"), default="affine")
+    parser.add_argument(
+        "--q-group-size", type=int, help="group size (default: the mode's, affine 64)"
+    )
+    parser.add_argument(
+        "--q-mode",
+        choices=("affine", "mxfp4", "nvfp4", "mxfp8"),
+        default="affine",
+        help="quantization mode (default: affine)",
+    )
     parser.add_argument("--quant-predicate", choices=QUANT_RECIPES, help="mixed-bit recipe")
     parser.add_argument(
         "--dtype",
         choices=MODEL_CONVERSION_DTYPES,
-        help="of what is not quantized (default: config.json's, or as stored)",
+        help="element type of unquantized weights (default: config.json's, or as stored)",
     )
-    parser.add_argument("--shard-size", default="5GB", help="of an output file (default: 5GB)")
+    parser.add_argument(
+        "--shard-size", default="5GB", help="limit of an output file's size (default: 5GB)"
+    )
     add_output_arguments(parser, "the new model folder", "another conversion")
     return parser
 

@@ -1,8 +1,8 @@
-"""Rows of expert tables that mlx-lm rewrites from other tables while loading.
+"""Computes rows of expert tables that mlx-lm rewrites from other tables while loading.
 
-An original checkpoint may hold `gate_up_proj` where the model has `gate_proj` and `up_proj`. Which
-rows of which stored tables are needed is found by experiment with mlx-lm's own `sanitize`, never
-from names; only those rows are read.
+For example, a checkpoint may store `gate_up_proj` for the model's `gate_proj` and `up_proj`. This
+module finds the stored tables that a table needs by experiments with mlx-lm's own `sanitize`, never
+by name, and reads only the rows that it needs.
 """
 
 from __future__ import annotations
@@ -23,18 +23,22 @@ _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 class FusedTables:
     """Rows of tables that mlx-lm rewrites from other tables, such as `gate_up_proj`.
 
-    mlx-lm's `sanitize` is run on the checkpoint with the tables concerned cut down to the experts
-    that are wanted; what it makes of them are those experts' rows.
+    mlx-lm's `sanitize` runs on the checkpoint with these tables cut down to the wanted experts; its
+    results are those experts' rows.
+
+    Args:
+        checkpoint: the original checkpoint.
+        build_empty: builds its model without weights.
     """
 
-    def __init__(self, checkpoint: Checkpoint, skeleton: Callable[[], nn.Module]) -> None:
-        self._checkpoint, self._skeleton = checkpoint, skeleton
+    def __init__(self, checkpoint: Checkpoint, build_empty: Callable[[], nn.Module]) -> None:
+        self._checkpoint, self._build_empty = checkpoint, build_empty
         self._model: nn.Module | None = None
         self._base: dict[str, mx.array] = {}
         self._sources: dict[str, set[str]] = {}
 
     def rows(self, tables: list[str], experts: int, first: int, end: int) -> dict[str, mx.array]:
-        """Experts `first` to `end` of tables of one layer, not yet evaluated."""
+        """Rows of experts `first` to `end - 1` of a layer's tables, not evaluated, by table."""
         if any(table not in self._sources for table in tables):
             self._find_sources(tables, experts)
         needed = set().union(*(self._sources[table] for table in tables))
@@ -50,7 +54,7 @@ class FusedTables:
         return {table: made[table] for table in tables}
 
     def _find_sources(self, tables: list[str], experts: int) -> None:
-        """Which stored tables each of `tables` is made of: those whose length it follows."""
+        """Find the stored tables that each of `tables` is made of: its length follows theirs."""
         candidates = self._candidates(tables[0], experts)
         shapes = {
             n: (self._checkpoint.tensors[n].shape[1:], self._base[n].dtype) for n in candidates
@@ -70,7 +74,7 @@ class FusedTables:
         for name in candidates:
             try:
                 made = made_of({**dict.fromkeys(candidates, 2), name: 3})
-            except (ValueError, RuntimeError):  # it is combined with another: no table is ruled out
+            except (ValueError, RuntimeError):  # combined with another one: any table may need it
                 for sources in found.values():
                     sources.add(name)
                 continue
@@ -82,7 +86,7 @@ class FusedTables:
         self._sources.update(found)
 
     def _candidates(self, table: str, experts: int) -> list[str]:
-        """Stored tensors of the same layer with a row for each expert."""
+        """Names of stored tensors of the same layer with a row for each expert."""
         if not self._base:
             for file in sorted({str(t.file) for t in self._checkpoint.tensors.values()}):
                 self._base.update(cast(dict[str, mx.array], mx.load(file)))
@@ -95,17 +99,17 @@ class FusedTables:
 
     def _sanitize(self, replaced: dict[str, mx.array]) -> dict[str, mx.array]:
         if self._model is None:
-            self._model = self._skeleton()
+            self._model = self._build_empty()
         return self._model.sanitize({**self._base, **replaced})
 
 
 def layer_of(name: str) -> str:
-    """A tensor's layer: its first component that is a number, or none."""
+    """Number of a tensor's layer, the first number in its name; empty if there is none."""
     return next((part for part in name.split(".") if part.isdigit()), "")
 
 
 def read_rows(entry: TensorEntry, dtype: mx.Dtype, first: int, end: int) -> mx.array:
-    """Experts `first` to `end` of a stored table `[experts, ...]`.
+    """Read rows [end - first, ...] of a stored table [experts, ...], from expert `first` on.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -129,7 +133,7 @@ def read_rows(entry: TensorEntry, dtype: mx.Dtype, first: int, end: int) -> mx.a
 
 
 def _unknown(checkpoint: Checkpoint, table: str, candidates: list[str]) -> UnsupportedModelError:
-    """A form whose rows cannot be had singly."""
+    """The error for tables whose rows cannot be computed separately."""
     return UnsupportedModelError(
         f"{checkpoint.folder}: mlx-lm computes {table} in a way that cannot be done a few experts "
         f"at a time. Tensors of that layer with a row an expert: {', '.join(candidates) or '-'}. "

@@ -1,8 +1,8 @@
-"""What mlx-lm makes of a checkpoint, a few experts at a time.
+"""Computes the weights that mlx-lm would load, a few experts at a time.
 
-The computation is mlx-lm's own throughout: its `load_model` builds every parameter lazily, and its
-`sanitize`, `mx.stack` and `mx.quantize` are what rows of expert tables come from. No transformation
-is guessed from tensor names, and no expert table is ever evaluated whole.
+All computation is mlx-lm's own: `load_model` builds every parameter lazily, and `sanitize`,
+`mx.stack` and `mx.quantize` produce the rows of expert tables. This module never guesses a
+transformation from tensor names, and never evaluates a whole expert table.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from .._loading.discover import PROJECTIONS, SWITCHES, LoadRecord, load_recorded
 from ._fused import FusedTables, layer_of, read_rows
 from ._shards import Piece
 
-# Work at a time: enough to keep a drive busy, little beside one expert table.
+# Bytes computed at a time: enough to keep a drive busy, little compared to an expert table.
 _STEP_BYTES = 4 << 20
-# Longer modules outside the experts go a few rows at a time too: Kimi K2.5's embedding has 2.35 GB.
+# Larger modules outside the experts are also written in steps: Kimi K2.5's embedding has 2.35 GB.
 _LONG_BYTES = 16 << 20
 _BY_ROWS = (nn.Linear, nn.Embedding, nn.QuantizedLinear, nn.QuantizedEmbedding)
 
 _QUANTIZED = (QuantizedSwitchLinear, nn.QuantizedLinear, nn.QuantizedEmbedding)
 
-# One table's origin: stored as it is used, one array an expert, or None: rewritten from tables.
+# Origin of a table: a stored tensor, one array per expert, or None if rewritten from other tables.
 Origin = TensorEntry | list[mx.array | None] | None
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is done beside stacking, each as `mlx_lm.convert` means it."""
+    """Changes to the weights; each option means the same as in `mlx_lm.convert`."""
 
     quantize: bool = False
     q_bits: int | None = None
@@ -57,18 +57,18 @@ class Options:
 
 @dataclass
 class Projection:
-    """One projection of an expert layer, and how its rows come about.
+    """One projection of an expert layer, and the origin of its rows.
 
-    Or a long matrix outside the experts, which is stored as mlx-lm holds it: its rows are as good.
+    A large matrix outside the experts is treated alike; its rows take the place of experts.
 
     Attributes:
-        path: its module path.
-        switch: the module path of the expert layer; its own where it belongs to none.
-        experts: how many rows.
-        origins: where each table comes from, by attribute.
-        loaded: element type and shape of one expert's part as mlx-lm holds it after loading.
-        dtypes: element type after the cast that `--dtype` or config.json asks for.
-        quantize: arguments of `mx.quantize`, None where the rows stay as they are.
+        path: module path.
+        switch: module path of the expert layer; `path` for a matrix outside the experts.
+        experts: number of rows.
+        origins: origin of each table, by attribute.
+        loaded: element type and shape of one expert's part after loading with mlx-lm.
+        dtypes: element type after the cast of `--dtype` or config.json.
+        quantize: arguments of `mx.quantize`; None if the rows are not quantized.
     """
 
     path: str
@@ -81,11 +81,11 @@ class Projection:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one expert before it is quantized."""
+        """Bytes of one expert before quantization."""
         return sum(d.size * int(np.prod(s, dtype=np.int64)) for d, s in self.loaded.values())
 
     def finish(self, rows: dict[str, mx.array]) -> dict[str, mx.array]:
-        """The tables' rows as they are stored, from the rows as loaded; by tensor name."""
+        """Cast and quantize loaded rows; returns the rows to store, by tensor name."""
         rows = {
             attribute: array.astype(self.dtypes[attribute]) for attribute, array in rows.items()
         }
@@ -102,17 +102,17 @@ class Projection:
 
 
 class Rewrite:
-    """The result of loading (and casting, and quantizing) a checkpoint, not yet evaluated.
+    """A checkpoint loaded, cast and quantized by mlx-lm, not yet evaluated.
 
     Attributes:
-        config: its config.json.
+        config: the new config.json.
         pieces: everything to be written, layer by layer.
         parameters: number of parameters before quantization.
         keep_vision_config: the model has a vision tower.
 
     Raises:
         CheckpointError: mlx-lm cannot load the checkpoint.
-        UnsupportedModelError: no routed experts, or in a form whose rows cannot be had singly.
+        UnsupportedModelError: no routed experts, or mlx-lm cannot compute their rows separately.
     """
 
     def __init__(self, checkpoint: Checkpoint, options: Options, arguments: dict[str, Any]) -> None:
@@ -139,34 +139,35 @@ class Rewrite:
         self.parameters = mlx_lm.utils.get_total_parameters(model)
         self.keep_vision_config = "vision_tower" in getattr(model, "model", {})
         self.pieces, self._trunk = _pieces(model, self._projections)
-        # From here on, the only way to an expert's array is its origin, and each is let go of once
-        # written: an array that something else can reach would stay in memory.
+        # From here on only its origin refers to an expert's array, and drops it once written. Any
+        # other reference would keep the array in memory.
         del model, modules
         gc.collect()
         self._check_fused()
 
     def trunk(self, name: str) -> mx.array:
-        """Evaluate one tensor outside the experts, once: it is forgotten."""
+        """Evaluate a tensor outside the experts; call once, since it is dropped."""
         array = mx.contiguous(self._trunk.pop(name))
         _evaluate([array], f"{self._folder}: {name}")
         return array
 
     def switch_of(self, piece: Piece) -> str | None:
-        """The expert layer that a piece belongs to, or the long matrix that it is."""
+        """Path of a piece's expert layer or large matrix; None for any other tensor."""
         projection = self._projections.get(piece.name)
         return None if projection is None else projection.switch
 
     def steps(self, pieces: Sequence[Piece]) -> list[tuple[int, int]]:
-        """Ranges of experts of one layer, or rows of a matrix, that `rows` should be asked for."""
+        """Ranges of experts of a layer, or of a matrix's rows, for calls of `rows`."""
         mine = [self._projections[p.name] for p in pieces]
         size = max(1, _STEP_BYTES // max(1, sum(p.row_bytes for p in mine)))
         experts = mine[0].experts
         return [(e, min(e + size, experts)) for e in range(0, experts, size)]
 
     def rows(self, pieces: Sequence[Piece], first: int, end: int) -> dict[str, mx.array]:
-        """Evaluate experts `first` to `end` of projections of one layer, once: they are forgotten.
+        """Evaluate experts `first` to `end - 1` of a layer's projections; call once for each.
 
-        Returns: rows `[end - first, ...]` by tensor name.
+        Returns:
+            Rows [end - first, ...] by tensor name.
         """
         mine = [self._projections[p.name] for p in pieces]
         result: dict[str, mx.array] = {}
@@ -196,11 +197,11 @@ class Rewrite:
         return result
 
     def _check_fused(self) -> None:
-        """Are one expert's rows the same whether or not others are computed beside it?"""
+        """Check that an expert's rows do not depend on the experts computed with it."""
         checked = set()
         for p in self._projections.values():
             wanted = [f"{p.path}.{a}" for a, origin in p.origins.items() if origin is None]
-            # One layer stands for all of its kind: the same code makes every layer.
+            # The same code makes every layer, so one layer of each kind is enough.
             kind = tuple(sorted((a, p.loaded[a]) for a in p.origins)), p.path.rpartition(".")[2]
             if not wanted or str(kind) in checked:
                 continue
@@ -223,7 +224,7 @@ class Rewrite:
 def _find_projections(
     model: nn.Module, entries: dict[int, TensorEntry], record: LoadRecord
 ) -> dict[str, Projection]:
-    """Every projection of every expert layer, with the origin of its tables."""
+    """All projections of all expert layers, by path, with the origins of their tables."""
     found = {}
     for path, switch in model.named_modules():
         if not isinstance(switch, SWITCHES):
@@ -244,10 +245,10 @@ def _find_projections(
 
 
 def _find_long(model: nn.Module, entries: dict[int, TensorEntry]) -> dict[str, Projection]:
-    """Long matrices outside the experts that are stored as mlx-lm holds them."""
+    """Large matrices outside the experts that are stored as mlx-lm loads them, by path."""
     found = {}
     for path, module in model.named_modules():
-        if type(module) not in _BY_ROWS:  # what a class made of these does is its own affair
+        if type(module) not in _BY_ROWS:  # a derived class may do anything
             continue
         tables = dict(flatten(module))
         origins: dict[str, Origin] = {a: entries.get(id(t)) for a, t in tables.items()}
@@ -268,7 +269,7 @@ def _projection(
 
 
 def _cast(model: nn.Module, config: dict[str, Any], dtype: str | None) -> None:
-    """As mlx_lm.convert does it."""
+    """Cast the weights as mlx_lm.convert does."""
     dtype = dtype or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
     if dtype not in MODEL_CONVERSION_DTYPES:
         return
@@ -286,7 +287,7 @@ def _cast(model: nn.Module, config: dict[str, Any], dtype: str | None) -> None:
 def _quantize(
     model: nn.Module, config: dict[str, Any], options: Options
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """As mlx_lm.convert does it; nothing is evaluated."""
+    """Quantize the weights as mlx_lm.convert does; nothing is evaluated."""
     predicate: Any = None
     if options.quant_predicate is not None:
         predicate = mixed_quant_predicate_builder(
@@ -303,7 +304,7 @@ def _quantize(
 
 
 def _note_quantization(projection: Projection, final: nn.Module) -> None:
-    """How mlx-lm has just quantized a projection, read off the module that came of it."""
+    """Take a projection's quantization from the module that mlx-lm made of it."""
     if "scales" in projection.loaded or not isinstance(final, _QUANTIZED):
         return
     projection.quantize = {
@@ -317,7 +318,7 @@ def _note_quantization(projection: Projection, final: nn.Module) -> None:
 def _pieces(
     model: nn.Module, projections: dict[str, Projection]
 ) -> tuple[list[Piece], dict[str, mx.array]]:
-    """What is written, in the model's order; and the trunk's arrays by name."""
+    """All pieces in the model's order, and the trunk's arrays by name."""
     tensors: dict[str, dict[str, tuple[mx.Dtype, tuple[int, ...]]]] = {}
     trunk = {}
     for name, array in flatten(model):
@@ -332,8 +333,8 @@ def _pieces(
 def _checked(rows: mx.array, where: str, dtype: mx.Dtype, shape: tuple[int, ...]) -> mx.array:
     if (rows.dtype, tuple(rows.shape)) != (dtype, shape):
         raise UnsupportedModelError(
-            f"{where}: mlx-lm makes {rows.dtype} {list(rows.shape)} of a part of the experts where "
-            f"{dtype} {list(shape)} was expected; convert with mlx_lm.convert"
+            f"{where}: mlx-lm makes {rows.dtype} {list(rows.shape)} of some of the experts, not "
+            f"{dtype} {list(shape)}; convert with mlx_lm.convert"
         )
     return rows
 

@@ -1,7 +1,7 @@
-"""Write a safetensors checkpoint in place: every byte's position is known before any is computed.
+"""Writes a safetensors checkpoint whose layout is fixed before any tensor is computed.
 
-A shard is written under a temporary name that mlx-lm does not look for, and takes its own name only
-when all of it is on the disk, so that a shard under its name is whole. Nothing here knows models.
+A shard is written under a temporary name that mlx-lm ignores, and renamed once all of it is on the
+disk. So a shard under its final name is whole. Nothing here knows models.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Piece:
-    """Tensors that are written together, in one shard: they come of one computation.
+    """Tensors that are computed together and written to the same shard.
 
     Attributes:
         name: module path or tensor name.
-        group: pieces that follow each other with the same group stay in one shard if they fit.
+        group: consecutive pieces of the same group share a shard if they fit.
         tensors: element type and shape by name.
     """
 
@@ -51,10 +51,10 @@ class Shard:
     """A file to be written.
 
     Attributes:
-        file: its name.
-        pieces: what it holds.
-        header: everything before the data.
-        offsets: absolute position of each tensor's first byte.
+        file: file name.
+        pieces: its tensors.
+        header: all bytes before the data.
+        offsets: position of each tensor's first byte in the file.
         nbytes: length of the file.
     """
 
@@ -66,7 +66,7 @@ class Shard:
 
 
 def lay_out(pieces: Sequence[Piece], shard_bytes: int) -> list[Shard]:
-    """Share the pieces out over shards of at most `shard_bytes`, where a piece is not longer."""
+    """Distribute pieces over shards of at most `shard_bytes`; a larger piece gets its own shard."""
     shards: list[list[Piece]] = []
     room = 0
     for i, piece in enumerate(pieces):
@@ -77,7 +77,7 @@ def lay_out(pieces: Sequence[Piece], shard_bytes: int) -> list[Shard]:
                 if follower.group != piece.group:
                     break
                 rest += follower.nbytes
-        # A group that fits a shard of its own is not divided; a longer one fills what is left.
+        # A group that fits into one shard is not divided; a larger one fills up the current shard.
         if not shards or piece.nbytes > room or (begins and room < rest <= shard_bytes):
             shards.append([])
             room = shard_bytes
@@ -110,7 +110,7 @@ class ShardWriter:
     """Writes one shard; `finish` gives it its name.
 
     Raises:
-        OSError: from every method, the file system's.
+        OSError: every method raises the file system's errors.
     """
 
     def __init__(self, folder: Path, shard: Shard) -> None:
@@ -125,7 +125,7 @@ class ShardWriter:
             raise
 
     def write(self, name: str, values: mx.array, row: int = 0) -> int:
-        """Put an evaluated, contiguous array at a row of tensor `name`; returns its bytes."""
+        """Write an evaluated, contiguous array at a row of tensor `name`; returns its bytes."""
         if not values.size:
             return 0
         if not values.ndim:
@@ -135,7 +135,7 @@ class ShardWriter:
         return values.nbytes
 
     def finish(self) -> None:
-        """Everything is written: put it on the disk, then under its name."""
+        """Flush the file to the disk, then give it its name."""
         os.fsync(self._fd)
         self._partial.replace(self._path)
         sync_folder(self._path.parent)
@@ -145,7 +145,7 @@ class ShardWriter:
 
 
 def write_at(fd: int, data: memoryview, offset: int) -> None:
-    """All of `data`; one system call writes at most 2 GiB."""
+    """Write all of `data`; one system call writes at most 2 GiB."""
     while data:
         written = os.pwrite(fd, data[: 1 << 30], offset)
         data, offset = data[written:], offset + written

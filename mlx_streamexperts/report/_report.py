@@ -414,7 +414,7 @@ class Report:
     locality: Locality | None = None  #: recorded routing
     power: Power | None = None  #: energy and heat; empty if nothing can be read
     quality: Quality | None = None  #: against stock mlx-lm
-    limits: list[str] = field(default_factory=list)  #: what this machine could not answer
+    limits: list[str] = field(default_factory=list)  #: what this run could not measure
 
 
 PARTS = (Report, Speed, Drive)

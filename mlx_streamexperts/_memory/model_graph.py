@@ -1,0 +1,286 @@
+"""Measures a model's footprint from the graph of its own forward pass.
+
+MLX is lazy, so a pass can be built without computing anything. Its graph shows the peak of whatever
+attention a family has: materialized scores, masks, sparse indexers, sliding windows, states. The
+graph is that of this machine's device, which decides whether attention has a fused kernel
+(`use_fallback` in MLX's `backend/*/scaled_dot_product_attention.cpp`). Nothing here evaluates an
+array or keeps one.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx_lm.models import cache as stock
+
+from .._hooks import intercept, swapped
+from .footprint import Footprint, LayerCache, kept_tokens, leaves, whole_steps
+from .peak import VIEWS, evaluation_order, peak_bytes
+
+_log = logging.getLogger(__name__)
+
+# Tokens of the measured passes, and of the contexts at their ends. Between them work space is
+# interpolated linearly. That is never too little: it is the maximum of several linear functions,
+# and so convex. Beyond them it continues linearly.
+_CHUNKS = (2, 512)
+_CONTEXTS = (512, 1 << 15)
+# For a model whose graph has operations for every token: few tokens, so that the graph stays small,
+# at the end of a long context, so that attention still shows.
+_LOOPED_CHUNKS = (2, 24)
+_LOOPED_CONTEXTS = (512, 1 << 21)
+_CACHED = (16, 32)  # tokens after which caches are measured
+_MARGIN = 1.1  # predicted work space was 0.93 to 1.05 of the measured one, over 57 families
+_FEW = 8
+_ITEM_BYTES = 4  # of an estimate: float32
+_GROWING = (stock.KVCache, stock.RotatingKVCache, stock.ChunkedKVCache)
+
+
+def measure(
+    model: nn.Module, switches: Sequence[tuple[nn.Module, int]], config: dict[str, Any]
+) -> Footprint:
+    """Measure a model's footprint; nothing is evaluated.
+
+    If the graph cannot be built here (a family may need another device), or MLX cannot export one
+    of its operations, the footprint is estimated from the configuration, with a warning.
+
+    Args:
+        model: a model of mlx-lm, its weights evaluated or not.
+        switches: its expert modules, each with the width of an expert's hidden layer.
+        config: the language model's part of config.json.
+    """
+    try:
+        layers, logits = _caches(model)
+        chunks, contexts = _CHUNKS, _CONTEXTS
+        if (
+            _pass_size(model, switches, 3, 3).operations
+            != _pass_size(model, switches, 4, 4).operations
+        ):
+            chunks, contexts = _LOOPED_CHUNKS, _LOOPED_CONTEXTS
+        few, many = ([_pass_size(model, switches, c, n) for n in contexts] for c in chunks)
+
+        def corners(of: Callable[[_PassSize], int]) -> tuple[tuple[int, int], tuple[int, int]]:
+            (a, b), (c, d) = (of(few[0]), of(few[1])), (of(many[0]), of(many[1]))
+            return (a, max(a, b)), (c, max(c, d))
+
+        peaks = corners(lambda t: int(_MARGIN * t.peak))
+        return Footprint(layers, chunks, contexts, peaks, corners(lambda t: t.total), logits)
+    except Exception as e:
+        reason = f"{type(e).__name__}: {e}"
+        _log.warning(f"KV cache and work space of this model are estimated: {reason}")
+        return _estimate(switches, config)
+
+
+def _estimate(switches: Sequence[tuple[nn.Module, int]], config: dict[str, Any]) -> Footprint:
+    """A generous footprint from a configuration: all layers attend to everything, unfused."""
+
+    def number(*keys: str, default: int) -> int:
+        return next((v for k in keys if isinstance(v := config.get(k), int) and v > 0), default)
+
+    hidden = number("hidden_size", "d_model", default=4096)
+    heads = number("num_attention_heads", "n_heads", default=32)
+    width = number("num_key_value_heads", default=heads) * number(
+        "head_dim", default=max(1, hidden // heads)
+    )
+    inner = max((n for _, n in switches), default=hidden)
+    layers = number("num_hidden_layers", "n_layers", default=len(switches))
+    top_k = number("num_experts_per_tok", "top_k_experts", "moe_topk", default=8)
+    row = top_k * 4 * (hidden + inner) + 20 * max(hidden, number("intermediate_size", default=1))
+    each = tuple(_ITEM_BYTES * (row + 6 * heads * n) for n in _CONTEXTS)
+    (a, b), (c, d) = ([chunk * n for n in each] for chunk in _CHUNKS)
+    return Footprint(
+        ((LayerCache(2 * width * _ITEM_BYTES),),) * layers,
+        _CHUNKS,
+        _CONTEXTS,
+        ((a, b), (c, d)),
+        ((3 * a, 3 * b), (3 * c, 3 * d)),
+        _ITEM_BYTES * number("vocab_size", default=1 << 17),
+    )
+
+
+def _arrays(caches: Sequence[Any]) -> list[mx.array]:
+    """Every array that caches hold, in a fixed order."""
+    found: Any = tree_flatten([vars(c) for c in leaves(caches)])
+    return [a for _, a in found if isinstance(a, mx.array)]
+
+
+def _exchange(caches: Sequence[Any], arrays: Sequence[mx.array]) -> None:
+    """Replace the arrays of caches, in the order of `_arrays`."""
+    fresh = iter(arrays)
+    for cache in leaves(caches):
+        for name, value in vars(cache).items():
+            new = tree_map(lambda v: next(fresh) if isinstance(v, mx.array) else v, value)
+            setattr(cache, name, new)
+
+
+def _caches(model: nn.Module) -> tuple[tuple[tuple[LayerCache, ...], ...], int]:
+    """Size of the caches of each layer, and bytes of a token's logits."""
+    found, logits = [], 0
+    for tokens in _CACHED:
+        fresh = copied(model)
+        caches: list[Any] = stock.make_prompt_cache(fresh)
+        result = fresh(mx.zeros((1, tokens), mx.int32), cache=caches)
+        logits = result.nbytes // tokens
+        found.append(caches)
+    layers = []
+    for few, many in zip(*found, strict=True):
+        pairs = zip(leaves([few]), leaves([many]), strict=True)
+        layers.append(tuple(_measured(a, b) for a, b in pairs))
+    return tuple(layers), logits
+
+
+def _measured(few: Any, many: Any) -> LayerCache:
+    """Size of a cache, from the same one after few tokens and after many."""
+    if isinstance(keys := getattr(many, "keys", None), mx.array):  # allocated in steps
+        return LayerCache(many.nbytes // keys.shape[2], 0, kept_tokens(many))
+    a, b = (sum(x.nbytes for x in _arrays([c])) for c in (few, many))
+    token = -(-(b - a) // (_CACHED[1] - _CACHED[0]))
+    return LayerCache(token, max(0, b - _CACHED[1] * token))
+
+
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A copy of a model with the same arrays: running the copy leaves nothing in the original.
+
+    Args:
+        memo: filled with the copies, by the `id` of their originals.
+    """
+    memo = {} if memo is None else memo
+    arrays: Any = tree_flatten(model)
+    memo.update((id(a), a) for _, a in arrays if isinstance(a, mx.array))
+    return copy.deepcopy(model, memo)
+
+
+@dataclass(frozen=True)
+class _PassSize:
+    """Size of a pass in bytes: with one operation at a time, and of all results together."""
+
+    peak: int
+    total: int
+    operations: int
+
+
+def _pass_size(
+    model: nn.Module, switches: Sequence[tuple[nn.Module, int]], chunk: int, context: int
+) -> _PassSize:
+    """Size of a pass of `chunk` tokens at the end of `context` tokens."""
+    caches = _filled(copied(model), max(0, context - chunk), context)
+    memo: dict[int, Any] = {}
+    model = copied(model, memo)
+    switches = [(memo[id(module)], width) for module, width in switches]
+    weights: dict[str, Any] = dict(tree_flatten(model.parameters()))
+    cached = {f"cache {i:06}": a for i, a in enumerate(_arrays(caches))}
+    nodes: list[dict[str, Any]] = []
+    outputs: list[str] = []
+    held: list[str] = []
+
+    def note(found: dict[str, Any]) -> None:
+        if found["type"] == "primitive":
+            nodes.append(found)
+        elif found["type"] == "outputs":
+            outputs.extend(n for n, _, _ in found["outputs"])
+        elif found["type"] == "keyword_inputs":
+            held.extend(n for key, n in found["keywords"] if key in cached)
+
+    def run(tokens: mx.array, **arrays: mx.array) -> list[mx.array]:
+        model.update(tree_unflatten([(k, arrays[k]) for k in weights]))
+        _exchange(caches, [arrays[k] for k in cached])
+        with _standing_in(switches) as results:
+            logits = model(tokens, cache=caches)
+        return [*_arrays(caches), logits if chunk == 2 else results[-1]]
+
+    with _exportable():
+        mx.export_function(note, run, (mx.zeros((1, chunk), mx.int32),), {**weights, **cached})
+    results = (r for node in nodes if node["name"] not in VIEWS for r in node["outputs"])
+    total = sum(math.prod(shape) * dtype.size for _, shape, dtype in results)
+    return _PassSize(peak_bytes(evaluation_order(nodes, outputs), outputs, held), total, len(nodes))
+
+
+def _filled(model: nn.Module, tokens: int, capacity: int) -> list[Any]:
+    """Caches with `tokens` tokens and room for `capacity`; nothing of them is evaluated."""
+    caches: list[Any] = stock.make_prompt_cache(model)
+    if tokens == 0:
+        return caches
+    known = all(type(c) in (*_GROWING, stock.ArraysCache) for c in leaves(caches))
+    # A state's graph may have operations for every token; a few do, since its size is constant.
+    model(mx.zeros((1, min(tokens, _FEW) if known else tokens), mx.int32), cache=caches)
+    for cache in leaves(caches) if known else ():
+        if type(cache) is stock.ArraysCache or cache.keys is None:
+            continue
+        kept = kept_tokens(cache)
+        room = whole_steps(capacity) if kept is None else min(tokens, kept)
+        for name in ("keys", "values"):
+            array = getattr(cache, name)
+            shape = (*array.shape[:2], room, array.shape[3])
+            setattr(cache, name, mx.zeros(shape, array.dtype))
+        cache.offset = tokens
+        if isinstance(cache, stock.RotatingKVCache):
+            cache._idx = room
+        elif isinstance(cache, stock.ChunkedKVCache):
+            cache.start_position = tokens - room
+    return caches
+
+
+@contextmanager
+def _exportable() -> Iterator[None]:
+    """Replace operations that MLX cannot export by others of the same size, for this thread."""
+    mine = threading.get_ident()
+    instead: dict[str, Callable[..., mx.array]] = {
+        "contiguous": lambda a, *_, **__: mx.abs(a),
+        "to_fp8": lambda a, *_, **__: mx.abs(a).astype(mx.uint8),
+        "from_fp8": lambda a, dtype=mx.bfloat16, **__: a.astype(dtype),
+    }
+    originals: dict[str, Callable[..., mx.array]] = {}
+
+    def either(name: str) -> Callable[..., mx.array]:
+        def call(*args: Any, **kwargs: Any) -> mx.array:
+            ours = threading.get_ident() == mine
+            return (instead if ours else originals)[name](*args, **kwargs)
+
+        return call
+
+    with _exporting:  # around reading the originals too, which may be another thread's stand-ins
+        originals.update((name, getattr(mx, name)) for name in instead)
+        with swapped(mx, **{name: either(name) for name in instead}):
+            yield
+
+
+_exporting = threading.Lock()
+
+
+@contextmanager
+def _standing_in(switches: Sequence[tuple[nn.Module, int]]) -> Iterator[list[mx.array]]:
+    """Replace calls of expert modules by arrays of a streamed layer's size; yields their results.
+
+    Each (token, expert) row has input, gate, up, activation and output. One wave computes while the
+    wave before it is collected.
+    """
+    results: list[mx.array] = []
+    kinds = [(module, type(module)) for module, _ in switches]
+
+    def call_of(inner: int) -> Callable[..., mx.array]:
+        def call(self: nn.Module, x: mx.array, indices: mx.array) -> mx.array:
+            width = x.shape[-1]
+            chosen = mx.sum(x).astype(x.dtype) + mx.sum(indices).astype(x.dtype)
+            scratch = mx.zeros(4 * indices.size * (width + inner), x.dtype) + chosen
+            y = mx.zeros((*indices.shape, width), x.dtype) + mx.sum(scratch)
+            results.append(y)
+            return y
+
+        return call
+
+    try:
+        for module, inner in switches:
+            intercept(module, call_of(inner))
+        yield results
+    finally:
+        for module, kind in kinds:
+            module.__class__ = kind
