@@ -440,14 +440,6 @@ def device_memory_bytes(held: int = 0) -> int:
     return min(available_memory_bytes() + held, total_memory_bytes())
 
 
-def config_folder() -> Path:
-    """Where this user's programs keep their settings, by the system's convention."""
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Application Support"
-    stated = os.environ.get("XDG_CONFIG_HOME", "")
-    return Path(stated) if os.path.isabs(stated) else Path.home() / ".config"
-
-
 def processor_name() -> str:
     """What the processor calls itself; empty where the system does not say."""
     if sys.platform == "darwin":

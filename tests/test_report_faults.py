@@ -176,13 +176,13 @@ def test_no_path_of_an_option_is_in_a_report(monkeypatch: pytest.MonkeyPatch) ->
         study, "facts",
         SimpleNamespace(machine=nothing, versions=nothing, checkpoint=nothing, page_cache=nothing),
     )  # fmt: skip
-    config = StreamConfig(store="/home/me/s", hot_set="/home/me/h", profile="/home/me/p.json")
+    config = StreamConfig(store="/home/me/s", hot_set="/home/me/h", about={"model": "/home/me/m"})
     stream = SimpleNamespace(
         config=config, plan=SimpleNamespace(resident_share=0.5, cache=1), bypasses_page_cache=True
     )
     method = study._method("", "", stream, study.QUICK, [], None)  # type: ignore[arg-type]
     assert "home" not in json.dumps(method)
-    assert method["options"]["store"] is True and method["options"]["profile"] == "file"
+    assert method["options"]["store"] is True and "about" not in method["options"]
 
 
 # Sensors

@@ -63,11 +63,9 @@ class ExpertStream(Closing):
         run_ahead: runs steps that do not wait for each layer; None where that is off.
         stage: the decoder layers that are this rank's, where several machines share the model.
         ranks: those machines.
-        profile: the settings of an earlier `tune` that are in use; None where there are none.
         token_rows: tokens that the model knows; None where its own code does not tell.
     """
 
-    profile: Any = None
     stage: Stage | None = None
     token_rows: int | None = None
     ranks: Ranks | None = None

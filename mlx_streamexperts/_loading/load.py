@@ -25,7 +25,7 @@ from .._config import StreamConfig
 from .._distributed.pipeline import wait_on_host
 from .._distributed.ranks import Ranks
 from .._distributed.watch import Watch
-from .._errors import RankError, StreamError, UnsupportedModelError
+from .._errors import RankError, UnsupportedModelError
 from .._experts.foreign_modules import Strangers
 from .._experts.layer import StreamedSwitch
 from .._experts.prefetch import link
@@ -43,7 +43,7 @@ from .combinations import PassCheck, token_rows
 from .discover import Located, locate, mentions_experts, original_load_model
 from .guards import GUARDS
 from .on_ranks import meet, part_of_repository
-from .profiles import Profile, with_profile
+from .tuned_for import warn_if_elsewhere
 
 _original_load_adapters = mlx_lm.tuner.utils.load_adapters  # mlx_lm.utils' own calls it
 _original_sharded_load = mlx_lm.utils.sharded_load
@@ -122,9 +122,6 @@ def plan(
         located = locate(folder, merged, trust, as_converted=True)
         if machine is None:
             planned = located.plan(merged)
-            merged, profile = with_profile(located.layers, merged, planned)
-            if profile is not None:
-                planned = located.plan(merged)
             limit = device_limit(planned.bound)
         else:
             memory_bytes = named_machine(machine).memory
@@ -245,23 +242,16 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         if any(alive(s) for s in self.streams):
             config = replace(config, reserve=None)
         plan = located.plan(config, others)  # before anything is evaluated
-        config, profile = with_profile(located.layers, config, plan)
-        if profile is not None:
-            plan = located.plan(config, others)
         check_device(plan, device_limit(plan.bound), config.oversubscribe)
         plan = replace(plan, others=strange)
-        self._put_in_place(located, plan, config, lazy, profile)
+        warn_if_elsewhere(located.layers, self.config)
+        self._put_in_place(located, plan, config, lazy)
         return located.model, located.model_config
 
     def _load_part(
         self, ranks: Ranks, folder: Path, lazy: bool, arguments: dict[str, Any]
     ) -> tuple[nn.Module, dict[str, Any]]:
         """The same for one rank of several: every step succeeds on all of them, or on none."""
-        if self.config.profile not in ("auto", "off"):
-            raise StreamError(
-                f"profile={self.config.profile!r}: profiles are for one machine alone; load "
-                "without one"
-            )
         watch = Watch(ranks)
         try:
             located, plan, config = meet(ranks, folder, self.config, arguments)
@@ -280,12 +270,7 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         return located.model, located.model_config
 
     def _put_in_place(
-        self,
-        located: Located,
-        plan: Plan,
-        config: StreamConfig,
-        lazy: bool,
-        profile: Profile | None = None,
+        self, located: Located, plan: Plan, config: StreamConfig, lazy: bool
     ) -> ExpertStream:
         """Load the trunk and stream the experts of a model that was located."""
         check_address_space(plan, config.threads)
@@ -299,7 +284,6 @@ class patch:  # noqa: N801 - used like a function, as unittest.mock.patch is
         if config.prefetch != "off":
             link(model, located.layers, config.prefetch_depth, config.prefetch == "on")
         expert_stream = ExpertStream(located.layers, plan, config, located.model_config)
-        expert_stream.profile = profile
         if located.stage is not None:
             wait_on_host(model, located.stage)
             expert_stream.stage = located.stage
@@ -444,6 +428,7 @@ def _load_trunk(model: nn.Module, progress: bool) -> None:
 def _merged(
     memory: int | str | None, cache: int | str | None, config: StreamConfig | None
 ) -> StreamConfig:
-    """`config` with the budgets that the caller stated beside it."""
+    """`config` with the budgets that the caller stated beside it, and every default filled in."""
     stated = {k: v for k, v in (("memory", memory), ("cache", cache)) if v is not None}
-    return replace(config or StreamConfig(), **stated)  # type: ignore[arg-type]
+    merged = replace(config or StreamConfig(), **stated)  # type: ignore[arg-type]
+    return merged.with_defaults()

@@ -140,6 +140,7 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
         StreamError: the model cannot be read or streamed.
     """
     config = from_arguments(args)
+    args.policy = config.with_defaults().policy
     name = args.model or str(demo_model())
     if args.model is None:
         print(f"No --model given: examining the demonstration model {name}", file=sys.stderr)
@@ -167,6 +168,7 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
 def _several(args: argparse.Namespace) -> list[str]:
     """What `--ranks` prints."""
     config = from_arguments(args)
+    policy = config.with_defaults().policy
     name = args.model or str(demo_model())
     names = args.machine or []
     if len(names) == 1:
@@ -193,7 +195,7 @@ def _several(args: argparse.Namespace) -> list[str]:
             whole = locate(folder, config.for_rank(0, args.ranks), trust, as_converted=True)
             machines = [_this_machine(whole, downloaded)[0]] * args.ranks
     slots = [s for r in reversed(ranks) for s in r.plan.slots]  # rank 0 has the last layers
-    hits = None if args.trace is None else replayed_hit_rate(args.trace, slots, args.policy)
+    hits = None if args.trace is None else replayed_hit_rate(args.trace, slots, policy)
     link = Link(*parse_rate(args.link, Link.latency))
     if args.json:
         tokens, first, alone = predict_ranks(ranks, machines, link, args.prompt_tokens, hits)

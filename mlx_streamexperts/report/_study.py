@@ -215,8 +215,7 @@ def _method(
 ) -> dict[str, Any]:  # fmt: skip
     options = asdict(expert_stream.config)  # but for paths, which are nobody's business
     hidden: dict[str, Any] = {k: bool(options[k]) for k in ("store", "hot_set")}
-    if options["profile"] not in ("auto", "off"):
-        hidden["profile"] = "file"
+    del options["about"]
     return {
         "machine": facts.machine(),
         "load_average": load,
