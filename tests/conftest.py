@@ -64,12 +64,6 @@ def leftovers() -> tuple[list[str], int]:
     return names, len(os.listdir("/dev/fd"))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def own_profiles(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What whoever runs the tests has tuned is left alone, by programs that tests start too."""
-    os.environ["STREAMEXPERTS_PROFILES"] = str(tmp_path_factory.mktemp("profiles"))
-
-
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Builds a family's checkpoint, once per set of arguments."""
