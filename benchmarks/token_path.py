@@ -108,7 +108,7 @@ class Profile:
 def loaded(cores: int | None, **options: Any) -> Iterator[nn.Module]:
     """The embedded model, half of its experts resident; all that is not named is off."""
     options = {"prefetch": "off", "run_ahead": "off", **options}
-    config = StreamConfig(cache=1 << 40, progress=False, bypass_page_cache="off", profile="off",
+    config = StreamConfig(cache=1 << 40, progress=False, bypass_page_cache="off",
                           cores=cores, **options)  # fmt: skip
     with patch(config=config):
         model, _ = mlx_lm.utils.load_model(demo_model())
