@@ -114,7 +114,7 @@ plt.close(figure)
 # the live ones, not an estimate.
 
 # %%
-replayed = replay_routing(routing, slots, CONFIG.policy)
+replayed = replay_routing(routing, slots, CONFIG.with_defaults().policy)
 for number, (layer, rate) in enumerate(zip(replayed, live.layer_hit_rates.values(), strict=True)):
     print(f"layer {number}: {layer.stats.hit_rate:.1%} replayed, {rate:.1%} live")
 assert total(replayed).stats == live.cache

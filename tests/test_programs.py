@@ -55,7 +55,11 @@ def test_every_option_of_mlx_lm_and_every_streaming_option_is_there(ours: object
     known = options(ours.setup_arg_parser())  # type: ignore[attr-defined]
     assert options(ours.stock.setup_arg_parser()) <= known  # type: ignore[attr-defined]
     fields = {"--" + f.replace("_", "-") for f in StreamConfig.__dataclass_fields__}
-    assert (fields - {"--progress"}) | {"--no-progress", "--trace", "--timeline"} <= known
+    assert (fields - {"--progress", "--about"}) | {
+        "--no-progress",
+        "--trace",
+        "--timeline",
+    } <= known
 
 
 def test_a_chat_with_no_flags_says_what_mlx_lm_would_say(

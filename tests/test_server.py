@@ -65,9 +65,8 @@ def test_every_option_of_mlx_lm_and_every_streaming_option_is_there() -> None:
 
     ours, stocks = options(server.setup_arg_parser()), options(server._stock_parser())
     assert {"--prompt-cache-bytes", "--decode-concurrency"} <= stocks <= ours
-    assert {"--" + f.replace("_", "-") for f in StreamConfig.__dataclass_fields__} - {
-        "--progress"
-    } <= ours
+    fields = {"--" + f.replace("_", "-") for f in StreamConfig.__dataclass_fields__}
+    assert fields - {"--progress", "--about"} <= ours
 
 
 def test_completions(running: Running, expected: dict[str, str]) -> None:
