@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.nn as nn
@@ -22,7 +20,7 @@ from .._analysis.predict import Range, predict
 from .._analysis.throttle import slowed
 from .._experts.stream import ExpertStream, expert_files, stream
 from .._io.ranges import ByteRange
-from .._io.reader import DEMAND, ExpertReader
+from .._io.reader import DEMAND
 from .._memory.hardware import NAMED_MACHINES, Machine
 from . import _report as report
 from ._speed import combined, generate
@@ -42,41 +40,27 @@ def rates_by_size(
     return [r for n in sizes for r in drive_rates(files, n, depths, bypass, seconds)]
 
 
-@dataclass
 class ReadLog:
-    """Every read of a generation: bytes, is it a prefetch, and when it was queued, began, ended."""
+    """Every read of a generation."""
 
-    reads: list[tuple[int, bool, float, float, float]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._reads: list[tuple[float, ...]] = []  # bytes, prefetch?, queued, begin, end
 
-    def note(
-        self, ranges: Sequence[ByteRange], priority: int, queued: float, begin: float, end: float
-    ) -> None:
-        """As `ExpertReader.on_read`. Called by several threads: appending is atomic."""
-        nbytes = sum(len(r.into) for r in ranges)
-        self.reads.append((nbytes, priority != DEMAND, queued, begin, end))
+    def note(self, ranges: Sequence[ByteRange], priority: int, *times: float) -> None:
+        """Log a job of `ExpertReader`. Several threads call this; appending is atomic."""
+        self._reads.append((sum(len(r.into) for r in ranges), priority != DEMAND, *times))
 
     def summary(self) -> report.Reads:
         """Percentiles of each figure by itself; depth includes the read that begins."""
-        if not self.reads:
+        if not self._reads:
             return report.Reads(0, 0, [])
-        nbytes, ahead, queued, begin, end = np.array(self.reads, float).T  # [reads] each
+        nbytes, ahead, queued, begin, end = np.array(self._reads, float).T  # [reads] each
         begun = np.searchsorted(np.sort(begin), begin, side="right")
         depth = begun - np.searchsorted(np.sort(end), begin, side="right")
         columns = (nbytes, end - begin, begin - queued, depth)
         at = np.percentile(columns, _PERCENTILES, axis=1).tolist()  # [percentiles, columns]
         rows = [report.Percentile(p, *row) for p, row in zip(_PERCENTILES, at, strict=True)]
-        return report.Reads(len(self.reads), int(ahead.sum()), rows)
-
-
-@contextmanager
-def logged(reader: ExpertReader) -> Iterator[ReadLog]:
-    """Log a reader's reads meanwhile."""
-    log = ReadLog()
-    reader.on_read.add(log.note)
-    try:
-        yield log
-    finally:
-        reader.on_read.remove(log.note)
+        return report.Reads(len(self._reads), int(ahead.sum()), rows)
 
 
 def sensitivity(

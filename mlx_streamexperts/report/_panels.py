@@ -100,7 +100,7 @@ def _lines(axes: Any, x: Sequence[float], series: Mapping[str, Sequence[float]])
 
 
 def _bars(axes: Any, names: Sequence[str], values: Sequence[float], number: int, **k: Any) -> None:
-    """Bars from left to right, the first at the top."""
+    """Horizontal bars, the first at the top."""
     axes.barh(names, values, color=SERIES[number], **{"height": 0.6, **k})
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
@@ -108,14 +108,15 @@ def _bars(axes: Any, names: Sequence[str], values: Sequence[float], number: int,
 
 def _ticks(axis: Any, values: Sequence[float]) -> None:
     """Ticks at the measured values, written out."""
-    axis.set_ticks(values, [f"{v:.4g}" for v in values])
+    axis.set_ticks(values, [f"{v:g}" for v in values])
     axis.set_ticks([], minor=True)
 
 
-def _plain(axis: Any) -> None:
-    """Plain numbers: powers of ten would be set as formulas, which are off because of names."""
-    axis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set_minor_formatter(lambda value, _: "")
+def _scale(axes: Any, axis: str, scale: str, **how: Any) -> None:
+    """A scale with plain numbers: formulas are off because of names, so no powers of ten."""
+    getattr(axes, f"set_{axis}scale")(scale, **how)
+    getattr(axes, f"{axis}axis").set_major_formatter(lambda value, _: f"{value:g}")
+    getattr(axes, f"{axis}axis").set_minor_formatter(lambda value, _: "")
 
 
 @_panel("speed", "How fast, and how much does it vary by prompt?", 3.2)
@@ -201,50 +202,44 @@ def _batch(r: Report, axes: Any) -> str:
     )
 
 
-def _how(r: Report) -> str:
-    return f"{'past' if _need(r.ssd).bypasses_page_cache else 'through'} the page cache"
-
-
 def _by_size(
     r: Report, axes: Any, label: str, value: Callable[[DriveRate], float]
-) -> list[DriveRate]:
-    rows = _need(_need(r.ssd).rates)
+) -> tuple[list[DriveRate], str]:
+    """Draw rates of the drive; returns them, and how its reads used the page cache."""
+    ssd = _need(r.ssd)
+    rows = _need(ssd.rates)
     sizes = sorted({x.read_bytes / 1024 for x in rows})
     depths = sorted({x.depth for x in rows})
     series = {f"{n} in flight": [value(x) for x in rows if x.depth == n] for n in depths}
     _lines(axes, sizes, series)
-    ticks: list[int] = []
-    for n in sizes:
-        if not ticks or n > 1.5 * ticks[-1]:  # no two on one spot
-            ticks.append(round(n))
     axes.set(xlabel="KiB of one read", ylabel=label)
     axes.set_xscale("log", base=2)
-    _ticks(axes.xaxis, ticks)
+    apart = (n for a, n in itertools.pairwise([0, *sizes]) if n > 1.5 * a)  # no two on one spot
+    _ticks(axes.xaxis, [round(n) for n in apart])
     axes.tick_params("x", rotation=45)
-    return rows
+    return rows, f"{'past' if ssd.bypasses_page_cache else 'through'} the page cache"
 
 
 @_panel("ssd", "What does the drive give?")
 def _bandwidth(r: Report, axes: Any) -> str:
-    rows = _by_size(r, axes, "GB/s", lambda x: x.rate / 1e9)
+    rows, how = _by_size(r, axes, "GB/s", lambda x: x.rate / 1e9)
     axes.set_ylim(0)
     best = max(rows, key=lambda x: x.rate)
     return (
         f"Up to {format_size(best.rate)}/s, with {best.depth} reads of {best.read_bytes >> 10} KiB "
-        f"in flight, at random places of the model's own files, {_how(r)}."
+        f"in flight, at random places of the model's own files, {how}."
     )
 
 
 @_panel("ssd", "How long does a read take?")
 def _latency(r: Report, axes: Any) -> str:
-    rows = _by_size(r, axes, "median milliseconds", lambda x: 1e3 * x.latency)
-    axes.set_yscale("log")
-    _plain(axes.yaxis)
+    rows, how = _by_size(r, axes, "median milliseconds", lambda x: 1e3 * x.latency)
+    _scale(axes, "y", "log")
     alone = [x for x in rows if x.depth == 1]
     small, large = alone[0], alone[-1]
     return (
         f"{_ms(small.latency)} ms for {small.read_bytes >> 10} KiB and {_ms(large.latency)} ms for "
-        f"{large.read_bytes >> 10} KiB one at a time, {_how(r)}; 99 of 100 within "
+        f"{large.read_bytes >> 10} KiB one at a time, {how}; 99 of 100 within "
         f"{_ms(small.latency_p99)} and {_ms(large.latency_p99)} ms."
     )
 
@@ -258,8 +253,7 @@ def _reads(r: Report, axes: Any) -> str:
     read, queued = ([1e3 * getattr(p, k) for p in at.values()] for k in ("latency_s", "queued_s"))
     _lines(axes, list(at), {"read": read, "queued before": queued})
     axes.set(xlabel="percentile", ylabel="milliseconds")
-    axes.set_yscale("symlog", linthresh=0.01)
-    _plain(axes.yaxis)
+    _scale(axes, "y", "symlog", linthresh=0.01)
     return (
         f"{found.reads} reads, of {format_size(at[50].bytes)} at the median and "
         f"{format_size(at[100].bytes)} at most, {at[50].depth:.0f} in flight "
@@ -284,8 +278,7 @@ def _by_rate(r: Report, axes: Any) -> str:
         name = m.name.rsplit(" ", 2)[0]  # without its memory
         style = {"rotation": 90, "fontsize": 6.5, "ha": "center", "va": side}
         axes.annotate(name, place, xytext=(0, y), textcoords="offset points", **style)
-    axes.set_xscale("log")
-    _plain(axes.xaxis)
+    _scale(axes, "x", "log")
     axes.set(ylim=(0, 1.35 * axes.get_ylim()[1]), xlabel="drive, GB/s", ylabel="tokens/s")
     own, slow = found.unthrottled, min(found.by_rate, key=lambda p: p.bytes_per_s or 0.0)
     gain = m.this_compute_tokens_per_s / own.tokens_per_s.median - 1  # of the fastest drive
@@ -494,7 +487,7 @@ def _heat(r: Report, axes: Any) -> str:
 
 
 def _judged(r: Report, axes: Any, key: str, number: int, label: str, scale: float = 1) -> Quality:
-    """Draws a figure of streamed and of the lossy what-ifs, if they were compared."""
+    """Draw streamed and the lossy what-ifs, if they were compared with stock."""
     found = _need(r.quality)
     if found.streamed is not None:
         values = [scale * getattr(x, key) for x in (found.streamed, *found.lossy)]
@@ -508,8 +501,7 @@ def _kl(r: Report, axes: Any) -> str:
     found = _judged(r, axes, "kl_nats", 2, "nats of KL divergence from stock, a token")
     if found.streamed is None:
         return found.not_measured
-    axes.set_xscale("symlog", linthresh=1e-3)
-    _plain(axes.xaxis)
+    _scale(axes, "x", "symlog", linthresh=1e-3)
     text = f"Streamed logits of {found.streamed.tokens} tokens, whole and one by one, are "
     if found.streamed.identical:
         text += "the same bits as stock."

@@ -44,7 +44,7 @@ def logits(model: nn.Module, tokens: Sequence[int], alone: int) -> np.ndarray:
 
 
 def log_probabilities(x: np.ndarray) -> np.ndarray:
-    """Of logits [T, V], in float64."""
+    """Log-probabilities of logits [T, V], in float64."""
     wide = x.astype(np.float64)
     wide -= wide.max(-1, keepdims=True)
     return wide - np.log(np.exp(wide).sum(-1, keepdims=True))

@@ -139,7 +139,7 @@ def batch_sizes(model: Any, settings: Settings) -> list[int]:
 def _measure(
     model: Any, tokenizer: Any, prompts: list[Prompt], report: Report, step: Callable[[str], None]
 ) -> None:
-    """Everything but quality, into the report."""
+    """Measure everything but quality, and fill the report with it."""
     experts, s, found = stream(model), report.method.settings, report.speed
 
     def generate_all() -> None:
@@ -167,8 +167,10 @@ def _measure(
     step("the drive")
     ssd.rates = drive.rates_by_size(experts, s.depths, s.seconds)
     step("reads of generation")
-    with drive.logged(experts.reader) as log:
-        generate_all()
+    log = drive.ReadLog()
+    experts.reader.on_read.add(log.note)
+    generate_all()
+    experts.reader.on_read.remove(log.note)
     ssd.in_generation = log.summary()
     step("slower drives")
     best = max(r.rate for r in ssd.rates)
