@@ -206,7 +206,8 @@ def test_differences_from_stock_are_found() -> None:
     prompts = [SimpleNamespace(tokens=tokens)]
     items = [SimpleNamespace(context=tokens[:4], choices=[tokens[4:6], tokens[6:8]], right=0)]
     stock, _ = mlx_lm.utils.load_model(demo_model())
-    right = quality.Answers.of(stock, prompts, items, 4)  # type: ignore[arg-type]
+    exam = quality.Exam(prompts, items, 4)  # type: ignore[arg-type]
+    right = exam.ask(stock)
     dtype = stock(mx.array([[0]])).dtype
     assert vars(quality.exact(right, right, dtype)) == {
         "decoded_tokens": 4,
@@ -215,8 +216,7 @@ def test_differences_from_stock_are_found() -> None:
         "prompts_bound": prefill_bound(dtype),
     }
     stock.model.norm.weight = stock.model.norm.weight * 1.01
-    other = quality.Answers.of(stock, prompts, items, 4)  # type: ignore[arg-type]
-    wrong = quality.exact(right, other, dtype)
+    wrong = quality.exact(right, exam.ask(stock), dtype)
     assert not wrong.decoded_identical and 0.005 < wrong.prompts_difference < 0.02
 
 
@@ -238,7 +238,8 @@ def test_shortcuts_leave_the_stock_model_as_it_was() -> None:
     before = quality.logits(stock, tokens, 0)
     item = SimpleNamespace(context=tokens[:4], choices=[tokens[4:6], tokens[6:8]], right=0)
     whole = quality.Answers([before], [], 1.0)
-    rows = quality.shortcuts(stock, whole, [prompt], [item], 0, (2,))  # type: ignore[list-item]
+    exam = quality.Exam([prompt], [item], 0)  # type: ignore[list-item]
+    rows = quality.shortcuts(stock, whole, exam, (2,))
     assert len(rows) > 2 and all(r.kl_nats > 0 for r in rows)
     assert np.array_equal(quality.logits(stock, tokens, 0), before)
 

@@ -250,7 +250,7 @@ def test_a_card_tells_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(power.sys, "platform", "linux")
     monkeypatch.setitem(power.sys.modules, "pynvml", library)
     sensors = power.Sensors()
-    power._add_nvml(sensors)
+    power._nvml(sensors)
     assert list(sensors.energy) == ["GPU 1"]
     assert sensors.missing == {"GPU 0 energy": "Not Supported"}
     assert sensors.heat() == {"GPU 0": 40.0, "GPU 1": 41.0}
@@ -353,7 +353,8 @@ def test_a_log_of_known_reads() -> None:
 
 def test_a_perplexity_beyond_all_numbers_is_one() -> None:
     logits = np.array([[0.0, 2000.0], [0.0, 0.0]], np.float32)
-    found = quality.compare([logits], [logits], [SimpleNamespace(tokens=[0, 0])])  # type: ignore[list-item]
+    exam = quality.Exam([SimpleNamespace(tokens=[0, 0])], [], 0)  # type: ignore[list-item]
+    found = exam.judge(answers := quality.Answers([logits], [], 1.0), answers)
     assert np.isfinite(found.perplexity) and found.perplexity > 1e300
 
 

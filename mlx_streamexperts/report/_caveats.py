@@ -10,14 +10,14 @@ _BUSY = 0.2  # of the cores
 
 
 def caveats(report: Report) -> Iterator[str]:
-    """Of a report, whole or not."""
-    method, run = report.method, report.speed.sustained
-    machine, load = method.machine, method.load_average
+    """Caveats of a report, whole or not."""
+    method, run, quality = report.method, report.speed.sustained, report.quality
+    machine, load = method.machine, method.load_average or 0.0
     if report.unfinished:
         yield f"All that comes after: the run ended early (while at: {report.unfinished})."
     if method.settings.kind == "quick":
         yield "Small differences: this was a quick run, with few repeats of few tokens (--full)."
-    if load is not None and load > _BUSY * machine.cores:
+    if load > _BUSY * machine.cores:
         yield (
             f"An undisturbed machine: other work was going on before it began (load average "
             f"{load:.1f} on {machine.cores} cores), so timings are too slow and vary."
@@ -30,14 +30,11 @@ def caveats(report: Report) -> Iterator[str]:
     if "cpu" in machine.mlx_device:
         yield "A GPU's speed: MLX ran on the CPU, where computing takes longer and hides reads."
     if not method.bypasses_page_cache:
-        yield (
-            "The drive by itself: reads went through the page cache, so rates are partly those of "
-            "memory."
-        )
+        yield "The drive by itself: the page cache served reads, so rates are partly memory's."
     if report.power is not None:
         yield from _of_power(report.power)
-    if report.quality is not None and report.quality.not_measured:
-        yield report.quality.not_measured
+    if quality is not None and quality.not_measured:
+        yield quality.not_measured
     if run is not None and run.seconds < 600:
         yield f"Ten minutes and more: decoding lasted {run.seconds:.0f} s (--sustained MINUTES)."
 

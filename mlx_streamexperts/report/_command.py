@@ -24,6 +24,17 @@ from ._page import UNFINISHED, check_libraries, write_data, write_page
 from ._report import SCHEMA, VERSION, Report, as_json, from_json
 from ._study import FULL, QUICK, Settings, make_report
 
+_NUMBERS: dict[str, tuple[type, str]] = {
+    "sustained": (float, "minutes of decoding on and on"),
+    "prompts": (int, "of the shipped prompts (default: all)"),
+    "prompt_tokens": (int, "a prompt's tokens at most"),
+    "tokens": (int, "generated after each prompt"),
+    "repeats": (int, "of everything that is timed"),
+    "seconds": (float, "of the drive at each size and depth"),
+    "points": (int, "throttled drives, by rate and by latency"),
+    "items": (int, "of the bundled task (default: all)"),
+}
+
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The options of `report`, and those of streaming."""
@@ -33,14 +44,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--quick", action="store_true", help="minutes; default without --model")
     how.add_argument("--full", action="store_true", help="default with --model")
-    parser.add_argument("--sustained", type=float, metavar="MINUTES", help="of decoding on and on")
-    parser.add_argument("--prompts", type=int, help="of the shipped prompts (default: all)")
-    parser.add_argument("--prompt-tokens", type=int, help="a prompt's tokens at most")
-    parser.add_argument("--tokens", type=int, help="generated after each prompt")
-    parser.add_argument("--repeats", type=int, help="of everything that is timed")
-    parser.add_argument("--seconds", type=float, help="of the drive at each size and depth")
-    parser.add_argument("--points", type=int, help="throttled drives, by rate and by latency")
-    parser.add_argument("--items", type=int, help="of the bundled task (default: all)")
+    for name, (kind, text) in _NUMBERS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     parser.add_argument("--note", default="", help="for readers, shown on the page")
     parser.add_argument(
         "--render", type=Path, metavar="JSON", help="only write the page of this report again"
@@ -79,10 +84,9 @@ def _rendered(file: Path, out: Path) -> Path:
 
 
 def _measured(args: argparse.Namespace) -> Path | None:
-    """Measure, and write the page; a run that ends early leaves one of what was measured.
+    """Measure, and write the page; None after Ctrl-C.
 
-    Returns:
-        The page; None after Ctrl-C.
+    A run that ends early leaves a page of what was measured.
     """
     config, model = stream_settings(args)
     assert model is not None
@@ -117,8 +121,7 @@ def _measured(args: argparse.Namespace) -> Path | None:
 
 def _settings(args: argparse.Namespace) -> Settings:
     full = args.full or (args.model is not None and not args.quick)
-    names = ("prompts", "prompt_tokens", "tokens", "repeats", "seconds", "points", "sustained")
-    stated = {n: v for n in (*names, "items") if (v := getattr(args, n)) is not None}
+    stated = {n: v for n in _NUMBERS if (v := getattr(args, n)) is not None}
     if wrong := [n for n, v in stated.items() if not v > 0]:
         raise StreamError(f"--{wrong[0].replace('_', '-')} must be above 0")
     settings = replace(FULL if full else QUICK, **stated)

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.nn as nn
@@ -22,10 +20,9 @@ from .._analysis.predict import Range, predict
 from .._analysis.throttle import slowed
 from .._experts.stream import ExpertStream, expert_files, stream
 from .._io.ranges import ByteRange
-from .._io.reader import DEMAND, ExpertReader
+from .._io.reader import DEMAND
 from .._memory.hardware import NAMED_MACHINES, Machine
 from . import _report as report
-from ._report import Repeats
 from ._speed import combined, generate
 
 _PERCENTILES = (1, 10, 25, 50, 75, 90, 99, 100)
@@ -39,51 +36,31 @@ def rates_by_size(
     largest = max(t.stored.row_bytes for t in expert_stream.layers[0].tensors.values())
     sizes = sorted({16 << 10, 128 << 10, 1 << 20, 4 << 20, max(4096, largest)})
     bypass = expert_stream.bypasses_page_cache
-    return [
-        rate
-        for size in sizes
-        if size < max(s for _, s in files)
-        for rate in drive_rates(files, size, depths, bypass, seconds)
-    ]
+    sizes = [n for n in sizes if n < max(size for _, size in files)]
+    return [r for n in sizes for r in drive_rates(files, n, depths, bypass, seconds)]
 
 
-@dataclass
 class ReadLog:
-    """Every read of a generation: bytes, is it a prefetch, and when it was queued, began, ended."""
+    """Every read of a generation."""
 
-    reads: list[tuple[int, bool, float, float, float]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._reads: list[tuple[float, ...]] = []  # bytes, prefetch?, queued, begin, end
 
-    def note(
-        self, ranges: Sequence[ByteRange], priority: int, queued: float, begin: float, end: float
-    ) -> None:
-        """As `ExpertReader.on_read`. Called by several threads: appending is atomic."""
-        nbytes = sum(len(r.into) for r in ranges)
-        self.reads.append((nbytes, priority != DEMAND, queued, begin, end))
+    def note(self, ranges: Sequence[ByteRange], priority: int, *times: float) -> None:
+        """Log a job of `ExpertReader`. Several threads call this; appending is atomic."""
+        self._reads.append((sum(len(r.into) for r in ranges), priority != DEMAND, *times))
 
     def summary(self) -> report.Reads:
         """Percentiles of each figure by itself; depth includes the read that begins."""
-        if not self.reads:
+        if not self._reads:
             return report.Reads(0, 0, [])
-        nbytes, ahead, queued, begin, end = np.array(self.reads, float).T  # [reads] each
+        nbytes, ahead, queued, begin, end = np.array(self._reads, float).T  # [reads] each
         begun = np.searchsorted(np.sort(begin), begin, side="right")
-        ended = np.searchsorted(np.sort(end), begin, side="right")
-        columns = (nbytes, end - begin, begin - queued, (begun - ended).astype(float))
-        rows = [
-            report.Percentile(p, *(float(np.percentile(column, p)) for column in columns))
-            for p in _PERCENTILES
-        ]
-        return report.Reads(len(self.reads), int(ahead.sum()), rows)
-
-
-@contextmanager
-def logged(reader: ExpertReader) -> Iterator[ReadLog]:
-    """Log a reader's reads meanwhile."""
-    log = ReadLog()
-    reader.on_read.add(log.note)
-    try:
-        yield log
-    finally:
-        reader.on_read.remove(log.note)
+        depth = begun - np.searchsorted(np.sort(end), begin, side="right")
+        columns = (nbytes, end - begin, begin - queued, depth)
+        at = np.percentile(columns, _PERCENTILES, axis=1).tolist()  # [percentiles, columns]
+        rows = [report.Percentile(p, *row) for p, row in zip(_PERCENTILES, at, strict=True)]
+        return report.Reads(len(self._reads), int(ahead.sum()), rows)
 
 
 def sensitivity(
@@ -99,52 +76,44 @@ def sensitivity(
         points: drives of either kind.
     """
     plan, threads = stream(model).plan, stream(model).config.threads
+    layers = len(plan.slots)
     generate(model, prompt, tokens)  # the cache is warm from here on
 
-    def measured() -> tuple[report.Decoding, Repeats]:
-        runs = [generate(model, prompt, tokens) for _ in range(repeats)]
-        return combined(runs), Repeats.of([r.tokens_per_s for r in runs])
+    def measured() -> report.Decoding:
+        return combined([generate(model, prompt, tokens) for _ in range(repeats)])
 
-    token, rate = measured()
-    own = report.Unthrottled(**vars(token), tokens_per_s=rate)
+    own = measured()
     hits = Range(own.hit_rate, own.hit_rate, own.hit_rate)
 
     def modelled(rate: float, latency: float) -> float:
         """`predict`'s tokens/s with all but reads as measured here."""
-        each = own.other_s / max(1, len(plan.slots))
+        each = own.other_s / max(1, layers)
         machine = Machine("", 0, math.inf, rate, latency, sync_seconds=0.0, layer_seconds=each)
         return predict(plan, machine, 1, hits).tokens_per_s.likely
 
     def behind(rate: float, latency: float) -> report.Throttled:
         with slowed(rate, latency):
-            _, again = measured()
+            found = measured().tokens_per_s
         stated = None if math.isinf(rate) else rate
-        return report.Throttled(stated, latency, again, modelled(rate, latency))
+        return report.Throttled(stated, latency, found, modelled(rate, latency))
 
     even = own.read_bytes / own.other_s
     rates = [r for i in range(points) if (r := even * 2.0 ** (2 - i)) < drive] or [drive / 2]
     # A layer's reads share a latency as far as they are in flight together.
-    turns = max(1.0, own.reads / threads / len(plan.slots))
-    each = own.other_s / (turns * len(plan.slots))
+    each = own.other_s / max(layers, own.reads / threads)
     by_rate = [behind(r, 0.0) for r in rates]
     by_latency = [behind(math.inf, each * 2.0 ** (i - points + 2)) for i in range(points)]
-    off = [
-        abs(p.modelled_tokens_per_s / p.tokens_per_s.median - 1) for p in (*by_rate, *by_latency)
-    ]
+    off = [abs(p.modelled_tokens_per_s / p.tokens_per_s.median - 1) for p in by_rate + by_latency]
     curve = np.geomspace(min(rates) / 2, 40e9, 40).tolist()
+    machines = []
+    for m in NAMED_MACHINES.values():
+        here, there = modelled(m.drive_rate, m.drive_latency), predict(plan, m, 1, hits)
+        machines.append(report.NamedMachine(m.name, m.drive_rate, here, there.tokens_per_s))
     return report.Sensitivity(
         unthrottled=own,
         by_rate=by_rate,
         by_latency=by_latency,
         curve=[report.CurvePoint(r, modelled(r, 0.0)) for r in curve],
-        machines=[
-            report.NamedMachine(
-                m.name,
-                m.drive_rate,
-                modelled(m.drive_rate, m.drive_latency),
-                predict(plan, m, 1, hits).tokens_per_s,
-            )
-            for m in NAMED_MACHINES.values()
-        ],
+        machines=machines,
         median_error_of_model=statistics.median(off) if off else None,
     )

@@ -24,41 +24,39 @@ _LAGS = (1, 2, 4, 8, 16)
 def locality(
     traces: Sequence[Routing], shares: Sequence[float], policy: str, kinds: Sequence[report.Kind]
 ) -> report.Locality:
-    """Everything about some prompts' traces.
+    """Everything about some prompts' traces, replayed at each of the resident `shares`.
 
     Args:
-        shares: resident shares to replay.
         policy: in force; LRU and the optimum are replayed beside it.
         kinds: of the prompts.
     """
     # A server's view: one request after another.
     layers = tuple(list(itertools.chain(*calls)) for calls in zip(*(t.layers for t in traces)))  # noqa: B905
     joined = replace(traces[0], name="all, one after another", layers=layers)
-    caches = _caches(traces, joined, shares, policy)
-    return report.Locality(
-        tokens=sum(len(rows) for rows in joined.layers[0]),
-        caches=caches,
-        by_kind=by_kind(caches.by_prompt_alone, kinds),
-        reuse=reuse_distances(joined),
-        token_overlap=token_overlap(traces),
-        request_overlap=request_overlap(traces),
-    )
-
-
-def _caches(
-    traces: Sequence[Routing], joined: Routing, shares: Sequence[float], policy: str
-) -> report.Caches:
-    """Hit rates by share, policy, layer and prompt; misses by kind. Replayed, not measured."""
     machine = next(iter(NAMED_MACHINES.values()))  # any will do: only counts are used
     together = simulate([joined], shares, list(dict.fromkeys(("lru", policy, BEST))), machine).rows
     alone = simulate(traces, shares, [policy], machine).rows
     names = [f.name for f in fields(report.CacheRow)]
-    return report.Caches(
-        policy,
-        list(shares),
-        [report.CacheRow(**{name: getattr(r, name) for name in names}) for r in together],
-        [report.LayerRow(r.share, list(r.layer_hit_rates)) for r in together if r.policy == policy],
-        [report.PromptRow(int(r.trace), r.share, r.hit_rate) for r in alone if r.trace != "all"],
+    prompts = [
+        report.PromptRow(int(r.trace), r.share, r.hit_rate) for r in alone if r.trace != "all"
+    ]
+    return report.Locality(
+        tokens=sum(len(rows) for rows in joined.layers[0]),
+        caches=report.Caches(
+            policy=policy,
+            shares=list(shares),
+            by_policy=[report.CacheRow(**{k: getattr(r, k) for k in names}) for r in together],
+            by_layer=[
+                report.LayerRow(r.share, list(r.layer_hit_rates))
+                for r in together
+                if r.policy == policy
+            ],
+            by_prompt_alone=prompts,
+        ),
+        by_kind=by_kind(prompts, kinds),
+        reuse=reuse_distances(joined),
+        token_overlap=token_overlap(traces),
+        request_overlap=request_overlap(traces),
     )
 
 
@@ -85,23 +83,18 @@ def reuse_distances(routing: Routing) -> report.Reuse:
     An LRU cache hits exactly the uses whose distance is below its slots. Distances are shares of
     the layer's experts, so that layers of different sizes add up.
     """
-    distances: list[float] = []
-    first = total = 0
+    distances: list[float] = []  # infinite for first uses
     for calls, experts in zip(routing.layers, routing.experts, strict=True):
         order: list[int] = []  # most recent first
         for rows in calls:
             needed = list(dict.fromkeys(rows.ravel().tolist()))
             for expert in needed if len(rows) == 1 else ():
-                total += 1
-                if expert in order:
-                    distances.append(order.index(expert) / experts)
-                else:
-                    first += 1
-            used = set(needed)
-            order = needed + [e for e in order if e not in used]
-    grid = [i / 32 for i in range(33)]
-    uses = np.searchsorted(np.sort(np.array(distances)), grid, side="right") / max(1, total)
-    return report.Reuse(grid, uses.tolist(), first / max(1, total))
+                known = expert in order
+                distances.append(order.index(expert) / experts if known else np.inf)
+            order = needed + [e for e in order if e not in needed]
+    grid, total = [i / 32 for i in range(33)], max(1, len(distances))
+    uses = np.searchsorted(np.sort(np.array(distances)), grid, side="right") / total
+    return report.Reuse(grid, uses.tolist(), distances.count(np.inf) / total)
 
 
 def token_overlap(traces: Sequence[Routing]) -> list[report.Overlap]:
@@ -119,9 +112,7 @@ def token_overlap(traces: Sequence[Routing]) -> list[report.Overlap]:
             for a, b in zip(sets, sets[lag:])  # noqa: B905
         ]
         if pairs:
-            rows.append(
-                report.Overlap(lag, *(statistics.fmean(x) for x in zip(*pairs, strict=True)))
-            )
+            rows.append(report.Overlap(lag, *map(statistics.fmean, zip(*pairs, strict=True))))
     return rows
 
 

@@ -28,23 +28,29 @@ def method(
     folder: Path, name: str, expert_stream: ExpertStream, settings: Settings,
     prompts: list[Prompt], load: float | None,
 ) -> Method:  # fmt: skip
-    """How a report is made.
-
-    Args:
-        name: of the model, on the page.
-        load: `load_average` before the run.
-    """
-    plan = expert_stream.plan
+    """How a report is made; `name` is the model's on the page, `load` of before the run."""
+    bypass, device = expert_stream.bypasses_page_cache, mx.device_info().items()
+    cached = "in use and warm after the first passes: misses are mostly served from memory"
+    if not bypass and direct_works(Path(expert_files(expert_stream.layers)[0])):
+        cached += " (--bypass-page-cache on measures the drive)"
     return Method(
-        machine=_machine(),
+        machine=Host(
+            system=f"{host.system()} {host.release()}",
+            architecture=host.machine(),
+            processor=processor_name(),
+            cores=os.cpu_count() or 0,
+            memory_bytes=total_memory_bytes(),
+            mlx_device=str(mx.default_device()),
+            device={k: v for k, v in device if isinstance(v, (int, str)) and k != "uuid"},
+        ),
         load_average=load,
         versions=_versions(),
         model=_model(folder, name, expert_stream),
         options=_options(expert_stream),
-        resident_share=plan.resident_share,
-        cache_bytes=plan.cache,
-        page_cache=_page_cache(expert_stream),
-        bypasses_page_cache=expert_stream.bypasses_page_cache,
+        resident_share=expert_stream.plan.resident_share,
+        cache_bytes=expert_stream.plan.cache,
+        page_cache="bypassed: every miss goes to the drive" if bypass else cached,
+        bypasses_page_cache=bypass,
         settings=settings,
         prompts=[PromptSize(p.task, p.language, len(p.tokens)) for p in prompts],
         sampling="greedy",
@@ -54,25 +60,9 @@ def method(
 
 def load_average() -> float | None:
     """Runnable threads over the last minute; None if the system does not say."""
-    try:
+    with suppress(OSError):
         return os.getloadavg()[0]
-    except OSError:
-        return None
-
-
-def _machine() -> Host:
-    device = {
-        k: v for k, v in mx.device_info().items() if isinstance(v, (int, str)) and k != "uuid"
-    }
-    return Host(
-        system=f"{host.system()} {host.release()}",
-        architecture=host.machine(),
-        processor=processor_name(),
-        cores=os.cpu_count() or 0,
-        memory_bytes=total_memory_bytes(),
-        mlx_device=str(mx.default_device()),
-        device=device,
-    )
+    return None
 
 
 def _versions() -> dict[str, str]:
@@ -112,12 +102,3 @@ def _options(expert_stream: ExpertStream) -> dict[str, Any]:
     options |= {name: bool(options[name]) for name in ("store", "hot_set")}
     del options["about"]
     return options
-
-
-def _page_cache(expert_stream: ExpertStream) -> str:
-    if expert_stream.bypasses_page_cache:
-        return "bypassed: every miss goes to the drive"
-    text = "in use and warm after the first passes: misses are mostly served from memory"
-    if direct_works(Path(expert_files(expert_stream.layers)[0])):
-        text += " (--bypass-page-cache on measures the drive)"
-    return text

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from ._panels import COLOURS, PANELS, STYLE, NotMeasured, Panel
 from ._report import Report
 
 _TEMPLATE = Path(__file__).parent.parent / "data" / "report.html"
+# Those with panels, and their titles; the method comes before, the limits after.
 SECTIONS = {
     "speed": "Speed",
     "ssd": "The drive",
@@ -23,10 +26,7 @@ SECTIONS = {
     "power": "Power and heat",
     "quality": "Quality",
 }
-"""Sections with panels, and their titles; the method comes before, the limits after."""
-
-UNFINISHED = "unfinished"
-"""Name of an ended run's files, so that an earlier, whole report is kept."""
+UNFINISHED = "unfinished"  # name of an ended run's files, so that an earlier, whole report is kept
 
 
 def check_libraries() -> None:
@@ -45,28 +45,26 @@ def write_page(report: Report, folder: Path, name: str = "report") -> Path:
     Raises:
         StreamError: the folder cannot be written, or a library is missing.
     """
-    page = folder / f"{name}.html"
     text = render(report)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with whole(page) as partial, partial.open("w", encoding="utf-8") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-    except OSError as e:
-        raise StreamError(f"{folder}: cannot write the report: {e.strerror}") from e
+    page = folder / f"{name}.html"
+    with _into(folder), whole(page) as partial, partial.open("w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
     return page
 
 
 def write_data(found: dict[str, Any], folder: Path, name: str = "report") -> None:
-    """Write `NAME.json`, whole or not at all.
+    """Write `NAME.json`, whole or not at all; raises as `write_page`."""
+    with _into(folder):
+        write_json(folder / f"{name}.json", found, indent=1)
 
-    Raises:
-        StreamError: the folder cannot be written.
-    """
+
+@contextmanager
+def _into(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / f"{name}.json", found, indent=1)
+        yield
     except OSError as e:
         raise StreamError(f"{folder}: cannot write the report: {e.strerror}") from e
 
@@ -87,6 +85,8 @@ def draw(panel: Panel, report: Report) -> tuple[str, str]:
             sentence = panel.answer(report, axes)
         except NotMeasured:
             sentence = "Not measured: the run ended before."
+        if axes.get_legend_handles_labels()[0]:  # above the axes, where it hides no point
+            axes.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
         drawn = svg(figure, panel.key, sentence) if axes.has_data() else ""
     pyplot().close(figure)
     return sentence, drawn
@@ -99,16 +99,13 @@ def svg(figure: Any, key: str, label: str) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
-    text = text[text.index("<svg") :]
+    text = text[text.index("<svg") :].replace("xlink:href", "href")
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->\s*", "", text, flags=re.S)
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
     text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)
-    text = text.replace("xlink:href", "href")
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{key}-", text)
-    for stand_in, colour in COLOURS.items():
-        text = text.replace(stand_in, colour)
-    text = text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
-    return Markup(text)
+    text = re.sub("|".join(COLOURS), lambda m: COLOURS[m[0]], text)
+    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1))
 
 
 def _template() -> Any:

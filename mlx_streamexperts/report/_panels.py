@@ -17,7 +17,7 @@ from .._analysis.plots import pyplot
 from .._analysis.replay import BEST
 from .._config import format_size
 from ._power import counted
-from ._report import Exactness, Repeats, Report
+from ._report import Exactness, Quality, Repeats, Report
 
 # Stand-ins for colours, and the page's own (light or dark), which replace them.
 TEXT, SOFT, LINE = "#0a0b01", "#0a0b02", "#0a0b03"
@@ -33,7 +33,6 @@ STYLE = {
 }  # fmt: skip
 _MARKERS = "os^DvP"
 _POINTS: dict[str, Any] = {"label": "measured, throttled", "linestyle": "none"}
-_ABOVE = {"loc": "lower right", "bbox_to_anchor": (1, 1)}  # a legend that hides no point
 T = TypeVar("T")
 
 
@@ -43,33 +42,18 @@ class NotMeasured(Exception):  # noqa: N818
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel.
-
-    Attributes:
-        key: its name in the page's links.
-        section: of the report: "speed", "ssd" and so on.
-        question: its title.
-        answer: draws onto axes and returns the sentence; raises `NotMeasured`.
-        height: inches.
-    """
-
-    key: str
-    section: str
+    key: str  # in the page's links
+    section: str  # of the report: "speed", "ssd" and so on
     question: str
-    answer: Callable[[Report, Any], str]
-    height: float
+    answer: Callable[[Report, Any], str]  # draws, returns the sentence; may raise `NotMeasured`
+    height: float  # inches
 
 
 PANELS: list[Panel] = []
 
 
-def _panel(
-    section: str, question: str, height: float = 2.7
-) -> Callable[[Callable[[Report, Any], str]], None]:
-    def add(answer: Callable[[Report, Any], str]) -> None:
-        PANELS.append(Panel(answer.__name__[1:], section, question, answer, height))
-
-    return add
+def _panel(section: str, question: str, height: float = 2.7) -> Callable[[Any], None]:
+    return lambda f: PANELS.append(Panel(f.__name__[1:], section, question, f, height))
 
 
 def _need(part: T | None) -> T:
@@ -84,6 +68,10 @@ def _share(x: float) -> str:
 
 def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.2g}"
+
+
+def _percent(values: Iterable[float]) -> list[float]:
+    return [100 * x for x in values]
 
 
 def _quarter(rows: Sequence[T]) -> T:
@@ -102,25 +90,18 @@ def _medians(
     style |= {"marker": _MARKERS[number], "color": SERIES[number], "capsize": 2}
     axes.errorbar(x, [r.median for r in rows], _errors(rows), **style)
     axes.set_ylim(0)
+    _ticks(axes.xaxis, x)
 
 
-def _lines(
-    axes: Any, x: Sequence[float], series: Mapping[str, Sequence[float]], xlabel: str, ylabel: str,
-    **legend: Any,
-) -> None:  # fmt: skip
-    """One line with markers for each entry of `series`, and a legend."""
+def _lines(axes: Any, x: Sequence[float], series: Mapping[str, Sequence[float]]) -> None:
+    """One line with markers for each entry of `series`."""
     for i, (label, y) in enumerate(series.items()):
         axes.plot(x, y, marker=_MARKERS[i], color=SERIES[i], label=label)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.legend(**legend)
 
 
-def _percent(values: Iterable[float]) -> list[float]:
-    return [100 * x for x in values]
-
-
-def _bars(axes: Any, names: Sequence[str], values: Sequence[float], number: int) -> None:
-    axes.barh(names, values, color=SERIES[number], height=0.6)
+def _bars(axes: Any, names: Sequence[str], values: Sequence[float], number: int, **k: Any) -> None:
+    """Horizontal bars, the first at the top."""
+    axes.barh(names, values, color=SERIES[number], **{"height": 0.6, **k})
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
 
@@ -131,35 +112,30 @@ def _ticks(axis: Any, values: Sequence[float]) -> None:
     axis.set_ticks([], minor=True)
 
 
-def _plain(axis: Any) -> None:
-    """Plain numbers: powers of ten would be set as formulas, which are off because of names."""
-    axis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set_minor_formatter(lambda value, _: "")
-
-
-# Speed
+def _scale(axes: Any, axis: str, scale: str, **how: Any) -> None:
+    """A scale with plain numbers: formulas are off because of names, so no powers of ten."""
+    getattr(axes, f"set_{axis}scale")(scale, **how)
+    getattr(axes, f"{axis}axis").set_major_formatter(lambda value, _: f"{value:g}")
+    getattr(axes, f"{axis}axis").set_minor_formatter(lambda value, _: "")
 
 
 @_panel("speed", "How fast, and how much does it vary by prompt?", 3.2)
 def _by_prompt(r: Report, axes: Any) -> str:
-    rows = sorted(_need(r.speed.by_prompt), key=lambda p: p.tokens_per_s.median)
-    rates = [p.tokens_per_s for p in rows]
-    axes.barh(
-        [p.name for p in rows], [x.median for x in rates], xerr=_errors(rates), color=SERIES[0],
-        ecolor=TEXT, capsize=2, height=0.7,
-    )  # fmt: skip
+    rows = sorted(_need(r.speed.by_prompt), key=lambda p: -p.tokens_per_s.median)
+    names, rates = [p.name for p in rows], [p.tokens_per_s for p in rows]
+    style = {"xerr": _errors(rates), "ecolor": TEXT, "capsize": 2, "height": 0.7}
+    _bars(axes, names, [x.median for x in rates], 0, **style)
     axes.set_xlabel("tokens/s: median, lowest, highest")
-    axes.grid(axis="y", visible=False)
-    found, slow, fast = _need(r.speed.tokens_per_s), rows[0], rows[-1]
-    text = (
+    found, fast, slow = _need(r.speed.tokens_per_s), rows[0], rows[-1]
+    inner = statistics.median((x.high - x.low) / x.median for x in rates)
+    spread = f"Repeats of one prompt differ by {_share(inner)}."
+    if len(rates[0].values) == 1:
+        spread = "Each was measured once: how much repeats differ is unknown."
+    return (
         f"{found.median:.3g} tokens/s at the median prompt with {_share(r.method.resident_share)} "
         f"of the experts resident; from {found.low:.3g} ({slow.name}, {_share(slow.hit_rate)} "
-        f"hits) to {found.high:.3g} ({fast.name}, {_share(fast.hit_rate)} hits). "
+        f"hits) to {found.high:.3g} ({fast.name}, {_share(fast.hit_rate)} hits). {spread}"
     )
-    if len(rates[0].values) == 1:
-        return text + "Each was measured once: how much repeats differ is unknown."
-    inner = statistics.median((x.high - x.low) / x.median for x in rates)
-    return text + f"Repeats of one prompt differ by {_share(inner)}."
 
 
 @_panel("speed", "Does it stay that fast?")
@@ -170,7 +146,6 @@ def _sustained(r: Report, axes: Any) -> str:
     axes.axhline(rate.median, color=SOFT, linewidth=0.8, label="median")
     axes.axhline(0.8 * rate.median, color=SERIES[2], linestyle=":", label="80 %: below is a dip")
     axes.set(ylim=(0, None), xlabel="seconds", ylabel=f"tokens/s in {run.window_s:g} s")
-    axes.legend(ncols=2, **_ABOVE)
     drift = "too few windows to tell a drift"
     if run.drift is not None:
         drift = f"the last third runs {100 * run.drift:+.1f} % against the first"
@@ -186,19 +161,18 @@ def _sustained(r: Report, axes: Any) -> str:
 @_panel("speed", "How long until the first token?")
 def _first_token(r: Report, axes: Any) -> str:
     rows, cold = _need(r.speed.by_prompt_length), r.speed.cold_start
-    x = [p.prompt_tokens for p in rows]
-    _medians(axes, x, [p.seconds for p in rows])
     axes.set(xscale="log", xlabel="tokens of the prompt", ylabel="seconds to the first token")
-    _ticks(axes.xaxis, x)
-    dropped = "the files as the page cache had them (this system cannot drop them)"
+    _medians(axes, [p.prompt_tokens for p in rows], [p.seconds for p in rows])
+    dropped = "as the page cache had them (this system cannot drop them)"
     if cold.page_cache_dropped:
-        dropped = "the files dropped from the page cache before"
-    on_cpu = "cpu" in r.method.machine.mlx_device
+        dropped = "dropped from the page cache before"
+    compiled = "" if "cpu" in r.method.machine.mlx_device else ", compiling for the device included"
+    first, last = rows[0], rows[-1]
     return (
-        f"{rows[0].seconds.median:.3g} s for {x[0]} tokens, {rows[-1].seconds.median:.3g} s for "
-        f"{x[-1]}. From a cold start, with {dropped}: {cold.load_s:.3g} s to load and "
-        f"{cold.first_token_s:.3g} s to the first token of {cold.prompt_tokens}, once"
-        + ("." if on_cpu else ", with what the device has to compile for it.")
+        f"{first.seconds.median:.3g} s for {first.prompt_tokens} tokens, "
+        f"{last.seconds.median:.3g} s for {last.prompt_tokens}. From a cold start, with the files "
+        f"{dropped}: {cold.load_s:.3g} s to load and {cold.first_token_s:.3g} s to the first token "
+        f"of {cold.prompt_tokens}, once{compiled}."
     )
 
 
@@ -206,9 +180,8 @@ def _first_token(r: Report, axes: Any) -> str:
 def _context(r: Report, axes: Any) -> str:
     rows = _need(r.speed.by_prompt_length)
     x, rates = [p.prompt_tokens for p in rows], [p.tokens_per_s for p in rows]
-    _medians(axes, x, rates, 1)
     axes.set(xscale="log", xlabel="tokens of context", ylabel="tokens/s")
-    _ticks(axes.xaxis, x)
+    _medians(axes, x, rates, 1)
     change = rates[-1].median / rates[0].median - 1
     return (
         f"{rates[-1].median:.3g} tokens/s after {x[-1]} tokens, {100 * change:+.0f} % against "
@@ -219,65 +192,54 @@ def _context(r: Report, axes: Any) -> str:
 @_panel("speed", "What do several sequences at once reach?")
 def _batch(r: Report, axes: Any) -> str:
     rows = _need(r.speed.by_batch)
-    x = [b.batch for b in rows]
-    _medians(axes, x, [b.tokens_per_s for b in rows], 2)
     axes.set(xlabel="sequences at once", ylabel="tokens/s of all together")
-    _ticks(axes.xaxis, x)
+    _medians(axes, [b.batch for b in rows], [b.tokens_per_s for b in rows], 2)
     best = max(rows, key=lambda b: b.tokens_per_s.median)
-    rate = best.tokens_per_s.median
+    rate, one = best.tokens_per_s.median, rows[0].tokens_per_s.median
     return (
-        f"Most with {best.batch} at once: {rate:.3g} tokens/s, "
-        f"{rate / rows[0].tokens_per_s.median:.2g} times one sequence; each then gets "
-        f"{rate / best.batch:.3g}."
+        f"Most with {best.batch} at once: {rate:.3g} tokens/s, {rate / one:.2g} times one "
+        f"sequence; each then gets {rate / best.batch:.3g}."
     )
-
-
-# The drive
-
-
-def _how(r: Report) -> str:
-    return f"{'past' if _need(r.ssd).bypasses_page_cache else 'through'} the page cache"
 
 
 def _by_size(
     r: Report, axes: Any, label: str, value: Callable[[DriveRate], float]
-) -> list[DriveRate]:
-    rows = _need(_need(r.ssd).rates)
+) -> tuple[list[DriveRate], str]:
+    """Draw rates of the drive; returns them, and how its reads used the page cache."""
+    ssd = _need(r.ssd)
+    rows = _need(ssd.rates)
     sizes = sorted({x.read_bytes / 1024 for x in rows})
     depths = sorted({x.depth for x in rows})
-    series = {f"{n}": [value(x) for x in rows if x.depth == n] for n in depths}
-    _lines(axes, sizes, series, "KiB of one read", label, title="reads in flight", ncols=3)
-    ticks: list[int] = []
-    for n in sizes:
-        if not ticks or n > 1.5 * ticks[-1]:  # no two on one spot
-            ticks.append(round(n))
+    series = {f"{n} in flight": [value(x) for x in rows if x.depth == n] for n in depths}
+    _lines(axes, sizes, series)
+    axes.set(xlabel="KiB of one read", ylabel=label)
     axes.set_xscale("log", base=2)
-    _ticks(axes.xaxis, ticks)
+    apart = (n for a, n in itertools.pairwise([0, *sizes]) if n > 1.5 * a)  # no two on one spot
+    _ticks(axes.xaxis, [round(n) for n in apart])
     axes.tick_params("x", rotation=45)
-    return rows
+    return rows, f"{'past' if ssd.bypasses_page_cache else 'through'} the page cache"
 
 
 @_panel("ssd", "What does the drive give?")
 def _bandwidth(r: Report, axes: Any) -> str:
-    rows = _by_size(r, axes, "GB/s", lambda x: x.rate / 1e9)
+    rows, how = _by_size(r, axes, "GB/s", lambda x: x.rate / 1e9)
     axes.set_ylim(0)
     best = max(rows, key=lambda x: x.rate)
     return (
         f"Up to {format_size(best.rate)}/s, with {best.depth} reads of {best.read_bytes >> 10} KiB "
-        f"in flight, at random places of the model's own files, {_how(r)}."
+        f"in flight, at random places of the model's own files, {how}."
     )
 
 
 @_panel("ssd", "How long does a read take?")
 def _latency(r: Report, axes: Any) -> str:
-    rows = _by_size(r, axes, "median milliseconds", lambda x: 1e3 * x.latency)
-    axes.set_yscale("log")
-    _plain(axes.yaxis)
+    rows, how = _by_size(r, axes, "median milliseconds", lambda x: 1e3 * x.latency)
+    _scale(axes, "y", "log")
     alone = [x for x in rows if x.depth == 1]
     small, large = alone[0], alone[-1]
     return (
         f"{_ms(small.latency)} ms for {small.read_bytes >> 10} KiB and {_ms(large.latency)} ms for "
-        f"{large.read_bytes >> 10} KiB one at a time, {_how(r)}; 99 of 100 within "
+        f"{large.read_bytes >> 10} KiB one at a time, {how}; 99 of 100 within "
         f"{_ms(small.latency_p99)} and {_ms(large.latency_p99)} ms."
     )
 
@@ -288,11 +250,10 @@ def _reads(r: Report, axes: Any) -> str:
     if not found.reads:
         return "Generation made no reads."
     at = {p.percentile: p for p in found.percentiles}
-    times = [(1e3 * p.latency_s, 1e3 * p.queued_s) for p in found.percentiles]
-    series = dict(zip(("read", "queued before"), zip(*times, strict=True), strict=True))
-    _lines(axes, list(at), series, "percentile", "milliseconds")
-    axes.set_yscale("symlog", linthresh=0.01)
-    _plain(axes.yaxis)
+    read, queued = ([1e3 * getattr(p, k) for p in at.values()] for k in ("latency_s", "queued_s"))
+    _lines(axes, list(at), {"read": read, "queued before": queued})
+    axes.set(xlabel="percentile", ylabel="milliseconds")
+    _scale(axes, "y", "symlog", linthresh=0.01)
     return (
         f"{found.reads} reads, of {format_size(at[50].bytes)} at the median and "
         f"{format_size(at[100].bytes)} at most, {at[50].depth:.0f} in flight "
@@ -307,30 +268,26 @@ def _by_rate(r: Report, axes: Any) -> str:
     found = _need(_need(r.ssd).sensitivity)
     x = [p.bytes_per_s / 1e9 for p in found.curve]
     axes.plot(x, [p.tokens_per_s for p in found.curve], color=SOFT, label="modelled")
-    rows = [(p.bytes_per_s or 0.0, p.tokens_per_s) for p in found.by_rate]
-    _medians(axes, [x / 1e9 for x, _ in rows], [y for _, y in rows], **_POINTS)
-    label = "drives of named machines (predicted)"
+    rates = [p.bytes_per_s or 0.0 for p in found.by_rate]
+    _medians(axes, [x / 1e9 for x in rates], [p.tokens_per_s for p in found.by_rate], **_POINTS)
+    label = "named machines (predicted)"
     for i, m in enumerate(sorted(found.machines, key=lambda m: m.bytes_per_s)):
-        above = i % 2  # neighbours are close
         place = m.bytes_per_s / 1e9, m.this_compute_tokens_per_s
         axes.plot(*place, "D", color=SERIES[2], label="" if i else label)
-        axes.annotate(
-            m.name.rsplit(" ", 2)[0],  # without its memory
-            place, xytext=(0, 6 if above else -6), textcoords="offset points", rotation=90,
-            fontsize=6.5, ha="center", va="bottom" if above else "top",
-        )  # fmt: skip
-    axes.set_xscale("log")
-    _plain(axes.xaxis)
+        y, side = ((-6, "top"), (6, "bottom"))[i % 2]  # neighbours are close
+        name = m.name.rsplit(" ", 2)[0]  # without its memory
+        style = {"rotation": 90, "fontsize": 6.5, "ha": "center", "va": side}
+        axes.annotate(name, place, xytext=(0, y), textcoords="offset points", **style)
+    _scale(axes, "x", "log")
     axes.set(ylim=(0, 1.35 * axes.get_ylim()[1]), xlabel="drive, GB/s", ylabel="tokens/s")
-    axes.legend(**_ABOVE)
-    own, (rate, slow) = found.unthrottled, min(rows, key=lambda x: x[0])
+    own, slow = found.unthrottled, min(found.by_rate, key=lambda p: p.bytes_per_s or 0.0)
     gain = m.this_compute_tokens_per_s / own.tokens_per_s.median - 1  # of the fastest drive
     return (
         f"{own.tokens_per_s.median:.3g} tokens/s unthrottled, one text again and again, "
-        f"{_share(own.wait_s / own.token_s)} of the time waiting for reads; {slow.median:.3g} "
-        f"behind {format_size(rate)}/s. Modelled as the measured time beside reads, plus read "
-        f"bytes over rate: predicted for the drive of {m.name} ({format_size(m.bytes_per_s)}/s) "
-        f"{100 * gain:+.0f} %, on this machine's processor."
+        f"{_share(own.wait_s / own.token_s)} of the time waiting for reads; "
+        f"{slow.tokens_per_s.median:.3g} behind {format_size(slow.bytes_per_s or 0.0)}/s. Modelled "
+        "as the measured time beside reads, plus read bytes over rate: predicted for the drive of "
+        f"{m.name} ({format_size(m.bytes_per_s)}/s) {100 * gain:+.0f} %, on this processor."
     )
 
 
@@ -338,12 +295,10 @@ def _by_rate(r: Report, axes: Any) -> str:
 def _by_latency(r: Report, axes: Any) -> str:
     found = _need(_need(r.ssd).sensitivity)
     rows = found.by_latency
-    x = [1e3 * p.latency_s for p in rows]
+    x = [float(f"{1e3 * p.latency_s:.2g}") for p in rows]
     axes.plot(x, [p.modelled_tokens_per_s for p in rows], color=SOFT, label="modelled")
-    _medians(axes, x, [p.tokens_per_s for p in rows], **_POINTS)
     axes.set(xscale="log", xlabel="milliseconds added to each read", ylabel="tokens/s")
-    _ticks(axes.xaxis, [float(f"{v:.2g}") for v in x])
-    axes.legend()
+    _medians(axes, x, [p.tokens_per_s for p in rows], **_POINTS)
     middle, error = rows[len(rows) // 2], found.median_error_of_model or 0.0
     loss = 1 - middle.tokens_per_s.median / found.unthrottled.tokens_per_s.median
     return (
@@ -353,9 +308,6 @@ def _by_latency(r: Report, axes: Any) -> str:
     )
 
 
-# Locality
-
-
 @_panel("locality", "How many experts must be resident?")
 def _policies(r: Report, axes: Any) -> str:
     found = _need(r.locality).caches
@@ -363,9 +315,8 @@ def _policies(r: Report, axes: Any) -> str:
     for c in found.by_policy:
         name = f"{c.policy} (optimum)" if c.policy == BEST else c.policy
         series.setdefault(name, []).append(100 * c.hit_rate)
-    x = _percent(found.shares)
-    _lines(axes, x, series, "resident experts, %", "hit rate, %", loc="lower right")
-    axes.set_ylim(0, 100)
+    _lines(axes, _percent(found.shares), series)
+    axes.set(ylim=(0, 100), xlabel="resident experts, %", ylabel="hit rate, %")
     share = _quarter(found.by_policy).share
     at = {c.policy: _share(c.hit_rate) for c in found.by_policy if c.share == share}
     others = ", ".join(f"{p} {v}" for p, v in at.items() if p not in (found.policy, BEST))
@@ -389,12 +340,11 @@ def _misses(r: Report, axes: Any) -> str:
     axes.bar(names, again, bottom=first, color=SERIES[2], label="capacity: evicted before")
     axes.grid(axis="x", visible=False)
     axes.set(xlabel="resident experts, %", ylabel="misses, % of uses")
-    axes.legend()
     row = _quarter(rows)
+    part = row.compulsory / max(1, row.compulsory + row.capacity)
     return (
-        f"With {_share(row.share)} resident, "
-        f"{_share(row.compulsory / max(1, row.compulsory + row.capacity))} of all misses are first "
-        "uses, which no cache saves (longer runs have relatively fewer); evictions cause the rest."
+        f"With {_share(row.share)} resident, {_share(part)} of all misses are first uses, which no "
+        "cache saves (longer runs have relatively fewer); evictions cause the rest."
     )
 
 
@@ -402,12 +352,12 @@ def _misses(r: Report, axes: Any) -> str:
 def _layers(r: Report, axes: Any) -> str:
     rows = _need(r.locality).caches.by_layer
     layers = range(len(rows[0].hit_rates))
-    series = {f"{row.share:.1%}": _percent(row.hit_rates) for row in rows[: len(SERIES)]}
-    _lines(axes, layers, series, "expert layer", "hit rate, %", title="resident", ncols=5, **_ABOVE)
+    series = {f"{row.share:.1%} resident": _percent(row.hit_rates) for row in rows[: len(SERIES)]}
+    _lines(axes, layers, series)
     for line in axes.lines if len(layers) >= 20 else ():
         line.set_marker("")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_ylim(0, 100)
+    axes.set(ylim=(0, 100), xlabel="expert layer", ylabel="hit rate, %")
     row = _quarter(rows)
     low, high = (f(layers, key=row.hit_rates.__getitem__) for f in (min, max))
     return (
@@ -419,26 +369,21 @@ def _layers(r: Report, axes: Any) -> str:
 @_panel("locality", "Does the hit rate depend on task and prompt?")
 def _alone(r: Report, axes: Any) -> str:
     found, prompts = _need(r.locality), r.method.prompts
-    rows = found.caches.by_prompt_alone
+    rows, last = found.caches.by_prompt_alone, len(SERIES) - 1
     tasks = list(dict.fromkeys(p.task for p in prompts))
-    last = len(SERIES) - 1
     for i, task in enumerate(tasks[: last + 1]):
         mine = [x for x in rows if min(last, tasks.index(prompts[x.prompt].task)) == i]
-        axes.plot(
-            _percent(x.share for x in mine), _percent(x.hit_rate for x in mine), _MARKERS[i],
-            color=SERIES[i], alpha=0.7, markersize=3.5,
-            label=task + (" and others" if i == last and tasks[last + 1 :] else ""),
-        )  # fmt: skip
+        x, y = _percent(x.share for x in mine), _percent(x.hit_rate for x in mine)
+        label = task + (" and others" if i == last and tasks[last + 1 :] else "")
+        style = {"color": SERIES[i], "alpha": 0.7, "markersize": 3.5}
+        axes.plot(x, y, _MARKERS[i], label=label, **style)
     axes.set(ylim=(0, 100), xlabel="resident experts, %", ylabel="hit rate of one prompt, %")
-    axes.legend(ncols=2, loc="lower right")
     share = _quarter(rows).share
     order = sorted((x for x in rows if x.share == share), key=lambda x: x.hit_rate)
-    low, high = order[0], order[-1]
+    low, high = (f"{_share(x.hit_rate)} ({prompts[x.prompt].name})" for x in (order[0], order[-1]))
     return (
-        f"Each prompt by itself from an empty cache, {_share(share)} resident: from "
-        f"{_share(low.hit_rate)} ({prompts[low.prompt].name}) to {_share(high.hit_rate)} "
-        f"({prompts[high.prompt].name}); standard deviation over prompts "
-        f"{100 * found.by_kind.deviation:.1f} points."
+        f"Each prompt by itself from an empty cache, {_share(share)} resident: from {low} to "
+        f"{high}; standard deviation over prompts {100 * found.by_kind.deviation:.1f} points."
     )
 
 
@@ -449,7 +394,6 @@ def _reuse(r: Report, axes: Any) -> str:
     axes.axhline(100 * (1 - found.first_uses), color=SOFT, linestyle=":", label="all but first")
     axes.set(ylim=(0, 100), ylabel="uses, %")
     axes.set_xlabel("other experts used in between, % of the layer's")
-    axes.legend(loc="lower right")
     quarter = found.uses[found.shares.index(0.25)]
     return (
         f"{_share(quarter)} of a token's expert uses come before a quarter of the layer's other "
@@ -462,17 +406,15 @@ def _tokens(r: Report, axes: Any) -> str:
     rows = _need(r.locality).token_overlap
     if not rows:
         return "Too few tokens were generated to tell."
-    x = [o.lag for o in rows]
+    x, first, last = [o.lag for o in rows], rows[0], rows[-1]
     axes.plot(x, _percent(o.shared for o in rows), "o-", color=SERIES[0], label="measured")
     axes.plot(x, _percent(o.by_chance for o in rows), ":", color=SOFT, label="by chance")
     axes.set_xscale("log", base=2)
     _ticks(axes.xaxis, x)
     axes.set(ylim=(0, None), xlabel="tokens apart", ylabel="experts in common, %")
-    axes.legend()
     return (
-        f"A token shares {_share(rows[0].shared)} of its experts with the one before and "
-        f"{_share(rows[-1].shared)} with the one {x[-1]} before; by chance it would be "
-        f"{_share(rows[0].by_chance)}."
+        f"A token shares {_share(first.shared)} of its experts with the one before (by chance "
+        f"{_share(first.by_chance)}) and {_share(last.shared)} with the one {last.lag} before."
     )
 
 
@@ -480,24 +422,19 @@ def _tokens(r: Report, axes: Any) -> str:
 def _requests(r: Report, axes: Any) -> str:
     matrix, prompts = _need(r.locality).request_overlap, r.method.prompts
     square, count = pyplot().Rectangle, len(prompts)
-    for i, row in enumerate(matrix):
-        for j, value in enumerate(row):
-            colour = (SERIES[0], round(max(0.0, value), 2))
-            axes.add_patch(square((j, i), 1, 1, facecolor=colour))
+    for i, j in itertools.product(range(count), repeat=2):
+        colour = (SERIES[0], round(max(0.0, matrix[i][j]), 2))
+        axes.add_patch(square((j, i), 1, 1, facecolor=colour))
     axes.set(xlim=(0, count), ylim=(count, 0), aspect="equal")
     ticks = [i + 0.5 for i in range(count)]
     axes.set_yticks(ticks, [p.name for p in prompts], fontsize=7)
     axes.set_xticks(ticks, range(1, count + 1), fontsize=7)
     axes.grid(visible=False)
-    means = []
-    for same, kind in ((True, "one task"), (False, "different tasks")):
-        values = [
-            matrix[i][j]
-            for i, j in itertools.combinations(range(count), 2)
-            if (prompts[i].task == prompts[j].task) == same
-        ]
-        if values:
-            means.append(f"{statistics.fmean(values):.2f} between requests of {kind}")
+    alike: dict[bool, list[float]] = {True: [], False: []}
+    for i, j in itertools.combinations(range(count), 2):
+        alike[prompts[i].task == prompts[j].task].append(matrix[i][j])
+    kinds = ((alike[True], "one task"), (alike[False], "different tasks"))
+    means = [f"{statistics.fmean(x):.2f} between requests of {kind}" for x, kind in kinds if x]
     if not means:
         return "One request alone has nothing to be compared with."
     return (
@@ -506,35 +443,28 @@ def _requests(r: Report, axes: Any) -> str:
     )
 
 
-# Power and heat
-
-
-def _missing(r: Report, heat: bool) -> str:
+def _no_sensor(r: Report, what: str, heat: bool) -> str:
     missing = _need(r.power).missing
-    kinds = {k: v for k, v in missing.items() if k == "NVML" or heat == (k == "temperature")}
-    return "; ".join(f"{name}: {why}" for name, why in kinds.items())
+    kinds = [k for k in missing if k == "NVML" or heat == (k == "temperature")]
+    why = "; ".join(f"{k}: {missing[k]}" for k in kinds)
+    return f"Not measured, and not guessed: no {what} can be read here ({why})."
 
 
 @_panel("power", "How much power does it take?")
 def _watts(r: Report, axes: Any) -> str:
     found = _need(r.power)
     if found.joules_per_token is None:
-        why = _missing(r, heat=False)
-        return f"Not measured, and not guessed: no energy counter can be read here ({why})."
-    for i, (watts, label) in enumerate(
-        ((found.watts_at_rest, "at rest"), (found.watts, "decoding"))
-    ):
-        places = [j + 0.4 * i for j in range(len(found.sources))]
-        values = [watts.get(name, 0.0) for name in found.sources]
+        return _no_sensor(r, "energy counter", heat=False)
+    names, both = found.sources, {"at rest": found.watts_at_rest, "decoding": found.watts}
+    for i, (label, watts) in enumerate(both.items()):
+        places, values = [j + 0.4 * i for j in range(len(names))], [watts.get(n, 0) for n in names]
         axes.barh(places, values, 0.38, color=SERIES[i], label=label)
-    axes.set_yticks([j + 0.2 for j in range(len(found.sources))], found.sources)
+    axes.set_yticks([j + 0.2 for j in range(len(names))], names)
     axes.set_xlabel("watts")
-    axes.legend(ncols=2, **_ABOVE)
-    total, rest = (sum(counted(watts).values()) for watts in (found.watts, found.watts_at_rest))
+    rest, total = (sum(counted(watts).values()) for watts in both.values())
     return (
         f"{found.joules_per_token:.3g} J a token, prompts' energy included; {total:.3g} W while "
-        f"decoding, {rest:.3g} W at rest, of {', '.join(sorted(counted(found.watts)))} and nothing "
-        "else of the machine."
+        f"decoding, {rest:.3g} W at rest, of {', '.join(sorted(counted(found.watts)))} alone."
     )
 
 
@@ -542,13 +472,11 @@ def _watts(r: Report, axes: Any) -> str:
 def _heat(r: Report, axes: Any) -> str:
     found, windows = _need(r.power), _need(r.speed.sustained).windows
     if not found.celsius_after:
-        why = _missing(r, heat=True)
-        return f"Not measured, and not guessed: no temperature can be read here ({why})."
+        return _no_sensor(r, "temperature", heat=True)
     for i, name in enumerate(list(windows[0].celsius)[: len(SERIES)]):
         degrees = [w.celsius.get(name) for w in windows]
         axes.plot([w.at_s for w in windows], degrees, color=SERIES[i], label=name)
-        axes.legend()
-    axes.set(xlabel="seconds", ylabel="°C")
+        axes.set(xlabel="seconds", ylabel="°C")
     before, after = found.celsius_before, found.celsius_after
     parts = [f"{k} {before[k]:.0f} to {v:.0f} °C" for k, v in after.items() if k in before]
     parts = parts or [f"{k} {v:.0f} °C at the end" for k, v in after.items()]
@@ -558,26 +486,22 @@ def _heat(r: Report, axes: Any) -> str:
     return f"{', '.join(parts)} over the sustained run; {throttled}."
 
 
-# Quality
-
-
-def _judged(r: Report, key: str) -> tuple[list[str], list[float]]:
-    """Names and figures of streamed, then of the lossy what-ifs."""
+def _judged(r: Report, axes: Any, key: str, number: int, label: str, scale: float = 1) -> Quality:
+    """Draw streamed and the lossy what-ifs, if they were compared with stock."""
     found = _need(r.quality)
-    rows = [_need(found.streamed), *found.lossy]
-    names = ["streamed", *(f"{x.name}*" for x in found.lossy)]
-    return names, [getattr(x, key) for x in rows]
+    if found.streamed is not None:
+        values = [scale * getattr(x, key) for x in (found.streamed, *found.lossy)]
+        _bars(axes, ["streamed", *(f"{x.name}*" for x in found.lossy)], values, number)
+        axes.set_xlabel(label)
+    return found
 
 
 @_panel("quality", "Is streaming exact, and what do shortcuts change?")
 def _kl(r: Report, axes: Any) -> str:
-    found = _need(r.quality)
+    found = _judged(r, axes, "kl_nats", 2, "nats of KL divergence from stock, a token")
     if found.streamed is None:
         return found.not_measured
-    _bars(axes, *_judged(r, "kl_nats"), 2)
-    axes.set_xscale("symlog", linthresh=1e-3)
-    _plain(axes.xaxis)
-    axes.set_xlabel("nats of KL divergence from stock, a token")
+    _scale(axes, "x", "symlog", linthresh=1e-3)
     text = f"Streamed logits of {found.streamed.tokens} tokens, whole and one by one, are "
     if found.streamed.identical:
         text += "the same bits as stock."
@@ -595,39 +519,37 @@ def _kl(r: Report, axes: Any) -> str:
 
 
 def _exact(seen: Exactness) -> str:
-    apart, bound = seen.prompts_difference, seen.prompts_bound
-    decoded = "the same bits as stock" if seen.decoded_identical else "NOT the same as stock"
-    text = (
-        f"Decoded one by one, streamed logits of {seen.decoded_tokens} tokens are {decoded}. Those "
-        f"of whole prompts differ by at most {100 * apart:.2g} % of the largest logit: "
-    )
-    if apart <= bound:
-        text += f"this device sums in another order there (allowed: {100 * bound:.2g} %)."
-    else:
-        text += (
-            f"MORE than the {100 * bound:.2g} % that another order of sums explains, unless a "
-            "router that wavered between two experts took the other."
+    apart, bound = seen.prompts_difference, f"{100 * seen.prompts_bound:.2g} %"
+    why = f"this device sums in another order there (allowed: {bound})."
+    if apart > seen.prompts_bound:
+        why = (
+            f"MORE than the {bound} that another order of sums explains, unless a router that "
+            "wavered between two experts took the other."
         )
-    return text if seen.decoded_identical and apart <= bound else f"{text} See doctor --selftest."
+    held = seen.decoded_identical and apart <= seen.prompts_bound
+    return (
+        f"Decoded one by one, streamed logits of {seen.decoded_tokens} tokens are "
+        f"{'the same bits as' if seen.decoded_identical else 'NOT the same as'} stock. Those of "
+        f"whole prompts differ by at most {100 * apart:.2g} % of the largest logit: {why}"
+        + ("" if held else " See doctor --selftest.")
+    )
 
 
 @_panel("quality", "How well is text predicted?")
 def _perplexity(r: Report, axes: Any) -> str:
-    found = _need(r.quality)
+    found = _judged(r, axes, "perplexity", 0, "perplexity (dotted: stock)")
     if found.stock is None or found.streamed is None:
         return f"{found.streamed_perplexity:.4g} streamed; stock was not measured."
     stock = found.stock.perplexity
-    _bars(axes, *_judged(r, "perplexity"), 0)
     axes.axvline(stock, color=TEXT, linestyle=":")
-    axes.set_xlabel("perplexity (dotted: stock)")
-    text = f"{found.streamed.perplexity:.4g} streamed, {stock:.4g} stock, on the prompts."
     changes = [f" {x.name}*: {100 * (x.perplexity / stock - 1):+.1f} %." for x in found.lossy]
+    text = f"{found.streamed.perplexity:.4g} streamed, {stock:.4g} stock, on the prompts."
     return text + "".join(changes)
 
 
 @_panel("quality", "Are answers still right?")
 def _score(r: Report, axes: Any) -> str:
-    found = _need(r.quality)
+    found = _judged(r, axes, "task_score", 1, "right answers, % (dotted: by chance)", 100)
     count = found.task_items
     wide = (found.task_score * count + 2) / (count + 4)  # Agresti and Coull: all right is not ± 0
     error = (wide * (1 - wide) / (count + 4)) ** 0.5
@@ -637,8 +559,6 @@ def _score(r: Report, axes: Any) -> str:
     )
     if found.stock is None:
         return text
-    names, scores = _judged(r, "task_score")
-    _bars(axes, names, [100 * x for x in scores], 1)
     axes.axvline(50, color=SOFT, linestyle=":")
-    axes.set(xlim=(0, 100), xlabel="right answers, % (dotted: by chance)")
+    axes.set_xlim(0, 100)
     return f"{text} Stock: {_share(found.stock.task_score)}."

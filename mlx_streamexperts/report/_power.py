@@ -1,17 +1,18 @@
 """A machine's own readings of power and heat; nothing is guessed if there are none.
 
-Sources: on Apple silicon `zeus_apple_silicon` (its counters need no rights) and macOS's thermal
-pressure; on Linux RAPL (mostly readable by root only) and the kernel's temperature zones; on NVIDIA
-cards NVML (`pynvml`). Libraries are optional; every missing source says why.
+On Apple silicon `zeus_apple_silicon` (its counters need no rights) and macOS's thermal pressure; on
+Linux RAPL (mostly readable by root only), the kernel's temperature zones, and `pynvml` for NVIDIA
+cards. Libraries are optional; every missing source says why.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +25,21 @@ _REASONS = {
     "SwThermalSlowdown": "heat",
     "HwSlowdown": "heat or power, by the hardware",
 }
+_NO_LIBRARY = {
+    "Apple silicon": "zeus-apple-silicon is not installed: pip install 'mlx-streamexperts[power]'",
+    "NVML": "nvidia-ml-py is not installed; only NVIDIA cards need it",
+}
 
 
 @dataclass
 class Sensors:
-    """The readings that this machine offers, each a function by name.
+    """The readings that this machine offers, each a function by name, and why others are missing.
 
-    Attributes:
-        energy: joules since some moment, of one part of the machine.
-        temperatures: degrees Celsius now.
-        throttling: why a device's clocks are held down now; empty if they are not.
-        missing: why a source that this system could have is not there.
+    `temperature` is in degrees Celsius; `throttling` is why a device's clocks are held down now.
     """
 
-    energy: dict[str, Callable[[], float]] = field(default_factory=dict)
-    temperatures: dict[str, Callable[[], float]] = field(default_factory=dict)
+    energy: dict[str, Callable[[], float]] = field(default_factory=dict)  # joules, ever rising
+    temperature: dict[str, Callable[[], float]] = field(default_factory=dict)
     throttling: dict[str, Callable[[], str]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     _begun: dict[str, float] = field(default_factory=dict)
@@ -64,14 +65,14 @@ class Sensors:
 
     def heat(self) -> dict[str, float]:
         """Degrees Celsius by sensor; those that fail just now are left out."""
-        return _working(self.temperatures)
+        return _working(self.temperature)
 
     def throttled(self) -> list[str]:
         """Devices whose clocks are held down now, and why."""
         return [f"{name}: {why}" for name, why in _working(self.throttling).items() if why]
 
 
-def _working(reads: dict[str, Callable[[], Any]]) -> dict[str, Any]:
+def _working(reads: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
     found = {}
     for name, read in reads.items():
         with suppress(Exception):  # a zone that is asleep, a card that is gone
@@ -87,47 +88,32 @@ def counted(parts: dict[str, float]) -> dict[str, float]:
 def find_sensors() -> Sensors:
     """Every source of this machine that works now."""
     sensors = Sensors()
-    if sys.platform == "darwin":
-        _add_apple(sensors)
-    else:
-        _add_rapl(sensors)
-        _add_zones(sensors)
-        _add_nvml(sensors)
+    for name, add in (_MAC if sys.platform == "darwin" else _LINUX).items():
+        try:
+            add(sensors)
+        except ImportError:
+            sensors.missing[name] = _NO_LIBRARY[name]
+        except Exception as e:  # any of a library's own
+            sensors.missing[name] = str(e)
     return sensors
 
 
-def _add_apple(sensors: Sensors) -> None:
+def _apple(sensors: Sensors) -> None:
     sensors.missing["temperature"] = "macOS shows temperatures to privileged programs only"
-    try:
-        from zeus_apple_silicon import AppleEnergyMonitor
+    from zeus_apple_silicon import AppleEnergyMonitor
 
-        monitor = AppleEnergyMonitor()
-        for key, part in _APPLE_PARTS.items():
-            if getattr(monitor.get_cumulative_energy(), key, None) is not None:  # a chip has it
-                sensors.energy[f"Apple silicon {part}"] = lambda key=key: (  # type: ignore[misc]
-                    getattr(monitor.get_cumulative_energy(), key) / 1e3
-                )
-    except ImportError:
-        why = "zeus-apple-silicon is not installed: pip install 'mlx-streamexperts[power]'"
-        sensors.missing["Apple silicon"] = why
-    except RuntimeError as e:
-        sensors.missing["Apple silicon"] = str(e)
-    try:
-        sensors.throttling["thermal pressure"] = _thermal_pressure(ctypes.CDLL(None))
-    except (OSError, AttributeError) as e:
-        sensors.missing["thermal pressure"] = str(e)
+    read = AppleEnergyMonitor().get_cumulative_energy
+    for key, part in _APPLE_PARTS.items():
+        if getattr(read(), key, None) is not None:  # a chip has it
+            sensors.energy[f"Apple silicon {part}"] = lambda key=key: getattr(read(), key) / 1e3  # type: ignore[misc]
+
+
+def _pressure(sensors: Sensors) -> None:
+    sensors.throttling["thermal pressure"] = _thermal_pressure(ctypes.CDLL(None))
 
 
 def _thermal_pressure(system: Any) -> Callable[[], str]:
-    """macOS's own reading of heat, which needs no rights (OSThermalNotification.h).
-
-    Args:
-        system: the C library.
-
-    Raises:
-        OSError: macOS does not answer.
-        AttributeError: this system has no such call.
-    """
+    """macOS's reading of heat by its C library; needs no rights (OSThermalNotification.h)."""
     token, level = ctypes.c_int(), ctypes.c_uint64()
 
     def read() -> str:
@@ -144,93 +130,74 @@ def _thermal_pressure(system: Any) -> Callable[[], str]:
 
 def _unwrapped(read: Callable[[], float], wrap: float) -> Callable[[], float]:
     """A counter that starts over at `wrap`, as one that only rises."""
-    last, turns = read(), 0
+    last = total = read()
 
-    def total() -> float:
-        nonlocal last, turns
+    def rising() -> float:
+        nonlocal last, total
         now = read()
-        turns += now < last
-        last = now
-        return now + turns * wrap
+        last, total = now, total + (now - last) % wrap
+        return total
 
-    return total
+    return rising
 
 
 def _number(file: Path, scale: float) -> Callable[[], float]:
     return lambda: int(file.read_text()) * scale
 
 
-def _add_rapl(sensors: Sensors) -> None:
+def _rapl(sensors: Sensors) -> None:
     """Packages, and memory beside them; the cores are counted in their package."""
     why = "this machine shows no energy counters (usual in virtual machines)"
     for zone in sorted(POWERCAP.glob("*:*")):
-        with suppress(OSError, ValueError):
+        try:
             name = (zone / "name").read_text().strip()
-            if not name.startswith(("package", "psys", "dram")):
-                continue
-            wrap = _number(zone / "max_energy_range_uj", 1e-6)()
-            try:
+            if name.startswith(("package", "psys", "dram")):
+                wrap = _number(zone / "max_energy_range_uj", 1e-6)()
                 joules = _unwrapped(_number(zone / "energy_uj", 1e-6), wrap)
                 sensors.energy[f"RAPL {name}"] = joules
-            except PermissionError:
-                why = f"{POWERCAP} may be read by root only"
+        except PermissionError:
+            why = f"{POWERCAP} may be read by root only"
+        except (OSError, ValueError):
+            pass
     if not sensors.energy:
-        sensors.missing["RAPL"] = why
+        raise OSError(why)
 
 
-def _add_zones(sensors: Sensors) -> None:
+def _zones(sensors: Sensors) -> None:
     for zone in sorted(THERMAL.glob("thermal_zone*")):
         with suppress(OSError, ValueError):
             name, number = (zone / "type").read_text().strip(), zone.name[len("thermal_zone") :]
             degrees = _number(zone / "temp", 1e-3)
             degrees()
-            sensors.temperatures[f"{name} ({number})"] = degrees
-    if not sensors.temperatures:
-        sensors.missing["temperature"] = "this machine shows no temperature zones"
+            sensors.temperature[f"{name} ({number})"] = degrees
+    if not sensors.temperature:
+        raise OSError("this machine shows no temperature zones")
 
 
-def _add_nvml(sensors: Sensors) -> None:
-    """NVIDIA cards, if their library is installed."""
-    try:
-        import pynvml as nvml
-    except ImportError:
-        sensors.missing["NVML"] = "nvidia-ml-py is not installed; only NVIDIA cards need it"
-        return
-    try:
-        nvml.nvmlInit()
-        cards = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-    except nvml.NVMLError as e:
-        sensors.missing["NVML"] = str(e)
-        return
-    for i, card in enumerate(cards):
-        _add_card(sensors, nvml, card, f"GPU {i}")
+def _nvml(sensors: Sensors) -> None:
+    """NVIDIA cards: one before Volta has a temperature, but counts no energy."""
+    import pynvml as nvml
 
-
-def _add_card(sensors: Sensors, nvml: Any, card: Any, name: str) -> None:
-    """One card's readings: a card before Volta has a temperature, but counts no energy."""
-
-    def joules() -> float:
-        return float(nvml.nvmlDeviceGetTotalEnergyConsumption(card)) / 1e3
-
-    def degrees() -> float:
-        return float(nvml.nvmlDeviceGetTemperature(card, nvml.NVML_TEMPERATURE_GPU))
-
-    def reasons() -> str:  # idle is no reason
+    def reasons(card: Any) -> str:  # idle is no reason
         bits = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(card)
         flags = {k: getattr(nvml, f"nvmlClocksThrottleReason{k}", 0) for k in _REASONS}
         return ", ".join(text for k, text in _REASONS.items() if bits & flags[k])
 
-    def works(read: Callable[[], Any], kind: str) -> bool:
-        try:
-            read()
-        except nvml.NVMLError as e:
-            sensors.missing[f"{name} {kind}"] = str(e)
-            return False
-        return True
+    kinds: dict[str, Callable[[Any], Any]] = {
+        "energy": lambda card: nvml.nvmlDeviceGetTotalEnergyConsumption(card) / 1e3,
+        "temperature": lambda card: nvml.nvmlDeviceGetTemperature(card, nvml.NVML_TEMPERATURE_GPU),
+        "throttling": reasons,
+    }
+    nvml.nvmlInit()
+    for i in range(nvml.nvmlDeviceGetCount()):
+        card = nvml.nvmlDeviceGetHandleByIndex(i)
+        for kind, read in kinds.items():
+            try:
+                read(card)
+                getattr(sensors, kind)[f"GPU {i}"] = partial(read, card)
+            except nvml.NVMLError as e:
+                sensors.missing[f"GPU {i} {kind}"] = str(e)
 
-    if works(joules, "energy"):
-        sensors.energy[name] = joules
-    if works(degrees, "temperature"):
-        sensors.temperatures[name] = degrees
-    if works(reasons, "throttling"):
-        sensors.throttling[name] = reasons
+
+_MAC = {"Apple silicon": _apple, "thermal pressure": _pressure}
+_LINUX = {"RAPL": _rapl, "temperature": _zones, "NVML": _nvml}

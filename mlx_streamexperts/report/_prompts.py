@@ -7,22 +7,19 @@ on, one of them right; the model's answer is the one that it finds likelier.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ._report import Kind
+from ._report import Kind, Record
 
-_DATA = Path(__file__).parent.parent / "data"
+DATA = Path(__file__).parent.parent / "data"
 
 
-@dataclass(frozen=True)
 class Prompt(Kind):
     tokens: list[int]  # of the model's own tokenizer
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(Record):
     """One item of the task, as tokens; `right` is an index into `choices`."""
 
     context: list[int]
@@ -32,7 +29,7 @@ class Choice:
 
 def report_prompts(tokenizer: Any, count: int | None = None) -> list[Prompt]:
     """The shipped prompts, at most `count` of them, spread over tasks and languages."""
-    texts = json.loads((_DATA / "report-prompts.json").read_text())
+    texts = json.loads((DATA / "report-prompts.json").read_text())
     if count is not None:
         count = max(1, min(count, len(texts)))
         texts = [texts[i * len(texts) // count] for i in range(count)]
@@ -41,11 +38,8 @@ def report_prompts(tokenizer: Any, count: int | None = None) -> list[Prompt]:
 
 def report_choices(tokenizer: Any, count: int | None = None) -> list[Choice]:
     """The shipped task, at most its first `count` items."""
-
-    def encode(text: str) -> list[int]:
-        return list(tokenizer.encode(text, add_special_tokens=False))
-
-    return [
-        Choice(tokenizer.encode(x["context"]), [*map(encode, x["choices"])], x["right"])
-        for x in json.loads((_DATA / "report-tasks.json").read_text())[:count]
-    ]
+    items = []
+    for x in json.loads((DATA / "report-tasks.json").read_text())[:count]:
+        choices = [list(tokenizer.encode(t, add_special_tokens=False)) for t in x["choices"]]
+        items.append(Choice(tokenizer.encode(x["context"]), choices, x["right"]))
+    return items

@@ -24,7 +24,7 @@ from .._config import format_size
 from .._loading.lazy_load import original_load_model
 from .._osinfo import available_memory_bytes, device_memory_bytes
 from ._prompts import Choice, Prompt
-from ._report import Difference, Exactness, Judged, Lossy, Model, Quality
+from ._report import Exactness, Judged, Lossy, Model, Quality
 
 _MOST_NATS = 700.0  # whose exponential is still a number: a shortcut may be that bad
 _TOP_K = ("top_k", "num_experts_per_tok")
@@ -44,71 +44,66 @@ def logits(model: nn.Module, tokens: Sequence[int], alone: int) -> np.ndarray:
 
 
 def log_probabilities(x: np.ndarray) -> np.ndarray:
-    """Of logits [T, V], in float64."""
+    """Log-probabilities of logits [T, V], in float64."""
     wide = x.astype(np.float64)
     wide -= wide.max(-1, keepdims=True)
     return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
 
 
-def compare(
-    reference: Sequence[np.ndarray], other: Sequence[np.ndarray], prompts: Sequence[Prompt]
-) -> Difference:
-    """How another model's logits of some prompts, [T, V] each, differ from the reference's."""
-    kl, first, losses, largest, identical = [], [], [], 0.0, True
-    for a, b, prompt in zip(reference, other, prompts, strict=True):
-        identical = identical and bool(np.array_equal(a, b))
-        largest = max(largest, float(np.abs(a - b).max()))
-        p, q = log_probabilities(a), log_probabilities(b)
-        kl.append(np.maximum(0.0, (np.exp(p) * (p - q)).sum(-1)))
-        first.append(a.argmax(-1) == b.argmax(-1))
-        losses.append(-q[np.arange(len(prompt.tokens) - 1), prompt.tokens[1:]])
-    return Difference(
-        identical=identical,
-        largest_difference=largest,
-        kl_nats=float(np.concatenate(kl).mean()),
-        same_first=float(np.concatenate(first).mean()),
-        perplexity=math.exp(min(_MOST_NATS, float(np.concatenate(losses).mean()))),
-        tokens=sum(len(p.tokens) for p in prompts),
-    )
+@dataclass(frozen=True)
+class Answers:
+    """A model's answers to an exam. Logits are [T, V] of each prompt."""
 
-
-def score(model: nn.Module, items: Sequence[Choice]) -> float:
-    """Share of items whose right choice has the higher mean log-probability of its tokens."""
-    right = 0
-    for item in items:
-        means = []
-        for choice in item.choices:
-            found = log_probabilities(logits(model, item.context + choice, 0))
-            at = np.arange(len(item.context) - 1, len(item.context) + len(choice) - 1)
-            means.append(found[at, choice].mean())
-        right += int(np.argmax(means)) == item.right
-    return right / len(items)
+    whole: list[np.ndarray]  # with the last few tokens decoded one by one
+    decoded: list[np.ndarray]  # of the first few tokens, decoded one by one from the start
+    score: float  # share of the task's items that are right
 
 
 @dataclass(frozen=True)
-class Answers:
-    """A model's logits of some prompts, and its score in the task.
+class Exam:
+    """Questions to a model; `alone` tokens of a prompt are decoded one by one, at either end."""
 
-    Attributes:
-        whole: of each prompt, [T, V], with the last few tokens decoded one by one.
-        decoded: of the first few tokens of each, decoded one by one from the start.
-        score: share of the task's items that are right.
-    """
+    prompts: Sequence[Prompt]
+    items: Sequence[Choice]
+    alone: int
 
-    whole: list[np.ndarray]
-    decoded: list[np.ndarray]
-    score: float
+    def ask(self, model: nn.Module, decode: bool = True) -> Answers:
+        """Answers of a model; `decode=False` leaves out `Answers.decoded`."""
+        texts = [p.tokens for p in self.prompts]
+        whole = [logits(model, t, self.alone) for t in texts]
+        decoded = [logits(model, t[: self.alone], self.alone) for t in texts if decode]
+        right = sum(_choice(model, item) == item.right for item in self.items)
+        return Answers(whole, decoded, right / len(self.items))
 
-    @classmethod
-    def of(
-        cls, model: nn.Module, prompts: Sequence[Prompt], items: Sequence[Choice], alone: int
-    ) -> Answers:
-        """Ask a model. `alone` tokens are decoded one by one, at either end."""
-        return cls(
-            [logits(model, p.tokens, alone) for p in prompts],
-            [logits(model, p.tokens[:alone], alone) for p in prompts],
-            score(model, items),
+    def judge(self, reference: Answers, other: Answers) -> Judged:
+        """How another model's answers differ from the reference's."""
+        pairs = list(zip(reference.whole, other.whole, strict=True))
+        kl, first, losses = [], [], []
+        for (a, b), prompt in zip(pairs, self.prompts, strict=True):
+            p, q = log_probabilities(a), log_probabilities(b)
+            kl.append(np.maximum(0.0, (np.exp(p) * (p - q)).sum(-1)))
+            first.append(a.argmax(-1) == b.argmax(-1))
+            losses.append(-q[np.arange(len(prompt.tokens) - 1), prompt.tokens[1:]])
+        return Judged(
+            identical=all(np.array_equal(a, b) for a, b in pairs),
+            largest_difference=max(float(np.abs(a - b).max()) for a, b in pairs),
+            kl_nats=float(np.concatenate(kl).mean()),
+            same_first=float(np.concatenate(first).mean()),
+            perplexity=math.exp(min(_MOST_NATS, float(np.concatenate(losses).mean()))),
+            tokens=sum(len(p.tokens) for p in self.prompts),
+            task_score=other.score,
+            task_items=len(self.items),
         )
+
+
+def _choice(model: nn.Module, item: Choice) -> int:
+    """The choice whose tokens have the highest mean log-probability."""
+    means = []
+    for choice in item.choices:
+        found = log_probabilities(logits(model, item.context + choice, 0))
+        at = np.arange(len(item.context) - 1, len(item.context) + len(choice) - 1)
+        means.append(found[at, choice].mean())
+    return int(np.argmax(means))
 
 
 def exact(stock: Answers, streamed: Answers, dtype: mx.Dtype) -> Exactness:
@@ -121,19 +116,12 @@ def exact(stock: Answers, streamed: Answers, dtype: mx.Dtype) -> Exactness:
     )
 
 
-def quality(
-    folder: Path, model: Model, own: Answers, prompts: Sequence[Prompt], items: Sequence[Choice],
-    alone: int, bits: Sequence[int],
-) -> Quality:  # fmt: skip
-    """Streamed answers against the stock model's, if that fits, and the cost of shortcuts.
-
-    Args:
-        own: the streamed model's answers.
-        alone: tokens of each prompt that are decoded one by one.
-        bits: of experts in the lossy what-ifs.
-    """
-    mine = compare(own.whole, own.whole, prompts)
-    result = Quality(False, mine.perplexity, mine.tokens, own.score, len(items), None, None, [], "")
+def quality(folder: Path, model: Model, own: Answers, exam: Exam, bits: Sequence[int]) -> Quality:
+    """The streamed model's answers against the stock model's, if that fits; see `shortcuts`."""
+    mine = exam.judge(own, own)
+    result = Quality(
+        False, mine.perplexity, mine.tokens, own.score, mine.task_items, None, None, [], ""
+    )
     needed = model.bytes + model.experts_bytes + (1 << 30)  # and the experts a second time
     have = min(available_memory_bytes(), device_memory_bytes())
     if needed > have:
@@ -143,27 +131,15 @@ def quality(
         )
         return result
     stock, _ = original_load_model(folder)  # mlx-lm's own, even inside `patch`
-    reference = Answers.of(stock, prompts, items, alone)
-    result.stock = judged(reference, reference, prompts, items)
-    result.streamed = judged(reference, own, prompts, items)
+    reference = exam.ask(stock)
+    result.stock, result.streamed = exam.judge(reference, reference), exam.judge(reference, own)
     dtype = stock(mx.array([[0]])).dtype  # of a pass that is built, not run
     result.exactness = exact(reference, own, dtype)
-    result.lossy = shortcuts(stock, reference, prompts, items, alone, bits)
+    result.lossy = shortcuts(stock, reference, exam, bits)
     return result
 
 
-def judged(
-    reference: Answers, other: Answers, prompts: Sequence[Prompt], items: Sequence[Choice]
-) -> Judged:
-    """Another model's answers against the reference's, with its score."""
-    difference = compare(reference.whole, other.whole, prompts)
-    return Judged(**vars(difference), task_score=other.score, task_items=len(items))
-
-
-def shortcuts(
-    stock: nn.Module, reference: Answers, prompts: Sequence[Prompt], items: Sequence[Choice],
-    alone: int, bits: Sequence[int],
-) -> list[Lossy]:  # fmt: skip
+def shortcuts(stock: nn.Module, reference: Answers, exam: Exam, bits: Sequence[int]) -> list[Lossy]:
     """Lossy what-ifs on the stock model, which is unchanged afterwards.
 
     Args:
@@ -172,20 +148,21 @@ def shortcuts(
     rows: list[Lossy] = []
 
     def judge(kind: Any, name: str, value: int) -> None:
-        whole = [logits(stock, p.tokens, alone) for p in prompts]
-        found = judged(reference, Answers(whole, [], score(stock, items)), prompts, items)
+        found = exam.judge(reference, exam.ask(stock, decode=False))
         rows.append(Lossy(**vars(found), kind=kind, name=name, value=value))
 
     routers = _routers(stock)
     top_k = max((k for *_, k in routers), default=0)
     for k in sorted({top_k - 1, top_k * 3 // 4, top_k // 2, top_k // 4}, reverse=True):
         if 1 <= k < top_k:
-            with _fewer(routers, k):
+            with _changed([(m, name, min(k, value)) for m, name, value in routers]):
                 judge("fewer experts", f"{k} of {top_k} experts", k)
     for b in bits:
-        with _requantized(stock, b) as changed:
-            if changed:
+        if smaller := _requantized(stock, b):
+            with _changed(smaller):
                 judge("fewer bits", f"experts in {b} bits", b)
+        del smaller
+        mx.clear_cache()
     return rows
 
 
@@ -206,38 +183,30 @@ def _routers(model: nn.Module) -> list[tuple[nn.Module, str, int]]:
 
 
 @contextmanager
-def _fewer(routers: Sequence[tuple[nn.Module, str, int]], k: int) -> Iterator[None]:
+def _changed(changes: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
+    """Other values of modules' attributes meanwhile."""
+    before = [(module, name, getattr(module, name)) for module, name, _ in changes]
     try:
-        for module, name, value in routers:
-            setattr(module, name, min(k, value))
+        for change in changes:
+            setattr(*change)
         yield
     finally:
-        for module, name, value in routers:
-            setattr(module, name, value)
+        for change in before:
+            setattr(*change)
 
 
-@contextmanager
-def _requantized(model: nn.Module, bits: int) -> Iterator[bool]:
-    """Every expert table in `bits` bits, affine, groups of 64; False if that makes none smaller."""
-    replaced: list[tuple[nn.Module, str, nn.Module]] = []
-    try:
-        for holder in [m for _, m in model.named_modules()]:
-            for name, table in list(holder.items()):
-                if (
-                    isinstance(table, _EXPERT_TABLES)
-                    and (small := _smaller(table, bits)) is not None
-                ):
-                    replaced.append((holder, name, table))
-                    holder[name] = small
-        yield bool(replaced)
-    finally:
-        for holder, name, table in replaced:
-            holder[name] = table
-        mx.clear_cache()
+def _requantized(model: nn.Module, bits: int) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Holder, name and smaller copy of each expert table that `bits` bits make smaller."""
+    return [
+        (holder, name, small)
+        for _, holder in model.named_modules()
+        for name, table in holder.items()
+        if isinstance(table, _EXPERT_TABLES) and (small := _smaller(table, bits)) is not None
+    ]
 
 
 def _smaller(table: nn.Module, bits: int) -> nn.Module | None:
-    """A table in fewer bits; a quantized one is dequantized first, so that its losses add up."""
+    """A table in fewer bits, affine, groups of 64; a quantized one is dequantized first."""
     whole = table.weight  # [E, out, in]
     if isinstance(table, QuantizedSwitchLinear):
         if table.bits <= bits or table.mode != "affine":

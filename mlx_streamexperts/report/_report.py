@@ -1,8 +1,8 @@
 """The report as data: dataclasses whose fields are the fields of its JSON file.
 
-docs/make_report_schema.py writes the JSON schema and its page from these types and from the
-comments that start with `#:`. Sizes are bytes, times seconds, shares 0 to 1. Raise `VERSION` when a
-field goes or changes its meaning; give a new field a default, so that older reports can be read.
+docs/make_report_schema.py writes the JSON schema and its page from these types and from comments
+that start with `#:`. Sizes are bytes, times seconds, shares 0 to 1. Raise `VERSION` when a field
+goes or changes its meaning; give a new field a default, so that older reports can be read.
 """
 
 from __future__ import annotations
@@ -11,7 +11,17 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from .._analysis.measure import DriveRate
 from .._analysis.predict import Range
@@ -22,14 +32,20 @@ Share = Annotated[float, "0 to 1"]
 T = TypeVar("T")
 
 
-@dataclass
-class Spread:
+@dataclass_transform(field_specifiers=(field,))
+class Record:
+    """Its subclasses are dataclasses."""
+
+    def __init_subclass__(cls) -> None:
+        dataclass(cls)
+
+
+class Spread(Record):
     median: float
     low: float  #: lowest
     high: float  #: highest
 
 
-@dataclass
 class Repeats(Spread):
     values: list[float]  #: each, in order
 
@@ -38,8 +54,7 @@ class Repeats(Spread):
         return cls(statistics.median(values), min(values), max(values), list(values))
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(Record):
     task: str
     language: str
 
@@ -48,11 +63,7 @@ class Kind:
         return f"{self.task}, {self.language}"
 
 
-# Method
-
-
-@dataclass
-class Host:
+class Host(Record):
     system: str
     architecture: str
     processor: str  #: empty if the system does not say
@@ -62,8 +73,7 @@ class Host:
     device: dict[str, int | str]  #: MLX's device_info
 
 
-@dataclass
-class Model:
+class Model(Record):
     name: str
     model_type: str
     sha256: str  #: of configuration and each shard's name, size and header
@@ -77,8 +87,7 @@ class Model:
     cold_bytes_per_token: int  #: of experts, if none were resident
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(Record):
     kind: str = "quick"  #: quick or full; the page says which
     prompts: int | None = None  #: how many of the shipped prompts; null: all
     prompt_tokens: int = 64  #: of a prompt, at most
@@ -92,19 +101,16 @@ class Settings:
     sustained: float = 0.5  #: minutes
     window: float = 1.0  #: seconds of decoding in one window of the sustained run
     shares: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5, 0.75)  #: resident, replayed
-    #: tokens of each prompt that the comparison with stock decodes one by one
-    alone: int = 8
+    alone: int = 8  #: tokens of each prompt decoded one by one, against stock
     bits: tuple[int, ...] = (3, 2)  #: of experts in the lossy what-ifs
     items: int | None = None  #: of the bundled task; null: all
 
 
-@dataclass(frozen=True)
 class PromptSize(Kind):
     tokens: int
 
 
-@dataclass
-class Method:
+class Method(Record):
     machine: Host  #: hardware and system
     load_average: float | None  #: of the minute before; null: the system does not say
     versions: dict[str, str]  #: Python and libraries
@@ -120,11 +126,7 @@ class Method:
     warm_up: str
 
 
-# Speed
-
-
-@dataclass
-class ColdStart:
+class ColdStart(Record):
     page_cache_dropped: bool  #: the files were dropped from it before
     load_s: float
     first_token_s: float
@@ -132,46 +134,40 @@ class ColdStart:
     total_s: float
 
 
-@dataclass(frozen=True)
-class Decoding:
+class Decoding(Record):
     token_s: float  #: seconds of a token after the first
     wait_s: float  #: of that, standing still for reads
     other_s: float  #: of that, all else
     hit_rate: Share  #: needed experts that were resident, tokens after the first
     read_bytes: float  #: a token
     reads: float  #: system calls that read, a token
-
-
-@dataclass(frozen=True)
-class PromptSpeed(Decoding, Kind):
-    prompt_tokens: int
-    first_token_s: Repeats  #: after a warm-up
     tokens_per_s: Repeats  #: tokens after the first
 
 
-@dataclass
-class LengthSpeed:
+class PromptSpeed(Decoding, Kind):
+    prompt_tokens: int
+    first_token_s: Repeats  #: after a warm-up
+
+
+class LengthSpeed(Record):
     prompt_tokens: int
     seconds: Repeats  #: to the first token
     tokens_per_s: Repeats  #: of the seven after
 
 
-@dataclass
-class BatchSpeed:
+class BatchSpeed(Record):
     batch: int
     tokens_per_s: Repeats  #: of all together
 
 
-@dataclass
-class Window:
+class Window(Record):
     at_s: float  #: its end
     tokens_per_s: float  #: of decoding, without prompts
     celsius: dict[str, float]  #: by sensor
     throttled: list[str]  #: devices with clocks held down, and why
 
 
-@dataclass
-class Sustained:
+class Sustained(Record):
     seconds: float
     decode_s: float  #: of that, decoding; the rest went into prompts
     window_s: float  #: seconds of decoding in one
@@ -183,8 +179,7 @@ class Sustained:
     interrupted: bool  #: by Ctrl-C, before its time
 
 
-@dataclass
-class Speed:
+class Speed(Record):
     cold_start: ColdStart  #: the first load
     tokens_per_s: Repeats | None = None  #: medians of the prompts
     by_prompt: list[PromptSpeed] | None = None  #: steady decoding
@@ -193,11 +188,7 @@ class Speed:
     sustained: Sustained | None = None  #: decoding without a pause
 
 
-# Drive
-
-
-@dataclass
-class Percentile:
+class Percentile(Record):
     percentile: int
     bytes: float
     latency_s: float
@@ -205,43 +196,33 @@ class Percentile:
     depth: float  #: in flight as it began, itself too
 
 
-@dataclass
-class Reads:
+class Reads(Record):
     reads: int
     ahead: int  #: prefetches among them
     percentiles: list[Percentile]  #: 1 to 100
 
 
-@dataclass(frozen=True)
-class Unthrottled(Decoding):
-    tokens_per_s: Repeats  #: measured
-
-
-@dataclass
-class Throttled:
+class Throttled(Record):
     bytes_per_s: float | None  #: of the throttle; null: this machine's own
     latency_s: float  #: added to each read
     tokens_per_s: Repeats  #: measured
     modelled_tokens_per_s: float  #: by the formula of predict.py, all but reads as measured
 
 
-@dataclass
-class CurvePoint:
+class CurvePoint(Record):
     bytes_per_s: float
     tokens_per_s: float
 
 
-@dataclass
-class NamedMachine:
+class NamedMachine(Record):
     name: str
     bytes_per_s: float  #: of its drive
     this_compute_tokens_per_s: float  #: its drive, this processor
     its_tokens_per_s: Range  #: predict() of the whole machine
 
 
-@dataclass
-class Sensitivity:
-    unthrottled: Unthrottled  #: this machine's own
+class Sensitivity(Record):
+    unthrottled: Decoding  #: this machine's own
     by_rate: list[Throttled]  #: at rates
     by_latency: list[Throttled]  #: at latencies
     curve: list[CurvePoint]  #: modelled
@@ -249,19 +230,14 @@ class Sensitivity:
     median_error_of_model: float | None  #: share, of both series
 
 
-@dataclass
-class Drive:
+class Drive(Record):
     bypasses_page_cache: bool
     rates: list[DriveRate] | None = None  #: random reads
     in_generation: Reads | None = None  #: reads while generating
     sensitivity: Sensitivity | None = None  #: slower drives
 
 
-# Locality
-
-
-@dataclass
-class CacheRow:
+class CacheRow(Record):
     share: float
     policy: str
     hit_rate: float
@@ -271,21 +247,18 @@ class CacheRow:
     capacity: int  #: misses after eviction
 
 
-@dataclass
-class LayerRow:
+class LayerRow(Record):
     share: float
     hit_rates: list[float]  #: by expert layer
 
 
-@dataclass
-class PromptRow:
+class PromptRow(Record):
     prompt: int  #: index into method.prompts
     share: float
     hit_rate: float
 
 
-@dataclass
-class Caches:
+class Caches(Record):
     policy: str  #: in force
     shares: list[float]  #: resident
     by_policy: list[CacheRow]  #: prompts one after another
@@ -293,8 +266,7 @@ class Caches:
     by_prompt_alone: list[PromptRow]  #: each from an empty cache
 
 
-@dataclass
-class KindRow:
+class KindRow(Record):
     name: str
     prompts: int
     hit_rate: float  #: mean
@@ -302,50 +274,40 @@ class KindRow:
     high: float
 
 
-@dataclass
-class ByKind:
+class ByKind(Record):
     share: float  #: resident, the one nearest to a quarter
     deviation: float  #: standard deviation of the hit rate over prompts
     task: list[KindRow]  #: by task
     language: list[KindRow]  #: by language
 
 
-@dataclass
-class Reuse:
+class Reuse(Record):
     shares: list[float]  #: distances
     uses: list[float]  #: share of uses at most so far apart
     first_uses: Share  #: without a distance
 
 
-@dataclass
-class Overlap:
+class Overlap(Record):
     lag: int  #: tokens apart
     shared: float
     by_chance: float
 
 
-@dataclass
-class Locality:
+class Locality(Record):
     tokens: int  #: recorded, prompts included
     caches: Caches  #: replayed
     by_kind: ByKind  #: prompts by themselves, put together
-    #: distances between uses, as other experts used in between over the layer's experts
-    reuse: Reuse
+    reuse: Reuse  #: distances: other experts used in between, over the layer's experts
     token_overlap: list[Overlap]  #: experts in common, same layer
     request_overlap: list[list[float]]  #: cosine of counts of uses, prompts by prompts
 
 
-# Power and quality
-
-
-@dataclass
-class Power:
+class Power(Record):
     sources: list[str]  #: of energy
     missing: dict[str, str]  #: why a source is not there, or failed
     watts_at_rest: dict[str, float]  #: by source
     watts: dict[str, float]  #: while decoding
-    #: of psys alone if it is there, else of all sources, prompts' energy included; null: not
-    #: measured
+    #: of psys alone if it is there, else of all; prompts' energy included; null: not measured
     joules_per_token: float | None
     celsius_before: dict[str, float]  #: by sensor
     celsius_after: dict[str, float]  #: by sensor
@@ -353,39 +315,31 @@ class Power:
     tells_throttling: bool  #: some device says whether clocks are held down
 
 
-@dataclass(frozen=True)
-class Difference:
+class Judged(Record):
     identical: bool  #: every logit is the same bits as stock's
     largest_difference: float  #: of a logit
     kl_nats: float  #: mean KL(stock || this) a token
     same_first: Share  #: tokens whose likeliest successor is stock's
     perplexity: float  #: over every token of the prompts but each first
     tokens: int  #: compared
-
-
-@dataclass(frozen=True)
-class Judged(Difference):
     task_score: Share  #: right answers of the bundled task
     task_items: int  #: its items
 
 
-@dataclass(frozen=True)
 class Lossy(Judged):
     kind: Literal["fewer experts", "fewer bits"]
     name: str
     value: int  #: experts, or bits
 
 
-@dataclass
-class Exactness:
+class Exactness(Record):
     decoded_tokens: int  #: decoded one by one, from the start of each prompt
     decoded_identical: bool  #: their logits are the same bits as stock's
     prompts_difference: float  #: of whole prompts' logits, at most, relative to a prompt's largest
     prompts_bound: float  #: what another order of sums explains: 0 on MLX's CPU backend
 
 
-@dataclass
-class Quality:
+class Quality(Record):
     package_offers_lossy_options: Literal[False]  #: it has none
     streamed_perplexity: float
     tokens: int
@@ -398,15 +352,12 @@ class Quality:
     exactness: Exactness | None = None
 
 
-@dataclass
-class Report:
+class Report(Record):
     schema: Literal["mlx-streamexperts/report"]  #: names this format
     version: Literal[1]  #: of the format; it rises when a field changes its meaning or goes
     created: str  #: UTC, ISO 8601
     note: str  #: of whoever made it
-    #: what was being measured when the run ended early, whose later fields are not there; empty of
-    #: a whole report
-    unfinished: str
+    unfinished: str  #: the step at which the run ended early, without later fields; empty: whole
     seconds: float  #: that it took
     method: Method  #: how it was measured
     speed: Speed  #: tokens and seconds
@@ -437,11 +388,10 @@ def from_json(kind: type[T], value: Any) -> T:
         TypeError, AttributeError: a field is missing, or no object where one is due.
     """
     made: Any = value
-    if is_dataclass(kind):
-        made = {k: from_json(hint, value[k]) for k, hint in hints(kind).items() if k in value}
-        return kind(**made)
     inner = get_args(kind)
-    if get_origin(kind) in (UnionType, Union) and value is not None:
+    if is_dataclass(kind):
+        made = kind(**{k: from_json(x, value[k]) for k, x in hints(kind).items() if k in value})
+    elif get_origin(kind) in (UnionType, Union) and value is not None:
         made = from_json(inner[0], value)
     elif get_origin(kind) is list:
         made = [from_json(inner[0], x) for x in value]

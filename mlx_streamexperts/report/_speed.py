@@ -1,7 +1,7 @@
 """Timed generation with mlx-lm's own steps: first token, steady, in batches, and sustained.
 
 Greedy, and always the same number of tokens (an end of text does not end it), so that every machine
-is timed on the same tokens. Figures come with every repeat, not with a mean alone.
+is timed on the same tokens. Figures come with every repeat.
 """
 
 from __future__ import annotations
@@ -24,30 +24,21 @@ from ._power import Sensors
 from ._prompts import Prompt
 from ._report import Repeats
 
-SUSTAINED_TOKENS = 256
-"""Generated after each prompt of the sustained run."""
-
+SUSTAINED_TOKENS = 256  # generated after each prompt of the sustained run
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One generation: seconds to the first token, and what came after it.
-
-    Attributes:
-        steps: seconds of each token after the first.
-        hits, needed: experts that were resident, and that were needed.
-        read_bytes, reads: bytes read, in so many system calls.
-        wait: seconds that the model waited for reads.
-    """
+    """One generation. All but `first_token` is of the tokens after the first; times in seconds."""
 
     first_token: float
-    steps: list[float]
+    steps: list[float]  # of each token
     hits: int
-    needed: int
+    needed: int  # experts, resident or not
     read_bytes: int
-    reads: int
-    wait: float
+    reads: int  # system calls
+    wait: float  # for reads
 
     @property
     def tokens_per_s(self) -> float:
@@ -63,22 +54,18 @@ def generate(model: nn.Module, prompt: list[int], tokens: int) -> Run:
     start = time.perf_counter()
     steps = _steps(model, prompt, max(2, tokens))
     next(steps)
-    first, before = time.perf_counter() - start, stream(model).stats()
+    first, before = time.perf_counter() - start, _counters(model)
     times = [time.perf_counter()]
     times += (time.perf_counter() for _ in steps)
-    after = stream(model).stats()
-    cache, was = after.cache, before.cache
-    hits = cache.hits - was.hits
-    missed = cache.prefetched + cache.misses - was.prefetched - was.misses
-    return Run(
-        first,
-        [b - a for a, b in itertools.pairwise(times)],
-        hits,
-        hits + missed,
-        after.read.bytes - before.read.bytes,
-        after.read.reads - before.read.reads,
-        after.read.wait_seconds - before.read.wait_seconds,
-    )
+    counted = (b - a for a, b in zip(before, _counters(model), strict=True))
+    return Run(first, [b - a for a, b in itertools.pairwise(times)], *counted)
+
+
+def _counters(model: nn.Module) -> tuple[Any, ...]:
+    """The last five fields of a `Run`, so far."""
+    cache, read = (found := stream(model).stats()).cache, found.read
+    needed = cache.hits + cache.prefetched + cache.misses
+    return cache.hits, needed, read.bytes, read.reads, read.wait_seconds
 
 
 def _steps(model: nn.Module, prompt: list[int], tokens: int) -> Iterator[Any]:
@@ -99,20 +86,20 @@ def combined(runs: Sequence[Run]) -> report.Decoding:
         hit_rate=sum(r.hits for r in runs) / needed if needed else 1.0,
         read_bytes=sum(r.read_bytes for r in runs) / tokens,
         reads=sum(r.reads for r in runs) / tokens,
+        tokens_per_s=Repeats.of([r.tokens_per_s for r in runs]),
     )
 
 
 def by_prompt(
-    model: nn.Module, prompts: Sequence[Prompt], tokens: int, repeats: int, folder: Path
+    model: nn.Module, prompts: Sequence[Prompt], tokens: int, repeats: int, traces: Path
 ) -> list[report.PromptSpeed]:
-    """Steady decoding: every prompt `repeats` times, in turns, with a warm cache.
+    """Steady decoding of every prompt, in turns, with a warm cache.
 
-    Args:
-        folder: gets each prompt's trace, of one more turn that is not timed.
+    One more turn, which is not timed, writes each prompt's trace into the folder `traces`.
     """
     turns = [[generate(model, p.tokens, tokens) for p in prompts] for _ in range(repeats)]
     for i, prompt in enumerate(prompts):
-        with stream(model).trace(folder / f"{i}.jsonl"):
+        with stream(model).trace(traces / f"{i}.jsonl"):
             generate(model, prompt.tokens, tokens)
     return [
         report.PromptSpeed(
@@ -121,7 +108,6 @@ def by_prompt(
             **vars(combined(runs)),
             prompt_tokens=len(p.tokens),
             first_token_s=Repeats.of([r.first_token for r in runs]),
-            tokens_per_s=Repeats.of([r.tokens_per_s for r in runs]),
         )
         for p, runs in zip(prompts, zip(*turns, strict=True), strict=True)
     ]
@@ -141,22 +127,19 @@ def _in_turns(
 def first_tokens(
     model: nn.Module, text: list[int], lengths: Sequence[int], repeats: int
 ) -> list[report.LengthSpeed]:
-    """Time to the first token, and decoding after it, by length of the prompt, in turns."""
-    return [
-        report.LengthSpeed(
-            length,
-            Repeats.of([r.first_token for r in runs]),
-            Repeats.of([r.tokens_per_s for r in runs]),
-        )
-        for length, runs in _in_turns(lambda n: generate(model, text[:n], 8), lengths, repeats)
-    ]
+    """Time to the first token, and decoding after it, by length of the prompt."""
+    rows = []
+    for length, runs in _in_turns(lambda n: generate(model, text[:n], 8), lengths, repeats):
+        first = Repeats.of([r.first_token for r in runs])
+        rows.append(report.LengthSpeed(length, first, Repeats.of([r.tokens_per_s for r in runs])))
+    return rows
 
 
 def batches(
     model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], sizes: Sequence[int],
     tokens: int, repeats: int,
 ) -> list[report.BatchSpeed]:  # fmt: skip
-    """Tokens/s of all sequences together, by the number of sequences at once, in turns.
+    """Tokens/s of all sequences together, by the number of sequences at once.
 
     mlx-lm's `batch_generate`; a sequence ends when the model ends its text.
     """
@@ -176,11 +159,8 @@ def sustained(
     """Decode without a pause for `seconds`, prompt after prompt; also returns joules by source.
 
     Prompts count for heat and energy; rates are of decoding alone, or every prompt would look like
-    a dip. Ctrl-C ends it with the windows measured so far.
-
-    Args:
-        window: seconds of decoding in one window.
-        sensors: read once a window.
+    a dip. Sensors are read after each `window` seconds of decoding. Ctrl-C ends it with the windows
+    measured so far.
 
     Raises:
         KeyboardInterrupt: before the first window had ended.
@@ -198,12 +178,12 @@ def sustained(
             total += 1
             if took is not None:
                 count, inside, decoding = count + 1, inside + took, decoding + took
-            now = time.perf_counter()
-            over = now - start >= seconds
+            now = time.perf_counter() - start
+            over = now >= seconds
             # The rest at the end is no window: one slow token would make it a dip.
             if inside >= window or (over and not windows and count):
                 heat, throttled = sensors.heat(), sensors.throttled()
-                windows.append(report.Window(now - start, count / inside, heat, throttled))
+                windows.append(report.Window(now, count / inside, heat, throttled))
                 sensors.look()
                 count, inside = 0, 0.0
             if over and windows:

@@ -6,7 +6,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +28,8 @@ from ._locality import locality
 from ._method import load_average, method
 from ._power import counted, find_sensors
 from ._prompts import Prompt, report_choices, report_prompts
-from ._quality import Answers, quality
-from ._report import (
-    SCHEMA,
-    VERSION,
-    ColdStart,
-    Drive,
-    Power,
-    Repeats,
-    Report,
-    Settings,
-    Speed,
-)
+from ._quality import Exam, quality
+from ._report import SCHEMA, VERSION, ColdStart, Drive, Power, Repeats, Report, Settings, Speed
 
 _STEPS = 11
 _LOGITS_BYTES = 256 << 20  # of all prompts: a vocabulary of 150,000 has 0.6 MB a token
@@ -60,11 +50,7 @@ def make_report(
     """Measure everything.
 
     Args:
-        folder: the model.
-        config: how it is streamed.
-        settings: how much is measured.
         name: of the model, on the page.
-        note: for readers.
         keep: called before each part with the report so far, as if the run ended there.
 
     Raises:
@@ -78,49 +64,45 @@ def make_report(
     load, begin = load_average(), time.perf_counter()
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
-    def step(name: str) -> None:
-        _show(bar, name)
-        report.unfinished, report.seconds = name, time.perf_counter() - begin
+    def at(step: str) -> None:
+        report.unfinished, report.seconds = step, time.perf_counter() - begin
         report.limits = list(caveats(report))
+
+    def step(name: str) -> None:
+        bar.set_postfix_str(name)
+        bar.update(1)
+        at(name)
         keep(report)
 
     with progress_bar("Report", config.progress, _STEPS, unit="step") as bar:
-        _show(bar, "loading")
+        bar.set_postfix_str("loading")
         model, tokenizer, cold = _cold_start(folder, config)
-        prompts = [
-            replace(p, tokens=p.tokens[: settings.prompt_tokens])
-            for p in report_prompts(tokenizer, settings.prompts)
-        ]
+        bar.update(1)
+        prompts = _cut(report_prompts(tokenizer, settings.prompts), settings.prompt_tokens)
         how = method(Path(folder), name, stream(model), settings, prompts, load)
         report = Report(SCHEMA, VERSION, created, note, "", 0.0, how, Speed(cold))
         with stream(model):
-            _Study(model, tokenizer, settings, prompts, report, step).measure()
+            _measure(model, tokenizer, prompts, report, step)
             step("quality")
             width = int(model(mx.array([[0]])).shape[-1])
-            most = max(8, _LOGITS_BYTES // (4 * width * len(prompts)))
-            prompts = [replace(p, tokens=p.tokens[:most]) for p in prompts]
-            items = report_choices(tokenizer, settings.items)
-            own = Answers.of(model, prompts, items, settings.alone)
+            prompts = _cut(prompts, max(8, _LOGITS_BYTES // (4 * width * len(prompts))))
+            exam = Exam(prompts, report_choices(tokenizer, settings.items), settings.alone)
+            own = exam.ask(model)
         del model  # room for the stock model
-        report.quality = quality(
-            Path(folder), how.model, own, prompts, items, settings.alone, settings.bits
-        )
-    report.unfinished, report.seconds = "", time.perf_counter() - begin
-    report.limits = list(caveats(report))
+        report.quality = quality(Path(folder), how.model, own, exam, settings.bits)
+    at("")
     return report
 
 
-def _show(bar: Any, step: str) -> None:
-    bar.set_postfix_str(step)
-    bar.update(1)
+def _cut(prompts: list[Prompt], tokens: int) -> list[Prompt]:
+    return [replace(p, tokens=p.tokens[:tokens]) for p in prompts]
 
 
 def with_something_to_stream(folder: str, config: StreamConfig) -> StreamConfig:
     """The same options, with a cache for a quarter of the experts if all of them would fit.
 
     Raises:
-        BudgetError: too small.
-        StreamError: the stated budget holds all of them.
+        StreamError: the stated budget holds all of them, or is too small.
     """
     there = plan(folder, config=config)
     if there.resident_share < 1:
@@ -154,90 +136,74 @@ def batch_sizes(model: Any, settings: Settings) -> list[int]:
     return [n for n in settings.batches if n == 1 or n * each <= room]
 
 
-@dataclass
-class _Study:
-    """One run: the model, how much is measured, and the report that the parts fill."""
+def _measure(
+    model: Any, tokenizer: Any, prompts: list[Prompt], report: Report, step: Callable[[str], None]
+) -> None:
+    """Measure everything but quality, and fill the report with it."""
+    experts, s, found = stream(model), report.method.settings, report.speed
 
-    model: Any
-    tokenizer: Any
-    settings: Settings
-    prompts: list[Prompt]
-    report: Report
-    step: Callable[[str], None]
+    def generate_all() -> None:
+        for p in prompts:
+            speed.generate(model, p.tokens, s.tokens)
 
-    def measure(self) -> None:
-        """Everything but quality."""
-        self.step("warming up")
-        self._generate_all()
-        with tempfile.TemporaryDirectory() as traces:
-            self._speed(Path(traces))
-            self._drive()
-            self._locality(Path(traces))
-        self._sustained()
+    step("warming up")
+    generate_all()
+    with tempfile.TemporaryDirectory() as traces:
+        step("decoding")
+        rows = speed.by_prompt(model, prompts, s.tokens, s.repeats, Path(traces))
+        recorded = [read_trace(Path(traces) / f"{i}.jsonl") for i in range(len(prompts))]
+    found.by_prompt = rows
+    found.tokens_per_s = Repeats.of([r.tokens_per_s.median for r in rows])
+    step("first tokens")
+    text = [t for p in report_prompts(tokenizer) for t in p.tokens]
+    lengths = [n for n in s.lengths if n + 16 <= experts.plan.context_tokens]
+    text *= max(lengths) // len(text) + 1
+    found.by_prompt_length = speed.first_tokens(model, text, lengths, s.repeats)
+    step("batches")
+    sizes = batch_sizes(model, s)
+    found.by_batch = speed.batches(model, tokenizer, prompts, sizes, s.tokens, s.repeats)
 
-    def _generate_all(self) -> None:
-        for p in self.prompts:
-            speed.generate(self.model, p.tokens, self.settings.tokens)
+    ssd = report.ssd = Drive(experts.bypasses_page_cache)
+    step("the drive")
+    ssd.rates = drive.rates_by_size(experts, s.depths, s.seconds)
+    step("reads of generation")
+    log = drive.ReadLog()
+    experts.reader.on_read.add(log.note)
+    generate_all()
+    experts.reader.on_read.remove(log.note)
+    ssd.in_generation = log.summary()
+    step("slower drives")
+    best = max(r.rate for r in ssd.rates)
+    one = prompts[len(prompts) // 2].tokens  # for every drive: only the drive differs
+    ssd.sensitivity = drive.sensitivity(model, one, s.tokens, s.repeats, best, s.points)
 
-    def _speed(self, traces: Path) -> None:
-        found, model, s = self.report.speed, self.model, self.settings
-        self.step("decoding")
-        steady = speed.by_prompt(model, self.prompts, s.tokens, s.repeats, traces)
-        found.tokens_per_s = Repeats.of([r.tokens_per_s.median for r in steady])
-        found.by_prompt = steady
-        self.step("first tokens")
-        text = [t for p in report_prompts(self.tokenizer) for t in p.tokens]
-        lengths = [n for n in s.lengths if n + 16 <= stream(model).plan.context_tokens]
-        text = text * (max(lengths) // len(text) + 1)
-        found.by_prompt_length = speed.first_tokens(model, text, lengths, s.repeats)
-        self.step("batches")
-        found.by_batch = speed.batches(
-            model, self.tokenizer, self.prompts, batch_sizes(model, s), s.tokens, s.repeats
-        )
+    step("locality")
+    report.locality = locality(recorded, s.shares, experts.config.policy, prompts)
+    step("decoding on and on")
+    _sustained(model, prompts, report)
 
-    def _drive(self) -> None:
-        s, expert_stream = self.settings, stream(self.model)
-        found = self.report.ssd = Drive(expert_stream.bypasses_page_cache)
-        self.step("the drive")
-        found.rates = drive.rates_by_size(expert_stream, s.depths, s.seconds)
-        self.step("reads of generation")
-        with drive.logged(expert_stream.reader) as log:
-            self._generate_all()
-        found.in_generation = log.summary()
-        self.step("slower drives")
-        best = max(r.rate for r in found.rates)
-        # One text for every drive: only the drive differs.
-        text = self.prompts[len(self.prompts) // 2].tokens
-        found.sensitivity = drive.sensitivity(self.model, text, s.tokens, s.repeats, best, s.points)
 
-    def _locality(self, traces: Path) -> None:
-        self.step("locality")
-        recorded = [read_trace(traces / f"{i}.jsonl") for i in range(len(self.prompts))]
-        policy = stream(self.model).config.policy
-        self.report.locality = locality(recorded, self.settings.shares, policy, self.prompts)
-
-    def _sustained(self) -> None:
-        """Power at rest and under load, and the sustained rate that it was measured with."""
-        self.step("decoding on and on")
-        sensors, s = find_sensors(), self.settings
-        sensors.begin()
-        start = time.perf_counter()
-        if sensors.energy:
-            time.sleep(max(1.0, s.window))
-        rest = {k: v / (time.perf_counter() - start) for k, v in sensors.end().items()}
-        before = sensors.heat()
-        run, joules = speed.sustained(self.model, self.prompts, 60 * s.sustained, s.window, sensors)
-        self.report.speed.sustained = run
-        self.report.power = Power(
-            sources=sorted(joules),
-            missing=sensors.missing,
-            watts_at_rest={k: v for k, v in rest.items() if k in joules},
-            watts={k: v / run.seconds for k, v in joules.items()},
-            joules_per_token=sum(counted(joules).values()) / run.tokens if joules else None,
-            celsius_before=before,
-            celsius_after=sensors.heat(),
-            throttled_windows=sum(bool(w.throttled) for w in run.windows),
-            tells_throttling=bool(sensors.throttling),
-        )
-        if run.interrupted:
-            raise KeyboardInterrupt
+def _sustained(model: Any, prompts: list[Prompt], report: Report) -> None:
+    """Power at rest and under load, and the sustained rate that it was measured with."""
+    sensors, s = find_sensors(), report.method.settings
+    sensors.begin()
+    start = time.perf_counter()
+    if sensors.energy:
+        time.sleep(max(1.0, s.window))
+    rest = {k: v / (time.perf_counter() - start) for k, v in sensors.end().items()}
+    before = sensors.heat()
+    run, joules = speed.sustained(model, prompts, 60 * s.sustained, s.window, sensors)
+    report.speed.sustained = run
+    report.power = Power(
+        sources=sorted(joules),
+        missing=sensors.missing,
+        watts_at_rest={k: v for k, v in rest.items() if k in joules},
+        watts={k: v / run.seconds for k, v in joules.items()},
+        joules_per_token=sum(counted(joules).values()) / run.tokens if joules else None,
+        celsius_before=before,
+        celsius_after=sensors.heat(),
+        throttled_windows=sum(bool(w.throttled) for w in run.windows),
+        tells_throttling=bool(sensors.throttling),
+    )
+    if run.interrupted:
+        raise KeyboardInterrupt
