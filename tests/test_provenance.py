@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import mlx.core as mx
+import mlx_lm.utils
 import numpy as np
+import originals
 import pytest
+from families import run, token_stream
 
+from mlx_streamexperts import load, stream
 from mlx_streamexperts._loading.provenance import Weights, trace
 
 
@@ -91,3 +96,17 @@ def test_mlx_is_left_as_it_was() -> None:
     before = mx.contiguous
     trace(lambda w: {"y": mx.contiguous(w["a"])}, arrays())
     assert mx.contiguous is before
+
+
+def test_a_published_checkpoint_with_fused_tables_streams_as_it_is(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    built = checkpoint("qwen3_5_moe", dtype=mx.float32, quantize=None)
+    folder = originals.write(built, tmp_path / "published", originals.fused)
+    stock, _ = mlx_lm.utils.load_model(folder)
+    size = 2 * 4 * 49_152  # four experts of each of two layers
+    model, _ = load(str(folder), cache=size)
+    tokens = token_stream(64, 40, seed=1)
+    for got, expected in zip(run(model, tokens, 12), run(stock, tokens, 12), strict=True):
+        assert np.array_equal(got, expected)
+    assert stream(model).stats().cache.misses > 0

@@ -9,6 +9,7 @@ unpacks it), the model is refused. Nothing is evaluated here.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import json
 import re
@@ -53,6 +54,7 @@ from .._memory.budget import Plan, Sizes, divide, text_config
 from .._memory.footprint import Footprint
 from .._memory.model_graph import copied, measure
 from .._osinfo import unfinished_bytes
+from .provenance import Stored, trace
 
 # Bound before any patch is installed.
 original_load_model = mlx_lm.utils.load_model
@@ -232,6 +234,12 @@ class LoadRecord:
     build_empty: Callable[[], nn.Module] = nn.Module
     filled: set[str] = field(default_factory=set)
 
+    @functools.cached_property
+    def cut_out(self) -> dict[str, Stored]:
+        """Tables that `sanitize` cuts out of stored tensors, by name in the model."""
+        sanitize = getattr(self.build_empty(), "sanitize", dict)  # of a copy: some change the model
+        return trace(sanitize, self.stored)
+
 
 def load_recorded(
     folder: Path, arguments: dict[str, Any]
@@ -410,6 +418,8 @@ def _find_layers(
                     stored = ExpertTable.separate([entries[id(p)] for p in parts])
                     entry, count = entries[id(parts[0])], len(parts)
                     _check_table(where, table, entry, (count, *entry.shape), count * entry.nbytes)
+                elif (rows := record.cut_out.get(where)) is not None:
+                    stored = _cut_table(where, table, rows.rows(), checkpoint)
                 elif as_converted:
                     stored = ExpertTable.nowhere(table.nbytes, table.shape[0])
                 else:
@@ -425,6 +435,19 @@ def _find_layers(
             )
         layers.append(ExpertLayer(path, switch, tensors, next(iter(counts))))
     return sorted(layers, key=lambda x: [int(p) if p.isdigit() else -1 for p in x.name.split(".")])
+
+
+def _cut_table(where: str, table: mx.array, rows: Stored, checkpoint: Checkpoint) -> ExpertTable:
+    """The place of a table whose experts are parts of stored tensors: half of their rows, say."""
+    entries = [checkpoint.tensors[name] for name, _ in rows.ranges]
+    _check_table(where, table, entries[0], rows.shape, rows.nbytes)
+    return ExpertTable(
+        entries[0].dtype,
+        table.nbytes // table.shape[0],
+        tuple(str(e.file) for e in entries),
+        tuple(e.offset + skip for e, (_, skip) in zip(entries, rows.ranges, strict=True)),
+        tuple(e.name for e in entries),
+    )
 
 
 def _check_table(

@@ -40,6 +40,11 @@ class Stored:
     ranges: tuple[tuple[str, int], ...]
     whole: bool
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array."""
+        return self._bytes(self.shape)
+
     def rows(self) -> Stored:
         """The same array, a range for each index of the first axis."""
         if not self.whole or not self.shape:
