@@ -5,7 +5,9 @@ ordinary MLX-format checkpoints that stock ``mlx_vlm.utils.load_model`` loads st
 how each family calls its experts. It must never import the package under test.
 """
 
+import contextlib
 import copy
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,10 +18,35 @@ import families as lm
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from families import DENSE, EXPERT, EXPERTS, HIDDEN, TOP_K, VOCAB
+from families import DENSE, EXPERT, EXPERTS, HIDDEN, VOCAB
 from mlx.utils import tree_flatten, tree_unflatten
 
-VERSION = "0.7.10"
+VERSION = (0, 7, 10)
+TEXT = VOCAB - 8  # ids of text: those above stand for pictures, films and sounds
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny config.json and how stock mlx-vlm runs it.
+
+    ``switches`` are the classes that own the switch linears and ``call`` what a layer passes to
+    them. ``forward`` is the module that a generation step calls, by path in the model ("" if the
+    family has no such step), with token ids and embeddings under the names ``ids`` and
+    ``embeddings``; a prompt's chunks come as ``inputs=`` in every family. ``outsiders`` use a
+    switch's projections from outside. ``tables`` are embeddings looked up by token, by path, and
+    where their row ids come from. ``draws`` says what a forward draws at random, if anything.
+    """
+
+    config: dict[str, Any]
+    switches: tuple[str, ...] = ("SwitchGLU",)
+    call: tuple[str, ...] = ("x", "indices")
+    forward: str = "language_model"
+    ids: str = "inputs"
+    embeddings: str = "inputs_embeds"
+    outsiders: str = ""
+    tables: dict[str, str] = field(default_factory=dict)
+    draws: str = ""
+
 
 # One vision tower for all: every family drops the names that it does not know.
 _VISION: dict[str, Any] = {
@@ -85,15 +112,27 @@ def _text(family: str) -> dict[str, Any]:
     return copy.deepcopy(config.get("text_config", config))
 
 
-CONFIGS: dict[str, dict[str, Any]] = {}
-for _same in (
-    "Klear afmoe bailing_moe bailing_moe_linear deepseek deepseek_v2 deepseek_v3 deepseek_v32 dots1 "
-    "ernie4_5_moe exaone_moe gemma4_text glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss granitemoe "
-    "granitemoehybrid hunyuan jamba joyai_llm_flash kimi_k2 kimi_linear laguna lfm2_moe longcat_flash "
-    "longcat_flash_ngram mellum mimo_v2_flash minimax minimax_m2 mixtral nemotron_h nemotron_h_latent "
-    "olmoe phimoe phixtral qwen2_moe qwen3_moe qwen3_next solar_open step3p5"
-).split():
-    CONFIGS[_same] = copy.deepcopy(lm.FAMILIES[_same])
+# Families of mlx-lm that mlx-vlm lacks, or builds from a config with a vision tower.
+_ONLY_MLX_LM = {"bailing_hybrid", "bailing_moe_v3", "mistral4", "qwen3_5"}
+_WITH_VISION = {
+    "deepseek_v41",
+    "gemma4",
+    "gemma4_unified",
+    "kimi_k25",
+    "kimi_k3",
+    "kimi_vl",
+    "llama4",
+    "minimax_m3_vl",
+    "mistral3",
+    "muse_spark",
+    "qwen3_5_moe",
+    "qwen3_vl_moe",
+}
+_CONFIGS: dict[str, dict[str, Any]] = {
+    family: copy.deepcopy(config)
+    for family, config in lm.FAMILIES.items()
+    if family not in _ONLY_MLX_LM | _WITH_VISION
+}
 
 _QWEN_ROPE = {
     "type": "default",
@@ -104,13 +143,71 @@ _QWEN_ROPE = {
 _QWEN_IDS = {"vision_start_token_id": VOCAB - 3, "vision_end_token_id": VOCAB - 4}
 _QWEN3_5 = _text("qwen3_5_moe") | {"rope_parameters": _QWEN_ROPE, "eos_token_id": 0}
 _MROPE = {"type": "default", "rope_type": "default", "mrope_section": [6, 5, 5]}
-_GEMMA4_VISION = {"position_embedding_size": 64, "default_output_length": 4, "pooling_kernel_size": 2}
+_GEMMA4_VISION = {
+    "position_embedding_size": 64,
+    "default_output_length": 4,
+    "pooling_kernel_size": 2,
+}
 _V41_VISION = {
     "vision_num_layers": 1,
     "vision_hidden_size": 64,
     "vision_num_heads": 2,
     "vision_intermediate_size": 96,
     "hc_sinkhorn_iters": 1,
+}
+_DEEPSEEK_V4 = _flat(
+    "deepseek_v4",
+    head_dim=64,
+    q_lora_rank=64,
+    qk_rope_head_dim=32,
+    o_groups=2,
+    o_lora_rank=64,
+    n_routed_experts=EXPERTS,
+    n_shared_experts=1,
+    routed_scaling_factor=1.5,
+    sliding_window=8,
+    compress_ratios=[0, 4, 0, 4],
+    num_hash_layers=1,
+    index_n_heads=2,
+    index_head_dim=32,
+    index_topk=4,
+    num_hidden_layers=4,
+    hc_sinkhorn_iters=1,
+)
+_OMNI = {
+    "model_type": "qwen3_omni_moe",
+    "enable_audio_output": False,
+    "thinker_config": _vl(
+        "qwen3_omni_moe_thinker",
+        _text("qwen3_vl_moe") | {"rope_scaling": _MROPE},
+        audio_config={
+            "d_model": 64,
+            "encoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 64,
+            "num_hidden_layers": 1,
+            "num_mel_bins": 16,
+            "output_dim": HIDDEN,
+            "downsample_hidden_size": 16,
+        },
+    ),
+    "talker_config": {
+        "text_config": _text("qwen3_vl_moe")
+        | {"rope_scaling": _MROPE, "shared_expert_intermediate_size": 64},
+        "code_predictor_config": {
+            "num_hidden_layers": 1,
+            "hidden_size": HIDDEN,
+            "intermediate_size": DENSE,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+            "vocab_size": VOCAB,
+            "num_code_groups": 2,
+        },
+        "num_code_groups": 2,
+        "thinker_hidden_size": HIDDEN,
+    },
+    "code2wav_config": {"hidden_size": 64, "num_hidden_layers": 1},
 }
 _OCR_TEXT = _text("deepseek_v2") | {"topk_method": "greedy", "scoring_func": "softmax"}
 _OCR = {
@@ -124,7 +221,7 @@ _OCR = {
     },
 }
 
-CONFIGS |= {
+_CONFIGS |= {
     "cohere2_moe": _flat(
         "cohere2_moe",
         intermediate_size=EXPERT,
@@ -138,34 +235,7 @@ CONFIGS |= {
         logit_scale=0.5,
         layer_norm_eps=1e-5,
     ),
-    "dbrx": {
-        "model_type": "dbrx",
-        "vocab_size": VOCAB,
-        "d_model": HIDDEN,
-        "n_layers": 2,
-        "n_heads": 2,
-        "ffn_config": {"ffn_hidden_size": EXPERT, "moe_num_experts": EXPERTS, "moe_top_k": TOP_K},
-        "attn_config": {"kv_n_heads": 1, "clip_qkv": 8.0, "rope_theta": 10000.0},
-    },
-    "deepseek_v4": _flat(
-        "deepseek_v4",
-        head_dim=64,
-        q_lora_rank=64,
-        qk_rope_head_dim=32,
-        o_groups=2,
-        o_lora_rank=64,
-        n_routed_experts=EXPERTS,
-        n_shared_experts=1,
-        routed_scaling_factor=1.5,
-        sliding_window=8,
-        compress_ratios=[0, 4, 0, 4],
-        num_hash_layers=1,
-        index_n_heads=2,
-        index_head_dim=32,
-        index_topk=4,
-        num_hidden_layers=4,
-        hc_sinkhorn_iters=1,
-    ),
+    "deepseek_v4": _DEEPSEEK_V4,
     "deepseek_v41": _text("deepseek_v41")
     | _V41_VISION
     | {"engram_layer_ids": [], "engram_num_embeddings": []},
@@ -179,6 +249,13 @@ CONFIGS |= {
         "engram_n_heads": 2,
         "engram_head_dim": 64,
         "engram_compressed_vocab_size": VOCAB,
+    },
+    "deepseek_v4_vision": _DEEPSEEK_V4
+    | {
+        "vision_n_layers": 1,
+        "vision_dim": 64,
+        "vision_n_heads": 2,
+        "vision_inter_dim": 96,
     },
     "deepseek_vl_v2": _vl("deepseek_vl_v2", _OCR_TEXT, {"model_type": "vision"}, **_OCR),
     "deepseekocr": _vl("deepseekocr", _OCR_TEXT, {"model_type": "vision"}, **_OCR),
@@ -228,7 +305,10 @@ CONFIGS |= {
     "glm4v_moe": _vl(
         "glm4v_moe",
         _text("glm4_moe")
-        | {"rope_parameters": {"rope_theta": 10000.0, "mrope_section": [4, 2, 2]}, "rope_scaling": {"mrope_section": [4, 2, 2]}},
+        | {
+            "rope_parameters": {"rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
+            "rope_scaling": {"mrope_section": [4, 2, 2]},
+        },
         {"model_type": "glm4v_moe"},
     ),
     "glm5_next": _vl(
@@ -401,41 +481,11 @@ CONFIGS |= {
     ),
     "qwen3_5_moe": _vl("qwen3_5_moe", dict(_QWEN3_5), **_QWEN_IDS),
     "qwen3_5_moe_text": dict(_QWEN3_5),
-    "qwen3_omni_moe": {
-        "model_type": "qwen3_omni_moe",
-        "enable_audio_output": False,
-        "thinker_config": _vl(
-            "qwen3_omni_moe_thinker",
-            _text("qwen3_vl_moe") | {"rope_scaling": _MROPE},
-            audio_config={
-                "d_model": 64,
-                "encoder_layers": 1,
-                "encoder_attention_heads": 2,
-                "encoder_ffn_dim": 64,
-                "num_hidden_layers": 1,
-                "num_mel_bins": 16,
-                "output_dim": HIDDEN,
-                "downsample_hidden_size": 16,
-            },
-        ),
-        "talker_config": {
-            "text_config": _text("qwen3_vl_moe") | {"rope_scaling": _MROPE, "shared_expert_intermediate_size": 64},
-            "code_predictor_config": {
-                "num_hidden_layers": 1,
-                "hidden_size": HIDDEN,
-                "intermediate_size": DENSE,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 1,
-                "head_dim": 32,
-                "vocab_size": VOCAB,
-                "num_code_groups": 2,
-            },
-            "num_code_groups": 2,
-            "thinker_hidden_size": HIDDEN,
-        },
-        "code2wav_config": {"hidden_size": 64, "num_hidden_layers": 1},
-    },
-    "qwen3_vl_moe": _vl("qwen3_vl_moe", _text("qwen3_vl_moe") | {"rope_scaling": _MROPE}, **_QWEN_IDS),
+    "qwen3_omni_moe": _OMNI,
+    "qwen3_omni_moe_talker": _OMNI | {"enable_audio_output": True},
+    "qwen3_vl_moe": _vl(
+        "qwen3_vl_moe", _text("qwen3_vl_moe") | {"rope_scaling": _MROPE}, **_QWEN_IDS
+    ),
     "qwen4_exp": _vl(
         "qwen4_exp",
         _QWEN3_5
@@ -446,7 +496,7 @@ CONFIGS |= {
             "hc_count": 2,
             "hc_lowrank": 16,
             "ple_layer_ids": [1, 3],
-            "ple_embed_dim": 128,
+            "ple_embed_dim": 256,
             "ngram_size": 3,
             "heads_per_ngram": 2,
             "ngram_vocab_size_base": 100,
@@ -484,14 +534,118 @@ CONFIGS |= {
     ),
 }
 
-# Top-level modules whose size no configuration can reduce: their weights stay out of the checkpoint,
-# and mlx-vlm drops a module that has none.
+_COMBINED = {"call": ("x", "indices", "weights", "shared", "residual")}
+_PACKED = {"switches": ("MiniMaxPackedSwitchGLU",)}
+_MLP = {
+    "switches": ("SwitchMLP",),
+    "outsiders": "nemotron_h's speculative verifier calls fc1 and fc2, always",
+}
+_VERIFIED = {
+    "outsiders": "qwen3_5's speculative verifier calls the projections of a switch that has them"
+}
+_V41 = {
+    "switches": ("DeepseekV41SwitchGLU",),
+    "call": ("x", "inds", "weights"),
+    "ids": "input_ids",
+}
+_PER_LAYER = "the token's id; a prompt's rows in Model.get_input_embeddings, pictures as id 0"
+_NGRAMS = "NgramEmbedding.__call__, from the last tokens in cache[0]"
+
+# What is not as the defaults of ``Family`` say. Each is read from mlx-vlm's source, and what can
+# be seen in a model is tested.
+_FACTS: dict[str, dict[str, Any]] = {
+    "deepseek_v4": _COMBINED,
+    "deepseek_v4_vision": _COMBINED,
+    "deepseek_v41": _V41,
+    "deepseek_v41_engram": {
+        **_V41,
+        "tables": {
+            "language_model.layers.*.engram.embed": "language_model.engram_hash at pass entry, "
+            "from all ids so far in cache[0].engram"
+        },
+    },
+    "diffusion_gemma": {
+        "switches": ("Experts",),
+        "call": ("x", "top_k_indices"),
+        "forward": "",
+        "draws": "the canvas, unless canvas_ids are given",
+    },
+    "gemma4_ple": {"tables": {"language_model.model.embed_tokens_per_layer": _PER_LAYER}},
+    "gemma4_text": {"embeddings": "input_embeddings"},
+    "glm5_next": _COMBINED,
+    "hy_v4": {"switches": ("FusedSwitchGLU",)},
+    "inkling": {
+        "switches": ("InklingSwitchGLU",),
+        "outsiders": "InklingSparseMoE reads down_proj's attributes in every pass, and on Metal "
+        "runs up to 8 tokens of a 4-bit layer in a kernel of its own",
+    },
+    "laguna": {"switches": ("LagunaPackedSwitchGLU",)},
+    "lfm2_moe": {
+        "outsiders": "lfm2's speculative verifier calls the projections, always",
+    },
+    "longcat_flash_ngram": {
+        "tables": {
+            "language_model.model.ngram_embeddings.embedders.*": _NGRAMS
+            + "; a prompt's rows in Model.get_input_embeddings, without the cache"
+        },
+    },
+    "longcat_flash_sparse": {
+        "tables": {"language_model.model.ngram_embeddings.embedders.*": _NGRAMS},
+    },
+    "minicpmv4_7": _VERIFIED,
+    "minimax_m3": _PACKED,
+    "minimax_m3_vl": _PACKED,
+    "moondream3": {"switches": ("MoEMLP",), "call": ("x",), "forward": "text"},
+    "muse_spark": {"outsiders": "MuseSparkMoE reads post_expert_norm, a child of the switch"},
+    "nemotron_h": _MLP,
+    "nemotron_h_latent": _MLP,
+    "nemotron_h_nano_omni": _MLP,
+    "openai_privacy_filter": {"switches": ("Experts",), "forward": ""},
+    "phixtral": {"switches": ("SwitchMLP",), "ids": "x"},
+    "qwen3_5_moe": _VERIFIED,
+    "qwen3_5_moe_text": _VERIFIED,
+    "qwen3_omni_moe": {"forward": "thinker.language_model"},
+    "qwen3_omni_moe_talker": {"forward": "thinker.language_model"},
+    "qwen4_exp": {
+        **_VERIFIED,
+        "tables": {
+            "language_model.model.layers.*.ple.ple_embedding.ngram_embedding.shards.*": "hash in "
+            "ple_embedding.__call__, from the last tokens in the layer's cache[3]"
+        },
+    },
+    "step3p7": {"ids": "input_ids"},
+    "zaya1_vl": {
+        "switches": ("ZayaSwitchMLP",),
+        "call": ("hidden_states", "expert_choice", "route_prob", "image_mask"),
+        "ids": "input_ids",
+    },
+}
+FAMILIES: dict[str, Family] = {
+    name: Family(config, **_FACTS.get(name, {})) for name, config in sorted(_CONFIGS.items())
+}
+
+# Families with a kernel for Metal and no other way: stock mlx-vlm loads them anywhere.
+METAL_FAMILIES = {"muse_spark": "kernels.qk_norm_rope is a Metal kernel and has no fallback"}
+
+# Families of mlx-vlm with experts that have no checkpoint here, by package, and why.
+NOT_BUILT: dict[str, str] = {
+    "dbrx": "its experts are a list of plain MLPs: it has no switch linear",
+    "gemma3n": "no experts, but per-layer embeddings: its vision tower (MobileNetV5) has no size "
+    "in the config, and its sanitize needs that tower's weights",
+    "llada_image": "an image generator with its own loader, not mlx_vlm.utils.load_model; its text "
+    "encoder calls a switch's projections itself",
+    "ming_image": "an image generator with its own loader, not mlx_vlm.utils.load_model",
+    "nemotron_voicechat": "needs mlx-audio, and runs in a session of its own: no language_model",
+    "prism_hadamard_qwen35": "qwen3_5 without experts: its manifest names plain linears only",
+}
+
+# Top-level modules whose size no configuration can reduce: their weights stay out of the
+# checkpoint, and mlx-vlm drops a module that has none.
 OMITTED: dict[str, tuple[str, ...]] = {
     "deepseekocr": ("sam_model", "vision_model"),
     "deepseekocr_2": ("sam_model", "vision_model"),
     "unlimited_ocr": ("sam_model", "vision_model"),
 }
-RENAMED = {}
 
 
 def construct(config: dict[str, Any]) -> nn.Module:
@@ -520,20 +674,18 @@ def make_vlm_checkpoint(
 ) -> Path:
     """Write a random checkpoint of ``family`` into ``folder`` and return the folder.
 
-    ``bits`` quantizes the language model in groups of 64; ``"mixed"`` is 4 bits with the experts'
-    last projection at 8.
+    ``bits`` quantizes the language model in groups of 64: a number, a mode by name ("mxfp4"), or
+    "mixed", which is 4 bits with each expert's last projection at 8.
     """
-    config = copy.deepcopy(CONFIGS[family])
+    config = copy.deepcopy(FAMILIES[family].config)
     model = construct(config)
     for module in OMITTED.get(family, ()):
         setattr(model, module, None)
     _randomize(model, seed)
     _cast(model, dtype)
     if bits is not None:
-        config["quantization"] = _quantize(model, bits)
-        config["quantization_config"] = config["quantization"]
+        config = _quantize(model, config, bits)
     weights: dict[str, mx.array] = dict(sorted(tree_flatten(model.parameters())))
-    weights = RENAMED.get(family, lambda w: w)(weights)
     mx.eval(weights)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
@@ -579,31 +731,41 @@ def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
         model.set_dtype(dtype)
 
 
-def _quantize(model: nn.Module, bits: int | str) -> dict[str, Any]:
-    """Quantize ``model`` in place as ``mlx_vlm.convert`` does; returns config.json's entry."""
+def _quantize(model: nn.Module, config: dict[str, Any], bits: int | str) -> dict[str, Any]:
+    """Quantize ``model`` in place as ``mlx_vlm.convert`` does; returns the config that says so."""
+    from mlx_vlm.quant_utils import quantize_model
     from mlx_vlm.utils import skip_multimodal_module
 
-    default = lm.Quantize(bits=4 if bits == "mixed" else int(bits)).params()
-    entry: dict[str, Any] = dict(default)
-    last = {f"{path}.{LAST[-1]}" for path, LAST in switches(model).items()}
-    own: Callable[[str, nn.Module], Any] = (
+    if isinstance(bits, int) or bits == "mixed":
+        default = lm.Quantize(bits=4 if bits == "mixed" else int(bits)).params()
+    else:
+        default = lm.Quantize(mode=bits).params()
+    last = {f"{path}.{projections(names)[-1]}" for path, names in switches(model).items()}
+    family: Callable[[str, nn.Module], Any] = (
         getattr(model, "quant_predicate", None)
+        # kimi_k3's own converter does not see it, and quantizes what the model reads as a vector.
         or getattr(getattr(model, "language_model", None), "quant_predicate", None)
         or (lambda path, module: True)
     )
 
     def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if not hasattr(module, "to_quantized") or skip_multimodal_module(path):
+        if skip_multimodal_module(path):
             return False
-        if module.weight.shape[-1] % default["group_size"]:
-            return False
-        chosen = {**default, "bits": 8} if bits == "mixed" and path in last else own(path, module)
-        if isinstance(chosen, dict):
-            entry[path] = chosen
-        return chosen
+        if isinstance(module, nn.Embedding) and module.weight.shape[-1] % default["group_size"]:
+            return {"fallback_group_size": 32}  # tables of narrow rows
+        chosen = family(path, module)
+        return {**default, "bits": 8} if bits == "mixed" and path in last and chosen else chosen
 
-    nn.quantize(model, **default, class_predicate=predicate)
-    return entry
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints the bits per weight
+        _, config = quantize_model(
+            model,
+            config,
+            default["group_size"],
+            default["bits"],
+            mode=default["mode"],
+            quant_predicate=predicate,
+        )
+    return config
 
 
 def switches(model: nn.Module) -> dict[str, list[str]]:
@@ -623,17 +785,21 @@ def switches(model: nn.Module) -> dict[str, list[str]]:
     return found
 
 
-def run(model: nn.Module, tokens: np.ndarray, prefill: int) -> list[np.ndarray]:
+def projections(names: list[str]) -> list[str]:
+    """Those of a switch's linears that are its own, and not an adapter's in a list."""
+    return [name for name in names if "." not in name]
+
+
+def run(model: nn.Module, tokens: np.ndarray, prefill: int, block: int = 1) -> list[np.ndarray]:
     """Float32 logits of a cached run as ``mlx_vlm.generate`` makes it, fed ``tokens`` regardless.
 
     The first entry is the prefill of ``tokens[:prefill]`` in one call, [prefill, vocab]; each
-    further one is one token's decode, [1, vocab].
+    further one decodes the next ``block`` tokens, [block, vocab].
     """
     from mlx_vlm.models.cache import make_prompt_cache
 
-    calls = [mx.array(tokens[:prefill])[None]]
-    calls += [mx.array(tokens[i : i + 1])[None] for i in range(prefill, len(tokens))]
-    logits = []
+    parts = np.split(tokens, range(prefill, len(tokens), block))
+    calls = [mx.array(part)[None] for part in parts if len(part)]
     if not hasattr(model, "language_model"):  # it classifies tokens, each call on its own
         results = (model(ids).logits for ids in calls)
     elif hasattr(model.config, "canvas_length"):
@@ -650,6 +816,7 @@ def run(model: nn.Module, tokens: np.ndarray, prefill: int) -> list[np.ndarray]:
             language(ids, cache=cache, **more).logits
             for ids, more in zip(calls, given, strict=True)
         )
+    logits = []
     for out in results:
         out = out[0].astype(mx.float32)
         mx.eval(out)
