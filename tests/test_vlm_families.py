@@ -21,6 +21,7 @@ from vlm_families import (
     TEXT,
     construct,
     make_vlm_checkpoint,
+    picture,
     projections,
     run,
     switches,
@@ -77,6 +78,24 @@ def test_stock_mlx_vlm_loads_and_runs_it(family: str, tmp_path: Path) -> None:
     for again in (model, utils.load_model(folder)):
         for one, other in zip(logits, run(again, TOKENS, 6), strict=True):
             assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if picture(name)])
+def test_a_picture_changes_what_follows(family: str, tmp_path: Path) -> None:
+    if reason := unsupported(family):
+        pytest.skip(reason)
+    model = utils.load_model(make_vlm_checkpoint(tmp_path / family, family))
+    ids, given = picture(family) or ([], {})
+    tokens = np.concatenate([TOKENS[:2], ids, TOKENS[2:]])
+    seen = run(model, tokens, len(tokens) - 1, **given)
+    blind = run(model, tokens, len(tokens) - 1)
+    for one, other, again in zip(
+        seen, blind, run(model, tokens, len(tokens) - 1, **given), strict=True
+    ):
+        assert np.isfinite(one).all()
+        assert np.array_equal(one, again)
+        # mistral_large3 takes deepseek_v3's language model, which ignores inputs_embeds.
+        assert np.array_equal(one, other) == (family == "mistral_large3")
 
 
 @pytest.mark.parametrize("bits", [4, "mixed"])

@@ -274,6 +274,7 @@ _CONFIGS |= {
             "moe_num_shared_experts": 1,
         },
         pixel_hidden_size=64,
+        im_patch_id=VOCAB - 1,
     ),
     "flint": _flat(
         "flint",
@@ -403,6 +404,7 @@ _CONFIGS |= {
         _text("llama4"),
         {
             "model_type": "llama4_vision_model",
+            "intermediate_size": 256,
             "initializer_range": 0.02,
             "norm_eps": 1e-5,
             "pixel_shuffle_ratio": 0.5,
@@ -470,6 +472,7 @@ _CONFIGS |= {
         {"max_resolution": 56},
         projector_hidden_size=64,
         vit_hidden_size=64,
+        img_context_token_id=VOCAB - 1,
     ),
     "openai_privacy_filter": _flat(
         "openai_privacy_filter",
@@ -790,11 +793,75 @@ def projections(names: list[str]) -> list[str]:
     return [name for name in names if "." not in name]
 
 
-def run(model: nn.Module, tokens: np.ndarray, prefill: int, block: int = 1) -> list[np.ndarray]:
+def picture(family: str, seed: int = 0) -> tuple[list[int], dict[str, mx.array]] | None:
+    """A random picture: the ids that stand for it in a prompt, and what ``run`` takes beside.
+
+    None if the family has no vision tower, or one whose input only its own processor makes.
+    """
+    rng = np.random.default_rng(seed)
+
+    def pixels(*shape: int) -> mx.array:
+        return mx.array(rng.standard_normal(shape).astype(np.float32))
+
+    grid, side = mx.array([[1, 4, 4]]), 14  # 4 by 4 patches, 14 pixels wide
+    if family in _GRIDS:  # two frames a patch
+        given = {"pixel_values": pixels(16, 3 * 2 * side * side), "image_grid_thw": grid}
+    elif family in _PATCHES:
+        given = {"pixel_values": pixels(16, 3, side, side), "grid_thws": grid}
+        given["image_grid_hws"] = grid[:, 1:]
+    elif family == "ernie4_5_moe_vl":
+        given = {"pixel_values": pixels(16, 3 * side * side), "image_grid_thw": grid}
+    elif family == "youtu_vl":
+        given = {"pixel_values": pixels(1, 16, 3 * side * side), "spatial_shapes": grid[:, 1:]}
+    elif family == "diffusion_gemma":
+        given = {"pixel_values": pixels(1, 3, 4 * side, 4 * side)}
+    elif family in _IMAGES:  # 2 by 2 patches
+        given = {"pixel_values": pixels(1, 3, 2 * side, 2 * side)}
+        if family.startswith("mistral"):
+            given["image_sizes"] = mx.array([[2 * side, 2 * side]])
+        return [VOCAB - 1], given
+    elif family == "inkling":
+        return [VOCAB - 1], {"pixel_values": pixels(1, 2, 4, 4, 3)}
+    elif family == "gemma4_unified":
+        size = {"pixel_values": pixels(1, 1, 3 * 4 * side * side)}
+        return [VOCAB - 1], size | {"image_position_ids": mx.array([[[0, 0]]])}
+    else:
+        return None
+    return [VOCAB - 1] * 4, given
+
+
+_GRIDS = {
+    "glm4v_moe",
+    "glm5_next",
+    "mimo_v2",
+    "minimax_m3_vl",
+    "qwen3_5_moe",
+    "qwen3_omni_moe",
+    "qwen3_omni_moe_talker",
+    "qwen3_vl_moe",
+    "qwen4_exp",
+    "zaya1_vl",
+}
+_PATCHES = {"kimi_k25", "kimi_k3", "kimi_vl"}
+_IMAGES = {
+    "gemma4",
+    "gemma4_ple",
+    "llama4",
+    "mistral3",
+    "mistral_large3",
+    "muse_spark",
+    "nemotron_h_nano_omni",
+    "step3p7",
+}
+
+
+def run(
+    model: nn.Module, tokens: np.ndarray, prefill: int, block: int = 1, **picture: mx.array
+) -> list[np.ndarray]:
     """Float32 logits of a cached run as ``mlx_vlm.generate`` makes it, fed ``tokens`` regardless.
 
     The first entry is the prefill of ``tokens[:prefill]`` in one call, [prefill, vocab]; each
-    further one decodes the next ``block`` tokens, [block, vocab].
+    further one decodes the next ``block`` tokens, [block, vocab]. ``picture`` goes with the prompt.
     """
     from mlx_vlm.models.cache import make_prompt_cache
 
@@ -805,11 +872,17 @@ def run(model: nn.Module, tokens: np.ndarray, prefill: int, block: int = 1) -> l
     elif hasattr(model.config, "canvas_length"):
         cache = model.make_cache()
         canvas = mx.arange(model.config.canvas_length)[None]  # drawn at random unless given
-        results = (model(ids, cache=cache, canvas_ids=canvas).logits for ids in calls)
+        results = (
+            model(
+                ids, cache=cache, canvas_ids=canvas, **(picture if ids is calls[0] else {})
+            ).logits
+            for ids in calls
+        )
     else:
         language = model.language_model
         cache = make_prompt_cache(language)
-        extra = model.get_input_embeddings(calls[0], None, mask=None).to_dict()
+        pixels = picture.pop("pixel_values", None)
+        extra = model.get_input_embeddings(calls[0], pixels, mask=None, **picture).to_dict()
         extra = {name: value for name, value in extra.items() if value is not None}
         given = [extra] + [{"inputs_embeds": None}] * (len(calls) - 1)
         results = (
