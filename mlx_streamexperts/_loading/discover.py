@@ -59,9 +59,13 @@ from .provenance import Stored, trace
 # Bound before any patch is installed.
 original_load_model = mlx_lm.utils.load_model
 
-SWITCHES = (SwitchGLU, SwitchMLP)
+SWITCHES: tuple[type[nn.Module], ...] = (SwitchGLU, SwitchMLP)
 _SCORE_COPIES = 3  # scores, the mask added, their softmax
-PROJECTIONS = (SwitchLinear, QuantizedSwitchLinear)
+PROJECTIONS: tuple[type[nn.Module], ...] = (SwitchLinear, QuantizedSwitchLinear)
+
+
+Load = Callable[[Path, dict[str, Any]], tuple[nn.Module, dict[str, Any], "LoadRecord"]]
+"""Loads the model in a folder lazily, with arguments for its library's `load_model`."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ class DiscoveredModel:
         sizes: bytes of the model's parts.
         item_bytes: bytes of one activation.
         shards: the checkpoint's files.
-        whole: the model with the layers of all ranks.
+        whole: the part whose calls are passes, with the layers of all ranks.
+        record: where its arrays come from.
         stage: this rank's decoder layers, if several machines share the model.
     """
 
@@ -85,6 +90,7 @@ class DiscoveredModel:
     item_bytes: int
     shards: list[Path]
     whole: nn.Module
+    record: LoadRecord
     stage: Stage | None = None
 
     def plan(self, config: StreamConfig, held: int = 0) -> Plan:
@@ -96,7 +102,7 @@ class DiscoveredModel:
         """
         try:
             needs = layer_needs(self.layers, self.model_config)
-            footprint = _footprint(self.whole, self.model_config)
+            footprint = self._footprint()
             heads = text_config(self.model_config).get("num_attention_heads") or 1
             footprint = replace(
                 footprint,
@@ -113,6 +119,20 @@ class DiscoveredModel:
                 f"{self.shards[0].parent / 'config.json'}: its numbers make no sense: {e!r}"
             ) from e
 
+    @property
+    def language(self) -> nn.Module:
+        """The part of the model whose calls are passes: all of it, or its language model."""
+        return self.model if self.record.language is None else self.record.language
+
+    def _footprint(self) -> Footprint:
+        """The footprint of the model's passes; cached, since planning again (`tune`) is common."""
+        config, record = self.model_config, self.record
+        key = json.dumps([config, str(mx.default_device())], sort_keys=True, default=str)
+        if key not in _footprints:
+            modules = expert_modules(self.whole, record.switches, record.projections)
+            _footprints[key] = measure(self.whole, modules, text_config(config))
+        return _footprints[key]
+
 
 def discover(
     folder: Path,
@@ -120,6 +140,7 @@ def discover(
     arguments: dict[str, Any],
     as_converted: bool = False,
     part: Part | None = None,
+    load: Load | None = None,
 ) -> DiscoveredModel:
     """Check the checkpoint, build the model without evaluating it, and find its experts.
 
@@ -131,6 +152,7 @@ def discover(
             loading have no place on disk, and the size that a conversion would give them.
         part: keep only the layers of this rank. Shards that hold only other ranks' layers may be
             missing.
+        load: loads the model; mlx-lm's loader if None.
 
     Raises:
         CheckpointError: the files are damaged or incomplete.
@@ -141,8 +163,9 @@ def discover(
     checkpoint = read_checkpoint(folder)
     if part is not None and checkpoint.absent:
         arguments = {**arguments, "strict": False}
-    model, model_config, record = load_recorded(folder, arguments)
-    whole = model if part is None else copied(model)
+    model, model_config, record = (load or load_recorded)(folder, arguments)
+    passes = model if record.language is None else record.language
+    whole = passes if part is None else copied(model)
     stage = None if part is None else cut(model, part)
     if stage is not None:
         _check_whole(model, stage, checkpoint, record)
@@ -172,26 +195,29 @@ def discover(
     )
     item_bytes = max(a.dtype.size for a in parameters if mx.issubdtype(a.dtype, mx.floating))
     shards = sorted({t.file for t in checkpoint.tensors.values()})
-    return DiscoveredModel(model, model_config, layers, sizes, item_bytes, shards, whole, stage)
-
-
-def _footprint(model: nn.Module, model_config: dict[str, Any]) -> Footprint:
-    """The footprint of the model's passes; cached, since planning again (`tune`) is common."""
-    key = json.dumps([model_config, str(mx.default_device())], sort_keys=True, default=str)
-    if key not in _footprints:
-        _footprints[key] = measure(model, expert_modules(model), text_config(model_config))
-    return _footprints[key]
+    return DiscoveredModel(
+        model, model_config, layers, sizes, item_bytes, shards, whole, record, stage
+    )
 
 
 _footprints: dict[str, Footprint] = {}
 
 
-def expert_modules(model: nn.Module) -> list[tuple[nn.Module, int]]:
-    """A model's expert modules, each with the width of an expert's hidden layer."""
+def expert_modules(
+    model: nn.Module,
+    switches: tuple[type[nn.Module], ...] = SWITCHES,
+    projections: tuple[type[nn.Module], ...] = PROJECTIONS,
+) -> list[tuple[nn.Module, int]]:
+    """A model's expert modules, each with the width of an expert's hidden layer.
+
+    Args:
+        model: the model.
+        switches, projections: as in `LoadRecord`.
+    """
     found: list[tuple[nn.Module, int]] = []
     for module in model.modules():
-        if isinstance(module, SWITCHES):
-            tables = [p.weight for p in module.children().values() if isinstance(p, PROJECTIONS)]
+        if isinstance(module, switches):
+            tables = [p.weight for p in module.children().values() if isinstance(p, projections)]
             width = max((t.shape[1] for t in tables[:-1]), default=1)  # the last one projects back
             found.append((module, width))
     return found
@@ -227,18 +253,24 @@ class LoadRecord:
         stacks: by `id` of the result: the result, which keeps the `id` in use, and its parts.
         build_empty: builds another such model without weights.
         filled: names of the parameters for which mlx-lm had an array of the right shape.
+        sanitize: makes the model's arrays of stored ones, by name; leaves the model alone.
+        language: the part of the model whose calls are passes; None for the model itself.
+        switches, projections: classes of expert modules, and of the switch linears they own.
     """
 
     stored: dict[str, mx.array] = field(default_factory=dict)
     stacks: dict[int, tuple[mx.array, list[mx.array]]] = field(default_factory=dict)
     build_empty: Callable[[], nn.Module] = nn.Module
     filled: set[str] = field(default_factory=set)
+    sanitize: Callable[[dict[str, mx.array]], dict[str, mx.array]] = dict
+    language: nn.Module | None = None
+    switches: tuple[type[nn.Module], ...] = SWITCHES
+    projections: tuple[type[nn.Module], ...] = PROJECTIONS
 
     @functools.cached_property
     def cut_out(self) -> dict[str, Stored]:
         """Tables that `sanitize` cuts out of stored tensors, by name in the model."""
-        sanitize = getattr(self.build_empty(), "sanitize", dict)  # of a copy: some change the model
-        return trace(sanitize, self.stored)
+        return trace(self.sanitize, self.stored)
 
 
 def load_recorded(
@@ -329,7 +361,7 @@ def _checked_quantize(
 
 
 @contextmanager
-def _recording_stacks(record: LoadRecord) -> Iterator[None]:
+def recording_stacks(record: LoadRecord) -> Iterator[None]:
     """Record this thread's calls of `mx.stack`, with which mlx-lm joins single experts."""
     original, thread = mx.stack, threading.get_ident()
 
@@ -352,13 +384,15 @@ def _recording_classes(
     def build(arguments: Any) -> nn.Module:
         fresh = copy.deepcopy(arguments)  # some classes change their arguments
         record.build_empty = lambda: model_class(copy.deepcopy(fresh))
+        # Of another model: some change themselves.
+        record.sanitize = lambda w: getattr(record.build_empty(), "sanitize", dict)(w)
         model = model_class(arguments)
         sanitize = getattr(model, "sanitize", None)
 
         def sanitize_recorded(weights: dict[str, mx.array]) -> dict[str, mx.array]:
             record.stored.update(weights)
             object.__delattr__(model, "sanitize")
-            with _recording_stacks(record):
+            with recording_stacks(record):
                 return sanitize(weights) if sanitize is not None else weights
 
         def load_recorded_weights(
@@ -402,11 +436,11 @@ def _find_layers(
     entries = {id(array): checkpoint.tensors[name] for name, array in record.stored.items()}
     layers = []
     for path, switch in model.named_modules():
-        if not isinstance(switch, SWITCHES):
+        if not isinstance(switch, record.switches):
             continue
         tensors = {}
         for part, projection in switch.children().items():
-            if not isinstance(projection, PROJECTIONS):
+            if not isinstance(projection, record.projections):
                 continue
             for attribute, table in flatten(projection):
                 where = f"{path}.{part}.{attribute}"

@@ -11,7 +11,7 @@ import functools
 import inspect
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +25,7 @@ from .._config import StreamConfig
 from .._errors import UnsupportedModelError
 from .._experts.stream import is_streamed, stream
 from .._io.checkpoint import read_header
+from . import vlm
 from .discover import original_load_model
 from .guards import GUARDS
 from .on_ranks import part_of_repository
@@ -41,6 +42,9 @@ class Loader(Protocol):
 
     def _load_model(self, arguments: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
         """`mlx_lm.utils.load_model` with these arguments and streamed experts."""
+
+    def _load_vlm(self, arguments: dict[str, Any]) -> nn.Module:
+        """`mlx_vlm.utils.load_model` with these arguments and streamed experts."""
 
 
 _lock = threading.Lock()
@@ -101,6 +105,22 @@ def _load_model(*args: Any, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
     if active is None:
         return original_load_model(*args, **kwargs)
     return active._load_model(dict(_SIGNATURE.bind(*args, **kwargs).arguments))
+
+
+@functools.cache
+def _vlm_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """mlx-vlm's `load_model`, and ours."""
+    original = vlm.original_load_model()
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def load_model(*args: Any, **kwargs: Any) -> nn.Module:
+        active = _active()
+        if active is None:
+            return original(*args, **kwargs)
+        return active._load_vlm(dict(signature.bind(*args, **kwargs).arguments))
+
+    return original, load_model
 
 
 @functools.wraps(_original_load_adapters)
@@ -166,6 +186,7 @@ def _replace_functions() -> None:
     """Put our functions, or the original ones, into every module that has imported them."""
     patched = bool(_installed or _scoped)
     for original, ours in (
+        *([_vlm_functions()] if "mlx_vlm.utils" in sys.modules else []),
         (original_load_model, _load_model),
         (_original_load_adapters, _load_adapters),
         *GUARDS,

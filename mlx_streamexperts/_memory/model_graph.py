@@ -23,7 +23,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.models import cache as stock
 
-from .._hooks import intercept, swapped
+from .._hooks import intercept, logits_of, swapped
 from .footprint import Footprint, LayerCache, kept_tokens, leaves, whole_steps
 from .peak import VIEWS, evaluation_order, peak_bytes
 
@@ -194,7 +194,7 @@ def _pass_size(
         model.update(tree_unflatten([(k, arrays[k]) for k in weights]))
         _exchange(caches, [arrays[k] for k in cached])
         with _standing_in(switches) as results:
-            logits = model(tokens, cache=caches)
+            logits = logits_of(model(tokens, cache=caches))
         return [*_arrays(caches), logits if chunk == 2 else results[-1]]
 
     with _exportable():
