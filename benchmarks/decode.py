@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100, help="timed decode steps a round")
     parser.add_argument("--warm-up", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--policy", default=StreamConfig().policy)
+    parser.add_argument("--policy", default=StreamConfig().with_defaults().policy)
     parser.add_argument("--overlap", default="auto")
     parser.add_argument("--prefetch", default="auto")
     parser.add_argument("--store", help="a packed store of the model")

@@ -135,7 +135,7 @@ class Schedule:
     def _config(self) -> StreamConfig:
         pick = self.chance.choice
         return StreamConfig(
-            cache=self._size(self.chance), progress=False, profile="off",
+            cache=self._size(self.chance), progress=False,
             prefetch=pick(("off", "on", "on", "auto")), prefetch_depth=pick((1, 2)),
             run_ahead=pick(("off", "on")), overlap=pick(("auto", "on", "off")),
             threads=pick((1, 2, 4)), policy=pick(("lrfu", "lru", "s3fifo")),

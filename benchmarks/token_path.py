@@ -1,26 +1,27 @@
-"""What one expert layer's decode call costs in Python: calls, files, and steps from file to file.
+"""Python calls of one expert layer or one token: how many, in which files, and steps between them.
 
 Counted by `sys.setprofile` in the calling thread, and only in frames whose file lies inside the
 installed package. These figures do not depend on how fast the machine is.
 
 - calls: the profiler's "call" events. A generator counts each time that it is resumed, and up to
-  Python 3.11 a comprehension counts too. What `dataclass` and `NamedTuple` write lies in no file:
-  it is left out, like C, MLX, mlx-lm and the standard library.
+  Python 3.11 a comprehension counts too. Code that `dataclass` and `NamedTuple` generate lies in no
+  file and is left out, like C, MLX, mlx-lm and the standard library.
 - files: the different files that these frames lie in.
-- hops: calls whose file is not that of the call before, whatever returned meanwhile.
-- switches: how often the innermost such frame's file changes, by a call or by a return: a call into
-  another file and back is two. Coming in first and going out last count nothing.
+- hops: calls in another file than the call before, whatever returned meanwhile.
+- switches: how often the innermost such frame's file changes, by a call or by a return. A call into
+  another file and back is two. The first entry and the last exit do not count.
 
 A "layer" is a call of one `ExpertLayer` of the embedded model for one token: 8 of 64 experts, half
-of them resident, 4-bit, in nine parts. Prefetch asks there, and finds nothing to read. A "token" is
-the model's own forward pass over one, with 8 such layers, of which one lacks two experts, or none.
-Rows are the commonest of several rounds: now and then a call settles what earlier ones left.
+of them resident, 4-bit, in nine parts. With prefetch it probes the next router and finds nothing
+to read. A "token" is the model's own forward pass over one token, with 8 such layers, of which one
+lacks two experts, or none. Each row is the most frequent of several rounds, because a call
+sometimes does work that earlier calls left.
 
-`time.perf_counter` is exchanged for a clock that moves a microsecond each time that it is asked,
-because the package decides by measured times who reads and how a call is run. By this clock reads
-are quick, as they are from the page cache: the caller does them. Overlap at its default then runs
-those experts first that are there, as it does before its trial begins. "In threads" are the calls
-in the package's own threads meanwhile.
+The script replaces `time.perf_counter` by a clock that moves a microsecond with each call, because
+the package decides by measured times which thread reads and how a call runs. By this clock reads
+are quick, as they are from the page cache, so the caller does them. Overlap at its default then
+runs the resident experts first, as it does before its tuning begins. "In threads" are the calls in
+the package's own threads meanwhile.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class Profile:
 def loaded(cores: int | None, **options: Any) -> Iterator[nn.Module]:
     """The embedded model, half of its experts resident; all that is not named is off."""
     options = {"prefetch": "off", "run_ahead": "off", **options}
-    config = StreamConfig(cache=1 << 40, progress=False, bypass_page_cache="off", profile="off",
+    config = StreamConfig(cache=1 << 40, progress=False, bypass_page_cache="off",
                           cores=cores, **options)  # fmt: skip
     with patch(config=config):
         model, _ = mlx_lm.utils.load_model(demo_model())

@@ -79,7 +79,6 @@ def _described(x: Any) -> Iterator[str]:
     yield from _prose(x)
     if x.name == "StreamConfig":
         yield from _options()
-        return
     for member in x.members.values():
         if not _public(member):
             continue
@@ -103,7 +102,7 @@ def _public(x: Any) -> bool:
 
 
 def _called(x: Any, name: str) -> Iterator[str]:
-    missing = {p.name for p in x.parameters} - _named(x, "parameters") - {"self"}
+    missing = {p.name for p in x.parameters} - _named(x, "parameters") - {"self", "cls"}
     if missing:
         raise SystemExit(f"{x.path}: its docstring says nothing of {', '.join(sorted(missing))}")
     yield from _signature(x, name)
@@ -114,7 +113,7 @@ def _signature(x: Any, name: str) -> Iterator[str]:
     """A fence that no test runs: `signature` says so."""
     parts, starred = [], False
     for p in x.parameters:
-        if p.name == "self":
+        if p.name in ("self", "cls"):
             continue
         mark = {"variadic positional": "*", "variadic keyword": "**"}.get(p.kind.value, "")
         if p.kind.value == "keyword-only" and not starred:
@@ -163,7 +162,8 @@ def _options() -> Iterator[str]:
         choices = f.metadata.get("choices")
         kind = " or ".join(f'"{c}"' for c in choices) if choices else str(f.type)
         kind, text = (s.replace("|", "\\|") for s in (kind, f.metadata["help"]))
-        yield f"| `{f.name}` | {kind} | `{f.default!r}` | {text[0].upper() + text[1:]} |"
+        text = text[0].upper() + text[1:]
+        yield f"| `{f.name}` | {kind} | `{f.metadata['default']!r}` | {text} |"
     yield ""
 
 

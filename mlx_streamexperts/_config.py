@@ -1,4 +1,8 @@
-"""The options of expert streaming, documented once for scripts and command lines."""
+"""The options of expert streaming: one list for scripts, command lines and settings files.
+
+An option's name, help, choices and default are stated here and nowhere else. No option changes a
+result; `tune` relies on that for the ones marked as tuned.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,13 @@ import numbers
 import operator
 import re
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from ._cache.expert_map import POLICIES
 from ._errors import StreamError
+from ._io.checkpoint import read_json_object
+from ._io.output import write_json
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -53,36 +60,29 @@ def format_size(nbytes: float) -> str:
 
 DEFAULT_CONTEXT = 4096
 
-
-class _Unstated:
-    """Marks a default: an option that has one was not stated, even if it equals what was."""
-
-
-class _UnstatedInt(_Unstated, int):
-    pass
-
-
-class _UnstatedStr(_Unstated, str):
-    pass
+_VERSION = 1  # of settings files
+_PER_RUN = ("oversubscribe", "store", "verify_reads", "hot_set", "pipeline", "split", "progress")
+"""Options that no settings file holds: they name other files or machines, override a refusal, or
+concern one run."""
 
 
 def _option(default: Any, help: str, **extra: Any) -> Any:
-    return field(default=default, metadata={"help": help, **extra})
+    return field(default=default, metadata={"help": help, "default": default, **extra})
 
 
 def _tuned(default: int | str, help: str, **extra: Any) -> Any:
-    """An option that a profile may set where it was not stated. No result may depend on it."""
-    marked = _UnstatedInt(default) if isinstance(default, int) else _UnstatedStr(default)
-    return _option(marked, help, tuned=True, **extra)
+    """An option that `tune` tries values of. It stays None until it is stated."""
+    return field(default=None, metadata={"help": help, "default": default, "tuned": True, **extra})
 
 
 @dataclass(frozen=True)
 class StreamConfig:
     """How experts are streamed. Sizes are bytes, or strings such as "24GB" or "24GiB".
 
-    Frozen: `dataclasses.replace` makes a changed one. Command lines take the same options, `memory`
-    as `--memory` and so on. None of them changes a result. A value that is given, even if it is the
-    default's, is stated: no profile changes it.
+    Frozen: `dataclasses.replace` makes a changed one. Command lines take the same options: `memory`
+    as `--memory` and so on. None of them changes a result. The options from `policy` to `run_ahead`
+    are None until they are stated, which means the default that the table shows; `with_defaults`
+    fills those in.
 
     Raises:
         StreamError: a value is not understood, or options contradict each other.
@@ -97,6 +97,7 @@ class StreamConfig:
         None,
         "bound for the expert cache alone, for example 24GB; overrides what --memory would leave.",
     )
+    # From here to run_ahead: None until stated; the types are those that `with_defaults` leaves.
     policy: str = _tuned(
         "lrfu",
         "which expert makes room: least used of late (lrfu), least recently used (lru), or S3-FIFO",
@@ -189,16 +190,22 @@ class StreamConfig:
         choices=("auto", "off"),
     )
     progress: bool = _option(True, "show progress bars while loading")
-    profile: str = _option(
-        "auto",
-        "settings that mlx_streamexperts.tune found. auto: those for this model, machine and "
-        "budget, if there are any; off; or a profile's file. Stated options count more",
+    about: dict[str, Any] | None = field(
+        default=None,
+        compare=False,
+        repr=False,
+        metadata={
+            "help": "notes that a settings file carries: model, machine and budget that it was "
+            "tuned for, and the gain measured. A load warns if it differs from those",
+            "default": None,
+        },
     )
 
     def __post_init__(self) -> None:
         for f in fields(self):
             choices, value = f.metadata.get("choices"), getattr(self, f.name)
-            if choices and value not in choices:
+            unstated = value is None and f.metadata.get("tuned")
+            if choices and value not in choices and not unstated:
                 raise StreamError(f"{f.name}={value!r}: choose one of {', '.join(choices)}")
         if self.verify_reads and self.store is None:
             raise StreamError("verify_reads needs a store: a checkpoint has no checksums")
@@ -211,29 +218,93 @@ class StreamConfig:
                 raise StreamError(f"{name} must be a whole number, got {count!r}") from e
             if isinstance(count, bool) or whole < 1:
                 raise StreamError(f"{name} must be at least 1, got {count!r}")
-            if not isinstance(count, int):  # NumPy's, say; an unstated default stays one
+            if not isinstance(count, int):  # NumPy's, say
                 object.__setattr__(self, name, whole)
         for name in ("memory", "cache", "read_size", "reserve"):
             value = getattr(self, name)
             for size in value.split(",") if isinstance(value, str) else [value]:
                 if size is not None:
-                    parse_size(size)
+                    _check_size(name, size)
 
-    def stated(self, option: str) -> bool:
-        """Was this option given, or is its value a default that nobody wrote?
+    def with_defaults(self) -> StreamConfig:
+        """Returns the same options, with the library's default for each one that is not stated."""
+        missing = {n: value for n, value in DEFAULTS.items() if getattr(self, n) is None}
+        return replace(self, **missing)
+
+    @classmethod
+    def load(cls, path: str | Path) -> StreamConfig:
+        """Read a settings file, as `save` and `mlx_streamexperts.tune` write it.
+
+        Such a file may hold every option but `oversubscribe`, `store`, `verify_reads`, `hot_set`,
+        `pipeline`, `split` and `progress`: it divides memory and chooses how experts are read. It
+        cannot change a result, run code, name another file or override a refusal.
 
         Args:
-            option: the name of one that can be tuned; of any other, whether it differs from its
-                default.
+            path: the file.
+
+        Returns:
+            The file's options; `about` has its notes.
+
+        Raises:
+            StreamError: the file cannot be read, has another version, or has an option or a value
+                that is not allowed. The message names the file and the option.
         """
-        value, default = getattr(self, option), type(self).__dataclass_fields__[option].default
-        return not isinstance(value, _Unstated) if option in TUNED else value != default
+        content: dict[str, Any] = {"settings": None, **read_json_object(Path(path), "settings")}
+        unknown = sorted(content.keys() - {"version", "about", "settings"})
+        if content.get("version") != _VERSION or unknown:
+            wrong = f"{unknown[0]!r}" if unknown else f"version {content.get('version')!r}"
+            raise StreamError(
+                f"{path}: not a settings file of version {_VERSION} (it has {wrong}): write it "
+                "again with python -m mlx_streamexperts.tune or StreamConfig.save"
+            )
+        settings, about = content["settings"], content.get("about")
+        for name, value in (("settings", settings), ("about", about or {})):
+            if not isinstance(value, dict):
+                raise StreamError(f"{path}: {name} must be a JSON object, got {value!r}")
+        for name in settings:
+            if name not in SAVED:
+                raise StreamError(
+                    f"{path}: {name!r} is no option that a settings file can hold. Remove it; the "
+                    f"options are {', '.join(SAVED)}"
+                )
+        try:
+            return cls(**settings, about=about)
+        except StreamError as e:
+            raise StreamError(f"{path}: {e}. Correct or remove it") from e
+
+    def save(self, path: str | Path) -> None:
+        """Write the stated options to a settings file, for `load` and `--settings`.
+
+        Args:
+            path: the file; replaced as a whole if it exists.
+
+        Raises:
+            StreamError: an option is stated that a settings file cannot hold; see `load`.
+            OSError: the file cannot be written.
+        """
+        stated = {
+            f.name: value
+            for f in fields(self)
+            if f.name != "about" and (value := getattr(self, f.name)) != f.default
+        }
+        if lost := [name for name in _PER_RUN if name in stated]:
+            raise StreamError(
+                f"{lost[0]} cannot be saved in a settings file: state it where the model is loaded"
+            )
+        for name, value in stated.items():
+            if not isinstance(value, int | str):  # a float, or one of NumPy's numbers
+                stated[name] = parse_size(value)
+        write_json(Path(path), {"version": _VERSION, "about": self.about or {}, "settings": stated})
 
     def for_rank(self, rank: int, ranks: int) -> StreamConfig:
-        """What one rank of several goes by.
+        """The options of one rank of several.
 
         A budget may be stated for each rank ("96GB,64GB"), and `{rank}` in the name of a file is
         its number.
+
+        Args:
+            rank: the rank's number.
+            ranks: how many there are.
 
         Raises:
             StreamError: another number of budgets than ranks.
@@ -252,38 +323,67 @@ class StreamConfig:
         return replace(self, **own)
 
 
-TUNED = tuple(f.name for f in fields(StreamConfig) if f.metadata.get("tuned"))
-"""Options that a profile may set: how bytes come to memory, never what is computed from them."""
+DEFAULTS: dict[str, Any] = {
+    f.name: f.metadata["default"] for f in fields(StreamConfig) if "tuned" in f.metadata
+}
+"""Options that `tune` may set, and their defaults. They change how bytes reach memory, never what
+is computed from them."""
+
+SAVED = tuple(f.name for f in fields(StreamConfig) if f.name not in (*_PER_RUN, "about"))
+"""Options that a settings file can hold."""
+
+
+def _check_size(name: str, size: float | str) -> None:
+    try:
+        parse_size(size)
+    except StreamError as e:
+        raise StreamError(f"{name}: {e}") from e
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add every `StreamConfig` option to a command line."""
+    """Add every `StreamConfig` option and `--settings` to a command line.
+
+    An option that is not on the command line parses to None.
+    """
     group = parser.add_argument_group("expert streaming")
     for f in fields(StreamConfig):
-        flag = "--" + f.name.replace("_", "-")
-        text = f.metadata["help"]
-        if f.default is not None and not isinstance(f.default, bool):
-            text += f" (default: {f.default})"
-        number = isinstance(f.default, int) or "type" in f.metadata
-        # No type for text: argparse would make a plain string of the default, a stated one.
+        flag, text, default = _flag(f.name), f.metadata["help"], f.metadata["default"]
+        if default is not None and not isinstance(default, bool):
+            text += f" (default: {default})"
+        number = "type" in f.metadata or type(default) is int
         kind: dict[str, Any] = {"type": int} if number else {}
         if f.name == "progress":
             flag, kind = "--no-progress", {"action": "store_false", "dest": "progress"}
             text = "show no progress bars"
-        elif f.default is False:
+        elif f.name == "about":
+            flag, kind = "--settings", {"metavar": "FILE"}
+            text = (
+                "options from a file that mlx_streamexperts.tune or StreamConfig.save wrote. "
+                "Options on the command line win; a budget there replaces the file's --memory and "
+                "--cache"
+            )
+        elif default is False:
             kind = {"action": "store_true"}
         if "choices" in f.metadata:
             kind["choices"] = f.metadata["choices"]
         if flag not in parser._option_string_actions:  # mlx-lm has it, and means the same
             flags = [flag, "--force"] if f.name == "oversubscribe" else [flag]
-            group.add_argument(*flags, default=f.default, help=text, **kind)
-        if f.name == "profile":
-            group.add_argument(
-                "--no-profile", action="store_const", const="off", dest="profile",
-                help="the same as --profile off",
-            )  # fmt: skip
+            group.add_argument(*flags, default=None, help=text, **kind)
 
 
 def from_arguments(args: argparse.Namespace) -> StreamConfig:
-    """The `StreamConfig` that a parsed command line asks for."""
-    return StreamConfig(**{f.name: getattr(args, f.name) for f in fields(StreamConfig)})
+    """The `StreamConfig` that a parsed command line asks for, its settings file included.
+
+    Raises:
+        StreamError: the settings file or an option is not understood.
+    """
+    config = StreamConfig.load(args.settings) if args.settings else StreamConfig()
+    names = [f.name for f in fields(config) if f.name != "about"]
+    stated = {n: value for n in names if (value := getattr(args, n)) is not None}
+    if "memory" in stated or "cache" in stated:
+        config = replace(config, memory=None, cache=None)
+    return replace(config, **stated)
+
+
+def _flag(option: str) -> str:
+    return "--" + option.replace("_", "-")

@@ -408,14 +408,6 @@ def device_memory_bytes(held: int = 0) -> int:
     return min(available_memory_bytes() + held, total_memory_bytes())
 
 
-def config_folder() -> Path:
-    """Folder for this user's program settings, by the system's convention."""
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Application Support"
-    stated = os.environ.get("XDG_CONFIG_HOME", "")
-    return Path(stated) if os.path.isabs(stated) else Path.home() / ".config"
-
-
 def processor_name() -> str:
     """The processor's name; empty if the system does not tell it."""
     if sys.platform == "darwin":

@@ -163,7 +163,7 @@ def _config(args: argparse.Namespace) -> StreamConfig:
     parser.add_argument("--kv-group-size", type=int, default=Options.kv_group_size)
     parser.add_argument("--model")
     program_options, _ = parser.parse_known_args(args.arguments)
-    config = following_stock_options(from_arguments(args), program_options)
+    config = following_stock_options(from_arguments(args), program_options, args)
     options = Options.of(program_options)
     if program_options.model is not None and options != Options():
         check_options(resolve(program_options.model), config, options)

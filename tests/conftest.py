@@ -18,7 +18,7 @@ import pytest
 
 from mlx_streamexperts import ExpertStream, StreamConfig, demo_model, patch, stream
 from mlx_streamexperts._loading import patching
-from mlx_streamexperts._loading.discover import original_load_model
+from mlx_streamexperts._loading.lazy_load import original_load_model
 
 QUIET = StreamConfig(progress=False, prefetch="off")
 """Without guesses, whose reads come by chance: counts are exact. test_prefetch.py turns them on."""
@@ -62,12 +62,6 @@ def leftovers() -> tuple[list[str], int]:
     """Names of threads (but for the progress bars' own), and the number of open descriptors."""
     names = sorted(t.name for t in threading.enumerate() if t.name != "tqdm_monitor")
     return names, len(os.listdir("/dev/fd"))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def own_profiles(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What whoever runs the tests has tuned is left alone, by programs that tests start too."""
-    os.environ["STREAMEXPERTS_PROFILES"] = str(tmp_path_factory.mktemp("profiles"))
 
 
 @pytest.fixture(scope="session")

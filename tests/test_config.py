@@ -1,4 +1,4 @@
-"""Options: sizes are numbers of bytes or strings, and what was stated is not taken for a default.
+"""Options, and the settings files that hold them.
 
 >>> parse_size("96GB"), parse_size("24GiB"), parse_size(96e9)
 (96000000000, 25769803776, 96000000000)
@@ -7,14 +7,48 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import pickle
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import mlx_lm.utils
 import numpy as np
 import pytest
 
-from mlx_streamexperts import StreamConfig, StreamError
+from mlx_streamexperts import StreamConfig, StreamError, demo_model, generate, load, patch
+from mlx_streamexperts import stream as stream_of
 from mlx_streamexperts._cli.options import following_stock_options
-from mlx_streamexperts._config import add_arguments, from_arguments, parse_size
+from mlx_streamexperts._config import DEFAULTS, SAVED, add_arguments, from_arguments, parse_size
+from mlx_streamexperts._loading.discover import locate
+from mlx_streamexperts._loading.tuned_for import tuned_for
+
+
+def test_how_settings_are_saved_loaded_and_overridden(tmp_path: Path) -> None:
+    StreamConfig(memory="24GB", threads=16).save(tmp_path / "mine.json")
+    config = StreamConfig.load(tmp_path / "mine.json")
+    assert (config.memory, config.threads) == ("24GB", 16)
+    assert config.policy is None  # not stated: the default, filled in at load
+    assert config.with_defaults().policy == "lrfu"
+    assert replace(config, threads=8).threads == 8  # the default's value, but stated
+    assert parsed("--settings", f"{tmp_path}/mine.json", "--threads", "8").threads == 8
+
+
+def parsed(*argv: str) -> StreamConfig:
+    """The options of a command line with mlx-lm's `--max-kv-size` and `--prefill-step-size`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--max-kv-size", type=int)
+    parser.add_argument("--prefill-step-size", type=int)
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    return following_stock_options(from_arguments(args), args, args)
+
+
+# Values
 
 
 @pytest.mark.parametrize(
@@ -37,7 +71,7 @@ def test_sizes(size: float | str, nbytes: int) -> None:
 
 @pytest.mark.parametrize("size", [0, -1, 0.3, math.nan, math.inf, True, "many", "", "-1GB", [1]])
 def test_what_is_no_size(size: object) -> None:
-    with pytest.raises(StreamError, match="size"):
+    with pytest.raises(StreamError, match=r"memory: .*size"):
         StreamConfig(memory=size)  # type: ignore[arg-type]
 
 
@@ -49,24 +83,198 @@ def test_counts_are_whole_numbers(option: str) -> None:
     assert type(getattr(StreamConfig(**{option: np.int64(7)}), option)) is int
 
 
-def parsed(*argv: str) -> StreamConfig:
-    """What a command line with mlx-lm's `--max-kv-size` comes to."""
+# Defaults
+
+
+def test_a_default_is_none_until_it_is_stated() -> None:
+    nothing = StreamConfig()
+    assert all(getattr(nothing, name) is None for name in DEFAULTS)
+    assert {name: getattr(nothing.with_defaults(), name) for name in DEFAULTS} == DEFAULTS
+    for name, value in DEFAULTS.items():
+        stated = replace(nothing, **{name: value})
+        assert [n for n in DEFAULTS if getattr(stated, n) is not None] == [name]
+        assert stated != nothing
+        assert stated.with_defaults() == nothing.with_defaults()
+        assert pickle.loads(pickle.dumps(stated)) == stated
+
+
+def test_every_default_is_in_the_help() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--max-kv-size", type=int)
     add_arguments(parser)
-    args = parser.parse_args(argv)
-    return following_stock_options(from_arguments(args), args)
+    text = " ".join(parser.format_help().split())
+    for name, value in DEFAULTS.items():
+        assert "--" + name.replace("_", "-") in text
+        assert f"(default: {value})" in text
 
 
-def test_a_context_that_is_stated_is_kept_beside_max_kv_size() -> None:
-    assert parsed().context_tokens is None
-    assert parsed("--max-kv-size", "32768").context_tokens == 32768
-    for stated in (4096, 100):  # the first is what nobody states comes to
-        argv = ("--context-tokens", str(stated), "--max-kv-size", "32768")
-        assert parsed(*argv).context_tokens == stated
+def test_a_stream_has_no_option_that_is_none() -> None:
+    with stream_of(load(str(demo_model()), config=StreamConfig(cache="10MB", threads=3))[0]) as s:
+        assert {name: getattr(s.config, name) for name in DEFAULTS} == {**DEFAULTS, "threads": 3}
+
+
+# Command lines
+
+
+def test_a_command_line_states_the_options_on_it() -> None:
+    assert parsed() == StreamConfig()
+    config = parsed("--threads", "8", "--overlap", "auto", "--no-progress")
+    assert config == StreamConfig(threads=8, overlap="auto", progress=False)
 
 
 def test_force_is_short_for_oversubscribe() -> None:
     assert [parsed(*argv).oversubscribe for argv in ((), ("--force",), ("--oversubscribe",))] == [
         False, True, True,
     ]  # fmt: skip
+
+
+def test_a_context_that_is_stated_is_kept_beside_max_kv_size(tmp_path: Path) -> None:
+    assert parsed().context_tokens is None
+    assert parsed("--max-kv-size", "32768").context_tokens == 32768
+    for stated in (4096, 100):  # the first is the default that a plan assumes
+        argv = ("--context-tokens", str(stated), "--max-kv-size", "32768")
+        assert parsed(*argv).context_tokens == stated
+    # A settings file gives way to the command line, mlx-lm's options included.
+    StreamConfig(context_tokens=4096, prefill_tokens=64).save(tmp_path / "s.json")
+    file = ("--settings", f"{tmp_path}/s.json")
+    assert parsed(*file).context_tokens == 4096
+    both = parsed(*file, "--max-kv-size", "32768", "--prefill-step-size", "128")
+    assert (both.context_tokens, both.prefill_tokens) == (32768, 128)
+
+
+def test_a_budget_on_the_command_line_replaces_the_files(tmp_path: Path) -> None:
+    StreamConfig(memory="24GB", cache="12GB", threads=4).save(tmp_path / "s.json")
+    config = parsed("--settings", f"{tmp_path}/s.json", "--memory", "8GB")
+    assert (config.memory, config.cache, config.threads) == ("8GB", None, 4)
+
+
+def test_a_command_uses_a_settings_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    StreamConfig(cache="3MB").save(tmp_path / "s.json")
+    arguments = ["-p", "In the", "-m", "2", "--no-progress", "--settings"]
+    assert generate.main([*arguments, f"{tmp_path}/s.json"]) == 0
+    assert "expert cache 3" in capsys.readouterr().out
+    assert generate.main([*arguments, f"{tmp_path}/none.json"]) == 1
+    assert "none.json" in capsys.readouterr().err
+
+
+# Settings files
+
+
+def test_a_file_holds_all_that_was_stated(tmp_path: Path) -> None:
+    config = StreamConfig(
+        memory=np.float32(8e9), cache=10**9, policy="lru", threads=np.int64(3), read_size=1 << 20,
+        bypass_page_cache="on", overlap="off", prefetch="on", prefetch_depth=2, run_ahead="off",
+        cores=2, context_tokens=64, prefill_tokens=32, reserve="1GB", wired="off", in_place="off",
+        about={"model": "demo"},
+    )  # fmt: skip
+    assert not [n for n in SAVED if getattr(config, n) == getattr(StreamConfig(), n)]
+    config.save(tmp_path / "s.json")
+    assert StreamConfig.load(tmp_path / "s.json") == replace(config, memory=8_000_000_000)
+    assert StreamConfig.load(str(tmp_path / "s.json")).about == {"model": "demo"}
+    assert json.loads((tmp_path / "s.json").read_text())["about"] == {"model": "demo"}
+    StreamConfig().save(tmp_path / "s.json")  # replaces it
+    assert StreamConfig.load(tmp_path / "s.json") == StreamConfig()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"store": "x"}, {"hot_set": "x"}, {"oversubscribe": True}, {"pipeline": True},
+     {"split": "1,2"}, {"progress": False}, {"store": "x", "verify_reads": True}],
+)  # fmt: skip
+def test_options_of_one_run_are_not_saved(option: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(StreamError, match=f"{next(iter(option))} cannot be saved"):
+        StreamConfig(**option).save(tmp_path / "s.json")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "version 2"),
+        ({"version": None}, "version None"),
+        ({"more": 1}, "'more'"),
+        ({"settings": []}, r"settings must be a JSON object"),
+        ({"about": "me"}, "about must be a JSON object"),
+        ({"settings": {"no_such": 1}}, "'no_such' is no option"),
+        ({"settings": {"about": {}}}, "'about' is no option"),
+        ({"settings": {"store": "/elsewhere"}}, "'store' is no option"),
+        ({"settings": {"oversubscribe": True}}, "'oversubscribe' is no option"),
+        ({"settings": {"threads": "3"}}, "threads must be"),
+        ({"settings": {"threads": 0}}, "threads must be"),
+        ({"settings": {"threads": True}}, "threads must be"),
+        ({"settings": {"cores": 1.5}}, "cores must be"),
+        ({"settings": {"policy": "best"}}, "policy='best'"),
+        ({"settings": {"policy": ["lru"]}}, "policy="),
+        ({"settings": {"wired": None}}, "wired=None"),
+        ({"settings": {"read_size": "a lot"}}, "read_size: 'a lot'"),
+        ({"settings": {"memory": math.nan}}, "memory: "),
+        ({"settings": {"cache": {}}}, "cache: "),
+    ],
+)
+def test_a_wrong_file_is_refused_by_name(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "s.json"
+    StreamConfig(threads=3).save(file)
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(StreamError, match=rf"s\.json: .*{message}"):
+        StreamConfig.load(file)
+
+
+@pytest.mark.parametrize("text", ["{torn", "[]", "", '{"version": 1, "version": 1}', "\xff"])
+def test_a_file_that_is_no_object_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(StreamError, match=r"s\.json"):
+        StreamConfig.load(tmp_path / "s.json")
+
+
+# A warning about settings that were tuned elsewhere
+
+DEMO = demo_model()
+
+
+def tuned(**change: Any) -> StreamConfig:
+    """The settings of a file that was tuned here, but for some changes."""
+    config = StreamConfig(cache="10MB", progress=False, threads=3)
+    about = {"model": "demo", **tuned_for(locate(DEMO, config, {}).layers, config)}
+    for name, value in change.items():
+        about[name] = {**about[name], **value} if isinstance(value, dict) else value
+    return replace(config, about=about)
+
+
+def threads_of(folder: Path, config: StreamConfig) -> int:
+    with patch(config=config) as patched:
+        mlx_lm.utils.load_model(folder)
+    with patched.streams[0] as s:
+        return s.config.threads
+
+
+@pytest.mark.parametrize(
+    "config",
+    [tuned(), replace(tuned(), about=None), replace(tuned(), about={"model": "by hand"}),
+     tuned(budget={"memory": None, "cache": None})],
+    ids=["here", "no notes", "other notes", "no budget"],
+)  # fmt: skip
+def test_no_warning_without_a_difference(config: StreamConfig) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert threads_of(DEMO, config) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"budget": {"cache": 9_000_000}}, "budget cache: 9000000, here 10000000"),
+        ({"machine": {"cores": 4096}}, "machine cores: 4096"),
+        ({"libraries": {"mlx": "0.1"}}, "libraries mlx: 0.1"),
+    ],
+)
+def test_settings_tuned_elsewhere_are_used_with_a_warning(change: dict[str, Any], why: str) -> None:
+    with pytest.warns(UserWarning, match=why):
+        assert threads_of(DEMO, tuned(**change)) == 3
+
+
+def test_settings_tuned_for_another_model_are_used_with_a_warning(
+    checkpoint: Callable[..., Path],
+) -> None:
+    with pytest.warns(UserWarning, match="for another model, demo"):
+        assert threads_of(checkpoint("qwen3_moe"), tuned()) == 3

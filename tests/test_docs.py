@@ -71,7 +71,6 @@ def test_snippets_run(
         checkpoint("qwen3_moe", quantize=None), tmp_path / "original", originals.single
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("STREAMEXPERTS_PROFILES", str(tmp_path / "profiles"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     # A second at each depth, anew at each call, is for figures that somebody reads.
     quick = functools.partial(examination.drive_rates, seconds=0.01)

@@ -42,6 +42,16 @@ def saved(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
     return tmp_path / "hot.json"
 
 
+def test_a_load_with_a_hot_set_starts_with_those_experts(
+    saved: Path, checkpoint: Callable[..., Path]
+) -> None:
+    hot = [x["experts"] for x in json.loads(saved.read_text())["layers"]]
+    _, expert_stream = at_share(checkpoint("qwen3_moe"), 0.5, hot_set=str(saved))
+    with expert_stream:
+        assert residents(expert_stream) == hot
+        assert expert_stream.stats().cache.misses == 0  # loading is not a miss
+
+
 @pytest.mark.parametrize("policy", ["lru", "lrfu", "s3fifo"])
 def test_what_was_cached_is_cached_again_and_changes_no_bit(
     policy: str, saved: Path, checkpoint: Callable[..., Path], tmp_path: Path

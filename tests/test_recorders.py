@@ -21,6 +21,17 @@ from mlx_streamexperts._experts.foreign_modules import ForeignModules
 PROMPT = mx.array(families.token_stream(families.VOCAB, 40, seed=2))
 
 
+def test_code_attached_after_loading_is_foreign(checkpoint: Callable[..., Path]) -> None:
+    model, _ = mlx_lm.utils.load_model(checkpoint("qwen3_moe"))
+    foreign = ForeignModules(model)
+    assert not foreign.any()
+    norm = model.model.norm
+    model.model.norm = lambda x: norm(x)
+    assert foreign.any()
+    model.model.norm = norm
+    assert not foreign.any()
+
+
 class Recorder(nn.Module):
     """Wraps a module and keeps what comes out of it."""
 

@@ -132,7 +132,7 @@ def test_a_full_disk_ends_the_recording_and_not_the_generation(
 
 
 def test_what_is_written_whole_leaves_nothing_half(tmp_path: Path) -> None:
-    """Hot sets, profiles, reports, a converter's notes."""
+    """Hot sets, settings, reports, a converter's notes."""
     file = tmp_path / "x.json"
     output.write_json(file, {"a": 1})
     with pytest.raises(TypeError):

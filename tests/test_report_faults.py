@@ -187,10 +187,10 @@ def test_too_little_context_is_refused_before_anything_is_measured(
 
 
 def test_no_path_of_an_option_is_in_a_report() -> None:
-    config = StreamConfig(store="/home/me/s", hot_set="/home/me/h", profile="/home/me/p.json")
+    config = StreamConfig(store="/home/me/s", hot_set="/home/me/h", about={"model": "/home/me/m"})
     options = method._options(SimpleNamespace(config=config))  # type: ignore[arg-type]
     assert "home" not in json.dumps(options)
-    assert options["store"] is True and options["profile"] == "file"
+    assert options["store"] is True and "about" not in options
 
 
 # Sensors

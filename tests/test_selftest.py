@@ -66,7 +66,7 @@ def test_everything_passes_here(capsys: pytest.CaptureFixture[str]) -> None:
     ("options", "gone"),
     [
         (["--in-place", "off"], ["kernels", "run-ahead"]),
-        (["--run-ahead", "off", "--prefetch", "off"], ["run-ahead", "reading ahead"]),
+        (["--run-ahead", "off", "--prefetch", "off"], ["run-ahead", "prefetching"]),
         (["--overlap", "off", "--bypass-page-cache", "off"], ["arrive", "page cache"]),
     ],
 )
@@ -138,7 +138,7 @@ def wrong_direct_reads(monkeypatch: Patch) -> None:
     wrong_bytes(monkeypatch, lambda files: files.direct)
 
 
-def wrong_guessed_reads(monkeypatch: Patch) -> None:
+def wrong_prefetches(monkeypatch: Patch) -> None:
     real = ExpertReader._execute
 
     def execute(self: ExpertReader, job: Any) -> Any:
@@ -218,7 +218,7 @@ def no_numbers(monkeypatch: Patch) -> None:
         (wrong_direct_reads, "reads past the page cache", "--bypass-page-cache off"),
         (wrong_direct_reads, "decoding, past the page cache", "--bypass-page-cache off"),
         (wrong_bytes, "decoding, ordinary: embedded", NO_OPTION),
-        (wrong_guessed_reads, "decoding, reading ahead", "--prefetch off"),
+        (wrong_prefetches, "decoding, prefetching", "--prefetch off"),
         (wrong_order_of_parts, "decoding, experts run as they arrive", "--overlap off"),
         (wrong_table, "decoding, run-ahead", "--run-ahead off"),
         (slots_written_too_early, "interleaved", "--in-place off"),

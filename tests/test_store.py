@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import families
+import mlx.core as mx
 import mlx_lm.utils
+import numpy as np
 import pytest
 from conftest import QUIET, assert_same, load_streamed, smallest_cache
 
@@ -49,6 +51,19 @@ def packed(checkpoint: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]
     """A checkpoint of its own and its store."""
     folder = Path(shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "model"))
     return folder, pack_into(folder, tmp_path / "store")
+
+
+def test_a_packed_store_gives_the_checkpoints_bits(packed: tuple[Path, Path]) -> None:
+    folder, out = packed
+    assert sorted(f.suffix for f in out.iterdir()) == [".experts", ".experts", ".json"]
+    tokens = mx.array([[1, 2, 3]])
+    with stream(model := load_streamed(folder, 1 << 40)) as plain:
+        plain.resize(smallest_cache(plain))
+        expected = np.array(model(tokens))
+    with stream(model := load_streamed(folder, 1 << 40, replace(QUIET, store=str(out)))) as s:
+        s.resize(smallest_cache(s))
+        assert np.array_equal(np.array(model(tokens)), expected)
+        assert s.stats().cache.misses >= s.stats().read.reads  # an expert is one read
 
 
 def flip(file: Path, at: int) -> None:

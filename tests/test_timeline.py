@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import families
+import mlx.core as mx
 import pytest
 from conftest import QUIET, all_experts, load_streamed, smallest_cache
 
@@ -14,6 +15,18 @@ from mlx_streamexperts import stream
 from mlx_streamexperts._experts.timeline import PHASES
 
 TOKENS = families.token_stream(families.VOCAB, 20, seed=2)
+
+
+def test_a_timeline_has_every_phase_and_every_read(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = load_streamed(checkpoint("qwen3_moe"), 1 << 40, QUIET)
+    with stream(model) as expert_stream:
+        expert_stream.resize(smallest_cache(expert_stream))
+        with expert_stream.timeline(tmp_path / "timeline.json"):
+            mx.eval(model(mx.array([[1]])))
+    events = json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]
+    assert {e["name"] for e in events if e["ph"] == "X"} == {*PHASES, "read"}
 
 
 def test_spans_are_the_steps_in_order(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -15,6 +15,16 @@ from mlx_streamexperts import StreamConfig, UnsupportedModelError, patch, stream
 
 utils = pytest.importorskip("mlx_vlm.utils", reason="mlx-vlm is not installed: extra `vlm`")
 
+# Families whose experts cannot be streamed yet, and what the refusal names.
+REFUSED = {
+    "deepseek_v41": "DeepseekV41SwitchGLU",  # takes a value for each row
+    "deepseek_v41_engram": "DeepseekV41SwitchGLU",
+    "inkling": "InklingSwitchGLU",  # scales indexed by expert
+    "minicpmv4_7": "mlx_streamexperts.convert",  # copies every weight while loading
+    "moondream3": "MoEMLP",
+    "openai_privacy_filter": "Experts",
+    "zaya1_vl": "ZayaSwitchMLP",
+}
 TOKENS = lm.token_stream(TEXT, 24, 0)
 
 
@@ -38,7 +48,10 @@ def test_a_family_streams_with_misses_bit_by_bit(
         try:
             whole = utils.load_model(folder)
         except UnsupportedModelError as e:
-            pytest.skip(str(e)[-200:])
+            assert family in REFUSED
+            assert REFUSED[family] in str(e)
+            return
+    assert family not in REFUSED
     layers = patched.streams[0].layers
     least = sum(2 * x.expert_bytes for x in layers)
     patched.streams[0].close()

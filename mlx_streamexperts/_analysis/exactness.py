@@ -24,7 +24,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from .._config import StreamConfig
 from .._experts.bank import numbers
 from .._experts.stream import ExpertStream, stream
-from .._loading.discover import original_load_model
+from .._loading.lazy_load import original_load_model
 from .._loading.load import patch
 from .._loading.patching import for_this_thread
 

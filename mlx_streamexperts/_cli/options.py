@@ -140,18 +140,26 @@ def stream_settings(args: argparse.Namespace) -> tuple[StreamConfig, str | None]
     if model is not None:
         trust = bool(getattr(args, "trust_remote_code", False))
         model = str(local_folder(model, config, trust=trust))
-    config = following_stock_options(config, args)
+    config = following_stock_options(config, args, args)
     if model is not None:
         check_options(model, config, Options.of(args), trust)
     return config, model
 
 
-def following_stock_options(config: StreamConfig, args: argparse.Namespace) -> StreamConfig:
-    """Let mlx-lm's own options say what ours would otherwise assume about memory."""
+def following_stock_options(
+    config: StreamConfig, args: argparse.Namespace, ours: argparse.Namespace
+) -> StreamConfig:
+    """Let mlx-lm's own options decide what ours leave open about memory.
+
+    Args:
+        config: what our options and the settings file come to.
+        args: the command line that has mlx-lm's options. They win over a settings file.
+        ours: the command line that has ours. These win over mlx-lm's.
+    """
     step, kv_size = getattr(args, "prefill_step_size", None), getattr(args, "max_kv_size", None)
-    if step and config.prefill_tokens is None:
+    if step and ours.prefill_tokens is None:
         config = replace(config, prefill_tokens=step)
-    if kv_size and config.context_tokens is None:
+    if kv_size and ours.context_tokens is None:
         config = replace(config, context_tokens=kv_size)
     draft = getattr(args, "draft_model", None)
     if draft is not None and config.reserve is None:

@@ -80,8 +80,6 @@ def rows(streams: Sequence[ExpertStream], timing: Timing, layers: bool = False) 
         lines.append(("Timeline", f"{elapsed:.3f} s: {parts}"))
     if layers:
         lines += [(name, bar(rate)) for name, rate in first.stats().layer_hit_rates.items()]
-    if first.profile is not None:
-        lines.append(("Profile", str(first.profile)))
     plan = first.plan
     lines.append(
         (

@@ -8,7 +8,7 @@ code is attached: a recorder of activations must see each pass once, and complet
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -32,12 +32,11 @@ class ForeignModules:
 
     def any(self) -> bool:
         """Is anything attached that was not there before and is not mlx-lm's?"""
-        modules = [m for ref in self._modules if (m := ref()) is not None]
-        return any(
-            id(call) not in self._known and not _is_ours(call)
-            for m in modules
-            for call in _calls(m)
-        )
+        for ref in self._modules:
+            for call in _calls(ref()):
+                if id(call) not in self._known and not _is_ours(call):
+                    return True
+        return False
 
 
 def _always(value: Any) -> Callable[[], Any]:
@@ -49,17 +48,26 @@ def _is_ours(call: Any) -> bool:
     return str(name).partition(".")[0] in _OURS
 
 
-def _calls(node: Any) -> Iterator[Any]:
-    """Everything that runs when a module and the modules below it are called."""
-    if isinstance(node, nn.Module):
-        yield next((vars(k)["__call__"] for k in type(node).__mro__ if "__call__" in vars(k)), None)
-        for value in (*node.values(), *vars(node).values()):
-            yield from _calls(value)
-    elif isinstance(node, (list, tuple)):
-        for value in node:
-            yield from _calls(value)
-    elif isinstance(node, dict):
-        for value in node.values():
-            yield from _calls(value)
-    elif callable(node) and not isinstance(node, (mx.array, type)):
-        yield node
+def _calls(root: Any) -> list[Any]:
+    """Everything that runs when a module and the modules below it are called.
+
+    A loop, and not a recursive generator: it runs before every probe of a router.
+    """
+    found, left = [], [root]
+    while left:
+        node = left.pop()
+        if isinstance(node, nn.Module):
+            for kind in type(node).__mro__:
+                if "__call__" in vars(kind):
+                    found.append(vars(kind)["__call__"])
+                    break
+            else:
+                found.append(None)
+            left += (*node.values(), *vars(node).values())
+        elif isinstance(node, (list, tuple)):
+            left += node
+        elif isinstance(node, dict):
+            left += node.values()
+        elif callable(node) and not isinstance(node, (mx.array, type)):
+            found.append(node)
+    return found

@@ -70,11 +70,9 @@ class ExpertStream(Closing):
         run_ahead: runs steps that do not wait for each layer; None if that is off.
         stage: this rank's decoder layers, if several machines share the model.
         ranks: those machines.
-        profile: the settings of an earlier `tune` that are in use; None where there are none.
         token_rows: tokens that the model knows; None if its own code does not tell.
     """
 
-    profile: Any = None
     stage: Stage | None = None
     token_rows: int | None = None
     ranks: Ranks | None = None

@@ -31,7 +31,7 @@ class ThreadGuard:
         self._first: int | None = None
         self._seen = 0.0  # when the first thread called last
         self.shared = False
-        self._in_step = False  # the first thread is in a run-ahead step
+        self._in_step: Callable[[], bool] = lambda: False
         self._flushed = False
         self._lock = threading.Lock()
 
@@ -49,7 +49,7 @@ class ThreadGuard:
         me = threading.get_ident()
         if me == self._first:
             self._seen = time.perf_counter()
-            if self.shared and not self._flushed and not self._in_step:
+            if self.shared and not self._flushed and not self._in_step():
                 self._flush()
                 self._flushed = True
             return self.shared
@@ -63,14 +63,14 @@ class ThreadGuard:
         self._flushed = True
         return True
 
-    def begin_step(self) -> None:
-        """The first thread begins a run-ahead step, in which it does not flush."""
-        self._in_step = True
+    def exempt_steps(self, in_step: Callable[[], bool]) -> None:
+        """Let the first thread not flush within a run-ahead step; others wait for its end.
 
-    def end_step(self) -> None:
-        """The first thread's run-ahead step is over."""
-        self._in_step = False
+        Args:
+            in_step: is the first thread in one?
+        """
+        self._in_step = in_step
 
     def _first_is_busy(self) -> bool:
-        recent = self._in_step or time.perf_counter() - self._seen < _PATIENCE_SECONDS
+        recent = self._in_step() or time.perf_counter() - self._seen < _PATIENCE_SECONDS
         return recent and any(t.ident == self._first for t in threading.enumerate())

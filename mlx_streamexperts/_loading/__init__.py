@@ -4,7 +4,8 @@ The path of a load, in order:
 
 1. `load` or a `patch` receives the call of mlx-lm's `load_model` (load.py, patching.py).
 2. `resolve` turns a repository into a folder; `read_checkpoint` validates its headers.
-3. `discover` lets mlx-lm build the model lazily and ties every expert table to bytes on disk.
+3. `discover` lets mlx-lm build the model lazily (lazy_load.py) and ties every expert table to bytes
+   on disk.
    Several machines do this together (on_ranks.py), each for its own layers.
 4. `DiscoveredModel.plan` divides the memory budget: trunk, expert cache, KV cache, work space.
 5. `check_device` refuses a plan that the machine cannot hold. Until here nothing was evaluated.

@@ -32,7 +32,8 @@ from .._config import StreamConfig
 from .._errors import TokenError, UnsupportedModelError
 from .._experts.refusals import refuse_transforms
 from .._hooks import logits_of
-from .discover import discover, original_load_model
+from .discover import discover
+from .lazy_load import original_load_model
 
 BATCHED = frozenset(
     (

@@ -19,7 +19,7 @@ from .._config import StreamConfig
 from .._distributed.pipeline import wait_on_host
 from .._distributed.ranks import Ranks
 from .._distributed.watch import Watch
-from .._errors import RankError, StreamError, UnsupportedModelError
+from .._errors import RankError, UnsupportedModelError
 from .._experts.layer import StreamedSwitch
 from .._experts.prefetch import connect
 from .._experts.refusals import guard
@@ -33,9 +33,10 @@ from .._osinfo import apple_limit, apple_working_set, device_limit
 from .._progress import progress_bar
 from . import patching, vlm
 from .combinations import PassCheck, token_rows
-from .discover import DiscoveredModel, Load, discover, has_expert_tensors, original_load_model
+from .discover import DiscoveredModel, Load, discover, has_expert_tensors
+from .lazy_load import original_load_model
 from .on_ranks import discover_on_ranks, part_of_repository
-from .profiles import Profile, with_profile
+from .tuned_for import warn_if_elsewhere
 
 _TRUNK_STEP_BYTES = 256 << 20
 
@@ -110,9 +111,6 @@ def plan(
         found = discover(folder, merged, trust, as_converted=True)
         if machine is None:
             planned = found.plan(merged)
-            merged, profile = with_profile(found.layers, merged, planned)
-            if profile is not None:
-                planned = found.plan(merged)
             limit = device_limit(planned.bound)
         else:
             memory_bytes = named_machine(machine).memory
@@ -224,12 +222,10 @@ class patch:  # noqa: N801 - called like a function
         if any(is_registered(s) for s in self.streams):
             config = replace(config, reserve=None)
         plan = found.plan(config, others)  # before anything is evaluated
-        config, profile = with_profile(found.layers, config, plan)
-        if profile is not None:
-            plan = found.plan(config, others)
         check_device(plan, device_limit(plan.bound), config.oversubscribe)
         plan = replace(plan, others=foreign)
-        self._stream_experts(found, plan, config, lazy, profile)
+        warn_if_elsewhere(found.layers, self.config)
+        self._stream_experts(found, plan, config, lazy)
         return found
 
     def _load_vlm(self, arguments: dict[str, Any]) -> nn.Module:
@@ -246,11 +242,6 @@ class patch:  # noqa: N801 - called like a function
         self, ranks: Ranks, folder: Path, lazy: bool, arguments: dict[str, Any]
     ) -> tuple[nn.Module, dict[str, Any]]:
         """Load one rank's part: every step succeeds on all ranks or on none."""
-        if self.config.profile not in ("auto", "off"):
-            raise StreamError(
-                f"profile={self.config.profile!r}: profiles are for one machine alone; load "
-                "without one"
-            )
         watch = Watch(ranks)
         try:
             found, plan, config = discover_on_ranks(ranks, folder, self.config, arguments)
@@ -274,7 +265,6 @@ class patch:  # noqa: N801 - called like a function
         plan: Plan,
         config: StreamConfig,
         lazy: bool,
-        profile: Profile | None = None,
     ) -> ExpertStream:
         """Put streamed layers in place of the experts, and load the trunk."""
         check_address_space(plan, config.threads)
@@ -289,7 +279,6 @@ class patch:  # noqa: N801 - called like a function
         if config.prefetch != "off":
             connect(model, found.layers, config.prefetch_depth, config.prefetch == "on")
         expert_stream = ExpertStream(found.layers, plan, config, found.model_config)
-        expert_stream.profile = profile
         if found.stage is not None:
             wait_on_host(model, found.stage)
             expert_stream.stage = found.stage
@@ -330,6 +319,7 @@ def _load_trunk(model: nn.Module, progress: bool) -> None:
 def _merged(
     memory: int | str | None, cache: int | str | None, config: StreamConfig | None
 ) -> StreamConfig:
-    """`config` with the caller's `memory` and `cache`, if stated."""
+    """`config` with the caller's `memory` and `cache`, and with all defaults."""
     stated = {k: v for k, v in (("memory", memory), ("cache", cache)) if v is not None}
-    return replace(config or StreamConfig(), **stated)  # type: ignore[arg-type]
+    merged = replace(config or StreamConfig(), **stated)  # type: ignore[arg-type]
+    return merged.with_defaults()

@@ -30,7 +30,8 @@ from .._io.checkpoint import (
 from .._io.hub import SMALL_FILES, fetching
 from .._memory.budget import Plan, check_device, default_memory
 from .._osinfo import device_limit
-from .discover import DiscoveredModel, discover, original_load_model
+from .discover import DiscoveredModel, discover
+from .lazy_load import original_load_model
 
 _SAMPLE_BYTES = 4096
 _DIGEST_CHARS = 16

@@ -26,8 +26,8 @@ from .._errors import UnsupportedModelError
 from .._experts.stream import is_streamed, stream
 from .._io.checkpoint import read_header
 from . import vlm
-from .discover import original_load_model
 from .guards import GUARDS
+from .lazy_load import original_load_model
 from .on_ranks import part_of_repository
 
 _original_load_adapters = mlx_lm.tuner.utils.load_adapters  # mlx_lm.utils' own calls it

@@ -22,7 +22,7 @@ from .._errors import CheckpointError, StreamError, UnsupportedModelError
 from .._hooks import swapped
 from .._io.checkpoint import shard_files
 from .._io.files import allow_open
-from .discover import LoadRecord, recording_stacks
+from .lazy_load import LoadRecord, recording_stacks
 
 # Expert modules that compute every (token, expert) row on its own, from their switch linears alone.
 _SWITCHES = (
@@ -117,6 +117,7 @@ def load_recorded(
         return made[0]
 
     record.sanitize = sanitize
-    record.language = getattr(model, "language_model", model)
+    language = getattr(model, "language_model", None)
+    record.language = language if isinstance(language, nn.Module) else model
     record.switches, record.projections = expert_classes()
     return model, utils.load_config(folder), record

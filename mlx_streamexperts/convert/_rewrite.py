@@ -27,7 +27,8 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from .._errors import CheckpointError, UnsupportedModelError
 from .._experts.stream import flatten
 from .._io.checkpoint import Checkpoint, TensorEntry
-from .._loading.discover import PROJECTIONS, SWITCHES, LoadRecord, load_recorded, no_experts_message
+from .._loading.discover import PROJECTIONS, SWITCHES, no_experts_message
+from .._loading.lazy_load import LoadRecord, load_recorded
 from ._fused import FusedTables, layer_of, read_rows
 from ._shards import Piece
 

@@ -264,4 +264,8 @@ def _discover(folder: Path, config: StreamConfig, args: argparse.Namespace) -> D
 
 def _hit_rate(args: argparse.Namespace, slots: Sequence[int]) -> Range | None:
     """From `--trace`; None for published curves."""
-    return None if args.trace is None else replayed_hit_rate(args.trace, slots, args.policy)
+    if args.trace is None:
+        return None
+    policy = from_arguments(args).with_defaults().policy
+    assert policy is not None
+    return replayed_hit_rate(args.trace, slots, policy)

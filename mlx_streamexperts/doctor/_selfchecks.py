@@ -69,7 +69,7 @@ def ways_left(stated: StreamConfig) -> dict[str, StreamConfig]:
     every = exactness.ways(stated)
     ways = {"ordinary": every["asked"]}
     if stated.prefetch != "off":
-        ways["reading ahead"] = every["asked, reading ahead"]
+        ways["prefetching"] = every["asked, prefetching"]
     if stated.overlap != "off":
         ways["experts run as they arrive"] = every["asked, in lots"]
     if stated.bypass_page_cache != "off" and direct_works(_shards(demo_model())[0]):

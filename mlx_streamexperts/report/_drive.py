@@ -101,13 +101,12 @@ def sensitivity(
     plan, threads = stream(model).plan, stream(model).config.threads
     generate(model, prompt, tokens)  # the cache is warm from here on
 
-    def measured() -> list[float]:
-        return [generate(model, prompt, tokens).tokens_per_s for _ in range(repeats)]
+    def measured() -> tuple[report.Decoding, Repeats]:
+        runs = [generate(model, prompt, tokens) for _ in range(repeats)]
+        return combined(runs), Repeats.of([r.tokens_per_s for r in runs])
 
-    runs = [generate(model, prompt, tokens) for _ in range(repeats)]
-    own = report.Unthrottled(
-        **vars(combined(runs)), tokens_per_s=Repeats.of([r.tokens_per_s for r in runs])
-    )
+    token, rate = measured()
+    own = report.Unthrottled(**vars(token), tokens_per_s=rate)
     hits = Range(own.hit_rate, own.hit_rate, own.hit_rate)
 
     def modelled(rate: float, latency: float) -> float:
@@ -118,7 +117,7 @@ def sensitivity(
 
     def behind(rate: float, latency: float) -> report.Throttled:
         with slowed(rate, latency):
-            again = Repeats.of(measured())
+            _, again = measured()
         stated = None if math.isinf(rate) else rate
         return report.Throttled(stated, latency, again, modelled(rate, latency))
 

@@ -110,8 +110,7 @@ def _options(expert_stream: ExpertStream) -> dict[str, Any]:
     """Every option, without a user's paths."""
     options = asdict(expert_stream.config)
     options |= {name: bool(options[name]) for name in ("store", "hot_set")}
-    if options["profile"] not in ("auto", "off"):
-        options["profile"] = "file"
+    del options["about"]
     return options
 
 

@@ -137,6 +137,9 @@ def _plain(axis: Any) -> None:
     axis.set_minor_formatter(lambda value, _: "")
 
 
+# Speed
+
+
 @_panel("speed", "How fast, and how much does it vary by prompt?", 3.2)
 def _by_prompt(r: Report, axes: Any) -> str:
     rows = sorted(_need(r.speed.by_prompt), key=lambda p: p.tokens_per_s.median)
@@ -227,6 +230,9 @@ def _batch(r: Report, axes: Any) -> str:
         f"{rate / rows[0].tokens_per_s.median:.2g} times one sequence; each then gets "
         f"{rate / best.batch:.3g}."
     )
+
+
+# The drive
 
 
 def _how(r: Report) -> str:
@@ -345,6 +351,9 @@ def _by_latency(r: Report, axes: Any) -> str:
         "model counts one latency for each layer with a miss, and more if its reads exceed those "
         f"in flight; it is off by {_share(error)} at the median of both series."
     )
+
+
+# Locality
 
 
 @_panel("locality", "How many experts must be resident?")
@@ -497,6 +506,9 @@ def _requests(r: Report, axes: Any) -> str:
     )
 
 
+# Power and heat
+
+
 def _missing(r: Report, heat: bool) -> str:
     missing = _need(r.power).missing
     kinds = {k: v for k, v in missing.items() if k == "NVML" or heat == (k == "temperature")}
@@ -544,6 +556,9 @@ def _heat(r: Report, axes: Any) -> str:
     if not found.tells_throttling:
         throttled = "nothing here tells whether clocks were held down"
     return f"{', '.join(parts)} over the sustained run; {throttled}."
+
+
+# Quality
 
 
 def _judged(r: Report, key: str) -> tuple[list[str], list[float]]:

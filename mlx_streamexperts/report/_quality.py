@@ -21,7 +21,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from .._analysis.exactness import prefill_bound, relative_difference, same
 from .._config import format_size
-from .._loading.discover import original_load_model
+from .._loading.lazy_load import original_load_model
 from .._osinfo import available_memory_bytes, device_memory_bytes
 from ._prompts import Choice, Prompt
 from ._report import Difference, Exactness, Judged, Lossy, Model, Quality

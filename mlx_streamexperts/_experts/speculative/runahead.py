@@ -140,6 +140,7 @@ class RunAhead:
         self.stats, self.policy = RunAheadStats(), SpeculationPolicy(len(self.layers))
         self._most_tokens = (SORTED_ROWS - 1) // top_k  # of a call that counts as decoding
         self._guard, self._waited = guard, waited
+        guard.exempt_steps(lambda: self.thread is not None)
         self._lock = threading.RLock()  # a stream may be closed in the middle of its own step
         self._usable, self._observed = True, False
         self._foreign: ForeignModules | None = None
@@ -249,7 +250,6 @@ class RunAhead:
         speculated = int(self._speculate_on.sum())
         self._masked = predict or self._expected(0) >= 1
         self.thread = threading.get_ident()
-        self._guard.begin_step()
         try:
             result, passes = self._until_exact(call, restore, predict)
             if speculated:
@@ -263,9 +263,8 @@ class RunAhead:
             restore()
             self._forget()
             raise
-        finally:
+        finally:  # no calls here: Ctrl-C could end them half-way
             self.thread = None
-            self._guard.end_step()
             self._states = []
 
     def _until_exact(
