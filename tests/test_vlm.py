@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import families as lm
 import mlx.core as mx
@@ -61,3 +64,35 @@ def test_a_family_streams_with_misses_bit_by_bit(
     for got, expected in zip(run(model, TOKENS, 12), run(stock, TOKENS, 12), strict=True):
         assert np.array_equal(got, expected)
     assert stream(model).stats().cache.misses > 0
+
+
+PATCH_FIRST = """
+import sys
+from mlx_streamexperts import StreamConfig, patch, stream
+with patch(cache="10MB", config=StreamConfig(progress=False)) as patched:
+    assert "mlx_vlm" not in sys.modules
+    from mlx_vlm.utils import load_model
+    model = load_model(__import__("pathlib").Path(sys.argv[1]))
+    assert stream(model) is stream(model.language_model) is patched.streams[0]
+import mlx_vlm.utils
+assert mlx_vlm.utils.load_model.__module__ == "mlx_vlm.utils"
+assert not any("mlx_streamexperts" in type(finder).__module__ for finder in sys.meta_path)
+"""
+
+
+def test_a_patch_covers_mlx_vlm_if_it_is_imported_later(tmp_path: Path) -> None:
+    folder = make_vlm_checkpoint(tmp_path / "m", "qwen3_moe")
+    subprocess.run([sys.executable, "-c", PATCH_FIRST, str(folder)], check=True)
+
+
+def test_several_machines_are_refused_by_name(tmp_path: Path) -> None:
+    folder = make_vlm_checkpoint(tmp_path / "m", "qwen3_moe")
+    config = StreamConfig(cache="10MB", pipeline=True)
+    group = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
+    with (
+        patch(config=config),
+        pytest.MonkeyPatch.context() as monkeypatch,
+        pytest.raises(UnsupportedModelError, match="not of mlx-vlm"),
+    ):
+        monkeypatch.setattr(mx.distributed, "init", lambda: group)
+        utils.load_model(folder)
