@@ -12,11 +12,15 @@ import families as lm
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from vlm_families import FAMILIES, METAL_FAMILIES, TEXT, make_vlm_checkpoint, run
 
 from mlx_streamexperts import StreamConfig, UnsupportedModelError, patch, stream
+from mlx_streamexperts._loading import discover
+from mlx_streamexperts._memory import model_graph
 
 utils = pytest.importorskip("mlx_vlm.utils", reason="mlx-vlm is not installed: extra `vlm`")
+make_prompt_cache = pytest.importorskip("mlx_vlm.models.cache").make_prompt_cache
 
 # Families whose experts cannot be streamed yet, and what the refusal names.
 REFUSED = {
@@ -39,10 +43,18 @@ def not_compiled() -> Iterator[None]:
     mx.enable_compile()
 
 
+@pytest.fixture
+def estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Footprints from the configuration: tracing 80 families would take minutes."""
+    monkeypatch.setattr(
+        discover, "measure", lambda _, switches, config: model_graph._estimate(switches, config)
+    )
+
+
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in METAL_FAMILIES])
 @pytest.mark.parametrize("bits", [None, 4])
 def test_a_family_streams_with_misses_bit_by_bit(
-    family: str, bits: int | None, tmp_path: Path
+    family: str, bits: int | None, tmp_path: Path, estimated: None
 ) -> None:
     folder = make_vlm_checkpoint(tmp_path / family, family, bits=bits)
     stock = utils.load_model(folder)
@@ -64,6 +76,37 @@ def test_a_family_streams_with_misses_bit_by_bit(
     for got, expected in zip(run(model, TOKENS, 12), run(stock, TOKENS, 12), strict=True):
         assert np.array_equal(got, expected)
     assert stream(model).stats().cache.misses > 0
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "kimi_k25", "qwen3_vl_moe"])
+def test_memory_is_planned_from_the_language_models_graph(
+    family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_vlm_checkpoint(tmp_path / family, family)
+    with patch(memory="600MB", config=StreamConfig(progress=False, context_tokens=2000)) as patched:
+        model = utils.load_model(folder)
+    assert "estimated" not in caplog.text
+    footprint = patched.streams[0].plan.footprint
+    assert footprint is not None
+    cache = make_prompt_cache(model.language_model)
+    mx.eval(model.language_model(mx.zeros((1, 600), mx.int32), cache=cache).logits)
+    held = sum(array.nbytes for _, array in tree_flatten([c.state for c in cache]))
+    assert held <= footprint.kv(600) + footprint.state
+
+
+def test_a_prompt_longer_than_planned_runs_in_chunks_with_the_same_bits(tmp_path: Path) -> None:
+    folder = make_vlm_checkpoint(tmp_path / "m", "qwen3_moe")
+    config = StreamConfig(progress=False, context_tokens=600, prefill_tokens=64)
+    with patch(memory="600MB", config=config):
+        model = utils.load_model(folder)
+    stock = utils.load_model(folder)
+    ids = mx.array(lm.token_stream(TEXT, 150, 1))[None]
+    cache, chunks = make_prompt_cache(stock.language_model), []
+    for begin in range(0, 150, 64):
+        part = ids[:, begin : begin + 64]
+        chunks.append(stock.language_model(part, cache=cache).logits)
+    got = model.language_model(ids, cache=make_prompt_cache(model.language_model)).logits
+    assert mx.array_equal(got, mx.concatenate(chunks, axis=1))
 
 
 PATCH_FIRST = """

@@ -128,7 +128,7 @@ def _caches(model: nn.Module) -> tuple[tuple[tuple[LayerCache, ...], ...], int]:
     for tokens in _CACHED:
         fresh = copied(model)
         caches: list[Any] = stock.make_prompt_cache(fresh)
-        result = fresh(mx.zeros((1, tokens), mx.int32), cache=caches)
+        result = logits_of(fresh(mx.zeros((1, tokens), mx.int32), cache=caches))
         logits = result.nbytes // tokens
         found.append(caches)
     layers = []
