@@ -122,6 +122,11 @@ def _not_loaded(folder: Path, error: Exception) -> StreamError:
             reason = f"{type(error).__name__}: {reason}"
         known = whereabouts(checkpoint) if _lacks_weights(error, checkpoint) else ""
         known = f". {known}" if known else ""
+        if reason.startswith("Model type "):  # "... not supported."
+            known += (
+                " mlx-vlm may have it: mlx_vlm.load under patch() streams such models (extra "
+                "`vlm`), and so does python -m mlx_streamexperts.run mlx_vlm.generate"
+            )
         return CheckpointError(f"{folder}: mlx-lm cannot load this checkpoint: {reason}{known}")
     return UnsupportedModelError(
         f"{folder}: {found}. mlx-lm cannot load such a checkpoint, so it can be neither "
