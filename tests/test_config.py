@@ -24,7 +24,7 @@ from mlx_streamexperts import StreamConfig, StreamError, demo_model, generate, l
 from mlx_streamexperts import stream as stream_of
 from mlx_streamexperts._cli.options import following_stock_options
 from mlx_streamexperts._config import DEFAULTS, SAVED, add_arguments, from_arguments, parse_size
-from mlx_streamexperts._loading.discover import locate
+from mlx_streamexperts._loading.discover import discover
 from mlx_streamexperts._loading.tuned_for import tuned_for
 
 
@@ -235,7 +235,7 @@ DEMO = demo_model()
 def tuned(**change: Any) -> StreamConfig:
     """The settings of a file that was tuned here, but for some changes."""
     config = StreamConfig(cache="10MB", progress=False, threads=3)
-    about = {"model": "demo", **tuned_for(locate(DEMO, config, {}).layers, config)}
+    about = {"model": "demo", **tuned_for(discover(DEMO, config, {}).layers, config)}
     for name, value in change.items():
         about[name] = {**about[name], **value} if isinstance(value, dict) else value
     return replace(config, about=about)

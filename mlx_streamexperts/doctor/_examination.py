@@ -267,5 +267,4 @@ def _hit_rate(args: argparse.Namespace, slots: Sequence[int]) -> Range | None:
     if args.trace is None:
         return None
     policy = from_arguments(args).with_defaults().policy
-    assert policy is not None
     return replayed_hit_rate(args.trace, slots, policy)
