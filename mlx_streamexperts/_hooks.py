@@ -18,7 +18,7 @@ import mlx.nn as nn
 Check = Callable[[mx.array | None, Any], None]
 """Checks a pass before it runs, given its token ids [B, L] (None for embeddings) and its caches."""
 
-_EMBEDDINGS = "input_embeddings"
+_EMBEDDINGS = ("input_embeddings", "inputs_embeds")  # as mlx-lm and mlx-vlm call them
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Pass:
 
         They do if tokens and caches are the only arguments: a mask, for example, covers the whole.
         """
-        known = {self.names[0], _EMBEDDINGS, "cache"}
+        known = {self.names[0], *_EMBEDDINGS, "cache"}
         return bool(self.caches) and all(
             value is None or name in known for name, value in self.given.items()
         )
@@ -63,10 +63,16 @@ class Pass:
     def part(self, begin: int, end: int) -> Pass:
         """The pass over tokens `begin` to `end - 1`."""
         given = dict(self.given)
-        for name in (self.names[0], _EMBEDDINGS):
+        for name in (self.names[0], *_EMBEDDINGS):
             if isinstance(given.get(name), mx.array):
                 given[name] = given[name][:, begin:end]
         return Pass(self.model, self.kind, self.names, given, self.sequences, end - begin)
+
+
+def logits_of(result: Any) -> mx.array:
+    """The logits [B, L, V] of a pass: mlx-vlm returns an object that holds them."""
+    logits: mx.array = getattr(result, "logits", result)
+    return logits
 
 
 Step = Callable[[Pass], Any]
@@ -127,7 +133,9 @@ def intercept_passes(model: nn.Module, step: Step, check: Check) -> None:
         del given[next(iter(given))]  # self
         for name in spread:
             given.update(given.pop(name, {}))
-        embeddings = tokens = given.get(_EMBEDDINGS)
+        embeddings = tokens = next(
+            (e for n in _EMBEDDINGS if (e := given.get(n)) is not None), None
+        )
         if tokens is None:
             tokens = given.get(names[0])
         if not isinstance(tokens, mx.array) or tokens.ndim < 2:

@@ -188,7 +188,7 @@ def test_the_result_streams_with_the_same_logits(
 
 
 def test_streaming_an_original_says_how_to_convert_it(checkpoint: Build, tmp_path: Path) -> None:
-    source = original(checkpoint, "qwen3_5_moe", tmp_path / "source")
+    source = original(checkpoint, "gpt_oss", tmp_path / "source")  # interleaved rows
     with pytest.raises(UnsupportedModelError, match=r"mlx_streamexperts\.convert --model"):
         load_streamed(source, 1 << 30)
 

@@ -58,14 +58,16 @@ def test_an_original_is_converted_as_mlx_lm_does_it(
     built, form = checkpoint(family, quantize=None), originals.seeing(FORMS[family])
     source = originals.write(built, tmp_path / "source", form, **VISION)
     assert any("vis" in n for n in read_checkpoint(source).tensors)
-    with pytest.raises(UnsupportedModelError, match=r"mlx_streamexperts\.convert"):
-        load_streamed(source, 1 << 40)
+    if family == "kimi_k25":  # the others stream as they are, by rows of their tables
+        with pytest.raises(UnsupportedModelError, match=r"mlx_streamexperts\.convert"):
+            load_streamed(source, 1 << 40)
     planned = plan(source, "400MB", config=QUIET)
     out, expected = tmp_path / "out", tmp_path / "expected"
     assert main(["--model", str(source), "--out", str(out), "--no-progress", *options]) == 0
     if not options:
         converted = plan(out, "400MB", config=QUIET)
-        assert (planned.conversion, converted.conversion) == (converted.disk, 0)
+        to_write = converted.disk if family == "kimi_k25" else 0
+        assert (planned.conversion, converted.conversion) == (to_write, 0)
         assert replace(planned, disk=converted.disk, conversion=0) == converted
     stock = {"quantize": True, "q_bits": 4, "q_group_size": 64} if options else {}
     stock_convert(str(source), str(expected), **stock)

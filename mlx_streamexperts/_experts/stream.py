@@ -472,9 +472,10 @@ def flatten(module: nn.Module) -> list[tuple[str, mx.array]]:
     return cast(list[tuple[str, mx.array]], tree_flatten(module.parameters()))
 
 
-def attach(model: nn.Module, expert_stream: ExpertStream) -> None:
-    """Attach the stream to its model; it closes when the model is collected."""
-    object.__setattr__(model, _STREAM, expert_stream)
+def attach(model: nn.Module, expert_stream: ExpertStream, language: nn.Module) -> None:
+    """Attach the stream to its model, and to its language model; it closes with the model."""
+    for module in (model, language):
+        object.__setattr__(module, _STREAM, expert_stream)
     register(expert_stream)
     weakref.finalize(model, _gone, expert_stream)
 

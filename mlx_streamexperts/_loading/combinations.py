@@ -31,6 +31,7 @@ from mlx_lm.utils import _download, load_tokenizer
 from .._config import StreamConfig
 from .._errors import TokenError, UnsupportedModelError
 from .._experts.refusals import refuse_transforms
+from .._hooks import logits_of
 from .discover import discover
 from .lazy_load import original_load_model
 
@@ -281,8 +282,7 @@ _SPECULATIVE = frozenset(_code(speculative_generate_step.__code__))
 
 def _pass(model: Any, caches: list[Any], tokens: int) -> mx.array:
     """Logits [1, tokens, vocabulary] of a pass, not evaluated."""
-    logits: mx.array = model(mx.zeros((1, tokens), mx.int32), cache=caches)
-    return logits
+    return logits_of(model(mx.zeros((1, tokens), mx.int32), cache=caches))
 
 
 def _leaves(caches: Iterable[Any]) -> Iterator[Any]:

@@ -9,18 +9,13 @@ unpacks it), the model is refused. Nothing is evaluated here.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import (
-    QuantizedSwitchLinear,
-    SwitchGLU,
-    SwitchLinear,
-    SwitchMLP,
-)
 
 from .._config import StreamConfig
 from .._distributed.pipeline import Part, Stage, cut
@@ -41,11 +36,14 @@ from .._memory.budget import Plan, Sizes, divide, text_config
 from .._memory.footprint import Footprint
 from .._memory.model_graph import copied, measure
 from .._osinfo import unfinished_bytes
-from .lazy_load import LoadRecord, load_recorded
+from .lazy_load import PROJECTIONS, SWITCHES, LoadRecord, load_recorded
+from .provenance import Stored
 
-SWITCHES = (SwitchGLU, SwitchMLP)
 _SCORE_COPIES = 3  # scores, the mask added, their softmax
-PROJECTIONS = (SwitchLinear, QuantizedSwitchLinear)
+
+
+Load = Callable[[Path, dict[str, Any]], tuple[nn.Module, dict[str, Any], LoadRecord]]
+"""Loads the model in a folder lazily, with arguments for its library's `load_model`."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,8 @@ class DiscoveredModel:
         sizes: bytes of the model's parts.
         item_bytes: bytes of one activation.
         shards: the checkpoint's files.
-        whole: the model with the layers of all ranks.
+        whole: the part whose calls are passes, with the layers of all ranks.
+        record: where its arrays come from.
         stage: this rank's decoder layers, if several machines share the model.
     """
 
@@ -69,6 +68,7 @@ class DiscoveredModel:
     item_bytes: int
     shards: list[Path]
     whole: nn.Module
+    record: LoadRecord
     stage: Stage | None = None
 
     def plan(self, config: StreamConfig, held: int = 0) -> Plan:
@@ -80,7 +80,7 @@ class DiscoveredModel:
         """
         try:
             needs = layer_needs(self.layers, self.model_config)
-            footprint = _footprint(self.whole, self.model_config)
+            footprint = self._footprint()
             heads = text_config(self.model_config).get("num_attention_heads") or 1
             footprint = replace(
                 footprint,
@@ -97,6 +97,20 @@ class DiscoveredModel:
                 f"{self.shards[0].parent / 'config.json'}: its numbers make no sense: {e!r}"
             ) from e
 
+    @property
+    def language(self) -> nn.Module:
+        """The part of the model whose calls are passes: all of it, or its language model."""
+        return self.model if self.record.language is None else self.record.language
+
+    def _footprint(self) -> Footprint:
+        """The footprint of the model's passes; cached, since planning again (`tune`) is common."""
+        config, record = self.model_config, self.record
+        key = json.dumps([config, str(mx.default_device())], sort_keys=True, default=str)
+        if key not in _footprints:
+            modules = expert_modules(self.whole, record.switches, record.projections)
+            _footprints[key] = measure(self.whole, modules, text_config(config))
+        return _footprints[key]
+
 
 def discover(
     folder: Path,
@@ -104,6 +118,7 @@ def discover(
     arguments: dict[str, Any],
     as_converted: bool = False,
     part: Part | None = None,
+    load: Load | None = None,
 ) -> DiscoveredModel:
     """Check the checkpoint, build the model without evaluating it, and find its experts.
 
@@ -115,6 +130,7 @@ def discover(
             loading have no place on disk, and the size that a conversion would give them.
         part: keep only the layers of this rank. Shards that hold only other ranks' layers may be
             missing.
+        load: loads the model; mlx-lm's loader if None.
 
     Raises:
         CheckpointError: the files are damaged or incomplete.
@@ -125,8 +141,9 @@ def discover(
     checkpoint = read_checkpoint(folder)
     if part is not None and checkpoint.absent:
         arguments = {**arguments, "strict": False}
-    model, model_config, record = load_recorded(folder, arguments)
-    whole = model if part is None else copied(model)
+    model, model_config, record = (load or load_recorded)(folder, arguments)
+    passes = model if record.language is None else record.language
+    whole = passes if part is None else copied(model)
     stage = None if part is None else cut(model, part)
     if stage is not None:
         _check_whole(model, stage, checkpoint, record)
@@ -156,26 +173,29 @@ def discover(
     )
     item_bytes = max(a.dtype.size for a in parameters if mx.issubdtype(a.dtype, mx.floating))
     shards = sorted({t.file for t in checkpoint.tensors.values()})
-    return DiscoveredModel(model, model_config, layers, sizes, item_bytes, shards, whole, stage)
-
-
-def _footprint(model: nn.Module, model_config: dict[str, Any]) -> Footprint:
-    """The footprint of the model's passes; cached, since planning again (`tune`) is common."""
-    key = json.dumps([model_config, str(mx.default_device())], sort_keys=True, default=str)
-    if key not in _footprints:
-        _footprints[key] = measure(model, expert_modules(model), text_config(model_config))
-    return _footprints[key]
+    return DiscoveredModel(
+        model, model_config, layers, sizes, item_bytes, shards, whole, record, stage
+    )
 
 
 _footprints: dict[str, Footprint] = {}
 
 
-def expert_modules(model: nn.Module) -> list[tuple[nn.Module, int]]:
-    """A model's expert modules, each with the width of an expert's hidden layer."""
+def expert_modules(
+    model: nn.Module,
+    switches: tuple[type[nn.Module], ...] = SWITCHES,
+    projections: tuple[type[nn.Module], ...] = PROJECTIONS,
+) -> list[tuple[nn.Module, int]]:
+    """A model's expert modules, each with the width of an expert's hidden layer.
+
+    Args:
+        model: the model.
+        switches, projections: as in `LoadRecord`.
+    """
     found: list[tuple[nn.Module, int]] = []
     for module in model.modules():
-        if isinstance(module, SWITCHES):
-            tables = [p.weight for p in module.children().values() if isinstance(p, PROJECTIONS)]
+        if isinstance(module, switches):
+            tables = [p.weight for p in module.children().values() if isinstance(p, projections)]
             width = max((t.shape[1] for t in tables[:-1]), default=1)  # the last one projects back
             found.append((module, width))
     return found
@@ -209,11 +229,14 @@ def _find_layers(
     entries = {id(array): checkpoint.tensors[name] for name, array in record.stored.items()}
     layers = []
     for path, switch in model.named_modules():
-        if not isinstance(switch, SWITCHES):
+        owned = [c for c in switch.children().values() if isinstance(c, record.projections)]
+        if len(owned) < 2:  # one alone is no expert: DeepSeek V4.1's attention has such
             continue
+        if type(switch) not in record.switches:
+            raise UnsupportedModelError(_unknown_owner(checkpoint.folder, path, switch))
         tensors = {}
         for part, projection in switch.children().items():
-            if not isinstance(projection, PROJECTIONS):
+            if not isinstance(projection, record.projections):
                 continue
             for attribute, table in flatten(projection):
                 where = f"{path}.{part}.{attribute}"
@@ -225,6 +248,8 @@ def _find_layers(
                     stored = ExpertTable.separate([entries[id(p)] for p in parts])
                     entry, count = entries[id(parts[0])], len(parts)
                     _check_table(where, table, entry, (count, *entry.shape), count * entry.nbytes)
+                elif (rows := record.cut_out.get(where)) is not None:
+                    stored = _cut_table(where, table, rows.rows(), checkpoint)
                 elif as_converted:
                     stored = ExpertTable.nowhere(table.nbytes, table.shape[0])
                 else:
@@ -240,6 +265,27 @@ def _find_layers(
             )
         layers.append(ExpertLayer(path, switch, tensors, next(iter(counts))))
     return sorted(layers, key=lambda x: [int(p) if p.isdigit() else -1 for p in x.name.split(".")])
+
+
+def _cut_table(where: str, table: mx.array, rows: Stored, checkpoint: Checkpoint) -> ExpertTable:
+    """The place of a table whose experts are parts of stored tensors: half of their rows, say."""
+    entries = [checkpoint.tensors[name] for name, _ in rows.ranges]
+    _check_table(where, table, entries[0], rows.shape, rows.nbytes)
+    return ExpertTable(
+        entries[0].dtype,
+        table.nbytes // table.shape[0],
+        tuple(str(e.file) for e in entries),
+        tuple(e.offset + skip for e, (_, skip) in zip(entries, rows.ranges, strict=True)),
+        tuple(e.name for e in entries),
+    )
+
+
+def _unknown_owner(folder: Path, path: str, switch: nn.Module) -> str:
+    """Why experts cannot be streamed whose module is of no known kind."""
+    return (
+        f"{folder}: {path} is a {type(switch).__name__}, which is called in a way of its own, so "
+        "its experts cannot be streamed yet; this model loads whole or not at all"
+    )
 
 
 def _check_table(

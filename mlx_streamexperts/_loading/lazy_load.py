@@ -8,6 +8,7 @@ back in place when a load returns.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import re
 import threading
@@ -20,6 +21,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
+from mlx_lm.models.switch_layers import (
+    QuantizedSwitchLinear,
+    SwitchGLU,
+    SwitchLinear,
+    SwitchMLP,
+)
 
 from .._errors import CheckpointError, StreamError, UnsupportedModelError
 from .._experts.stream import flatten
@@ -32,6 +39,10 @@ from .._io.checkpoint import (
     whereabouts,
 )
 from .._io.files import allow_open
+from .provenance import Stored, trace
+
+SWITCHES: tuple[type[nn.Module], ...] = (SwitchGLU, SwitchMLP)
+PROJECTIONS: tuple[type[nn.Module], ...] = (SwitchLinear, QuantizedSwitchLinear)
 
 # Bound before any patch is installed.
 original_load_model = mlx_lm.utils.load_model
@@ -46,12 +57,24 @@ class LoadRecord:
         stacks: by `id` of the result: the result, which keeps the `id` in use, and its parts.
         build_empty: builds another such model without weights.
         filled: names of the parameters for which mlx-lm had an array of the right shape.
+        sanitize: makes the model's arrays of stored ones, by name; leaves the model alone.
+        language: the part of the model whose calls are passes; None for the model itself.
+        switches, projections: classes of expert modules, and of the switch linears they own.
     """
 
     stored: dict[str, mx.array] = field(default_factory=dict)
     stacks: dict[int, tuple[mx.array, list[mx.array]]] = field(default_factory=dict)
     build_empty: Callable[[], nn.Module] = nn.Module
     filled: set[str] = field(default_factory=set)
+    sanitize: Callable[[dict[str, mx.array]], dict[str, mx.array]] = dict
+    language: nn.Module | None = None
+    switches: tuple[type[nn.Module], ...] = SWITCHES
+    projections: tuple[type[nn.Module], ...] = PROJECTIONS
+
+    @functools.cached_property
+    def cut_out(self) -> dict[str, Stored]:
+        """Tables that `sanitize` cuts out of stored tensors, by name in the model."""
+        return trace(self.sanitize, self.stored)
 
 
 def load_recorded(
@@ -99,6 +122,11 @@ def _not_loaded(folder: Path, error: Exception) -> StreamError:
             reason = f"{type(error).__name__}: {reason}"
         known = whereabouts(checkpoint) if _lacks_weights(error, checkpoint) else ""
         known = f". {known}" if known else ""
+        if reason.startswith("Model type "):  # "... not supported."
+            known += (
+                " mlx-vlm may have it: mlx_vlm.load under patch() streams such models (extra "
+                "`vlm`), and so does python -m mlx_streamexperts.run mlx_vlm.generate"
+            )
         return CheckpointError(f"{folder}: mlx-lm cannot load this checkpoint: {reason}{known}")
     return UnsupportedModelError(
         f"{folder}: {found}. mlx-lm cannot load such a checkpoint, so it can be neither "
@@ -142,7 +170,7 @@ def _checked_quantize(
 
 
 @contextmanager
-def _recording_stacks(record: LoadRecord) -> Iterator[None]:
+def recording_stacks(record: LoadRecord) -> Iterator[None]:
     """Record this thread's calls of `mx.stack`, with which mlx-lm joins single experts."""
     original, thread = mx.stack, threading.get_ident()
 
@@ -165,13 +193,15 @@ def _recording_classes(
     def build(arguments: Any) -> nn.Module:
         fresh = copy.deepcopy(arguments)  # some classes change their arguments
         record.build_empty = lambda: model_class(copy.deepcopy(fresh))
+        # Of another model: some change themselves.
+        record.sanitize = lambda w: getattr(record.build_empty(), "sanitize", dict)(w)
         model = model_class(arguments)
         sanitize = getattr(model, "sanitize", None)
 
         def sanitize_recorded(weights: dict[str, mx.array]) -> dict[str, mx.array]:
             record.stored.update(weights)
             object.__delattr__(model, "sanitize")
-            with _recording_stacks(record):
+            with recording_stacks(record):
                 return sanitize(weights) if sanitize is not None else weights
 
         def load_recorded_weights(

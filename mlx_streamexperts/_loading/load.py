@@ -31,9 +31,9 @@ from .._memory.passes import Passes
 from .._memory.process_memory import check_address_space, held_bytes, is_registered
 from .._osinfo import apple_limit, apple_working_set, device_limit
 from .._progress import progress_bar
-from . import patching
+from . import patching, vlm
 from .combinations import PassCheck, token_rows
-from .discover import DiscoveredModel, discover, has_expert_tensors
+from .discover import DiscoveredModel, Load, discover, has_expert_tensors
 from .lazy_load import original_load_model
 from .on_ranks import discover_on_ranks, part_of_repository
 from .tuned_for import warn_if_elsewhere
@@ -197,11 +197,25 @@ class patch:  # noqa: N801 - called like a function
         if group is not None:
             return self._load_part(Ranks(group), folder, lazy, arguments)
         try:
-            found = discover(folder, self.config, arguments)
+            found = self._load(folder, lazy, arguments)
         except UnsupportedModelError:
             if self.streams and not has_expert_tensors(folder):
                 return original_load_model(folder, lazy, **arguments)
             raise
+        return found.model, found.model_config
+
+    def _load(
+        self, folder: Path, lazy: bool, arguments: dict[str, Any], load: Load | None = None
+    ) -> DiscoveredModel:
+        """Discover, plan, and put streamed layers in place.
+
+        Args:
+            folder: the model folder.
+            lazy: leave the trunk unevaluated.
+            arguments: arguments of the library's `load_model`.
+            load: as in `discover`.
+        """
+        found = discover(folder, self.config, arguments, load=load)
         # `reserve` is for other models. Once one of them is loaded, its real size counts instead.
         others, config = held_bytes(), self.config
         foreign = max(0, mx.get_active_memory() - others)
@@ -212,7 +226,17 @@ class patch:  # noqa: N801 - called like a function
         plan = replace(plan, others=foreign)
         warn_if_elsewhere(found.layers, self.config)
         self._stream_experts(found, plan, config, lazy)
-        return found.model, found.model_config
+        return found
+
+    def _load_vlm(self, arguments: dict[str, Any]) -> nn.Module:
+        """`mlx_vlm.utils.load_model` with the expert layers streamed."""
+        folder, lazy = Path(arguments.pop("model_path")), arguments.pop("lazy", False)
+        arguments = {**arguments.pop("kwargs", {}), **arguments}
+        if patching.group_of(self.config) is not None:
+            raise UnsupportedModelError(
+                f"{folder}: several machines share models of mlx-lm only, not of mlx-vlm"
+            )
+        return self._load(folder, lazy, arguments, vlm.load_recorded).model
 
     def _load_part(
         self, ranks: Ranks, folder: Path, lazy: bool, arguments: dict[str, Any]
@@ -245,7 +269,8 @@ class patch:  # noqa: N801 - called like a function
         """Put streamed layers in place of the experts, and load the trunk."""
         check_address_space(plan, config.threads)
         model = found.model
-        rows = token_rows(model) if found.stage is None else None
+        language = found.language
+        rows = token_rows(language) if found.stage is None else None
         for layer in found.layers:
             _set_module(model, layer.name, StreamedSwitch(layer))
         guard(model)
@@ -257,12 +282,12 @@ class patch:  # noqa: N801 - called like a function
         if found.stage is not None:
             wait_on_host(model, found.stage)
             expert_stream.stage = found.stage
-        attach(model, expert_stream)
+        attach(model, expert_stream, language)
         run_ahead = expert_stream.run_ahead
         if run_ahead is not None:
             run_ahead.watch(model)
         passes = Passes(expert_stream, run_ahead.step if run_ahead else None)
-        passes.install(model, PassCheck(model, rows))
+        passes.install(language, PassCheck(language, rows))
         expert_stream.token_rows = rows
         self.streams.append(expert_stream)
         return expert_stream

@@ -1,4 +1,4 @@
-"""Replaces mlx-lm's functions while a `patch` is active, and puts them back exactly.
+"""Replaces functions of mlx-lm and mlx-vlm while a `patch` is active, and puts them back exactly.
 
 mlx-lm looks its loading functions up in their modules at each call, and other programs import them
 by name. So every module that holds one gets the replacement, however its caller imported it. This
@@ -11,9 +11,12 @@ import functools
 import inspect
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -25,6 +28,7 @@ from .._config import StreamConfig
 from .._errors import UnsupportedModelError
 from .._experts.stream import is_streamed, stream
 from .._io.checkpoint import read_header
+from . import vlm
 from .guards import GUARDS
 from .lazy_load import original_load_model
 from .on_ranks import part_of_repository
@@ -42,8 +46,12 @@ class Loader(Protocol):
     def _load_model(self, arguments: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
         """`mlx_lm.utils.load_model` with these arguments and streamed experts."""
 
+    def _load_vlm(self, arguments: dict[str, Any]) -> nn.Module:
+        """`mlx_vlm.utils.load_model` with these arguments and streamed experts."""
 
-_lock = threading.Lock()
+
+_VLM = "mlx_vlm.utils"
+_lock = threading.RLock()  # an import within may come back here
 # .loader: whose `load` this thread is in; .group: the ranks that it divides a model over
 _local = threading.local()
 _installed: list[Loader] = []
@@ -101,6 +109,47 @@ def _load_model(*args: Any, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
     if active is None:
         return original_load_model(*args, **kwargs)
     return active._load_model(dict(_SIGNATURE.bind(*args, **kwargs).arguments))
+
+
+class _AfterImport(MetaPathFinder):
+    """Replaces functions of mlx-vlm right after its import, if that comes after `install`.
+
+    A program may patch first and import mlx-vlm later. Nothing here imports it.
+    """
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _VLM:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            with _lock:
+                _replace_functions()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+@functools.cache
+def _vlm_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """mlx-vlm's `load_model`, and ours."""
+    original = vlm.original_load_model()
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def load_model(*args: Any, **kwargs: Any) -> nn.Module:
+        active = _active()
+        if active is None:
+            return original(*args, **kwargs)
+        return active._load_vlm(dict(signature.bind(*args, **kwargs).arguments))
+
+    return original, load_model
 
 
 @functools.wraps(_original_load_adapters)
@@ -162,10 +211,18 @@ def _sharded_load(
         _local.group = None
 
 
+_after_import = _AfterImport()
+
+
 def _replace_functions() -> None:
     """Put our functions, or the original ones, into every module that has imported them."""
     patched = bool(_installed or _scoped)
+    if patched and _after_import not in sys.meta_path:
+        sys.meta_path.insert(0, _after_import)
+    elif not patched and _after_import in sys.meta_path:
+        sys.meta_path.remove(_after_import)
     for original, ours in (
+        *([_vlm_functions()] if hasattr(sys.modules.get(_VLM), "load_model") else []),
         (original_load_model, _load_model),
         (_original_load_adapters, _load_adapters),
         *GUARDS,

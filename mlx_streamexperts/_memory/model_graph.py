@@ -23,7 +23,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.models import cache as stock
 
-from .._hooks import intercept, swapped
+from .._hooks import intercept, logits_of, swapped
 from .footprint import Footprint, LayerCache, kept_tokens, leaves, whole_steps
 from .peak import VIEWS, evaluation_order, peak_bytes
 
@@ -128,7 +128,7 @@ def _caches(model: nn.Module) -> tuple[tuple[tuple[LayerCache, ...], ...], int]:
     for tokens in _CACHED:
         fresh = copied(model)
         caches: list[Any] = stock.make_prompt_cache(fresh)
-        result = fresh(mx.zeros((1, tokens), mx.int32), cache=caches)
+        result = logits_of(fresh(mx.zeros((1, tokens), mx.int32), cache=caches))
         logits = result.nbytes // tokens
         found.append(caches)
     layers = []
@@ -194,7 +194,7 @@ def _pass_size(
         model.update(tree_unflatten([(k, arrays[k]) for k in weights]))
         _exchange(caches, [arrays[k] for k in cached])
         with _standing_in(switches) as results:
-            logits = model(tokens, cache=caches)
+            logits = logits_of(model(tokens, cache=caches))
         return [*_arrays(caches), logits if chunk == 2 else results[-1]]
 
     with _exportable():

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as stock
 
-from .._hooks import Check, Pass, intercept, intercept_passes
+from .._hooks import Check, Pass, intercept, intercept_passes, logits_of
 from .footprint import allocated, leaves, tokens_in
 from .process_memory import Holder, bytes_over_bound
 
@@ -89,7 +90,7 @@ class Passes:
         # Before the first chunk: a pass that is refused has changed no cache.
         end = past + whole.tokens
         self._make_room(whole, next_pass(whole.tokens, end), end, quantized, added)
-        results: list[mx.array] = []
+        results: list[Any] = []
         begin = 0
         self._local.dividing = True
         try:
@@ -106,7 +107,7 @@ class Passes:
                     mx.clear_cache()
         finally:
             self._local.dividing = False
-        return mx.concatenate(results, axis=1)
+        return _joined(results)
 
     def _run_one(self, one: Pass, past: int, quantized: bool, added: int) -> Any:
         """Run a pass undivided; the arguments are those of `_make_room`."""
@@ -130,6 +131,12 @@ class Passes:
         if bytes_over_bound(mx.get_active_memory() + needed) > 0:
             mx.eval([c.state for c in one.caches or ()])  # pending work frees memory as it ends
             self._holder.make_room(needed, end, one.sequences)
+
+
+def _joined(results: Sequence[Any]) -> Any:
+    """The result of a pass from those of its chunks: logits [B, L, V], or mlx-vlm's object."""
+    logits = mx.concatenate([logits_of(r) for r in results], axis=1)
+    return logits if isinstance(results[-1], mx.array) else replace(results[-1], logits=logits)
 
 
 def context(caches: Sequence[Any] | None) -> int:

@@ -1,0 +1,141 @@
+"""mlx-vlm's families stream with the bits of its own loader."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import families as lm
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from vlm_families import FAMILIES, METAL_FAMILIES, TEXT, make_vlm_checkpoint, run
+
+from mlx_streamexperts import StreamConfig, UnsupportedModelError, patch, stream
+from mlx_streamexperts._loading import discover
+from mlx_streamexperts._memory import model_graph
+
+utils = pytest.importorskip("mlx_vlm.utils", reason="mlx-vlm is not installed: extra `vlm`")
+make_prompt_cache = pytest.importorskip("mlx_vlm.models.cache").make_prompt_cache
+
+# Families whose experts cannot be streamed yet, and what the refusal names.
+REFUSED = {
+    "deepseek_v41": "DeepseekV41SwitchGLU",  # takes a value for each row
+    "deepseek_v41_engram": "DeepseekV41SwitchGLU",
+    "inkling": "InklingSwitchGLU",  # scales indexed by expert
+    "minicpmv4_7": "mlx_streamexperts.convert",  # copies every weight while loading
+    "moondream3": "MoEMLP",
+    "openai_privacy_filter": "Experts",
+    "zaya1_vl": "ZayaSwitchMLP",
+}
+TOKENS = lm.token_stream(TEXT, 24, 0)
+
+
+@pytest.fixture(autouse=True)
+def not_compiled() -> Iterator[None]:
+    """Compiling for a CPU takes longer than everything else here."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.fixture
+def estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Footprints from the configuration: tracing 80 families would take minutes."""
+    monkeypatch.setattr(
+        discover, "measure", lambda _, switches, config: model_graph._estimate(switches, config)
+    )
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in METAL_FAMILIES])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_family_streams_with_misses_bit_by_bit(
+    family: str, bits: int | None, tmp_path: Path, estimated: None
+) -> None:
+    folder = make_vlm_checkpoint(tmp_path / family, family, bits=bits)
+    stock = utils.load_model(folder)
+    config = StreamConfig(progress=False)
+    with patch(cache="100MB", config=config) as patched:
+        try:
+            whole = utils.load_model(folder)
+        except UnsupportedModelError as e:
+            assert family in REFUSED
+            assert REFUSED[family] in str(e)
+            return
+    assert family not in REFUSED
+    layers = patched.streams[0].layers
+    least = sum(2 * x.expert_bytes for x in layers)
+    patched.streams[0].close()
+    del whole
+    with patch(cache=2 * least, config=config):
+        model = utils.load_model(folder)
+    for got, expected in zip(run(model, TOKENS, 12), run(stock, TOKENS, 12), strict=True):
+        assert np.array_equal(got, expected)
+    assert stream(model).stats().cache.misses > 0
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "kimi_k25", "qwen3_vl_moe"])
+def test_memory_is_planned_from_the_language_models_graph(
+    family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_vlm_checkpoint(tmp_path / family, family)
+    with patch(memory="600MB", config=StreamConfig(progress=False, context_tokens=2000)) as patched:
+        model = utils.load_model(folder)
+    assert "estimated" not in caplog.text
+    footprint = patched.streams[0].plan.footprint
+    assert footprint is not None
+    cache = make_prompt_cache(model.language_model)
+    mx.eval(model.language_model(mx.zeros((1, 600), mx.int32), cache=cache).logits)
+    held = sum(array.nbytes for _, array in tree_flatten([c.state for c in cache]))
+    assert held <= footprint.kv(600) + footprint.state
+
+
+def test_a_prompt_longer_than_planned_runs_in_chunks_with_the_same_bits(tmp_path: Path) -> None:
+    folder = make_vlm_checkpoint(tmp_path / "m", "qwen3_moe")
+    config = StreamConfig(progress=False, context_tokens=600, prefill_tokens=64)
+    with patch(memory="600MB", config=config):
+        model = utils.load_model(folder)
+    stock = utils.load_model(folder)
+    ids = mx.array(lm.token_stream(TEXT, 150, 1))[None]
+    cache, chunks = make_prompt_cache(stock.language_model), []
+    for begin in range(0, 150, 64):
+        part = ids[:, begin : begin + 64]
+        chunks.append(stock.language_model(part, cache=cache).logits)
+    got = model.language_model(ids, cache=make_prompt_cache(model.language_model)).logits
+    assert mx.array_equal(got, mx.concatenate(chunks, axis=1))
+
+
+PATCH_FIRST = """
+import sys
+from mlx_streamexperts import StreamConfig, patch, stream
+with patch(cache="10MB", config=StreamConfig(progress=False)) as patched:
+    assert "mlx_vlm" not in sys.modules
+    from mlx_vlm.utils import load_model
+    model = load_model(__import__("pathlib").Path(sys.argv[1]))
+    assert stream(model) is stream(model.language_model) is patched.streams[0]
+import mlx_vlm.utils
+assert mlx_vlm.utils.load_model.__module__ == "mlx_vlm.utils"
+assert not any("mlx_streamexperts" in type(finder).__module__ for finder in sys.meta_path)
+"""
+
+
+def test_a_patch_covers_mlx_vlm_if_it_is_imported_later(tmp_path: Path) -> None:
+    folder = make_vlm_checkpoint(tmp_path / "m", "qwen3_moe")
+    subprocess.run([sys.executable, "-c", PATCH_FIRST, str(folder)], check=True)
+
+
+def test_several_machines_are_refused_by_name(tmp_path: Path) -> None:
+    folder = make_vlm_checkpoint(tmp_path / "m", "qwen3_moe")
+    config = StreamConfig(cache="10MB", pipeline=True)
+    group = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
+    with (
+        patch(config=config),
+        pytest.MonkeyPatch.context() as monkeypatch,
+        pytest.raises(UnsupportedModelError, match="not of mlx-vlm"),
+    ):
+        monkeypatch.setattr(mx.distributed, "init", lambda: group)
+        utils.load_model(folder)
