@@ -45,7 +45,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     how.add_argument("--quick", action="store_true", help="minutes; default without --model")
     how.add_argument("--full", action="store_true", help="default with --model")
     for name, (kind, text) in _NUMBERS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
+        unit = "MINUTES" if name == "sustained" else None
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=unit, help=text)
     parser.add_argument("--note", default="", help="for readers, shown on the page")
     parser.add_argument(
         "--render", type=Path, metavar="JSON", help="only write the page of this report again"
