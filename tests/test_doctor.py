@@ -159,8 +159,8 @@ def test_an_original_is_judged_as_it_will_be_converted(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    built = checkpoint("qwen3_5_moe", quantize=None)
-    source = originals.write(built, tmp_path / "source", originals.fused)
+    built = checkpoint("kimi_k25", quantize=None)
+    source = originals.write(built, tmp_path / "source", originals.int4)
     command = ["--model", str(source), "--memory", "400MB", *machine]
     assert doctor.main(command) == 0
     text = capsys.readouterr().out

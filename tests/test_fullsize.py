@@ -184,7 +184,8 @@ def test_an_original_of_800_gb_is_planned_from_its_headers(tmp_path: Path) -> No
     write_original.write("qwen3.5-397b-bf16", tmp_path)
     p = plan(tmp_path, memory="96GB", config=replace(QUIET, oversubscribe=True))
     assert p.experts == pytest.approx(773e9, rel=0.01)
-    assert p.conversion == p.trunk + p.experts < p.disk
+    assert p.conversion == 0  # fused tables stream from where they lie
+    assert p.trunk + p.experts < p.disk
     assert min(p.slots) >= p.top_k
 
 

@@ -176,7 +176,8 @@ ALLOWED = {
     "0BSD", "Apache 2.0 License", "Apache Software License", "Apache-2.0", "BSD 3-Clause License",
     "3-Clause BSD License", "BSD License", "BSD-2-Clause", "BSD-3-Clause", "CC0-1.0",
     "CNRI-Python", "HPND", "ISC", "ISC License", "ISC License (ISCL)", "MIT", "MIT License",
-    "MIT-0", "MIT-CMU", "MPL-2.0", "PSF-2.0", "Python Software Foundation License", "Unlicense",
+    "MIT-0", "MIT-CMU", "Mozilla Public License 2.0 (MPL 2.0)",
+    "MPL-2.0", "PSF-2.0", "Python Software Foundation License", "Unlicense",
     "Zlib",
 }  # fmt: skip
 """Licences that ask for no more than to be named. MPL-2.0 (tqdm's) is about changed files alone."""

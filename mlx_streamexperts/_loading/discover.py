@@ -57,7 +57,8 @@ class DiscoveredModel:
         item_bytes: bytes of one activation.
         shards: the checkpoint's files.
         whole: the part whose calls are passes, with the layers of all ranks.
-        record: where its arrays come from.
+        language: the part of the model whose calls are passes: all of it, or its language model.
+        switches, projections: as in `LoadRecord`.
         stage: this rank's decoder layers, if several machines share the model.
     """
 
@@ -68,7 +69,9 @@ class DiscoveredModel:
     item_bytes: int
     shards: list[Path]
     whole: nn.Module
-    record: LoadRecord
+    language: nn.Module
+    switches: tuple[type[nn.Module], ...]
+    projections: tuple[type[nn.Module], ...]
     stage: Stage | None = None
 
     def plan(self, config: StreamConfig, held: int = 0) -> Plan:
@@ -97,17 +100,12 @@ class DiscoveredModel:
                 f"{self.shards[0].parent / 'config.json'}: its numbers make no sense: {e!r}"
             ) from e
 
-    @property
-    def language(self) -> nn.Module:
-        """The part of the model whose calls are passes: all of it, or its language model."""
-        return self.model if self.record.language is None else self.record.language
-
     def _footprint(self) -> Footprint:
         """The footprint of the model's passes; cached, since planning again (`tune`) is common."""
-        config, record = self.model_config, self.record
+        config = self.model_config
         key = json.dumps([config, str(mx.default_device())], sort_keys=True, default=str)
         if key not in _footprints:
-            modules = expert_modules(self.whole, record.switches, record.projections)
+            modules = expert_modules(self.whole, self.switches, self.projections)
             _footprints[key] = measure(self.whole, modules, text_config(config))
         return _footprints[key]
 
@@ -142,8 +140,8 @@ def discover(
     if part is not None and checkpoint.absent:
         arguments = {**arguments, "strict": False}
     model, model_config, record = (load or load_recorded)(folder, arguments)
-    passes = model if record.language is None else record.language
-    whole = passes if part is None else copied(model)
+    language = model if record.language is None else record.language
+    whole = language if part is None else copied(model)
     stage = None if part is None else cut(model, part)
     if stage is not None:
         _check_whole(model, stage, checkpoint, record)
@@ -174,8 +172,9 @@ def discover(
     item_bytes = max(a.dtype.size for a in parameters if mx.issubdtype(a.dtype, mx.floating))
     shards = sorted({t.file for t in checkpoint.tensors.values()})
     return DiscoveredModel(
-        model, model_config, layers, sizes, item_bytes, shards, whole, record, stage
-    )
+        model, model_config, layers, sizes, item_bytes, shards, whole, language, record.switches,
+        record.projections, stage,
+    )  # fmt: skip
 
 
 _footprints: dict[str, Footprint] = {}

@@ -192,9 +192,14 @@ def _recording_classes(
 
     def build(arguments: Any) -> nn.Module:
         fresh = copy.deepcopy(arguments)  # some classes change their arguments
-        record.build_empty = lambda: model_class(copy.deepcopy(fresh))
+
+        def build_empty() -> nn.Module:
+            return model_class(copy.deepcopy(fresh))
+
+        # Neither refers to the record: a cycle would keep its files open until it is collected.
+        record.build_empty = build_empty
         # Of another model: some change themselves.
-        record.sanitize = lambda w: getattr(record.build_empty(), "sanitize", dict)(w)
+        record.sanitize = lambda w: getattr(build_empty(), "sanitize", dict)(w)
         model = model_class(arguments)
         sanitize = getattr(model, "sanitize", None)
 
