@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,6 +96,34 @@ def swapped(owner: Any, **values: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(owner, name, value)
+
+
+@contextmanager
+def swapped_in_thread(owner: Any, **functions: Callable[..., Any]) -> Iterator[None]:
+    """Replace functions of a module within the `with` block, for calls of this thread alone.
+
+    One thread at a time does this, whichever functions it replaces: a second one would take the
+    stand-ins of the first for the originals, and put them back for good. Blocks may be nested.
+
+    Args:
+        owner: a module. It must have every function already.
+        functions: replacements by name.
+    """
+    mine = threading.get_ident()
+
+    def either(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return (ours if threading.get_ident() == mine else original)(*args, **kwargs)
+
+        return call
+
+    with _swapping:
+        originals = vars(owner)
+        with swapped(owner, **{n: either(originals[n], ours) for n, ours in functions.items()}):
+            yield
+
+
+_swapping = threading.RLock()
 
 
 def intercept(module: nn.Module, call: Callable[..., Any], method: str = "__call__") -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_streamexperts._hooks import intercept, swapped
+from mlx_streamexperts._hooks import intercept, swapped, swapped_in_thread
 
 
 def test_intercepting_changes_one_module_and_not_its_class() -> None:
@@ -33,3 +34,40 @@ def test_an_attribute_that_does_not_exist_changes_nothing() -> None:
     with pytest.raises(KeyError, match="laod"), swapped(owner, load="new", laod="new"):
         pass
     assert vars(owner) == {"load": "old"}
+
+
+def test_functions_swapped_in_a_thread_are_the_originals_for_others() -> None:
+    owner = SimpleNamespace(load=lambda: "old", save=lambda: "old")
+    before, seen = dict(vars(owner)), []
+    with swapped_in_thread(owner, load=lambda: "new"):
+        other = threading.Thread(target=lambda: seen.append(owner.load()))
+        other.start()
+        other.join()
+        with swapped_in_thread(owner, load=lambda: "inner", save=lambda: "new"):
+            assert (owner.load(), owner.save()) == ("inner", "new")
+        assert (owner.load(), owner.save()) == ("new", "old")
+    assert seen == ["old"]
+    assert vars(owner) == before
+
+
+def test_threads_that_swap_at_once_leave_the_originals() -> None:
+    owner = SimpleNamespace(load=lambda: "old")
+    original, inside, go = owner.load, threading.Event(), threading.Event()
+
+    def first() -> None:
+        with swapped_in_thread(owner, load=lambda: "first"):
+            inside.set()
+            go.wait()
+
+    def second() -> None:
+        with swapped_in_thread(owner, load=lambda: "second"):
+            assert owner.load() == "second"
+
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    threads[0].start()
+    inside.wait()
+    threads[1].start()
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert owner.load is original

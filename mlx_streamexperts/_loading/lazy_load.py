@@ -11,9 +11,8 @@ import copy
 import functools
 import importlib.util
 import re
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from mlx_lm.models.switch_layers import (
 
 from .._errors import CheckpointError, StreamError, UnsupportedModelError
 from .._experts.stream import flatten
-from .._hooks import swapped
+from .._hooks import swapped_in_thread
 from .._io.checkpoint import (
     Checkpoint,
     read_checkpoint,
@@ -97,7 +96,7 @@ def load_recorded(
         if custom is not None:
             arguments["model_config"] = overrides
             arguments["get_model_classes"] = lambda config: _recording_classes(custom, record)
-        with _quantize_lock, swapped(mx, quantize=_checked_quantize):
+        with swapped_in_thread(mx, quantize=_checked_quantize):
             return *original_load_model(folder, True, **arguments), record
     except StreamError:
         raise
@@ -153,8 +152,7 @@ def _quantized_by(folder: Path) -> str | None:
     return None
 
 
-_stack_lock, _quantize_lock = threading.Lock(), threading.Lock()
-_quantize = mx.quantize
+_quantize, _stack = mx.quantize, mx.stack
 
 
 def _checked_quantize(
@@ -169,19 +167,16 @@ def _checked_quantize(
     return _quantize(w, group_size, bits, **kwargs)
 
 
-@contextmanager
-def recording_stacks(record: LoadRecord) -> Iterator[None]:
+def recording_stacks(record: LoadRecord) -> AbstractContextManager[None]:
     """Record this thread's calls of `mx.stack`, with which mlx-lm joins single experts."""
-    original, thread = mx.stack, threading.get_ident()
 
     def stack(arrays: list[mx.array], *args: Any, **kwargs: Any) -> mx.array:
-        result = original(arrays, *args, **kwargs)
-        if threading.get_ident() == thread and not args and not kwargs:
+        result = _stack(arrays, *args, **kwargs)
+        if not args and not kwargs:
             record.stacks[id(result)] = (result, list(arrays))
         return result
 
-    with _stack_lock, swapped(mx, stack=stack):
-        yield
+    return swapped_in_thread(mx, stack=stack)
 
 
 def _recording_classes(

@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import itertools
 import math
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 
+from .._hooks import swapped_in_thread
+
 Weights = dict[str, mx.array]
 _RESHAPES = {"Flatten", "Unflatten", "Reshape", "Squeeze", "ExpandDims", "View"}
-_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -31,14 +30,18 @@ class Stored:
     Attributes:
         shape: of the array.
         item_bytes: bytes of an element.
-        ranges: (stored tensor, offset in bytes), of the whole array if there is one, otherwise of
-            each index of the first axis. Every range is contiguous.
+        ranges: (stored tensor, offset in bytes). One range holds the whole array, or there is one
+            for each index of the first axis. Every range is contiguous.
     """
 
     shape: tuple[int, ...]
     item_bytes: int
     ranges: tuple[tuple[str, int], ...]
-    whole: bool
+
+    @property
+    def whole(self) -> bool:
+        """Does one range hold the whole array?"""
+        return len(self.ranges) == 1
 
     @property
     def nbytes(self) -> int:
@@ -51,7 +54,7 @@ class Stored:
             return self
         (name, offset), step = self.ranges[0], self._bytes(self.shape[1:])
         ranges = tuple((name, offset + i * step) for i in range(self.shape[0]))
-        return replace(self, ranges=ranges, whole=False)
+        return replace(self, ranges=ranges)
 
     def slice(self, axis: int, start: int, stop: int) -> Stored | None:
         """Indices [start, stop) of an axis; None if those of an expert are not contiguous."""
@@ -67,7 +70,7 @@ class Stored:
             return replace(self, shape=shape, ranges=self.ranges[start:stop])
         if axis == 1:
             ranges = tuple((name, offset + skip) for name, offset in self.rows().ranges)
-            return replace(self, shape=shape, ranges=ranges, whole=False)
+            return replace(self, shape=shape, ranges=ranges)
         return None
 
     def reshaped(self, shape: tuple[int, ...], item_bytes: int) -> Stored | None:
@@ -101,7 +104,8 @@ def trace(sanitize: Callable[[Weights], Weights], weights: Weights) -> dict[str,
 
     events: list[dict[str, Any]] = []
     try:
-        with _traceable():
+        # It changes no value, and MLX cannot export it.
+        with swapped_in_thread(mx, contiguous=lambda a, *_, **__: a):
             mx.export_function(events.append, run, *weights.values())
     except (ValueError, RuntimeError, TypeError, KeyError):
         return {}
@@ -110,7 +114,7 @@ def trace(sanitize: Callable[[Weights], Weights], weights: Weights) -> dict[str,
     for event in events:
         if event["type"] == "inputs":
             for name, (key, shape, dtype) in zip(names, event["inputs"], strict=True):
-                known[key] = Stored(tuple(shape), dtype.size, ((name, 0),), True)
+                known[key] = Stored(tuple(shape), dtype.size, ((name, 0),))
         elif event["type"] == "outputs":
             outputs = event["outputs"]
         elif event["type"] == "primitive":
@@ -134,7 +138,7 @@ def _results(node: dict[str, Any], inputs: list[Stored | None]) -> list[Stored |
         if len(parts) < len(inputs) or len({p.item_bytes for p in parts}) > 1:
             return unknown
         ranges = tuple(r for p in parts for r in p.ranges)
-        return [replace(parts[0], shape=tuple(outputs[0][1]), ranges=ranges, whole=False)]
+        return [replace(parts[0], shape=tuple(outputs[0][1]), ranges=ranges)]
     if node["name"] == "Slice":
         return [_sliced(first, *arguments)]
     if node["name"] == "Split":
@@ -155,19 +159,3 @@ def _sliced(
     for axis, (start, stop) in enumerate(zip(starts, stops, strict=True)):
         result = result.slice(axis, start, stop) if result is not None else None
     return result
-
-
-@contextmanager
-def _traceable() -> Iterator[None]:
-    """`mx.contiguous` changes no value, and MLX cannot export it: leave it out, in this thread."""
-    original, mine = mx.contiguous, threading.get_ident()
-
-    def contiguous(a: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        return a if threading.get_ident() == mine else original(a, *args, **kwargs)
-
-    with _lock:
-        mx.contiguous = contiguous
-        try:
-            yield
-        finally:
-            mx.contiguous = original

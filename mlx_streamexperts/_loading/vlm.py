@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .._errors import CheckpointError, StreamError, UnsupportedModelError
-from .._hooks import swapped
+from .._hooks import swapped_in_thread
 from .._io.checkpoint import shard_files
 from .._io.files import allow_open
 from .lazy_load import LoadRecord, recording_stacks
@@ -35,7 +34,6 @@ _SWITCHES = (
 )
 _PROJECTIONS = (("switch_layers", "SwitchLinear"), ("switch_layers", "QuantizedSwitchLinear"))
 Classes = tuple[type[nn.Module], ...]
-_load_lock = threading.Lock()
 
 
 def is_installed() -> bool:
@@ -98,7 +96,10 @@ def load_recorded(
 
     load_original = utils._load_safetensors
     try:
-        with _load_lock, swapped(utils, _load_safetensors=load_shard), recording_stacks(record):
+        with (
+            swapped_in_thread(utils, _load_safetensors=load_shard),
+            recording_stacks(record),
+        ):
             model = load(folder, lazy=True, **arguments)
     except StreamError:
         raise
@@ -108,11 +109,11 @@ def load_recorded(
 
     def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
         made: list[dict[str, mx.array]] = []
-        replacements = {
-            "_load_safetensors": lambda path: {name: weights[name] for name in files[path]},
-            "load_model_weights": lambda model, config, weights, *_, **__: made.append(weights),
-        }
-        with _load_lock, swapped(utils, **replacements):
+        with swapped_in_thread(
+            utils,
+            _load_safetensors=lambda path: {name: weights[name] for name in files[path]},
+            load_model_weights=lambda model, config, weights, *_, **__: made.append(weights),
+        ):
             load(folder, lazy=True, **arguments)
         return made[0]
 

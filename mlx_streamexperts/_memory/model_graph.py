@@ -12,9 +12,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.models import cache as stock
 
-from .._hooks import intercept, logits_of, swapped
+from .._hooks import intercept, logits_of, swapped_in_thread
 from .footprint import Footprint, LayerCache, kept_tokens, leaves, whole_steps
 from .peak import VIEWS, evaluation_order, peak_bytes
 
@@ -229,31 +228,14 @@ def _filled(model: nn.Module, tokens: int, capacity: int) -> list[Any]:
     return caches
 
 
-@contextmanager
-def _exportable() -> Iterator[None]:
+def _exportable() -> AbstractContextManager[None]:
     """Replace operations that MLX cannot export by others of the same size, for this thread."""
-    mine = threading.get_ident()
-    instead: dict[str, Callable[..., mx.array]] = {
-        "contiguous": lambda a, *_, **__: mx.abs(a),
-        "to_fp8": lambda a, *_, **__: mx.abs(a).astype(mx.uint8),
-        "from_fp8": lambda a, dtype=mx.bfloat16, **__: a.astype(dtype),
-    }
-    originals: dict[str, Callable[..., mx.array]] = {}
-
-    def either(name: str) -> Callable[..., mx.array]:
-        def call(*args: Any, **kwargs: Any) -> mx.array:
-            ours = threading.get_ident() == mine
-            return (instead if ours else originals)[name](*args, **kwargs)
-
-        return call
-
-    with _exporting:  # around reading the originals too, which may be another thread's stand-ins
-        originals.update((name, getattr(mx, name)) for name in instead)
-        with swapped(mx, **{name: either(name) for name in instead}):
-            yield
-
-
-_exporting = threading.Lock()
+    return swapped_in_thread(
+        mx,
+        contiguous=lambda a, *_, **__: mx.abs(a),
+        to_fp8=lambda a, *_, **__: mx.abs(a).astype(mx.uint8),
+        from_fp8=lambda a, dtype=mx.bfloat16, **__: a.astype(dtype),
+    )
 
 
 @contextmanager
