@@ -2,8 +2,8 @@
 
 Tables are matched by identity, never by name: lazy_load.py records the arrays that mlx-lm passes to
 the model's `sanitize`, and the stacks it makes of them. A table is streamed only if its module
-holds one of these arrays, or such a stack. If mlx-lm computes a table otherwise (splits, scales or
-unpacks it), the model is refused. Nothing is evaluated here.
+holds one of these arrays, such a stack, or whole rows of stored tensors (provenance.py). If mlx-lm
+computes a table otherwise (scales or unpacks it), the model is refused. Nothing is evaluated here.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ from .provenance import Stored
 
 _SCORE_COPIES = 3  # scores, the mask added, their softmax
 
-
 Load = Callable[[Path, dict[str, Any]], tuple[nn.Module, dict[str, Any], LoadRecord]]
 """Loads the model in a folder lazily, with arguments for its library's `load_model`."""
 
@@ -58,7 +57,7 @@ class DiscoveredModel:
         shards: the checkpoint's files.
         whole: the part whose calls are passes, with the layers of all ranks.
         language: the part of the model whose calls are passes: all of it, or its language model.
-        switches, projections: as in `LoadRecord`.
+        modules: the expert modules of `whole`, each with the width of an expert's hidden layer.
         stage: this rank's decoder layers, if several machines share the model.
     """
 
@@ -70,8 +69,7 @@ class DiscoveredModel:
     shards: list[Path]
     whole: nn.Module
     language: nn.Module
-    switches: tuple[type[nn.Module], ...]
-    projections: tuple[type[nn.Module], ...]
+    modules: list[tuple[nn.Module, int]]
     stage: Stage | None = None
 
     def plan(self, config: StreamConfig, held: int = 0) -> Plan:
@@ -105,8 +103,7 @@ class DiscoveredModel:
         config = self.model_config
         key = json.dumps([config, str(mx.default_device())], sort_keys=True, default=str)
         if key not in _footprints:
-            modules = expert_modules(self.whole, self.switches, self.projections)
-            _footprints[key] = measure(self.whole, modules, text_config(config))
+            _footprints[key] = measure(self.whole, self.modules, text_config(config))
         return _footprints[key]
 
 
@@ -171,10 +168,10 @@ def discover(
     )
     item_bytes = max(a.dtype.size for a in parameters if mx.issubdtype(a.dtype, mx.floating))
     shards = sorted({t.file for t in checkpoint.tensors.values()})
+    modules = expert_modules(whole, record.switches, record.projections)
     return DiscoveredModel(
-        model, model_config, layers, sizes, item_bytes, shards, whole, language, record.switches,
-        record.projections, stage,
-    )  # fmt: skip
+        model, model_config, layers, sizes, item_bytes, shards, whole, language, modules, stage
+    )
 
 
 _footprints: dict[str, Footprint] = {}
@@ -238,23 +235,16 @@ def _find_layers(
             if not isinstance(projection, record.projections):
                 continue
             for attribute, table in flatten(projection):
-                where = f"{path}.{part}.{attribute}"
-                _, parts = record.stacks.get(id(table), (table, []))
-                if entry := entries.get(id(table)):
-                    _check_table(where, table, entry, entry.shape, entry.nbytes)
-                    stored = ExpertTable.stacked(entry)
-                elif parts and all(id(p) in entries for p in parts):
-                    stored = ExpertTable.separate([entries[id(p)] for p in parts])
-                    entry, count = entries[id(parts[0])], len(parts)
-                    _check_table(where, table, entry, (count, *entry.shape), count * entry.nbytes)
-                elif (rows := record.cut_out.get(where)) is not None:
-                    stored = _cut_table(where, table, rows.rows(), checkpoint)
-                elif as_converted:
+                name = f"{part}.{attribute}"
+                stored = _stored_table(f"{path}.{name}", table, entries, record, checkpoint)
+                if stored is None and not as_converted:
+                    raise UnsupportedModelError(
+                        _rewritten(f"{path}.{name}", record.stored, checkpoint)
+                    )
+                if stored is None:
                     stored = ExpertTable.nowhere(table.nbytes, table.shape[0])
-                else:
-                    raise UnsupportedModelError(_rewritten(where, record.stored, checkpoint))
                 slot = SlotTensor(projection, attribute, tuple(table.shape[1:]), table.dtype)
-                tensors[f"{part}.{attribute}"] = ExpertTensor(slot, stored)
+                tensors[name] = ExpertTensor(slot, stored)
         counts = {t.stored.experts: t.stored for t in tensors.values()}
         if len(counts) != 1:
             (a, first), (b, second), *_ = counts.items()
@@ -264,6 +254,35 @@ def _find_layers(
             )
         layers.append(ExpertLayer(path, switch, tensors, next(iter(counts))))
     return sorted(layers, key=lambda x: [int(p) if p.isdigit() else -1 for p in x.name.split(".")])
+
+
+def _stored_table(
+    where: str,
+    table: mx.array,
+    entries: dict[int, TensorEntry],
+    record: LoadRecord,
+    checkpoint: Checkpoint,
+) -> ExpertTable | None:
+    """The place of a table on disk; None if mlx-lm computes it while loading.
+
+    Args:
+        where: the table's name in the model.
+        table: the array that the model holds.
+        entries: stored tensors, by the `id` of the array that was loaded from each.
+        record: where the model's arrays come from.
+        checkpoint: the files.
+    """
+    _, parts = record.stacks.get(id(table), (table, []))
+    if entry := entries.get(id(table)):
+        _check_table(where, table, entry, entry.shape, entry.nbytes)
+        return ExpertTable.stacked(entry)
+    if parts and all(id(p) in entries for p in parts):
+        stored = ExpertTable.separate([entries[id(p)] for p in parts])
+        entry, count = entries[id(parts[0])], len(parts)
+        _check_table(where, table, entry, (count, *entry.shape), count * entry.nbytes)
+        return stored
+    rows = record.cut_out.get(where)
+    return None if rows is None else _cut_table(where, table, rows.rows(), checkpoint)
 
 
 def _cut_table(where: str, table: mx.array, rows: Stored, checkpoint: Checkpoint) -> ExpertTable:
@@ -280,10 +299,10 @@ def _cut_table(where: str, table: mx.array, rows: Stored, checkpoint: Checkpoint
 
 
 def _unknown_owner(folder: Path, path: str, switch: nn.Module) -> str:
-    """Why experts cannot be streamed whose module is of no known kind."""
+    """The message for an expert module of no known class."""
     return (
-        f"{folder}: {path} is a {type(switch).__name__}, which is called in a way of its own, so "
-        "its experts cannot be streamed yet; this model loads whole or not at all"
+        f"{folder}: {path} is a {type(switch).__name__}, and experts of that kind cannot be "
+        "streamed yet. If the model fits into memory, load it without streaming"
     )
 
 
