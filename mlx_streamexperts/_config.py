@@ -347,6 +347,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     group = parser.add_argument_group("expert streaming")
     for f in fields(StreamConfig):
+        if f.name == "about":
+            continue
         flag, text, default = _flag(f.name), f.metadata["help"], f.metadata["default"]
         if default is not None and not isinstance(default, bool):
             text += f" (default: {default})"
@@ -355,13 +357,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if f.name == "progress":
             flag, kind = "--no-progress", {"action": "store_false", "dest": "progress"}
             text = "show no progress bars"
-        elif f.name == "about":
-            flag, kind = "--settings", {"metavar": "FILE"}
-            text = (
-                "options from a file that mlx_streamexperts.tune or StreamConfig.save wrote. "
-                "Options on the command line win; a budget there replaces the file's --memory and "
-                "--cache"
-            )
         elif default is False:
             kind = {"action": "store_true"}
         if "choices" in f.metadata:
@@ -369,6 +364,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if flag not in parser._option_string_actions:  # mlx-lm has it, and means the same
             flags = [flag, "--force"] if f.name == "oversubscribe" else [flag]
             group.add_argument(*flags, default=None, help=text, **kind)
+    group.add_argument(
+        "--settings",
+        metavar="FILE",
+        help="options from a file that mlx_streamexperts.tune or StreamConfig.save wrote. Options "
+        "on the command line win; a budget there replaces the file's --memory and --cache",
+    )
 
 
 def from_arguments(args: argparse.Namespace) -> StreamConfig:
