@@ -64,6 +64,14 @@ def leftovers() -> tuple[list[str], int]:
     return names, len(os.listdir("/dev/fd"))
 
 
+@pytest.fixture
+def not_compiled() -> Iterator[None]:
+    """Compiling for a CPU takes longer than a test of a tiny model does."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Builds a family's checkpoint, once per set of arguments."""

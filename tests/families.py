@@ -633,12 +633,15 @@ def build(
     _cast(model, dtype)
     if quantize is not None:
         config = _quantize(model, config, quantize)
-    mx.eval(model.parameters())
+    return write(folder, config, model, shards)
 
+
+def write(folder: Path, config: dict[str, Any], model: nn.Module, shards: int) -> Path:
+    """Write a model's parameters and config.json as a checkpoint; returns the folder."""
+    weights: dict[str, mx.array] = dict(sorted(tree_flatten(model.parameters())))
+    mx.eval(weights)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    weights = dict(sorted(weights.items()))
     # Round robin by tensor: the parts of one expert lie in different files.
     weight_map = {
         name: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +21,8 @@ from mlx_streamexperts._memory import model_graph
 utils = pytest.importorskip("mlx_vlm.utils", reason="mlx-vlm is not installed: extra `vlm`")
 make_prompt_cache = pytest.importorskip("mlx_vlm.models.cache").make_prompt_cache
 
+pytestmark = pytest.mark.usefixtures("not_compiled")
+
 # Families whose experts cannot be streamed yet, and what the refusal names.
 REFUSED = {
     "deepseek_v41": "DeepseekV41SwitchGLU",  # takes a value for each row
@@ -33,14 +34,6 @@ REFUSED = {
     "zaya1_vl": "ZayaSwitchMLP",
 }
 TOKENS = lm.token_stream(TEXT, 24, 0)
-
-
-@pytest.fixture(autouse=True)
-def not_compiled() -> Iterator[None]:
-    """Compiling for a CPU takes longer than everything else here."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import fnmatch
 import inspect
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import families as lm
@@ -30,18 +29,13 @@ from vlm_families import (
 mlx_vlm = pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed: it is the extra `vlm`")
 utils = pytest.importorskip("mlx_vlm.utils")
 
-pytestmark = pytest.mark.skipif(
-    tuple(int(n) for n in mlx_vlm.__version__.split(".")[:3]) < vlm_families.VERSION,
-    reason="the list of families is that of mlx-vlm 0.7.10: older ones lack some",
-)
-
-
-@pytest.fixture(autouse=True)
-def not_compiled() -> Iterator[None]:
-    """Compiling for a CPU takes longer than everything else here."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
+pytestmark = [
+    pytest.mark.usefixtures("not_compiled"),
+    pytest.mark.skipif(
+        tuple(int(n) for n in mlx_vlm.__version__.split(".")[:3]) < vlm_families.VERSION,
+        reason="the list of families is that of mlx-vlm 0.7.10: older ones lack some",
+    ),
+]
 
 
 TOKENS = lm.token_stream(TEXT, 7, 0)

@@ -688,25 +688,10 @@ def make_vlm_checkpoint(
     _cast(model, dtype)
     if bits is not None:
         config = _quantize(model, config, bits)
-    weights: dict[str, mx.array] = dict(sorted(tree_flatten(model.parameters())))
-    mx.eval(weights)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    lm.write(folder, config, model, shards)
     if config.get("engram_layer_ids"):
         token_map = list(range(config["engram_compressed_vocab_size"]))
         (folder / "engram_token_map.json").write_text(json.dumps(token_map))
-    weight_map = {
-        name: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors"
-        for i, name in enumerate(weights)
-    }
-    for shard in sorted(set(weight_map.values())):
-        part = {name: weights[name] for name, where in weight_map.items() if where == shard}
-        mx.save_safetensors(str(folder / shard), part, metadata={"format": "mlx"})
-    index = {
-        "metadata": {"total_size": sum(w.nbytes for w in weights.values())},
-        "weight_map": weight_map,
-    }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     return folder
 
 
