@@ -122,7 +122,7 @@ def examine(args: argparse.Namespace) -> Examination:
         plan = found.plan(config)
         check_device(plan, device_limit(plan.bound), config.oversubscribe)
         here, measured = _measure(found, downloaded)
-        verdict = _verdict(plan, here, args)
+        verdict = _verdict(plan, here, config, args)
         return Examination(name, [verdict], measured, downloaded, free_disk_bytes(folder))
 
 
@@ -135,13 +135,15 @@ def _on_machine(
     try:
         plan = found.plan(config)
         check_device(plan, apple_limit(machine.memory, plan.bound), config.oversubscribe)
-        return _verdict(plan, machine, args)
+        return _verdict(plan, machine, config, args)
     except BudgetError as e:
         return DoesNotFit(machine, str(e), e.needed_bytes)
 
 
-def _verdict(plan: Plan, machine: Machine, args: argparse.Namespace) -> Verdict:
-    hits = _hit_rate(args, plan.slots)
+def _verdict(
+    plan: Plan, machine: Machine, config: StreamConfig, args: argparse.Namespace
+) -> Verdict:
+    hits = _hit_rate(args.trace, config, plan.slots)
     reported = [
         r
         for r in REPORTED
@@ -210,15 +212,16 @@ def examine_ranks(args: argparse.Namespace) -> RanksExamination:
         BudgetError: it does not fit on one of the ranks.
         StreamError: the model cannot be read, streamed or divided, or an option is wrong.
     """
-    name, machines, ranks = _divide(args)
+    config = from_arguments(args)
+    name, machines, ranks = _divide(args, config)
     if not machines:
-        config = from_arguments(args).for_rank(0, args.ranks)
         with headers_only(name) as (folder, downloaded):
-            found = _discover(folder, config, args)
+            found = _discover(folder, config.for_rank(0, args.ranks), args)
             machines = [_measure(found, downloaded)[0]] * args.ranks
     slots = [s for r in reversed(ranks) for s in r.plan.slots]  # rank 0 has the last layers
     link = Link(*parse_rate(args.link, Link.latency))
-    return RanksExamination(name, ranks, machines, link, args.prompt_tokens, _hit_rate(args, slots))
+    hits = _hit_rate(args.trace, config, slots)
+    return RanksExamination(name, ranks, machines, link, args.prompt_tokens, hits)
 
 
 def rank_files(args: argparse.Namespace) -> list[str]:
@@ -227,14 +230,16 @@ def rank_files(args: argparse.Namespace) -> list[str]:
     Raises:
         BudgetError, StreamError: as `examine_ranks`.
     """
-    name, _, ranks = _divide(args)
+    name, _, ranks = _divide(args, from_arguments(args))
     if not 0 <= args.files < args.ranks:
         raise StreamError(f"--files {args.files}: there are ranks 0 to {args.ranks - 1}")
     with headers_only(name) as (folder, _):
         return [*other_files(folder), *ranks[args.files].files]
 
 
-def _divide(args: argparse.Namespace) -> tuple[str, list[Machine], tuple[RankPlan, ...]]:
+def _divide(
+    args: argparse.Namespace, config: StreamConfig
+) -> tuple[str, list[Machine], tuple[RankPlan, ...]]:
     """The model, the machines that were named, and each rank's plan."""
     name, named = args.model or str(demo_model()), args.machine or []
     machines = _named_machines(named * args.ranks if len(named) == 1 else named)
@@ -244,7 +249,6 @@ def _divide(args: argparse.Namespace) -> tuple[str, list[Machine], tuple[RankPla
             "or once for each"
         )
     memories = [int(_MEMORY_SHARE * m.memory) for m in machines]
-    config = from_arguments(args)
     return name, machines, plan_ranks(name, args.ranks, config, args.trust_remote_code, memories)
 
 
@@ -262,9 +266,8 @@ def _discover(folder: Path, config: StreamConfig, args: argparse.Namespace) -> D
     )
 
 
-def _hit_rate(args: argparse.Namespace, slots: Sequence[int]) -> Range | None:
+def _hit_rate(trace: Path | None, config: StreamConfig, slots: Sequence[int]) -> Range | None:
     """From `--trace`; None for published curves."""
-    if args.trace is None:
+    if trace is None:
         return None
-    policy = from_arguments(args).with_defaults().policy
-    return replayed_hit_rate(args.trace, slots, policy)
+    return replayed_hit_rate(trace, slots, config.with_defaults().policy)
