@@ -286,14 +286,8 @@ class RouterPrefetcher:
         return self._scales[key]
 
 
-def connect(
-    model: nn.Module, layers: Sequence[ExpertLayer], depth: int, always: bool
-) -> list[RouterPrefetcher]:
-    """Let every layer predict for the next `depth` expert layers of its stack.
-
-    Returns:
-        The layers' prefetchers. Layers that are called by no block have none.
-    """
+def connect(model: nn.Module, layers: Sequence[ExpertLayer], depth: int, always: bool) -> None:
+    """Let every layer that a block calls predict for the next `depth` layers of its stack."""
     stacks: dict[str, list[RouterPrefetcher]] = {}  # from the last layer to the first
     for layer in reversed(layers):
         stack, block, norm = _surroundings(model, layer.name)
@@ -302,7 +296,6 @@ def connect(
             made = RouterPrefetcher(Router(layer, block, norm), later[: -depth - 1 : -1], always)
             later.append(made)
             layer.use_prefetcher(made)
-    return [made for later in stacks.values() for made in later]
 
 
 def _surroundings(model: nn.Module, path: str) -> tuple[str, nn.Module | None, nn.Module | None]:
