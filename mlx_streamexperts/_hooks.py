@@ -1,6 +1,7 @@
 """Replaces calls: of one module, of a model's forward passes, or of a library's functions.
 
-A replacement never affects other objects of the same class, or ends with its `with` block.
+A replacement of a module's call never affects other modules of its class. A replacement of a
+library's function ends with its `with` block.
 """
 
 from __future__ import annotations
@@ -109,18 +110,21 @@ def swapped_in_thread(owner: Any, **functions: Callable[..., Any]) -> Iterator[N
         owner: a module. It must have every function already.
         functions: replacements by name.
     """
-    mine = threading.get_ident()
+    active: int | None = threading.get_ident()
 
     def either(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            return (ours if threading.get_ident() == mine else original)(*args, **kwargs)
+            return (ours if threading.get_ident() == active else original)(*args, **kwargs)
 
         return call
 
     with _swapping:
         originals = vars(owner)
         with swapped(owner, **{n: either(originals[n], ours) for n, ours in functions.items()}):
-            yield
+            try:
+                yield
+            finally:
+                active = None  # whoever has kept a stand-in calls the original from now on
 
 
 _swapping = threading.RLock()

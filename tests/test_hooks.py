@@ -40,6 +40,7 @@ def test_functions_swapped_in_a_thread_are_the_originals_for_others() -> None:
     owner = SimpleNamespace(load=lambda: "old", save=lambda: "old")
     before, seen = dict(vars(owner)), []
     with swapped_in_thread(owner, load=lambda: "new"):
+        kept = owner.load
         other = threading.Thread(target=lambda: seen.append(owner.load()))
         other.start()
         other.join()
@@ -48,6 +49,7 @@ def test_functions_swapped_in_a_thread_are_the_originals_for_others() -> None:
         assert (owner.load(), owner.save()) == ("new", "old")
     assert seen == ["old"]
     assert vars(owner) == before
+    assert kept() == "old"
 
 
 def test_threads_that_swap_at_once_leave_the_originals() -> None:
