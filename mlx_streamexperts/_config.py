@@ -7,7 +7,6 @@ result; `tune` relies on that for the ones marked as tuned.
 from __future__ import annotations
 
 import argparse
-import math
 import numbers
 import operator
 import re
@@ -21,6 +20,7 @@ from ._io.checkpoint import read_json_object
 from ._io.output import write_json
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_MOST_BYTES = 1 << 62
 _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -31,8 +31,8 @@ def parse_size(size: float | str) -> int:
         StreamError: the size is not understood, or not positive.
     """
     if isinstance(size, numbers.Real) and not isinstance(size, bool):
-        if not math.isfinite(size):
-            raise StreamError(f"a size must be a number of bytes, got {size}")
+        if not abs(size) <= _MOST_BYTES:  # as NaN is not
+            raise StreamError(f"a size must be a number of bytes, got {str(size)[:40]}")
         value = int(size)
     elif not isinstance(size, str):
         raise StreamError(
@@ -43,7 +43,7 @@ def parse_size(size: float | str) -> int:
         units = _UNITS | _BINARY_UNITS
         if match is None or match[2] not in units:
             raise StreamError(f"{size!r} is not a size: write for example 24GB, 24GiB or 512MB")
-        value = int(float(match[1]) * units[match[2]])
+        value = int(min(float(match[1]) * units[match[2]], _MOST_BYTES))
     if value <= 0:
         raise StreamError(f"a size must be positive, got {size!r}")
     return value
@@ -59,6 +59,7 @@ def format_size(nbytes: float) -> str:
 
 
 DEFAULT_CONTEXT = 4096
+_MOST_THREADS = 1024  # more than any drive has use for, less than a system gives
 
 _VERSION = 1  # of settings files
 _PER_RUN = ("oversubscribe", "store", "verify_reads", "hot_set", "pipeline", "split", "progress")
@@ -218,11 +219,14 @@ class StreamConfig:
                 raise StreamError(f"{name} must be a whole number, got {count!r}") from e
             if isinstance(count, bool) or whole < 1:
                 raise StreamError(f"{name} must be at least 1, got {count!r}")
+            if name == "threads" and whole > _MOST_THREADS:
+                raise StreamError(f"threads must be at most {_MOST_THREADS}, got {count!r}")
             if not isinstance(count, int):  # NumPy's, say
                 object.__setattr__(self, name, whole)
         for name in ("memory", "cache", "read_size", "reserve"):
             value = getattr(self, name)
-            for size in value.split(",") if isinstance(value, str) else [value]:
+            by_rank = isinstance(value, str) and name in ("memory", "cache")
+            for size in value.split(",") if by_rank else [value]:
                 if size is not None:
                     _check_size(name, size)
 
@@ -258,7 +262,7 @@ class StreamConfig:
                 "again with python -m mlx_streamexperts.tune or StreamConfig.save"
             )
         settings, about = content["settings"], content.get("about")
-        for name, value in (("settings", settings), ("about", about or {})):
+        for name, value in (("settings", settings), ("about", {} if about is None else about)):
             if not isinstance(value, dict):
                 raise StreamError(f"{path}: {name} must be a JSON object, got {value!r}")
         for name in settings:

@@ -278,3 +278,25 @@ def test_settings_tuned_for_another_model_are_used_with_a_warning(
 ) -> None:
     with pytest.warns(UserWarning, match="for another model, demo"):
         assert threads_of(checkpoint("qwen3_moe"), tuned()) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory": 10**400}, "must be a number of bytes"),
+        ({"reserve": "1GB,2GB"}, "reserve: '1GB,2GB' is not a size"),
+        ({"threads": 10**20}, "threads must be at most 1024"),
+    ],
+)
+def test_what_no_machine_has_is_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(StreamError, match=message):
+        StreamConfig(**options)
+    assert parse_size("1" + "0" * 400 + "GB") == 1 << 62  # more than any machine has
+
+
+@pytest.mark.parametrize("about", [[], 0, "", False])
+def test_notes_of_another_kind_are_refused(about: Any, tmp_path: Path) -> None:
+    file = tmp_path / "s.json"
+    file.write_text(json.dumps({"version": 1, "about": about, "settings": {}}))
+    with pytest.raises(StreamError, match="about must be a JSON object"):
+        StreamConfig.load(file)
