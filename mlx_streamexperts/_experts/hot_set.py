@@ -54,14 +54,14 @@ def read_hot_set(layers: Sequence[ExpertLayer], file: Path) -> list[list[int]]:
         experts = saved.get("experts") if isinstance(saved, dict) else None
         if not _are_distinct(experts, layer.experts) or saved.get("name") != layer.name:
             raise CheckpointError(
-                f"{file}: {layer.name} is not described as saving describes it: save it again"
+                f"{file}: its entry for {layer.name} is damaged: save the hot set again"
             )
         hot.append(experts)
     return hot
 
 
 def read_in(layers: Sequence[ExpertLayer], hot: Sequence[Sequence[int]], progress: bool) -> None:
-    """Read hot experts into empty slots, as many as fit. Wholly resident layers have theirs.
+    """Read hot experts into empty slots, as many as fit. Skip layers that are wholly resident.
 
     Raises:
         ExpertReadError: an expert's bytes could not be read.

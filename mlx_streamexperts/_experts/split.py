@@ -28,8 +28,8 @@ class RowRule:
     """How a backend chooses its kernels; another kernel would sum in another order.
 
     Attributes:
-        count: by the number of rows, or by whether they are sorted.
-        ratio: by the number of rows per expert of a table.
+        count: it looks at the number of rows, or at whether they are sorted.
+        ratio: it looks at the number of rows for each expert of a table.
     """
 
     count: bool = False

@@ -2,8 +2,8 @@
 
 A single thread may leave a layer's output unevaluated: that same thread calls next, and evaluates
 it before a slot changes. Once a second thread calls, every call evaluates its own output before it
-leaves. Between the two lies the output that the first thread had left when the second one came. The
-first thread evaluates it at its next call, and the second one waits for that.
+leaves. One output may still be unevaluated when the second thread comes: the first thread evaluates
+it at its next call, and the second thread waits for that.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Holds a server that answers many requests at once to its memory plan.
+"""Keeps the memory of a server within its plan when it answers many requests at once.
 
 A plan covers the KV cache of `context_tokens` tokens and passes over `prefill_tokens` tokens.
 mlx-lm's server pads every request of a batch to the longest and keeps the KV caches of replies for
