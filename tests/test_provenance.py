@@ -11,8 +11,9 @@ import numpy as np
 import originals
 import pytest
 from families import run, token_stream
+from mlx_lm.models import qwen3_moe
 
-from mlx_streamexperts import load, stream
+from mlx_streamexperts import UnsupportedModelError, load, stream
 from mlx_streamexperts._loading.provenance import Weights, trace
 
 
@@ -110,3 +111,20 @@ def test_a_published_checkpoint_with_fused_tables_streams_as_it_is(
     for got, expected in zip(run(model, tokens, 12), run(stock, tokens, 12), strict=True):
         assert np.array_equal(got, expected)
     assert stream(model).stats().cache.misses > 0
+
+
+def test_a_table_that_is_changed_in_place_is_no_stored_one(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`a *= 2` leaves the object that was loaded, with other values."""
+
+    def sanitize(self: object, weights: Weights) -> Weights:
+        for name, array in weights.items():
+            if "down_proj.scales" in name:
+                array *= 2
+        return weights
+
+    folder = checkpoint("qwen3_moe")
+    monkeypatch.setattr(qwen3_moe.Model, "sanitize", sanitize)
+    with pytest.raises(UnsupportedModelError, match=r"down_proj\.scales"):
+        load(str(folder), cache="100MB")

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from vlm_families import FAMILIES, METAL_FAMILIES, TEXT, make_vlm_checkpoint, run
+from vlm_families import FAMILIES, METAL_FAMILIES, TEXT, construct, make_vlm_checkpoint, run
 
 from mlx_streamexperts import StreamConfig, UnsupportedModelError, patch, stream
 from mlx_streamexperts._loading import discover
@@ -132,3 +132,52 @@ def test_several_machines_are_refused_by_name(tmp_path: Path) -> None:
     ):
         monkeypatch.setattr(mx.distributed, "init", lambda: group)
         utils.load_model(folder)
+
+
+IMPORTING = """
+import sys, threading, time
+from mlx_streamexperts import StreamConfig, patch
+started = threading.Event()
+class Slow:  # mlx_vlm.utils imports this when its own load_model is not defined yet
+    def find_spec(self, name, path, target=None):
+        if name == "mlx_vlm.quant_utils":
+            started.set()
+            time.sleep(1)
+sys.meta_path.insert(0, Slow())
+first = patch(cache="10MB") if sys.argv[1] == "before" else None
+if first:
+    first.install()
+other = threading.Thread(target=lambda: __import__("mlx_vlm.utils"))
+other.start()
+started.wait(60)
+with patch(cache="10MB"):  # installed, and removed, while another thread imports it
+    import mlx_vlm.utils
+    ours = mlx_vlm.utils.load_model
+    assert "mlx_streamexperts" in ours.__code__.co_filename, ours.__code__
+other.join()
+if first:
+    first.remove()
+assert "mlx_streamexperts" not in mlx_vlm.utils.load_model.__code__.co_filename
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_a_patch_covers_mlx_vlm_while_another_thread_imports_it(when: str) -> None:
+    subprocess.run([sys.executable, "-c", IMPORTING, when], check=True, timeout=120)
+
+
+def test_a_model_without_experts_loads_as_usual_after_one_with(tmp_path: Path) -> None:
+    dense = make_vlm_checkpoint(tmp_path / "dense", "qwen3_moe")
+    for file in dense.glob("*.safetensors*"):
+        file.unlink()
+    config = {"model_type": "qwen2", "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 32}
+    config |= {"intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config |= {"rms_norm_eps": 1e-6, "tie_word_embeddings": True}
+    lm.write(dense, config, construct(config), shards=1)
+    sparse = make_vlm_checkpoint(tmp_path / "sparse", "qwen3_moe")
+    with patch(cache="10MB", config=StreamConfig(progress=False)) as patched:
+        with pytest.raises(UnsupportedModelError, match="no routed experts"):
+            utils.load_model(dense)
+        utils.load_model(sparse)
+        utils.load_model(dense)
+    assert len(patched.streams) == 1

@@ -2,8 +2,9 @@
 
 Tables are matched by identity, never by name: lazy_load.py records the arrays that mlx-lm passes to
 the model's `sanitize`, and the stacks it makes of them. A table is streamed only if its module
-holds one of these arrays, such a stack, or whole rows of stored tensors (provenance.py). If mlx-lm
-computes a table otherwise (scales or unpacks it), the model is refused. Nothing is evaluated here.
+holds one of these arrays, such a stack, or whole rows of stored tensors, and if the trace of
+`sanitize` (provenance.py) shows no operation that changes a value. If mlx-lm computes a table
+(scales or unpacks it), the model is refused. Nothing is evaluated here.
 """
 
 from __future__ import annotations
@@ -272,6 +273,9 @@ def _stored_table(
         record: where the model's arrays come from.
         checkpoint: the files.
     """
+    rows = record.traced.get(where)
+    if record.traced and rows is None:  # `a *= 2` computes, and `a` is the same object after it
+        return None
     _, parts = record.stacks.get(id(table), (table, []))
     if entry := entries.get(id(table)):
         _check_table(where, table, entry, entry.shape, entry.nbytes)
@@ -281,7 +285,6 @@ def _stored_table(
         entry, count = entries[id(parts[0])], len(parts)
         _check_table(where, table, entry, (count, *entry.shape), count * entry.nbytes)
         return stored
-    rows = record.cut_out.get(where)
     return None if rows is None else _cut_table(where, table, rows.rows(), checkpoint)
 
 
@@ -339,7 +342,7 @@ def no_experts_message(folder: Path, model: nn.Module, model_config: dict[str, A
     if kinds:
         found = f"its experts are {', '.join(kinds)} modules, a layout not supported yet"
     else:
-        found = "it has no routed experts, and loads with mlx_lm.load as it is"
+        found = "it has no routed experts; load it without streaming"
     return (
         f"{folder} ({kind}) cannot be streamed: no SwitchGLU or SwitchMLP module in the model; "
         + found

@@ -71,8 +71,11 @@ class LoadRecord:
     projections: tuple[type[nn.Module], ...] = PROJECTIONS
 
     @functools.cached_property
-    def cut_out(self) -> dict[str, Stored]:
-        """Tables that `sanitize` cuts out of stored tensors, by name in the model."""
+    def traced(self) -> dict[str, Stored]:
+        """Arrays that `sanitize` takes or cuts from stored ones unchanged, by name in the model.
+
+        Empty if it cannot be traced.
+        """
         return trace(self.sanitize, self.stored)
 
 

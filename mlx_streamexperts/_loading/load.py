@@ -7,7 +7,9 @@ accepted.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,10 +201,14 @@ class patch:  # noqa: N801 - called like a function
         try:
             found = self._load(folder, lazy, arguments)
         except UnsupportedModelError:
-            if self.streams and not has_expert_tensors(folder):
+            if self._loads_whole(folder):
                 return original_load_model(folder, lazy, **arguments)
             raise
         return found.model, found.model_config
+
+    def _loads_whole(self, folder: Path) -> bool:
+        """Does this model load as usual? It has no experts and is not the first, a draft model."""
+        return bool(self.streams) and not has_expert_tensors(folder)
 
     def _load(
         self, folder: Path, lazy: bool, arguments: dict[str, Any], load: Load | None = None
@@ -228,15 +234,20 @@ class patch:  # noqa: N801 - called like a function
         self._stream_experts(found, plan, config, lazy)
         return found
 
-    def _load_vlm(self, arguments: dict[str, Any]) -> nn.Module:
-        """`mlx_vlm.utils.load_model` with the expert layers streamed."""
+    def _load_vlm(self, original: Callable[..., nn.Module], arguments: dict[str, Any]) -> nn.Module:
+        """`mlx_vlm.utils.load_model`, the original, with the expert layers streamed."""
         folder, lazy = Path(arguments.pop("model_path")), arguments.pop("lazy", False)
         arguments = {**arguments.pop("kwargs", {}), **arguments}
         if patching.group_of(self.config) is not None:
             raise UnsupportedModelError(
                 f"{folder}: several machines share models of mlx-lm only, not of mlx-vlm"
             )
-        return self._load(folder, lazy, arguments, vlm.load_recorded).model
+        try:
+            return self._load(folder, lazy, arguments, partial(vlm.load_recorded, original)).model
+        except UnsupportedModelError:
+            if self._loads_whole(folder):
+                return original(folder, lazy=lazy, **arguments)
+            raise
 
     def _load_part(
         self, ranks: Ranks, folder: Path, lazy: bool, arguments: dict[str, Any]

@@ -1,18 +1,19 @@
 """Replaces functions of mlx-lm and mlx-vlm while a `patch` is active, and puts them back exactly.
 
 mlx-lm looks its loading functions up in their modules at each call, and other programs import them
-by name. So every module that holds one gets the replacement, however its caller imported it. This
-module decides which patch counts for a call; how a model is loaded is in load.py.
+by name. So every module that holds one under its own name gets the replacement. This module decides
+which patch counts for a call; how a model is loaded is in load.py.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -28,7 +29,6 @@ from .._config import StreamConfig
 from .._errors import UnsupportedModelError
 from .._experts.stream import is_streamed, stream
 from .._io.checkpoint import read_header
-from . import vlm
 from .guards import GUARDS
 from .lazy_load import original_load_model
 from .on_ranks import part_of_repository
@@ -46,8 +46,8 @@ class Loader(Protocol):
     def _load_model(self, arguments: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
         """`mlx_lm.utils.load_model` with these arguments and streamed experts."""
 
-    def _load_vlm(self, arguments: dict[str, Any]) -> nn.Module:
-        """`mlx_vlm.utils.load_model` with these arguments and streamed experts."""
+    def _load_vlm(self, original: Callable[..., nn.Module], arguments: dict[str, Any]) -> nn.Module:
+        """mlx-vlm's `load_model`, the original, with these arguments and streamed experts."""
 
 
 _VLM = "mlx_vlm.utils"
@@ -60,6 +60,7 @@ _scoped = 0  # `for_this_thread` blocks under way
 
 def install(loader: Loader) -> None:
     """Let all threads load through `loader`; the last one installed counts."""
+    _await_vlm()
     with _lock:
         _installed.append(loader)
         _replace_functions()
@@ -78,11 +79,12 @@ def for_this_thread(loader: Loader) -> Iterator[None]:
     """Let this thread load through `loader`; other threads are not affected."""
     global _scoped
     before = getattr(_local, "loader", None)
-    with _lock:
-        _scoped += 1
-        _replace_functions()
-    _local.loader = loader
+    _await_vlm()
     try:
+        with _lock:
+            _scoped += 1
+            _replace_functions()
+        _local.loader = loader
         yield
     finally:
         _local.loader = before
@@ -109,6 +111,16 @@ def _load_model(*args: Any, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
     if active is None:
         return original_load_model(*args, **kwargs)
     return active._load_model(dict(_SIGNATURE.bind(*args, **kwargs).arguments))
+
+
+def _await_vlm() -> None:
+    """Wait until another thread that is importing mlx-vlm has done so.
+
+    Never call this with `_lock`: the import takes it at its end.
+    """
+    if _VLM in sys.modules:
+        with suppress(ImportError):
+            importlib.import_module(_VLM)
 
 
 class _AfterImport(MetaPathFinder):
@@ -138,8 +150,8 @@ class _AfterImport(MetaPathFinder):
 
 @functools.cache
 def _vlm_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """mlx-vlm's `load_model`, and ours."""
-    original = vlm.original_load_model()
+    """mlx-vlm's `load_model`, and ours. It must be imported: an import here could wait for ever."""
+    original = sys.modules[_VLM].load_model
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -147,7 +159,7 @@ def _vlm_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
         active = _active()
         if active is None:
             return original(*args, **kwargs)
-        return active._load_vlm(dict(signature.bind(*args, **kwargs).arguments))
+        return active._load_vlm(original, dict(signature.bind(*args, **kwargs).arguments))
 
     return original, load_model
 

@@ -57,7 +57,7 @@ class Stored:
         return replace(self, ranges=ranges)
 
     def slice(self, axis: int, start: int, stop: int) -> Stored | None:
-        """Indices [start, stop) of an axis; None if those of an expert are not contiguous."""
+        """Indices [start, stop) of an axis; None if an expert's part is not contiguous then."""
         shape = (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
         if shape == self.shape:
             return self
@@ -74,7 +74,7 @@ class Stored:
         return None
 
     def reshaped(self, shape: tuple[int, ...], item_bytes: int) -> Stored | None:
-        """Other axes over the same bytes; None if those of an expert are divided otherwise."""
+        """The same bytes with other axes; None if an expert's bytes were several ranges then."""
         if self.whole or (shape and shape[0] == self.shape[0]):
             return replace(self, shape=shape, item_bytes=item_bytes)
         return None
@@ -107,7 +107,7 @@ def trace(sanitize: Callable[[Weights], Weights], weights: Weights) -> dict[str,
         # It changes no value, and MLX cannot export it.
         with swapped_in_thread(mx, contiguous=lambda a, *_, **__: a):
             mx.export_function(events.append, run, *weights.values())
-    except (ValueError, RuntimeError, TypeError, KeyError):
+    except Exception:  # model code may raise anything when it looks at a placeholder
         return {}
     known: dict[str, Stored | None] = {}
     outputs: list[tuple[str, Any, Any]] = []

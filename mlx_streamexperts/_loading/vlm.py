@@ -8,7 +8,6 @@ this module imports it only in functions.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .._errors import CheckpointError, StreamError, UnsupportedModelError
+from .._errors import CheckpointError, StreamError
 from .._hooks import swapped_in_thread
 from .._io.checkpoint import shard_files
 from .._io.files import allow_open
@@ -36,11 +35,6 @@ _PROJECTIONS = (("switch_layers", "SwitchLinear"), ("switch_layers", "QuantizedS
 Classes = tuple[type[nn.Module], ...]
 
 
-def is_installed() -> bool:
-    """Can mlx-vlm be imported?"""
-    return importlib.util.find_spec("mlx_vlm") is not None
-
-
 @cache
 def expert_classes() -> tuple[Classes, Classes]:
     """mlx-vlm's expert modules, and the switch linears that they own."""
@@ -52,37 +46,20 @@ def _class(module: str, name: str) -> type[nn.Module]:
     return kind
 
 
-@cache
-def original_load_model() -> Callable[..., nn.Module]:
-    """mlx-vlm's `load_model`. Looked up before anything replaces it.
-
-    Raises:
-        UnsupportedModelError: mlx-vlm is not installed.
-    """
-    if not is_installed():
-        raise UnsupportedModelError(
-            "mlx-vlm is not installed. It comes with the extra `vlm`: "
-            "pip install 'mlx-streamexperts[vlm]'"
-        )
-    load: Callable[..., nn.Module] = importlib.import_module("mlx_vlm.utils").load_model
-    return load
-
-
 def load_recorded(
-    folder: Path, arguments: dict[str, Any]
+    load: Callable[..., nn.Module], folder: Path, arguments: dict[str, Any]
 ) -> tuple[nn.Module, dict[str, Any], LoadRecord]:
     """Run mlx-vlm's `load_model` lazily and record where its arrays come from.
 
     Args:
+        load: mlx-vlm's own `load_model`.
         folder: the model folder.
         arguments: further arguments of `load_model`.
 
     Raises:
         CheckpointError: mlx-vlm cannot load the checkpoint.
-        UnsupportedModelError: mlx-vlm is not installed.
         StreamError: the checkpoint has more files than this process may open.
     """
-    load = original_load_model()
     allow_open(len(shard_files(folder)), str(folder))  # MLX holds each open until it is read
     utils: Any = importlib.import_module("mlx_vlm.utils")
     record = LoadRecord()
