@@ -93,6 +93,18 @@ def test_a_function_that_looks_at_values_tells_nothing() -> None:
     assert trace(sanitize, arrays()) == {}
 
 
+def test_a_trace_takes_no_random_numbers() -> None:
+    """Some `sanitize` builds a model; the caller may have set the seed before loading."""
+    drawn = []
+    for traced in (False, True):
+        mx.random.seed(2**40 + 5)
+        mx.random.uniform()
+        if traced:
+            trace(lambda w: {"a": w["a"] + mx.random.normal(w["a"].shape)}, {"a": mx.zeros((3,))})
+        drawn.append(mx.random.uniform(shape=(4,)).tolist())
+    assert drawn[0] == drawn[1]
+
+
 def test_mlx_is_left_as_it_was() -> None:
     before = mx.contiguous
     trace(lambda w: {"y": mx.contiguous(w["a"])}, arrays())
