@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import families as lm
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from vlm_families import FAMILIES, METAL_FAMILIES, TEXT, construct, make_vlm_checkpoint, run
+from vlm_families import (
+    FAMILIES,
+    METAL_FAMILIES,
+    TEXT,
+    construct,
+    make_vlm_checkpoint,
+    run,
+    switches,
+)
 
 from mlx_streamexperts import StreamConfig, UnsupportedModelError, patch, stream
 from mlx_streamexperts._loading import discover
@@ -25,9 +35,6 @@ pytestmark = pytest.mark.usefixtures("not_compiled")
 
 # Families whose experts cannot be streamed yet, and what the refusal names.
 REFUSED = {
-    "deepseek_v41": "DeepseekV41SwitchGLU",  # takes a value for each row
-    "deepseek_v41_engram": "DeepseekV41SwitchGLU",
-    "inkling": "InklingSwitchGLU",  # scales indexed by expert
     "minicpmv4_7": "mlx_streamexperts.convert",  # copies every weight while loading
     "moondream3": "MoEMLP",
     "openai_privacy_filter": "Experts",
@@ -69,6 +76,39 @@ def test_a_family_streams_with_misses_bit_by_bit(
     for got, expected in zip(run(model, TOKENS, 12), run(stock, TOKENS, 12), strict=True):
         assert np.array_equal(got, expected)
     assert stream(model).stats().cache.misses > 0
+    modules, plain = dict(model.named_modules()), switches(stock)
+    for layer in layers:
+        shown = [name for name in plain[layer.name] if getattr(modules[layer.name], name, None)]
+        assert not shown  # mlx-vlm would call them with numbers of experts
+
+
+def tuned(folder: Path, change: Callable[[str, mx.array], mx.array]) -> Path:
+    """Change arrays of a checkpoint where they lie."""
+    for file in folder.glob("*.safetensors"):
+        arrays = cast(dict[str, mx.array], mx.load(str(file)))
+        mx.save_safetensors(str(file), {k: change(k, a) for k, a in arrays.items()})
+    return folder
+
+
+@pytest.mark.parametrize("ones", [True, False])
+def test_inklings_scales_of_each_expert_follow_it_into_its_slot(ones: bool, tmp_path: Path) -> None:
+    folder = make_vlm_checkpoint(tmp_path / "m", "inkling", bits=4)
+    if ones:  # stock then leaves them out, and so do we
+        tuned(folder, lambda k, a: mx.ones_like(a) if k.endswith(("e_scale", "t_scale")) else a)
+    stock = utils.load_model(folder)
+    config = StreamConfig(progress=False, in_place="off" if ones else "auto")
+    with patch(cache="100KB", config=config) as patched:
+        model = utils.load_model(folder)
+    expert_stream = patched.streams[0]
+    layer = expert_stream.layers[0]
+    assert list(layer.slots.small) == ([] if ones else ["gate_scale", "out_scale"])
+    for cache in (2 * sum(2 * x.expert_bytes for x in expert_stream.layers), "100MB"):
+        expert_stream.resize(cache)
+        assert layer.resident == (cache == "100MB")
+        for got, expected in zip(run(model, TOKENS, 12, 5), run(stock, TOKENS, 12, 5), strict=True):
+            assert np.array_equal(got, expected)
+    with pytest.raises(UnsupportedModelError):
+        model.set_dtype(mx.bfloat16)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "kimi_k25", "qwen3_vl_moe"])

@@ -38,7 +38,7 @@ from .autotune import StepTimer
 from .bank import numbers
 from .cpu_streams import CpuStreams
 from .refusals import Experts, refuse_transforms
-from .slots import Arrivals, ExpertSlots, ExpertTensor, PrefetchStats
+from .slots import Arrivals, ExpertSlots, ExpertTensor, PrefetchStats, SmallTable
 from .split import SORTED_ROWS, RowRule, SplitCall
 from .thread_guard import ThreadGuard
 
@@ -118,8 +118,10 @@ class PassRunner(Protocol):
 
     thread: int | None
 
-    def forward(self, layer: ExpertLayer, x: mx.array, indices: mx.array) -> mx.array:
-        """Run one layer of that pass: x [..., D], indices [..., K] -> [..., K, D]."""
+    def forward(
+        self, layer: ExpertLayer, x: mx.array, indices: mx.array, weights: mx.array | None
+    ) -> mx.array:
+        """Run one layer of that pass; arguments and result as of `ExpertLayer.__call__`."""
 
 
 class SyncedForward(NamedTuple):
@@ -158,23 +160,30 @@ class StreamedSwitch(Experts):
     The bank's arrays stay out of the module tree: they are not parameters, and code that walks the
     model (adapters, quantizers, savers) must not take a slot for an expert. Anything else that a
     model attaches to its experts (a norm, for example) stays visible.
+
+    Projections are never visible: mlx-vlm calls those that it finds, with numbers of experts where
+    these tables have slots.
     """
+
+    down_proj = None  # mlx-vlm's Inkling looks at its bits in every pass; None has none
 
     def __init__(self, layer: ExpertLayer) -> None:
         super().__init__()
         self.layer = layer
         object.__setattr__(self, "tables", layer.switch)  # not as a child: no parameters
-        holders = {id(t.slot.module) for t in layer.tensors.values()}
+        slots = layer.slots.slot_tensors.values()
+        holders = {id(slot.module) for slot in slots}
+        own = {slot.attribute for slot in slots if slot.module is layer.switch}
         for key, value in layer.switch.items():
-            if id(value) not in holders:
+            if id(value) not in holders and key not in own:
                 self[key] = value
 
-    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, indices: mx.array, weights: mx.array | None = None) -> mx.array:
         """See `ExpertLayer.__call__`."""
         if probe.layer is self.layer:
             raise StopForward(indices)
         try:
-            return self.layer(x, indices)
+            return self.layer(x, indices, weights)
         except ValueError as e:
             refuse_transforms(e)
             raise
@@ -188,6 +197,7 @@ class ExpertLayer:
         switch: the module stood in for; its expert tables are never evaluated.
         tensors: every expert tensor of the module, by name within it.
         experts: routed experts in the layer.
+        small: tensors of a few bytes an expert that stay in memory, by name.
 
     Attributes:
         slots: the slots, and the reads on their way into them.
@@ -201,10 +211,15 @@ class ExpertLayer:
     """
 
     def __init__(
-        self, name: str, switch: nn.Module, tensors: dict[str, ExpertTensor], experts: int
+        self,
+        name: str,
+        switch: nn.Module,
+        tensors: dict[str, ExpertTensor],
+        experts: int,
+        small: dict[str, SmallTable] | None = None,
     ) -> None:
         self.name, self.switch, self.experts = name, switch, experts
-        self.slots = ExpertSlots(name, tensors, experts)
+        self.slots = ExpertSlots(name, tensors, experts, small)
         self.expert_bytes = self.slots.expert_bytes
         self.stats = LayerStats()
         self.resident = False
@@ -312,12 +327,14 @@ class ExpertLayer:
         with self.lock:
             self.slots.bank.flush_readers()
 
-    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, indices: mx.array, weights: mx.array | None = None) -> mx.array:
         """Run the chosen experts.
 
         Args:
             x: [..., D] tokens.
             indices: [..., K] the experts that each token's router chose.
+            weights: [..., K], each row's own factor, for a module that takes it
+                (DeepSeek V4.1's multiplies in front of the last projection).
 
         Returns:
             [..., K, D], each chosen expert's output.
@@ -331,23 +348,28 @@ class ExpertLayer:
                 if self.resident:
                     if self.on_routing.now:
                         self._report_routing(numbers(indices))
-                    return self._run(x, indices)
+                    return self._run(x, indices, weights)
         if self.closed:
             with self.lock:  # another thread may be opening it just now
                 self._check_open()
         runner = self._runner
         if runner is not None and runner.thread == threading.get_ident():
-            return runner.forward(self, x, indices)
-        return self.forward_synced(x, indices).output
+            return runner.forward(self, x, indices, weights)
+        return self.forward_synced(x, indices, weights).output
 
     def forward_synced(
-        self, x: mx.array, indices: mx.array, predict_next: bool = True
+        self,
+        x: mx.array,
+        indices: mx.array,
+        weights: mx.array | None = None,
+        predict_next: bool = True,
     ) -> SyncedForward:
         """Wait for the indices, make their experts resident, and run them.
 
         Args:
             x: [..., D] tokens.
             indices: [..., K].
+            weights: [..., K] or None, as of `__call__`.
             predict_next: prefetch for the next layers meanwhile, if that pays.
         """
         start = time.perf_counter()
@@ -372,7 +394,7 @@ class ExpertLayer:
             needed = self.account(experts)
             if len(needed) > slots.cache.slots:
                 missed = True
-                y = self._in_waves(x, experts, sorted(needed))
+                y = self._in_waves(self._split(x, experts, weights), experts, sorted(needed))
             else:
                 arrivals = slots.begin(needed)
                 missed = bool(arrivals.left)
@@ -381,7 +403,7 @@ class ExpertLayer:
                 if prediction is not None:
                     prediction.start_reads()
                 self.record_phase("map", began)
-                y = self._run_arriving(x, experts, arrivals)  # [..., K, D]
+                y = self._run_arriving(x, experts, weights, arrivals)  # [..., K, D]
                 mx.async_eval(y)  # the device works while the caller builds the next operations
                 if prefetcher is not None:
                     prefetcher.end_step()
@@ -391,19 +413,22 @@ class ExpertLayer:
             self._calling = False
         return SyncedForward(y, needed, missed)
 
-    def finish_arrived(self, x: mx.array, experts: np.ndarray, arrivals: Arrivals) -> mx.array:
+    def finish_arrived(
+        self, x: mx.array, experts: np.ndarray, weights: mx.array | None, arrivals: Arrivals
+    ) -> mx.array:
         """Run a call whose experts are known, accounted for, and being read.
 
         Args:
             x: [..., D] tokens.
             experts: int [..., K].
+            weights: [..., K] or None, as of `__call__`.
             arrivals: the missing ones of them.
 
         Returns:
             [..., K, D]
         """
         with self.lock:
-            return self.slots.bank.track_reader(self._run_arriving(x, experts, arrivals))
+            return self.slots.bank.track_reader(self._run_arriving(x, experts, weights, arrivals))
 
     def account(self, experts: np.ndarray) -> list[int]:
         """Account for a call that chose these experts [..., K]; returns the distinct ones."""
@@ -454,14 +479,17 @@ class ExpertLayer:
         for listener in self.on_routing.now:
             listener(experts)
 
-    def _run_arriving(self, x: mx.array, experts: np.ndarray, arrivals: Arrivals) -> mx.array:
+    def _run_arriving(
+        self, x: mx.array, experts: np.ndarray, weights: mx.array | None, arrivals: Arrivals
+    ) -> mx.array:
         """Run experts [..., K] that all have slots, once the missing ones have arrived.
 
         This is the path of decoding. Resident experts may run while missing ones are read.
         """
         start, cache, overlap = time.perf_counter(), self.slots.cache, self._timer.tuner.choice
         if arrivals.left and overlap != "none":
-            y = self._run_overlapped(x, experts, arrivals, overlap)
+            split = self._split(x, experts, weights)
+            y = self._run_overlapped(split, experts, arrivals, overlap)
             if y is not None:
                 return y
             start = time.perf_counter()
@@ -469,23 +497,23 @@ class ExpertLayer:
             arrivals.all()
             start = self.record_phase("wait", start)
         if self._rows.ratio and self._rows.divides(experts.size, self.experts, cache.slots):
-            split = self._split(x, experts)
+            split = self._split(x, experts, weights)
             split.run(np.arange(experts.size))
             y = split.joined()
         else:
-            y = self._run(x, mx.array(cache.slot_of[experts].astype(np.uint32)))
+            y = self._run(x, mx.array(cache.slot_of[experts].astype(np.uint32)), weights)
         self.record_phase("build", start)
         return y
 
     def _run_overlapped(
-        self, x: mx.array, experts: np.ndarray, arrivals: Arrivals, overlap: str
+        self, split: SplitCall, experts: np.ndarray, arrivals: Arrivals, overlap: str
     ) -> mx.array | None:
         """Run the resident ones of experts [..., K] while others are read.
 
         Returns:
             [..., K, D], or None if nothing was resident until all had arrived: then nothing ran.
         """
-        start, split = time.perf_counter(), self._split(x, experts)
+        start = time.perf_counter()
         ready = [e for e in dict.fromkeys(experts.ravel().tolist()) if e not in arrivals.left]
         self.stats.overlapped += bool(ready)
         try:
@@ -505,15 +533,15 @@ class ExpertLayer:
         self.record_phase("build", start)
         return y
 
-    def _run(self, x: mx.array, slots: mx.array) -> mx.array:
-        """x [..., D], slots [..., K] -> [..., K, D]."""
-        return self._cpu_streams.run(self.switch, x, slots, self.expert_bytes)
+    def _run(self, x: mx.array, slots: mx.array, weights: mx.array | None) -> mx.array:
+        """x [..., D], slots [..., K], weights [..., K] -> [..., K, D]."""
+        return self._cpu_streams.run(self.switch, x, slots, self.expert_bytes, weights)
 
-    def _split(self, x: mx.array, experts: np.ndarray) -> SplitCall:
+    def _split(self, x: mx.array, experts: np.ndarray, weights: mx.array | None) -> SplitCall:
         cache = self.slots.cache
-        return SplitCall(self._run, x, experts, cache.slot_of, cache.slots, self._rows)
+        return SplitCall(self._run, x, experts, weights, cache.slot_of, cache.slots, self._rows)
 
-    def _in_waves(self, x: mx.array, experts: np.ndarray, needed: list[int]) -> mx.array:
+    def _in_waves(self, split: SplitCall, experts: np.ndarray, needed: list[int]) -> mx.array:
         """Run more experts than there are slots: they pass through the slots, each read once.
 
         While a wave is computed, the next one is read into the slots of the wave before. The
@@ -523,7 +551,6 @@ class ExpertLayer:
         self.slots.drain()
         waves = cache.waves(needed, np.bincount(experts.ravel(), minlength=self.experts))
         self.stats.waves += len(waves) - 1
-        split = self._split(x, experts)
         before: list[mx.array] = []
         start = time.perf_counter()
         arrivals = self.slots.begin(*waves[0])

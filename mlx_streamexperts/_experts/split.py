@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
 # mlx-lm sorts a call's rows by expert from this many on.
 SORTED_ROWS = 64
@@ -40,8 +39,8 @@ class RowRule:
         """The rule for a module on MLX's default device. The CPU backend computes row by row."""
         if mx.default_device() == mx.cpu:
             return cls()
-        parts = [m for m in switch.values() if isinstance(m, QuantizedSwitchLinear)]
-        return cls(True, mx.metal.is_available() and bool(parts))
+        quantized = any(isinstance(m, nn.Module) and "scales" in m for m in switch.values())
+        return cls(True, mx.metal.is_available() and quantized)
 
     def limits(self, rows: int, experts: int, slots: int) -> tuple[int, int]:
         """The least and the most rows of a part of a prompt that uses the kernels of the whole.
@@ -63,12 +62,13 @@ class RowRule:
 
 
 class SplitCall:
-    """One call `switch(x, indices)`, run part by part.
+    """One call `switch(x, indices, weights)`, run part by part.
 
     Args:
         switch: runs mlx-lm's module over slots.
         x: [..., D] tokens.
         experts: int [..., K], the chosen experts.
+        weights: [..., K], each row's own factor; None if the module takes none.
         slot_of: int32 [experts], each expert's slot; read when a part runs.
         slots: how many there are.
         rule: how the device chooses its kernels. A token's parts have as many rows as the whole if
@@ -80,14 +80,15 @@ class SplitCall:
 
     def __init__(
         self,
-        switch: Callable[[mx.array, mx.array], mx.array],
+        switch: Callable[[mx.array, mx.array, mx.array | None], mx.array],
         x: mx.array,
         experts: np.ndarray,
+        weights: mx.array | None,
         slot_of: np.ndarray,
         slots: int,
         rule: RowRule,
     ) -> None:
-        self._switch, self._x, self._slot_of = switch, x, slot_of
+        self._switch, self._x, self._weights, self._slot_of = switch, x, weights, slot_of
         self._shape = experts.shape
         self._chosen = experts.ravel()  # [T*K]
         self._keeps = rule.count and experts.size < SORTED_ROWS
@@ -153,15 +154,21 @@ class SplitCall:
         stand_in = self._slot_of[self._chosen[rows[0]]]
         slots = np.full(len(self._chosen), stand_in, np.uint32)
         slots[rows] = self._slot_of[self._chosen[rows]]
-        return self._switch(self._x, mx.array(slots.reshape(self._shape)))  # [..., K, D]
+        shaped = mx.array(slots.reshape(self._shape))
+        return self._switch(self._x, shaped, self._weights)  # [..., K, D]
 
     def _run_alone(self, rows: np.ndarray) -> mx.array:
         x, top_k = self._x, self._shape[-1]
         tokens = len(self._chosen) // top_k
         slots = mx.array(self._slot_of[self._chosen[rows]].astype(np.uint32))  # [R]
+        weights = None
+        if self._weights is not None:
+            weights = self._weights.reshape(-1)[mx.array(rows.astype(np.uint32))]  # [R]
         if tokens == 1:  # decode: like stock, one token broadcast over its experts
-            return self._switch(x.reshape(1, -1), slots[None])[0]  # [R, D]
+            weights = None if weights is None else weights[None]
+            return self._switch(x.reshape(1, -1), slots[None], weights)[0]  # [R, D]
         if x.size // x.shape[-1] != tokens:
             x = mx.broadcast_to(x, (*self._shape[:-1], x.shape[-1]))
         x = x.reshape(tokens, -1)[mx.array((rows // top_k).astype(np.uint32))]  # [R, D]
-        return self._switch(x, slots[:, None])[:, 0]  # [R, D]
+        weights = None if weights is None else weights[:, None]
+        return self._switch(x, slots[:, None], weights)[:, 0]  # [R, D]

@@ -451,7 +451,7 @@ def unwritten(layers: Sequence[ExpertLayer]) -> bool:
 def _let_go(layers: Sequence[ExpertLayer]) -> None:
     """Drop the lazy arrays of all experts, because MLX keeps their files open meanwhile."""
     for layer in layers:
-        for slot in (tensor.slot for tensor in layer.tensors.values()):
+        for slot in layer.slots.slot_tensors.values():
             setattr(slot.module, slot.attribute, mx.zeros((0, *slot.shape), slot.dtype))
 
 

@@ -59,6 +59,7 @@ class LoadRecord:
         sanitize: makes the model's arrays of stored ones, by name; leaves the model alone.
         language: the part of the model whose calls are passes; None for the model itself.
         switches, projections: classes of expert modules, and of the switch linears they own.
+        own_tables: names of an expert module's own arrays that have a row for each expert.
     """
 
     stored: dict[str, mx.array] = field(default_factory=dict)
@@ -69,6 +70,7 @@ class LoadRecord:
     language: nn.Module | None = None
     switches: tuple[type[nn.Module], ...] = SWITCHES
     projections: tuple[type[nn.Module], ...] = PROJECTIONS
+    own_tables: Callable[[nn.Module], list[str]] = lambda _: []
 
     @functools.cached_property
     def traced(self) -> dict[str, Stored]:

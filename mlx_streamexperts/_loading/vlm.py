@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,27 +23,45 @@ from .._io.files import allow_open
 from .lazy_load import LoadRecord, recording_stacks
 
 # Expert modules that compute every (token, expert) row on its own, from their switch linears alone.
+_INKLING = ("inkling.language", "InklingSwitchGLU")
 _SWITCHES = (
     ("switch_layers", "SwitchGLU"),
     ("switch_layers", "SwitchMLP"),
+    ("deepseek_v41.language", "DeepseekV41SwitchGLU"),
     ("hy_v4.fused_switch_glu", "FusedSwitchGLU"),
     ("laguna.language", "LagunaPackedSwitchGLU"),
     ("minimax_m3_vl.language", "MiniMaxPackedSwitchGLU"),
     ("diffusion_gemma.language", "Experts"),
+    _INKLING,
 )
-_PROJECTIONS = (("switch_layers", "SwitchLinear"), ("switch_layers", "QuantizedSwitchLinear"))
+_PROJECTIONS = (
+    ("mlx_vlm.models.switch_layers", "SwitchLinear"),
+    ("mlx_vlm.models.switch_layers", "QuantizedSwitchLinear"),
+    ("mlx_vlm.quantization.nvfp4", "ScaledQuantizedSwitchLinear"),
+)
 Classes = tuple[type[nn.Module], ...]
 
 
 @cache
 def expert_classes() -> tuple[Classes, Classes]:
     """mlx-vlm's expert modules, and the switch linears that they own."""
-    return tuple(_class(*n) for n in _SWITCHES), tuple(_class(*n) for n in _PROJECTIONS)
+    switches = tuple(_class(f"mlx_vlm.models.{module}", name) for module, name in _SWITCHES)
+    return switches, tuple(_class(*names) for names in _PROJECTIONS)
 
 
 def _class(module: str, name: str) -> type[nn.Module]:
-    kind: type[nn.Module] = getattr(importlib.import_module(f"mlx_vlm.models.{module}"), name)
+    kind: type[nn.Module] = getattr(importlib.import_module(module), name)
     return kind
+
+
+def _own_tables(switch: nn.Module) -> list[str]:
+    """Inkling has two scales for each expert beside the projections, unless all are 1.
+
+    It finds that out once, from the whole tables: a few numbers are evaluated here.
+    """
+    if type(switch).__name__ != _INKLING[1] or cast(Any, switch).scales_trivial():
+        return []
+    return [name for name, value in switch.items() if isinstance(value, mx.array)]
 
 
 def load_recorded(
@@ -98,4 +116,5 @@ def load_recorded(
     language = getattr(model, "language_model", None)
     record.language = language if isinstance(language, nn.Module) else model
     record.switches, record.projections = expert_classes()
+    record.own_tables = _own_tables
     return model, utils.load_config(folder), record
