@@ -26,7 +26,9 @@ class Weighted(nn.Module):
         return self.switch(x, indices) * weights[..., None]
 
 
-@pytest.mark.parametrize("rule", [RowRule(), RowRule(count=True)], ids=["rows alone", "padded"])
+@pytest.mark.parametrize(
+    "rule", [RowRule(), RowRule(count=True, padded=True)], ids=["rows alone", "padded"]
+)
 @pytest.mark.parametrize("tokens", [(1, 1), (1, 5), (2, 40)])
 def test_each_rows_factor_goes_with_it(rule: RowRule, tokens: tuple[int, int]) -> None:
     module = Weighted()
