@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import families as lm
 import mlx.core as mx
@@ -25,6 +26,8 @@ from vlm_families import (
 )
 
 from mlx_streamexperts import StreamConfig, UnsupportedModelError, patch, stream
+from mlx_streamexperts._experts import cpu_streams
+from mlx_streamexperts._experts.split import RowRule
 from mlx_streamexperts._loading import discover
 from mlx_streamexperts._memory import model_graph
 
@@ -109,6 +112,66 @@ def test_inklings_scales_of_each_expert_follow_it_into_its_slot(ones: bool, tmp_
             assert np.array_equal(got, expected)
     with pytest.raises(UnsupportedModelError):
         model.set_dtype(mx.bfloat16)
+
+
+def test_the_shared_expert_of_minimax_m3_stays_and_is_never_counted(tmp_path: Path) -> None:
+    stock = utils.load_model(folder := make_vlm_checkpoint(tmp_path / "m", "minimax_m3"))
+    config = StreamConfig(progress=False)
+    with patch(cache="100MB", config=config):
+        model = utils.load_model(folder)
+    expert_stream = stream(model)
+    layer, shared = expert_stream.layers[0], lm.EXPERTS
+    assert layer.experts == lm.EXPERTS + 1
+    expert_stream.resize(sum(n.minimum * n.expert_bytes for n in expert_stream.needs()))
+    assert layer.cache.slots == 3  # two in turn, and the shared one
+    slot, before = layer.cache.slot_of[shared], expert_stream.reader.stats.bytes
+    with expert_stream.trace(tmp_path / "trace"):
+        got, expected = (run(m, TOKENS, 12) for m in (model, stock))
+    assert all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert layer.cache.slot_of[shared] == slot >= 0
+    assert shared not in layer.cache.resident
+    lines = [json.loads(line) for line in (tmp_path / "trace").read_text().splitlines()][1:]
+    chosen = [call["experts"] for call in lines]
+    assert max(np.max(x) for x in chosen) < shared
+    stats = expert_stream.stats().cache
+    assert stats.hits + stats.misses == sum(len(np.unique(x)) for x in chosen)
+    read = expert_stream.reader.stats.bytes - before
+    assert read == stats.misses * layer.expert_bytes > 0
+
+
+@pytest.mark.parametrize("batch", [5, 16])
+@pytest.mark.parametrize("slots", [3, lm.EXPERTS - 1])
+def test_a_few_tokens_run_one_by_one_as_in_stock_where_kernels_depend_on_it(
+    batch: int, slots: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mlx-vlm's SwitchGLU calls itself for each of 2 to 8 tokens; a GPU sums in that order."""
+    monkeypatch.setattr(RowRule, "of", lambda _: RowRule(count=True, padded=True))
+    monkeypatch.setattr(cpu_streams, "_MOST", 1)
+    folder = make_vlm_checkpoint(tmp_path / "m", "qwen3_moe")
+    with patch(cache="100MB", config=StreamConfig(progress=False)):
+        model = utils.load_model(folder)
+    expert_stream = stream(model)
+    expert_stream.resize(slots * sum(x.expert_bytes for x in expert_stream.layers))
+    layer = expert_stream.layers[0]
+    stock = dict(utils.load_model(folder).named_modules())[layer.name]
+    calls: list[tuple[int, ...]] = []  # of projections: [B, L, K], or [rows] if they are sorted
+
+    def noted(self: Any, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        calls.append(indices.shape)
+        return original(self, x, indices, sorted_indices)
+
+    linear = type(stock.up_proj)
+    original = linear.__call__
+    monkeypatch.setattr(linear, "__call__", noted)
+    x = mx.random.normal((batch, 5, lm.HIDDEN), key=mx.random.key(0))
+    indices = mx.random.randint(0, layer.experts, (batch, 5, 4), key=mx.random.key(1))
+    expected = stock(x, indices)
+    wanted = {*calls}
+    calls.clear()
+    assert mx.array_equal(layer(x, indices), expected)
+    assert wanted == ({(batch * 4,)} if batch * 4 >= 64 else {(batch, 1, 4)})
+    assert {*calls} == wanted
+    assert layer.cache.stats.misses > 0
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "kimi_k25", "qwen3_vl_moe"])

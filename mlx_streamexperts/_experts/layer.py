@@ -155,6 +155,24 @@ class StopForward(Exception):  # noqa: N818, it is no error
         self.indices = indices
 
 
+@dataclass(frozen=True)
+class Traits:
+    """What sets an expert module apart from mlx-lm's.
+
+    Attributes:
+        pinned: experts that each token uses once, whatever its router chooses.
+        own_tables: names of the module's own arrays that have a row for each expert.
+        tokenwise: called with the module, x and indices if x is [B, L, D] with 2 to `most` tokens:
+            calls the module for each of the L tokens. None if the module has no such rule.
+        most: see `tokenwise`.
+    """
+
+    pinned: tuple[int, ...] = ()
+    own_tables: tuple[str, ...] = ()
+    tokenwise: Callable[[Callable[..., mx.array], mx.array, mx.array], mx.array] | None = None
+    most: int = 0
+
+
 class StreamedSwitch(Experts):
     """Stands in for one `SwitchGLU` or `SwitchMLP`: `y[..., k, :] = expert[indices[..., k]](x)`.
 
@@ -199,6 +217,7 @@ class ExpertLayer:
         tensors: every expert tensor of the module, by name within it.
         experts: routed experts in the layer.
         small: tensors of a few bytes an expert that stay in memory, by name.
+        traits: of the module.
 
     Attributes:
         slots: the slots, and the reads on their way into them.
@@ -218,9 +237,11 @@ class ExpertLayer:
         tensors: dict[str, ExpertTensor],
         experts: int,
         small: dict[str, SmallTable] | None = None,
+        traits: Traits | None = None,
     ) -> None:
         self.name, self.switch, self.experts = name, switch, experts
-        self.slots = ExpertSlots(name, tensors, experts, small)
+        self.traits = traits or Traits()
+        self.slots = ExpertSlots(name, tensors, experts, small, self.traits.pinned)
         self.expert_bytes = self.slots.expert_bytes
         self.stats = LayerStats()
         self.resident = False
@@ -232,6 +253,8 @@ class ExpertLayer:
         self._runner: PassRunner | None = None
         self._calling = False  # a call has the lock, or was interrupted
         self._rows = RowRule.of(switch)
+        # The CPU computes row by row, so nothing depends on whether a module calls itself.
+        self._tokenwise = self.traits.tokenwise if self._rows.count else None
         self._timer: StepTimer  # these three are set by open
         self._guard: ThreadGuard
         self._cpu_streams: CpuStreams
@@ -284,6 +307,9 @@ class ExpertLayer:
             self._timer, self._guard, self._cpu_streams = timer, guard, cpu_streams
             self._keep_awake = keep_awake
             self.slots.open(slots, reader, policy, in_place)
+            if slots < self.experts:
+                for _ in self.fill(self.traits.pinned):
+                    pass
             self.closed = False
 
     def load_all(self) -> Iterator[int]:
@@ -352,11 +378,13 @@ class ExpertLayer:
             with self.lock:  # another thread may be exchanging the bank
                 if self.resident:
                     if self.on_routing.now:
-                        self._report_routing(numbers(indices))
+                        self._report_routing(self._routed(numbers(indices)))
                     return self._run(x, indices, weights)
         if self.closed:
             with self.lock:  # another thread may be opening it just now
                 self._check_open()
+        if self._tokenwise and self._is_block(x) and x.shape[0] * indices.shape[-1] >= SORTED_ROWS:
+            return self._tokenwise(self, x, indices)
         runner = self._runner
         if runner is not None and runner.thread == threading.get_ident():
             return runner.forward(self, x, indices, weights)
@@ -437,14 +465,16 @@ class ExpertLayer:
 
     def account(self, experts: np.ndarray) -> list[int]:
         """Account for a call that chose these experts [..., K]; returns the distinct ones."""
-        needed = self.slots.cache.wanted(experts)
-        self._note_call(experts, needed)
-        return needed
+        routed = self._routed(experts)
+        needed = self.slots.cache.wanted(routed)
+        self._note_call(routed, needed)
+        return [*self.traits.pinned, *needed]
 
     def account_hit(self, experts: np.ndarray) -> None:
         """Account for a call of one token whose experts [1, ..., K] were all resident."""
         with self.lock:
-            self._note_call(experts, self.slots.cache.hit(experts.ravel()))
+            routed = self._routed(experts)
+            self._note_call(routed, self.slots.cache.hit(routed.ravel()))
 
     def prefetch(self, experts: Sequence[int], distance: int) -> None:
         """Start reading experts that this layer may need soon, the likeliest first.
@@ -480,6 +510,17 @@ class ExpertLayer:
         if self.prefetcher is not None:
             self.prefetcher.check(needed)
 
+    def _routed(self, experts: np.ndarray) -> np.ndarray:
+        """Of a call's experts [..., K], those that its router chose."""
+        if not self.traits.pinned:
+            return experts
+        chosen = ~np.isin(experts, self.traits.pinned)
+        return experts[chosen].reshape(*experts.shape[:-1], -1)
+
+    def _is_block(self, x: mx.array) -> bool:
+        """Does the module compute these tokens [..., D] one by one, as it would in decoding?"""
+        return self._tokenwise is not None and x.ndim == 3 and 1 < x.shape[1] <= self.traits.most
+
     def _report_routing(self, experts: np.ndarray) -> None:
         for listener in self.on_routing.now:
             listener(experts)
@@ -501,7 +542,8 @@ class ExpertLayer:
         if arrivals.left:
             self._await(arrivals.all)
             start = self.record_phase("wait", start)
-        if self._rows.ratio and self._rows.divides(experts.size, self.experts, cache.slots):
+        divides = self._rows.ratio and not self._is_block(x)
+        if divides and self._rows.divides(experts.size, self.experts, cache.slots):
             split = self._split(x, experts, weights)
             split.run(np.arange(experts.size))
             y = split.joined()
@@ -551,7 +593,10 @@ class ExpertLayer:
 
     def _split(self, x: mx.array, experts: np.ndarray, weights: mx.array | None) -> SplitCall:
         cache = self.slots.cache
-        return SplitCall(self._run, x, experts, weights, cache.slot_of, cache.slots, self._rows)
+        return SplitCall(
+            self._run, x, experts, weights, cache.slot_of, cache.slots, self._rows,
+            whole=self._is_block(x),
+        )  # fmt: skip
 
     def _in_waves(self, split: SplitCall, experts: np.ndarray, needed: list[int]) -> mx.array:
         """Run more experts than there are slots: they pass through the slots, each read once.
@@ -574,7 +619,7 @@ class ExpertLayer:
             start = self.record_phase("build", start)
             if i + 1 < len(waves):
                 # The next wave overwrites slots of earlier waves: those must have run.
-                if cache.slots == 1:
+                if cache.movable == 1:
                     mx.eval(y)
                 elif before:
                     mx.eval(before)

@@ -120,6 +120,7 @@ class ExpertSlots:
         tensors: every expert tensor of the layer that is read, by name within it.
         experts: routed experts in the layer.
         small: those that are in memory, by name; `tensors` has none of them.
+        pinned: experts that every token uses: they stay in their slots.
 
     Attributes:
         cache: the expert -> slot map.
@@ -135,9 +136,10 @@ class ExpertSlots:
         tensors: dict[str, ExpertTensor],
         experts: int,
         small: dict[str, SmallTable] | None = None,
+        pinned: Sequence[int] = (),
     ) -> None:
         self.name, self.tensors, self.experts = name, tensors, experts
-        self.small = small or {}
+        self.small, self.pinned = small or {}, pinned
         self._small_rows: list[np.ndarray] = []  # uint8 [experts, bytes] of each, set by open
         self.expert_bytes = total_bytes([t.slot for t in tensors.values()])
         self.cache = ExpertCache(experts, 0)
@@ -178,7 +180,7 @@ class ExpertSlots:
                 numbers(t.rows.reshape(self.experts, -1).view(mx.uint8))
                 for t in self.small.values()
             ]
-        self.cache = ExpertCache(self.experts, slots, policy)
+        self.cache = ExpertCache(self.experts, slots, policy, self.pinned)
         before, self.bank = self.bank, Bank(self.slot_tensors, self.cache.slots, in_place)
         self.bank.inherit_readers(before)  # they may read run-ahead's tables, which stay
 

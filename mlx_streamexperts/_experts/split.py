@@ -85,6 +85,7 @@ class SplitCall:
         slots: how many there are.
         rule: how the device chooses its kernels. A token's parts have as many rows as the whole if
             that matters; a prompt's parts are large enough, or small enough.
+        whole: the module computes these tokens one by one, so a part keeps the rows of the whole.
 
     Attributes:
         begun: a part has run.
@@ -99,14 +100,15 @@ class SplitCall:
         slot_of: np.ndarray,
         slots: int,
         rule: RowRule,
+        whole: bool = False,
     ) -> None:
         self._switch, self._x, self._weights, self._slot_of = switch, x, weights, slot_of
         self._shape = experts.shape
         self._chosen = experts.ravel()  # [T*K]
-        self._keeps = rule.padded and experts.size < SORTED_ROWS
+        self._keeps = whole or (rule.padded and experts.size < SORTED_ROWS)
         # A prompt's parts go into one output at once: joined at the end, they would take three
         # times its memory. For a token, joining is cheapest.
-        self._in_one = experts.size >= SORTED_ROWS
+        self._in_one = experts.size >= SORTED_ROWS and not self._keeps
         self._least, self._most = 1, sys.maxsize
         if self._in_one:
             self._least, self._most = rule.limits(experts.size, len(slot_of), slots)

@@ -453,7 +453,9 @@ def layer_needs(layers: list[ExpertLayer], model_config: dict[str, Any]) -> list
     needs = []
     for x in layers:
         top_k = experts_per_token(model_config, x.experts)
-        needs.append(LayerNeed(x.experts, x.expert_bytes, fewest_slots(top_k), top_k))
+        pinned = len(x.traits.pinned)
+        least = fewest_slots(top_k) + pinned
+        needs.append(LayerNeed(x.experts, x.expert_bytes, least, top_k + pinned))
     return needs
 
 

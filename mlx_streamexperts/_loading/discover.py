@@ -235,8 +235,8 @@ def _find_layers(
             continue
         if type(switch) not in record.switches:
             raise UnsupportedModelError(_unknown_owner(checkpoint.folder, path, switch))
-        tensors, small = {}, {}
-        for name in record.own_tables(switch):
+        tensors, small, traits = {}, {}, record.traits(switch)
+        for name in traits.own_tables:
             small[name] = _small_table(switch, name, switch[name])
         for part, projection in switch.children().items():
             if not isinstance(projection, record.projections):
@@ -263,7 +263,7 @@ def _find_layers(
                 f"{path}: {first.names[0]} in {first.files[0]} has {a} experts, but "
                 f"{second.names[0]} in {second.files[0]} has {b}"
             )
-        layers.append(ExpertLayer(path, switch, tensors, next(iter(counts)), small))
+        layers.append(ExpertLayer(path, switch, tensors, next(iter(counts)), small, traits))
     return sorted(layers, key=lambda x: [int(p) if p.isdigit() else -1 for p in x.name.split(".")])
 
 

@@ -17,13 +17,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .._errors import CheckpointError, StreamError
+from .._experts.layer import Traits
 from .._hooks import swapped_in_thread
 from .._io.checkpoint import shard_files
 from .._io.files import allow_open
 from .lazy_load import LoadRecord, recording_stacks
 
 # Expert modules that compute every (token, expert) row on its own, from their switch linears alone.
-_INKLING = ("inkling.language", "InklingSwitchGLU")
 _SWITCHES = (
     ("switch_layers", "SwitchGLU"),
     ("switch_layers", "SwitchMLP"),
@@ -32,7 +32,7 @@ _SWITCHES = (
     ("laguna.language", "LagunaPackedSwitchGLU"),
     ("minimax_m3_vl.language", "MiniMaxPackedSwitchGLU"),
     ("diffusion_gemma.language", "Experts"),
-    _INKLING,
+    ("inkling.language", "InklingSwitchGLU"),
 )
 _PROJECTIONS = (
     ("mlx_vlm.models.switch_layers", "SwitchLinear"),
@@ -54,14 +54,24 @@ def _class(module: str, name: str) -> type[nn.Module]:
     return kind
 
 
-def _own_tables(switch: nn.Module) -> list[str]:
-    """Inkling has two scales for each expert beside the projections, unless all are 1.
+def traits(switch: nn.Module) -> Traits:
+    """What sets an expert module of mlx-vlm apart.
 
-    It finds that out once, from the whole tables: a few numbers are evaluated here.
+    - `SwitchGLU` runs a few tokens one by one, with the kernels of decoding.
+    - Inkling's has two scales for each expert beside its projections, unless all are 1. It finds
+      that out once, from the whole tables: a few numbers are evaluated here.
+    - MiniMax M3's has the shared expert in its last row.
     """
-    if type(switch).__name__ != _INKLING[1] or cast(Any, switch).scales_trivial():
-        return []
-    return [name for name, value in switch.items() if isinstance(value, mx.array)]
+    kind = type(switch).__name__
+    if kind == "SwitchGLU":
+        linear = importlib.import_module("mlx_vlm.models.linear")
+        return Traits(tokenwise=linear.tokenwise, most=linear.DECODE_BLOCK_SIZE)
+    if kind == "InklingSwitchGLU" and not cast(Any, switch).scales_trivial():
+        own = tuple(name for name, value in switch.items() if isinstance(value, mx.array))
+        return Traits(own_tables=own)
+    if kind == "MiniMaxPackedSwitchGLU":
+        return Traits(pinned=(switch["down_proj"].weight.shape[0] - 1,))
+    return Traits()
 
 
 def load_recorded(
@@ -116,5 +126,5 @@ def load_recorded(
     language = getattr(model, "language_model", None)
     record.language = language if isinstance(language, nn.Module) else model
     record.switches, record.projections = expert_classes()
-    record.own_tables = _own_tables
+    record.traits = traits
     return model, utils.load_config(folder), record
