@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import families as lm
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -137,6 +138,44 @@ def test_the_shared_expert_of_minimax_m3_stays_and_is_never_counted(tmp_path: Pa
     assert stats.hits + stats.misses == sum(len(np.unique(x)) for x in chosen)
     read = expert_stream.reader.stats.bytes - before
     assert read == stats.misses * layer.expert_bytes > 0
+
+
+def verified(model: nn.Module) -> mx.array:
+    """The last hidden states [1, 3, D] of a model's own check of three drafted tokens."""
+    language = model.language_model
+    cache = make_prompt_cache(language)
+    language(mx.array(TOKENS[:9])[None], cache=cache)
+    tokens = mx.array(TOKENS[9:12])[None]
+    if hasattr(language, "speculative_verify_hidden"):
+        return language.speculative_verify_hidden(tokens, cache)[0]
+    return language(tokens, cache=cache, speculative_verify=True).logits
+
+
+@pytest.mark.parametrize("family", ["glm_moe_dsa", "qwen3_5_moe", "qwen4_exp"])
+def test_a_models_own_check_of_a_draft_is_exact(
+    family: str, tmp_path: Path, estimated: None
+) -> None:
+    folder = make_vlm_checkpoint(tmp_path / "m", family, bits=4)
+    with patch(cache="150KB", config=StreamConfig(progress=False)):
+        model = utils.load_model(folder)
+    expected = verified(utils.load_model(folder))
+    assert mx.array_equal(verified(model), expected)
+    assert stream(model).stats().cache.misses > 0
+
+
+@pytest.mark.parametrize("family", ["lfm2_moe", "nemotron_h", "gemma4"])
+def test_a_check_of_a_draft_that_goes_around_the_experts_is_refused(
+    family: str, tmp_path: Path, estimated: None
+) -> None:
+    folder = make_vlm_checkpoint(tmp_path / "m", family)
+    config = json.loads((folder / "config.json").read_text())
+    config.get("text_config", {})["exact_speculative_verify"] = True  # of gemma4
+    (folder / "config.json").write_text(json.dumps(config))
+    with patch(cache="10MB", config=StreamConfig(progress=False)):
+        model = utils.load_model(folder)
+    run(model, TOKENS, 12)
+    with pytest.raises(UnsupportedModelError, match="generate without a draft model"):
+        verified(model)
 
 
 @pytest.mark.parametrize("batch", [5, 16])

@@ -24,14 +24,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from .._cache.expert_map import CacheStats, ExpertCache
-from .._errors import StreamError
+from .._errors import StreamError, UnsupportedModelError
 from .._io.reader import ExpertReader
 from .._listeners import Listeners
 from .autotune import StepTimer
@@ -173,6 +173,10 @@ class Traits:
     most: int = 0
 
 
+class _HiddenError(UnsupportedModelError, AttributeError):
+    """Code outside of a streamed layer asks for a projection of it: to `hasattr`, it has none."""
+
+
 class StreamedSwitch(Experts):
     """Stands in for one `SwitchGLU` or `SwitchMLP`: `y[..., k, :] = expert[indices[..., k]](x)`.
 
@@ -196,6 +200,15 @@ class StreamedSwitch(Experts):
         for key, value in layer.switch.items():
             if id(value) not in holders and key not in own:
                 self[key] = value
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self and name in vars(self).get("tables", ()):
+            raise _HiddenError(
+                f"{self.layer.name}: its experts are streamed, so code that runs their {name} "
+                "by itself cannot: the slots hold other experts. If this is mlx-vlm's check of a "
+                "draft (speculative decoding), generate without a draft model"
+            )
+        return super().__getattr__(name)
 
     def __call__(self, x: mx.array, indices: mx.array, weights: mx.array | None = None) -> mx.array:
         """See `ExpertLayer.__call__`."""

@@ -376,5 +376,6 @@ def _embedding_bytes(model: nn.Module, model_config: dict[str, Any]) -> int:
 
 
 def has_expert_tensors(folder: Path) -> bool:
-    """Does a checkpoint name any tensor after experts?"""
-    return any("expert" in name for name in read_checkpoint(folder).tensors)
+    """Does a checkpoint name any tensor after experts, or after the modules that hold them?"""
+    names = read_checkpoint(folder).tensors
+    return any("expert" in name or "switch_" in name for name in names)

@@ -16,9 +16,9 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from .._errors import CheckpointError, StreamError
+from .._errors import CheckpointError, StreamError, UnsupportedModelError
 from .._experts.layer import Traits
-from .._hooks import swapped_in_thread
+from .._hooks import intercept, swapped_in_thread
 from .._io.checkpoint import shard_files
 from .._io.files import allow_open
 from .lazy_load import LoadRecord, recording_stacks
@@ -52,6 +52,21 @@ def expert_classes() -> tuple[Classes, Classes]:
 def _class(module: str, name: str) -> type[nn.Module]:
     kind: type[nn.Module] = getattr(importlib.import_module(module), name)
     return kind
+
+
+def _refuse_drafts(language: nn.Module, folder: Path) -> None:
+    """Let Gemma 4's check of drafts raise: mlx-vlm 0.7.10 leaves the experts out of it."""
+    kind: Any = type(language)
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("speculative_verify"):
+            raise UnsupportedModelError(
+                f"{folder}: mlx-vlm's check of a draft (exact_speculative_verify in config.json) "
+                "computes this model without its experts: generate without a draft model"
+            )
+        return kind.__call__(self, *args, **kwargs)
+
+    intercept(language, call)
 
 
 def traits(switch: nn.Module) -> Traits:
@@ -125,6 +140,8 @@ def load_recorded(
     record.sanitize = sanitize
     language = getattr(model, "language_model", None)
     record.language = language if isinstance(language, nn.Module) else model
+    if getattr(getattr(record.language, "config", None), "exact_speculative_verify", False):
+        _refuse_drafts(record.language, folder)
     record.switches, record.projections = expert_classes()
     record.traits = traits
     return model, utils.load_config(folder), record
