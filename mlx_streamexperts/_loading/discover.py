@@ -249,9 +249,7 @@ def _find_layers(
                     continue
                 stored = _stored_table(f"{path}.{name}", table, entries, record, checkpoint)
                 if stored is None and not as_converted:
-                    raise UnsupportedModelError(
-                        _rewritten(f"{path}.{name}", record.stored, checkpoint)
-                    )
+                    raise UnsupportedModelError(_rewritten(f"{path}.{name}", record, checkpoint))
                 if stored is None:
                     stored = ExpertTable.nowhere(table.nbytes, table.shape[0])
                 slot = SlotTensor(projection, attribute, tuple(table.shape[1:]), table.dtype)
@@ -319,7 +317,8 @@ def _unknown_owner(folder: Path, path: str, switch: nn.Module) -> str:
     """The message for an expert module of no known class."""
     return (
         f"{folder}: {path} is a {type(switch).__name__}, and experts of that kind cannot be "
-        "streamed yet. If the model fits into memory, load it without streaming"
+        "streamed: only modules that are called with tokens and the indices of their experts can. "
+        "If the model fits into memory, load it without streaming"
     )
 
 
@@ -334,16 +333,25 @@ def _check_table(
         )
 
 
-def _rewritten(where: str, stored: dict[str, mx.array], checkpoint: Checkpoint) -> str:
-    """The message for a table that mlx-lm computes while loading."""
+def _rewritten(where: str, record: LoadRecord, checkpoint: Checkpoint) -> str:
+    """The message for a table that is computed while loading."""
     layer = where[: where.find(".", where.find("layers.") + len("layers.")) + 1]
-    alike = sorted(n for n in stored if ".experts." in n and layer in n)
+    folder = checkpoint.folder
+    convert = (
+        "Convert the checkpoint once, in little memory: python -m mlx_streamexperts.convert "
+        f"--model {folder} --out <new folder>"
+    )
+    if record.library == "mlx-vlm":
+        convert = (
+            "Let mlx-vlm write it once as it uses it, on a machine that holds the model: python -m "
+            f"mlx_vlm.convert --hf-path {folder} --mlx-path <new folder>"
+        )
+    alike = sorted(n for n in record.stored if ".experts." in n and layer in n)
     example = f" (it holds {alike[0]}, for example)" if alike else ""
     return (
-        f"{checkpoint.folder} stores {where} neither as one table nor expert by expert as it is "
-        f"used{example}; mlx-lm computes it while loading, with all experts in memory. Convert the "
-        f"checkpoint once, in little memory: python -m mlx_streamexperts.convert --model "
-        f"{checkpoint.folder} --out <new folder>"
+        f"{folder} stores {where} neither as one table nor expert by expert as it is "
+        f"used{example}; {record.library} computes it while loading, with all experts in memory. "
+        + convert
     )
 
 

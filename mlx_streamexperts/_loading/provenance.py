@@ -140,6 +140,8 @@ def _results(node: dict[str, Any], inputs: list[Stored | None]) -> list[Stored |
     first = inputs[0] if inputs else None
     if first is None:
         return unknown
+    if node["name"] == "AsType" and outputs[0][2] == node["inputs"][0][2]:
+        return [first]  # `mx.array(a)`: a copy
     if node["name"] == "Concatenate" and arguments[0] == 0:
         parts = [x.rows() for x in inputs if x is not None]
         if len(parts) < len(inputs) or len({p.item_bytes for p in parts}) > 1:

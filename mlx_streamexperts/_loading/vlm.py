@@ -33,6 +33,7 @@ _SWITCHES = (
     ("minimax_m3_vl.language", "MiniMaxPackedSwitchGLU"),
     ("diffusion_gemma.language", "Experts"),
     ("inkling.language", "InklingSwitchGLU"),
+    ("openai_privacy_filter.openai_privacy_filter", "Experts"),
 )
 _PROJECTIONS = (
     ("mlx_vlm.models.switch_layers", "SwitchLinear"),
@@ -105,7 +106,7 @@ def load_recorded(
     """
     allow_open(len(shard_files(folder)), str(folder))  # MLX holds each open until it is read
     utils: Any = importlib.import_module("mlx_vlm.utils")
-    record = LoadRecord()
+    record = LoadRecord(library="mlx-vlm")
     files: dict[str, list[str]] = {}  # names in each shard
 
     def load_shard(path: str) -> dict[str, mx.array]:
