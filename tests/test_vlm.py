@@ -235,6 +235,28 @@ def test_a_check_of_a_draft_that_goes_around_the_experts_is_refused(
         verified(model)
 
 
+def test_draft_models_with_experts_are_refused_however_they_are_loaded(tmp_path: Path) -> None:
+    drafters = pytest.importorskip("mlx_vlm.speculative.drafters")
+    package = pytest.importorskip("mlx_vlm.speculative.drafters.qwen3_5_mtp")
+    text = FAMILIES["qwen3_5_moe"].config["text_config"]
+    config = {"model_type": "qwen3_5_mtp", "text_config": text}
+    model = package.Model(package.ModelConfig.from_dict(config))
+    (tmp_path / "drafter").mkdir()
+    lm.write(tmp_path / "drafter", config, model, shards=1)
+    target = make_vlm_checkpoint(tmp_path / "target", "qwen3_moe")
+    split = sys.modules["mlx_vlm.speculative.drafters.mtp_split"]  # for those in their target
+    with patch(cache="10MB", config=StreamConfig(progress=False)):
+        utils.load_model(target)
+        with pytest.raises(
+            UnsupportedModelError, match="qwen3_5_mtp: this draft model has experts"
+        ):
+            drafters.load_drafter(str(tmp_path / "drafter"))
+        with pytest.raises(UnsupportedModelError, match="generate without a draft model"):
+            split.load_model_weights(model, config, {}, target)
+    assert split.load_model_weights is utils.load_model_weights
+    assert drafters.load_drafter(str(tmp_path / "drafter"))[1] == "mtp"
+
+
 @pytest.mark.parametrize("batch", [5, 16])
 @pytest.mark.parametrize("slots", [3, lm.EXPERTS - 1])
 def test_a_few_tokens_run_one_by_one_as_in_stock_where_kernels_depend_on_it(

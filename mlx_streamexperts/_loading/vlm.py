@@ -55,6 +55,23 @@ def _class(module: str, name: str) -> type[nn.Module]:
     return kind
 
 
+def refuse_drafters(model: nn.Module) -> None:
+    """Refuse a model of mlx-vlm that only drafts for others, if it has experts.
+
+    Raises:
+        UnsupportedModelError: it has.
+    """
+    if not type(model).__module__.startswith("mlx_vlm.speculative.drafters."):
+        return
+    _, projections = expert_classes()
+    for path, module in model.named_modules():
+        if isinstance(module, projections):
+            raise UnsupportedModelError(
+                f"{type(model).__module__.split('.')[3]}: this draft model has experts of its own "
+                f"({path}), which mlx-vlm would load in whole: generate without a draft model"
+            )
+
+
 def _refuse_drafts(language: nn.Module, folder: Path) -> None:
     """Let Gemma 4's check of drafts raise: mlx-vlm 0.7.10 leaves the experts out of it."""
     kind: Any = type(language)
