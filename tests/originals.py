@@ -97,6 +97,24 @@ def int4(weights: Weights) -> Weights:
     return out
 
 
+def minimax_m3(weights: Weights) -> Weights:
+    """Single experts, gate and up apart, and the shared one, which mlx-vlm makes the last."""
+    out = {}
+    for name, array in weights.items():
+        mlp, found, part = name.partition(".switch_mlp.")
+        if not found:
+            out[name] = array
+            continue
+        *routed, shared = [[x] if part == "down_proj.weight" else mx.split(x, 2) for x in array]
+        names = {"down_proj.weight": ["w2"], "gate_up_proj.weight": ["w1", "w3"]}[part]
+        whole = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+        for i, kind in enumerate(names):
+            out[f"{mlp}.shared_experts.{whole[kind]}.weight"] = shared[i]
+            for e, expert in enumerate(routed):
+                out[f"{mlp}.experts.{e}.{kind}.weight"] = expert[i]
+    return out
+
+
 def nvfp4(weights: Weights) -> Weights:
     """ModelOpt: single experts in NVFP4, each projection with a scale of the whole beside."""
     out = {}
