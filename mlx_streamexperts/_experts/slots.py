@@ -49,7 +49,7 @@ class SmallTable:
 
     Attributes:
         slot: where its slots are used.
-        rows: [experts, ...], not evaluated until the layer opens.
+        rows: [experts, ...], not evaluated until the layer opens, and given back then.
     """
 
     slot: SlotTensor
@@ -182,11 +182,13 @@ class ExpertSlots:
         """Replace all slots by `slots` empty ones."""
         self._empty()  # before the new ones are allocated: the budget holds throughout
         self._reader = reader
-        if not self._small_rows:
+        if len(self._small_rows) < len(self.small):
             self._small_rows = [
                 numbers(t.rows.reshape(self.experts, -1).view(mx.uint8))
                 for t in self.small.values()
             ]
+            nothing = mx.zeros((0,))
+            self.small = {name: replace(t, rows=nothing) for name, t in self.small.items()}
         self.cache = ExpertCache(self.experts, slots, policy, self.pinned)
         before, self.bank = self.bank, Bank(self.slot_tensors, self.cache.slots, in_place)
         self.bank.inherit_readers(before)  # they may read run-ahead's tables, which stay

@@ -4,7 +4,8 @@ Tables are matched by identity, never by name: lazy_load.py records the arrays t
 the model's `sanitize`, and the stacks it makes of them. A table is streamed only if its module
 holds one of these arrays, such a stack, or whole rows of stored tensors, and if the trace of
 `sanitize` (provenance.py) shows no operation that changes a value. If mlx-lm computes a table
-(scales or unpacks it), the model is refused. Nothing is evaluated here.
+(scales or unpacks it), the model is refused. Nothing is evaluated here but a few scales of
+mlx-vlm's Inkling (`vlm.traits`).
 """
 
 from __future__ import annotations
@@ -267,7 +268,14 @@ def _find_layers(
                 f"{path}: {first.names[0]} in {first.files[0]} has {a} experts, but "
                 f"{second.names[0]} in {second.files[0]} has {b}"
             )
-        layers.append(ExpertLayer(path, switch, tensors, next(iter(counts)), small, traits))
+        experts = next(iter(counts))
+        for name, one in small.items():
+            if one.rows.shape[0] != experts:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: {path}.{name} is {list(one.rows.shape)}, but the layer "
+                    f"has {experts} experts"
+                )
+        layers.append(ExpertLayer(path, switch, tensors, experts, small, traits))
     return sorted(layers, key=lambda x: [int(p) if p.isdigit() else -1 for p in x.name.split(".")])
 
 
