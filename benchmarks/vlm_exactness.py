@@ -6,7 +6,7 @@
 Each tiny random checkpoint of `tests/vlm_families.py` is written in float32, 4 bits, mixed bits
 (the last projection at 8) and 4 bits with bfloat16 activations. Stock mlx-vlm and the streamed
 model run a prompt of 40 tokens, blocks of 5 and single tokens. Every logit must have the same bits,
-and every cache that does not hold all experts must have missed some. Takes 5 minutes on one core.
+and every cache that does not hold all experts must have missed some. Takes 7 minutes on one core.
 """
 
 from __future__ import annotations
