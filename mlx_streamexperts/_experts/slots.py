@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -28,10 +28,17 @@ from .bank import Bank, SlotTensor, numbers, total_bytes
 
 @dataclass(frozen=True, slots=True)
 class ExpertTensor:
-    """One tensor of a layer's experts: where its slots are used and where its bytes are stored."""
+    """One tensor of a layer's experts, or a part of one: where it is used and where it is stored.
+
+    Attributes:
+        slot: where its slots are used.
+        stored: where its bytes are stored.
+        begin: where the part begins in an expert's tensor, in bytes; parts follow each other.
+    """
 
     slot: SlotTensor
     stored: ExpertTable
+    begin: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +49,7 @@ class SmallTable:
 
     Attributes:
         slot: where its slots are used.
-        rows: [experts, ...], not evaluated until the layer opens.
+        rows: [experts, ...], not evaluated until the layer opens, and given back then.
     """
 
     slot: SlotTensor
@@ -141,7 +148,7 @@ class ExpertSlots:
         self.name, self.tensors, self.experts = name, tensors, experts
         self.small, self.pinned = small or {}, pinned
         self._small_rows: list[np.ndarray] = []  # uint8 [experts, bytes] of each, set by open
-        self.expert_bytes = total_bytes([t.slot for t in tensors.values()])
+        self.expert_bytes = total_bytes([t.slot for t in tensors.values() if not t.begin])
         self.cache = ExpertCache(experts, 0)
         self.bank = Bank({}, 0, in_place=True)
         self.prefetch_stats = PrefetchStats()
@@ -154,7 +161,7 @@ class ExpertSlots:
     @property
     def slot_tensors(self) -> dict[str, SlotTensor]:
         """Where slots are used, by name: first those of `tensors`, in their order."""
-        read = {name: t.slot for name, t in self.tensors.items()}
+        read = {name: t.slot for name, t in self.tensors.items() if not t.begin}
         return read | {name: t.slot for name, t in self.small.items()}
 
     def relocate(
@@ -168,18 +175,20 @@ class ExpertSlots:
             stored: the place of every tensor.
             as_packed: checks each expert that was read; None trusts reads.
         """
-        self.tensors = {n: ExpertTensor(t.slot, stored[n]) for n, t in self.tensors.items()}
+        self.tensors = {n: replace(t, stored=stored[n]) for n, t in self.tensors.items()}
         self.as_packed = as_packed
 
     def open(self, slots: int, reader: ExpertReader, policy: str, in_place: bool) -> None:
         """Replace all slots by `slots` empty ones."""
         self._empty()  # before the new ones are allocated: the budget holds throughout
         self._reader = reader
-        if not self._small_rows:
+        if len(self._small_rows) < len(self.small):
             self._small_rows = [
                 numbers(t.rows.reshape(self.experts, -1).view(mx.uint8))
                 for t in self.small.values()
             ]
+            nothing = mx.zeros((0,))
+            self.small = {name: replace(t, rows=nothing) for name, t in self.small.items()}
         self.cache = ExpertCache(self.experts, slots, policy, self.pinned)
         before, self.bank = self.bank, Bank(self.slot_tensors, self.cache.slots, in_place)
         self.bank.inherit_readers(before)  # they may read run-ahead's tables, which stay
@@ -359,7 +368,15 @@ class ExpertSlots:
         if self.as_packed is None:
             return True
         delivered = self.bank.delivered(int(self.cache.slot_of[expert]))
-        return self.as_packed(expert, delivered[: len(self.tensors)])
+        return self.as_packed(expert, self._parts(delivered))
+
+    def _parts(self, memory: Sequence[memoryview]) -> list[memoryview]:
+        """The part of an expert's memory that each of `tensors` fills."""
+        parts, at = [], -1
+        for t in self.tensors.values():
+            at += not t.begin
+            parts.append(memory[at][t.begin : t.begin + t.stored.row_bytes])
+        return parts
 
     def _submit(self, placed: Sequence[int], priority: int) -> Ticket:
         """Start reading experts that have just got slots."""
@@ -367,9 +384,10 @@ class ExpertSlots:
         ranges = []
         for expert in placed:
             memory = self.bank.destinations(int(self.cache.slot_of[expert]))
-            for rows, into in zip(self._small_rows, memory[len(self.tensors) :], strict=True):
+            small = memory[len(memory) - len(self.small) :]
+            for rows, into in zip(self._small_rows, small, strict=True):
                 into[:] = rows[expert].data
-            for t, into in zip(self.tensors.values(), memory, strict=False):
+            for t, into in zip(self.tensors.values(), self._parts(memory), strict=True):
                 at = t.stored
                 ranges.append(
                     ByteRange(

@@ -4,7 +4,8 @@ Tables are matched by identity, never by name: lazy_load.py records the arrays t
 the model's `sanitize`, and the stacks it makes of them. A table is streamed only if its module
 holds one of these arrays, such a stack, or whole rows of stored tensors, and if the trace of
 `sanitize` (provenance.py) shows no operation that changes a value. If mlx-lm computes a table
-(scales or unpacks it), the model is refused. Nothing is evaluated here.
+(scales or unpacks it), the model is refused. Nothing is evaluated here but a few scales of
+mlx-vlm's Inkling (`vlm.traits`).
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ from .provenance import Stored
 
 # NVFP4's second scale of an expert's table, or of its rows, as mlx-vlm keeps it.
 _SCALES = ("weight_scale_2", "weight_global_scale")
+
+_PARTS = 4  # more reads for one tensor of an expert are not worth it
 
 _SCORE_COPIES = 3  # scores, the mask added, their softmax
 
@@ -247,15 +250,17 @@ def _find_layers(
                     if table.ndim:  # otherwise one for all experts
                         small[name] = _small_table(projection, attribute, table)
                     continue
-                stored = _stored_table(f"{path}.{name}", table, entries, record, checkpoint)
-                if stored is None and not as_converted:
-                    raise UnsupportedModelError(
-                        _rewritten(f"{path}.{name}", record.stored, checkpoint)
-                    )
-                if stored is None:
-                    stored = ExpertTable.nowhere(table.nbytes, table.shape[0])
+                stored = _stored_parts(f"{path}.{name}", table, entries, record, checkpoint)
+                if not stored and not as_converted:
+                    raise UnsupportedModelError(_rewritten(f"{path}.{name}", record, checkpoint))
+                if not stored:
+                    stored = [ExpertTable.nowhere(table.nbytes, table.shape[0])]
                 slot = SlotTensor(projection, attribute, tuple(table.shape[1:]), table.dtype)
-                tensors[name] = ExpertTensor(slot, stored)
+                begin = 0
+                for number, part_of_it in enumerate(stored, 1):
+                    key = name if number == 1 else f"{name} ({number})"
+                    tensors[key] = ExpertTensor(slot, part_of_it, begin)
+                    begin += part_of_it.row_bytes
         counts = {t.stored.experts: t.stored for t in tensors.values()}
         if len(counts) != 1:
             (a, first), (b, second), *_ = counts.items()
@@ -263,7 +268,14 @@ def _find_layers(
                 f"{path}: {first.names[0]} in {first.files[0]} has {a} experts, but "
                 f"{second.names[0]} in {second.files[0]} has {b}"
             )
-        layers.append(ExpertLayer(path, switch, tensors, next(iter(counts)), small, traits))
+        experts = next(iter(counts))
+        for name, one in small.items():
+            if one.rows.shape[0] != experts:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: {path}.{name} is {list(one.rows.shape)}, but the layer "
+                    f"has {experts} experts"
+                )
+        layers.append(ExpertLayer(path, switch, tensors, experts, small, traits))
     return sorted(layers, key=lambda x: [int(p) if p.isdigit() else -1 for p in x.name.split(".")])
 
 
@@ -271,14 +283,14 @@ def _small_table(module: nn.Module, attribute: str, table: mx.array) -> SmallTab
     return SmallTable(SlotTensor(module, attribute, tuple(table.shape[1:]), table.dtype), table)
 
 
-def _stored_table(
+def _stored_parts(
     where: str,
     table: mx.array,
     entries: dict[int, TensorEntry],
     record: LoadRecord,
     checkpoint: Checkpoint,
-) -> ExpertTable | None:
-    """The place of a table on disk; None if mlx-lm computes it while loading.
+) -> list[ExpertTable]:
+    """The places of a table's parts on disk; none if it is computed while loading.
 
     Args:
         where: the table's name in the model.
@@ -289,37 +301,51 @@ def _stored_table(
     """
     rows = record.traced.get(where)
     if record.traced and rows is None:  # `a *= 2` computes, and `a` is the same object after it
-        return None
+        return []
     _, parts = record.stacks.get(id(table), (table, []))
     if entry := entries.get(id(table)):
         _check_table(where, table, entry, entry.shape, entry.nbytes)
-        return ExpertTable.stacked(entry)
+        return [ExpertTable.stacked(entry)]
     if parts and all(id(p) in entries for p in parts):
         stored = ExpertTable.separate([entries[id(p)] for p in parts])
         entry, count = entries[id(parts[0])], len(parts)
         _check_table(where, table, entry, (count, *entry.shape), count * entry.nbytes)
-        return stored
-    return None if rows is None else _cut_table(where, table, rows.rows(), checkpoint)
+        return [stored]
+    return [] if rows is None else _cut_tables(where, table, rows, checkpoint)
 
 
-def _cut_table(where: str, table: mx.array, rows: Stored, checkpoint: Checkpoint) -> ExpertTable:
-    """The place of a table whose experts are parts of stored tensors: half of their rows, say."""
-    entries = [checkpoint.tensors[name] for name, _ in rows.ranges]
-    _check_table(where, table, entries[0], rows.shape, rows.nbytes)
-    return ExpertTable(
-        entries[0].dtype,
-        table.nbytes // table.shape[0],
-        tuple(str(e.file) for e in entries),
-        tuple(e.offset + skip for e, (_, skip) in zip(entries, rows.ranges, strict=True)),
-        tuple(e.name for e in entries),
-    )
+def _cut_tables(
+    where: str, table: mx.array, stored: Stored, checkpoint: Checkpoint
+) -> list[ExpertTable]:
+    """The places of a table whose experts are parts of stored tensors: half of their rows, say.
+
+    None if one expert is cut in another way than the others.
+    """
+    _check_table(where, table, checkpoint.tensors[stored.ranges[0][0]], stored.shape, stored.nbytes)
+    rows = stored.rows()
+    if len({tuple(nbytes for *_, nbytes in row) for row in rows}) > 1 or len(rows[0]) > _PARTS:
+        return []
+    tables = []
+    for part in zip(*rows, strict=True):  # of every expert
+        entries = [checkpoint.tensors[name] for name, *_ in part]
+        tables.append(
+            ExpertTable(
+                entries[0].dtype,
+                part[0][2],
+                tuple(str(e.file) for e in entries),
+                tuple(e.offset + skip for e, (_, skip, _) in zip(entries, part, strict=True)),
+                tuple(e.name for e in entries),
+            )
+        )
+    return tables
 
 
 def _unknown_owner(folder: Path, path: str, switch: nn.Module) -> str:
     """The message for an expert module of no known class."""
     return (
         f"{folder}: {path} is a {type(switch).__name__}, and experts of that kind cannot be "
-        "streamed yet. If the model fits into memory, load it without streaming"
+        "streamed: only modules that are called with tokens and the indices of their experts can. "
+        "If the model fits into memory, load it without streaming"
     )
 
 
@@ -334,16 +360,25 @@ def _check_table(
         )
 
 
-def _rewritten(where: str, stored: dict[str, mx.array], checkpoint: Checkpoint) -> str:
-    """The message for a table that mlx-lm computes while loading."""
+def _rewritten(where: str, record: LoadRecord, checkpoint: Checkpoint) -> str:
+    """The message for a table that is computed while loading."""
     layer = where[: where.find(".", where.find("layers.") + len("layers.")) + 1]
-    alike = sorted(n for n in stored if ".experts." in n and layer in n)
+    folder = checkpoint.folder
+    convert = (
+        "Convert the checkpoint once, in little memory: python -m mlx_streamexperts.convert "
+        f"--model {folder} --out <new folder>"
+    )
+    if record.library == "mlx-vlm":
+        convert = (
+            "Let mlx-vlm write it once as it uses it, on a machine that holds the model: python -m "
+            f"mlx_vlm.convert --hf-path {folder} --mlx-path <new folder>"
+        )
+    alike = sorted(n for n in record.stored if ".experts." in n and layer in n)
     example = f" (it holds {alike[0]}, for example)" if alike else ""
     return (
-        f"{checkpoint.folder} stores {where} neither as one table nor expert by expert as it is "
-        f"used{example}; mlx-lm computes it while loading, with all experts in memory. Convert the "
-        f"checkpoint once, in little memory: python -m mlx_streamexperts.convert --model "
-        f"{checkpoint.folder} --out <new folder>"
+        f"{folder} stores {where} neither as one table nor expert by expert as it is "
+        f"used{example}; {record.library} computes it while loading, with all experts in memory. "
+        + convert
     )
 
 

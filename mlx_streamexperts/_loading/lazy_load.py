@@ -61,6 +61,7 @@ class LoadRecord:
         language: the part of the model whose calls are passes; None for the model itself.
         switches, projections: classes of expert modules, and of the switch linears they own.
         traits: tells what sets an expert module apart.
+        library: that loads the model, by name.
     """
 
     stored: dict[str, mx.array] = field(default_factory=dict)
@@ -72,6 +73,7 @@ class LoadRecord:
     switches: tuple[type[nn.Module], ...] = SWITCHES
     projections: tuple[type[nn.Module], ...] = PROJECTIONS
     traits: Callable[[nn.Module], Traits] = lambda _: Traits()
+    library: str = "mlx-lm"
 
     @functools.cached_property
     def traced(self) -> dict[str, Stored]:

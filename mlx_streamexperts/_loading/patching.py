@@ -18,7 +18,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,6 +32,7 @@ from .._io.checkpoint import read_header
 from .guards import GUARDS
 from .lazy_load import original_load_model
 from .on_ranks import part_of_repository
+from .vlm import refuse_drafters
 
 _original_load_adapters = mlx_lm.tuner.utils.load_adapters  # mlx_lm.utils' own calls it
 _original_sharded_load = mlx_lm.utils.sharded_load
@@ -174,6 +175,22 @@ def _vlm_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
     return original, load_model
 
 
+@functools.cache
+def _vlm_weights() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """mlx-vlm's `load_model_weights`, and ours. A draft model out of its target's own checkpoint is
+    loaded by this function alone.
+    """
+    original = sys.modules[_VLM].load_model_weights
+
+    @functools.wraps(original)
+    def load_model_weights(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        if _active() is not None:
+            refuse_drafters(model)
+        return cast(nn.Module, original(model, *args, **kwargs))
+
+    return original, load_model_weights
+
+
 @functools.wraps(_original_load_adapters)
 def _load_adapters(model: nn.Module, adapter_path: str) -> nn.Module:
     """Refuse adapters on streamed experts: mlx-lm would silently drop their weights."""
@@ -245,6 +262,7 @@ def _replace_functions() -> None:
         sys.meta_path.remove(_after_import)
     for original, ours in (
         *([_vlm_functions()] if hasattr(sys.modules.get(_VLM), "load_model") else []),
+        *([_vlm_weights()] if hasattr(sys.modules.get(_VLM), "load_model_weights") else []),
         (original_load_model, _load_model),
         (_original_load_adapters, _load_adapters),
         *GUARDS,

@@ -33,6 +33,7 @@ _SWITCHES = (
     ("minimax_m3_vl.language", "MiniMaxPackedSwitchGLU"),
     ("diffusion_gemma.language", "Experts"),
     ("inkling.language", "InklingSwitchGLU"),
+    ("openai_privacy_filter.openai_privacy_filter", "Experts"),
 )
 _PROJECTIONS = (
     ("mlx_vlm.models.switch_layers", "SwitchLinear"),
@@ -52,6 +53,23 @@ def expert_classes() -> tuple[Classes, Classes]:
 def _class(module: str, name: str) -> type[nn.Module]:
     kind: type[nn.Module] = getattr(importlib.import_module(module), name)
     return kind
+
+
+def refuse_drafters(model: nn.Module) -> None:
+    """Refuse a model of mlx-vlm that only drafts for others, if it has experts.
+
+    Raises:
+        UnsupportedModelError: it has.
+    """
+    if not type(model).__module__.startswith("mlx_vlm.speculative.drafters."):
+        return
+    _, projections = expert_classes()
+    for path, module in model.named_modules():
+        if isinstance(module, projections):
+            raise UnsupportedModelError(
+                f"{type(model).__module__.split('.')[3]}: this draft model has experts of its own "
+                f"({path}), which mlx-vlm would load in whole: generate without a draft model"
+            )
 
 
 def _refuse_drafts(language: nn.Module, folder: Path) -> None:
@@ -105,7 +123,7 @@ def load_recorded(
     """
     allow_open(len(shard_files(folder)), str(folder))  # MLX holds each open until it is read
     utils: Any = importlib.import_module("mlx_vlm.utils")
-    record = LoadRecord()
+    record = LoadRecord(library="mlx-vlm")
     files: dict[str, list[str]] = {}  # names in each shard
 
     def load_shard(path: str) -> dict[str, mx.array]:
