@@ -159,7 +159,7 @@ def _config(args: argparse.Namespace) -> StreamConfig:
     parser.add_argument("--prefill-step-size", type=int)
     parser.add_argument("--max-kv-size", type=int)
     parser.add_argument("--draft-model")
-    parser.add_argument("--kv-bits", type=int)
+    parser.add_argument("--kv-bits", type=_bits)
     parser.add_argument("--kv-group-size", type=int, default=Options.kv_group_size)
     parser.add_argument("--model")
     program_options, _ = parser.parse_known_args(args.arguments)
@@ -171,6 +171,11 @@ def _config(args: argparse.Namespace) -> StreamConfig:
         stock = importlib.import_module("mlx_lm.generate")
         config = replace(config, prefill_tokens=stock.DEFAULT_PREFILL_STEP_SIZE)
     return config
+
+
+def _bits(text: str) -> float:
+    """Bits of a KV cache: whole ones for mlx-lm, any for mlx-vlm."""
+    return float(text) if "." in text else int(text)
 
 
 class _RecordedPatch(patch):

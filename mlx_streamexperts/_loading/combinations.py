@@ -33,7 +33,8 @@ from .._errors import TokenError, UnsupportedModelError
 from .._experts.refusals import refuse_transforms
 from .._hooks import logits_of
 from .discover import discover
-from .lazy_load import original_load_model
+from .lazy_load import MLX_VLM, original_load_model
+from .libraries import library
 
 BATCHED = frozenset(
     (
@@ -135,6 +136,10 @@ def check_options(
     if options.draft_model is None and options.kv_bits is None:
         return
     if mx.distributed.init().size() > 1:  # a rank has only its own part of the model's files
+        return
+    if (
+        library(Path(folder), config) == MLX_VLM
+    ):  # it quantizes the caches that it can, layer by layer
         return
     model = discover(Path(folder), config, {"trust_remote_code": trust_remote_code}).model
     if options.draft_model is not None:

@@ -29,6 +29,7 @@ from .._config import StreamConfig
 from .._errors import UnsupportedModelError
 from .._experts.stream import is_streamed, stream
 from .._io.checkpoint import read_header
+from . import vlm
 from .guards import GUARDS
 from .lazy_load import original_load_model
 from .on_ranks import part_of_repository
@@ -46,8 +47,8 @@ class Loader(Protocol):
     def _load_model(self, arguments: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
         """`mlx_lm.utils.load_model` with these arguments and streamed experts."""
 
-    def _load_vlm(self, original: Callable[..., nn.Module], arguments: dict[str, Any]) -> nn.Module:
-        """mlx-vlm's `load_model`, the original, with these arguments and streamed experts."""
+    def _load_vlm(self, arguments: dict[str, Any]) -> nn.Module:
+        """`mlx_vlm.utils.load_model` with these arguments and streamed experts."""
 
 
 _VLM = "mlx_vlm.utils"
@@ -151,7 +152,7 @@ class _AfterImport(MetaPathFinder):
 @functools.cache
 def _vlm_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
     """mlx-vlm's `load_model`, and ours. It must be imported: an import here could wait for ever."""
-    original = sys.modules[_VLM].load_model
+    original = vlm.original_load_model()
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -159,7 +160,7 @@ def _vlm_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
         active = _active()
         if active is None:
             return original(*args, **kwargs)
-        return active._load_vlm(original, dict(signature.bind(*args, **kwargs).arguments))
+        return active._load_vlm(dict(signature.bind(*args, **kwargs).arguments))
 
     return original, load_model
 
