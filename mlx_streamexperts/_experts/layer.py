@@ -37,6 +37,7 @@ from .._listeners import Listeners
 from .autotune import StepTimer
 from .bank import numbers
 from .cpu_streams import CpuStreams
+from .keep_awake import KeepAwake
 from .refusals import Experts, refuse_transforms
 from .slots import Arrivals, ExpertSlots, ExpertTensor, PrefetchStats
 from .split import SORTED_ROWS, RowRule, SplitCall
@@ -219,6 +220,7 @@ class ExpertLayer:
         self._timer: StepTimer  # these three are set by open
         self._guard: ThreadGuard
         self._cpu_streams: CpuStreams
+        self._keep_awake: KeepAwake | None = None
 
     @property
     def tensors(self) -> dict[str, ExpertTensor]:
@@ -247,6 +249,7 @@ class ExpertLayer:
         guard: ThreadGuard,
         cpu_streams: CpuStreams,
         in_place: bool,
+        keep_awake: KeepAwake | None = None,
     ) -> None:
         """Allocate `slots` slots, all empty, and accept calls.
 
@@ -258,11 +261,13 @@ class ExpertLayer:
             guard: knows which threads call the model's layers.
             cpu_streams: runs the matmuls.
             in_place: read straight into MLX's arrays.
+            keep_awake: keeps the device awake while a call waits for reads.
         """
         with self.lock:
             self.closed, self.resident = True, False  # until everything is there
             self.why_closed = "a change of its cache was interrupted; call resize again"
             self._timer, self._guard, self._cpu_streams = timer, guard, cpu_streams
+            self._keep_awake = keep_awake
             self.slots.open(slots, reader, policy, in_place)
             self.closed = False
 
@@ -466,7 +471,7 @@ class ExpertLayer:
                 return y
             start = time.perf_counter()
         if arrivals.left:
-            arrivals.all()
+            self._await(arrivals.all)
             start = self.record_phase("wait", start)
         if self._rows.ratio and self._rows.divides(experts.size, self.experts, cache.slots):
             split = self._split(x, experts)
@@ -493,7 +498,7 @@ class ExpertLayer:
                 if ready:
                     mx.async_eval(split.run(split.rows_of(ready)))
                 start = self.record_phase("build", start)
-                ready = arrivals.some() if overlap == "batches" else arrivals.all()
+                ready = self._await(arrivals.some if overlap == "batches" else arrivals.all)
                 start = self.record_phase("wait", start)
         except Exception:
             arrivals.abandon()
@@ -504,6 +509,13 @@ class ExpertLayer:
         y = split.joined()
         self.record_phase("build", start)
         return y
+
+    def _await(self, arrive: Callable[[], list[int]]) -> list[int]:
+        """Wait for reads; the device stays awake meanwhile, if it should."""
+        if self._keep_awake is None:
+            return arrive()
+        with self._keep_awake.during_wait():
+            return arrive()
 
     def _run(self, x: mx.array, slots: mx.array) -> mx.array:
         """x [..., D], slots [..., K] -> [..., K, D]."""
@@ -528,7 +540,7 @@ class ExpertLayer:
         start = time.perf_counter()
         arrivals = self.slots.begin(*waves[0])
         for i, (wave, _) in enumerate(waves):
-            arrivals.all()
+            self._await(arrivals.all)
             start = self.record_phase("wait", start)
             y = split.run(split.rows_of(wave))
             mx.async_eval(y)

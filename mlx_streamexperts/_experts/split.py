@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 # mlx-lm sorts a call's rows by expert from this many on.
 SORTED_ROWS = 64
@@ -28,20 +28,31 @@ class RowRule:
     """How a backend chooses its kernels; another kernel would sum in another order.
 
     Attributes:
-        count: it looks at the number of rows, or at whether they are sorted.
+        count: it looks at whether rows are sorted, which they are from `SORTED_ROWS` on.
         ratio: it looks at the number of rows for each expert of a table.
+        padded: it looks at the number of unsorted rows too. So a part of a token's call gets
+            stand-in rows, as many as the whole has.
     """
 
     count: bool = False
     ratio: bool = False
+    padded: bool = False
 
     @classmethod
     def of(cls, switch: nn.Module) -> RowRule:
-        """The rule for a module on MLX's default device. The CPU backend computes row by row."""
+        """The rule for a module on MLX's default device. The CPU backend computes row by row.
+
+        Metal computes unsorted rows one by one, each in the same way however many there are
+        (`gather_qmv` in backend/metal/quantized.cpp and `gather_mv` in matmul.cpp, MLX 0.32).
+        mlx-vlm's modules have Metal kernels of their own for them, of which that is not known.
+        """
         if mx.default_device() == mx.cpu:
             return cls()
-        parts = [m for m in switch.values() if isinstance(m, QuantizedSwitchLinear)]
-        return cls(True, mx.metal.is_available() and bool(parts))
+        linears = [m for m in switch.values() if isinstance(m, nn.Module) and "weight" in m]
+        own = all(isinstance(m, SwitchLinear | QuantizedSwitchLinear) for m in linears)
+        metal = mx.metal.is_available()
+        quantized = any("scales" in m for m in linears)
+        return cls(count=True, ratio=metal and quantized, padded=not (metal and own))
 
     def limits(self, rows: int, experts: int, slots: int) -> tuple[int, int]:
         """The least and the most rows of a part of a prompt that uses the kernels of the whole.
@@ -90,7 +101,7 @@ class SplitCall:
         self._switch, self._x, self._slot_of = switch, x, slot_of
         self._shape = experts.shape
         self._chosen = experts.ravel()  # [T*K]
-        self._keeps = rule.count and experts.size < SORTED_ROWS
+        self._keeps = rule.padded and experts.size < SORTED_ROWS
         # A prompt's parts go into one output at once: joined at the end, they would take three
         # times its memory. For a token, joining is cheapest.
         self._in_one = experts.size >= SORTED_ROWS
