@@ -195,8 +195,8 @@ class StreamConfig:
     )
     loader: str = _option(
         "auto",
-        "the library that loads the model, and whose bits the result has. auto: mlx-lm if it has "
-        "the model's family, else mlx-vlm (extra `vlm`)",
+        "the library that loads the model, and whose bits the result has. auto: mlx-lm if it can "
+        "load the model, else mlx-vlm (extra `vlm`)",
         choices=("auto", "mlx-lm", "mlx-vlm"),
     )
     in_place: str = _option(

@@ -197,11 +197,13 @@ class PassCheck:
     Args:
         model: the model.
         rows: its vocabulary size, or None if unknown.
+        pads: padded batches are the library's own affair. mlx-vlm's are compared with its own
+            results only: it computes some of them otherwise than single prompts.
     """
 
-    def __init__(self, model: nn.Module, rows: int | None) -> None:
+    def __init__(self, model: nn.Module, rows: int | None, pads: bool = False) -> None:
         self._model, self._rows = model, rows
-        self._batches = batches(model, make_prompt_cache(model))
+        self._batches = pads or batches(model, make_prompt_cache(model))
         self._seen: mx.array | None = None  # padding array of the last decode step checked
 
     def __call__(self, ids: mx.array | None, caches: Any) -> None:

@@ -37,7 +37,7 @@ from .._memory.footprint import Footprint
 from .._memory.model_graph import copied, measure
 from .._osinfo import unfinished_bytes
 from . import vlm
-from .lazy_load import MLX_VLM, PROJECTIONS, SWITCHES, LoadRecord, load_recorded
+from .lazy_load import MLX_LM, MLX_VLM, PROJECTIONS, SWITCHES, LoadRecord, load_recorded
 from .libraries import library
 from .provenance import Stored
 
@@ -58,6 +58,7 @@ class DiscoveredModel:
         language: the part of the model whose calls are passes: all of it, or its language model.
         modules: the expert modules of `whole`, each with the width of an expert's hidden layer.
         stage: this rank's decoder layers, if several machines share the model.
+        library: the library that loaded it.
     """
 
     model: nn.Module
@@ -70,6 +71,7 @@ class DiscoveredModel:
     language: nn.Module
     modules: list[tuple[nn.Module, int]]
     stage: Stage | None = None
+    library: str = MLX_LM
 
     def plan(self, config: StreamConfig, held: int = 0) -> Plan:
         """Divide the budget that `config` states; other models hold `held` bytes of it.
@@ -174,7 +176,17 @@ def discover(
     shards = sorted({t.file for t in checkpoint.tensors.values()})
     modules = expert_modules(whole, record.switches, record.projections)
     return DiscoveredModel(
-        model, model_config, layers, sizes, item_bytes, shards, whole, language, modules, stage
+        model,
+        model_config,
+        layers,
+        sizes,
+        item_bytes,
+        shards,
+        whole,
+        language,
+        modules,
+        stage,
+        record.library,
     )
 
 

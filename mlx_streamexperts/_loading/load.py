@@ -7,6 +7,7 @@ before the plan is accepted.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from .lazy_load import MLX_LM, MLX_VLM, original_load_model
 from .libraries import library
 from .on_ranks import discover_on_ranks, part_of_repository
 from .tuned_for import warn_if_elsewhere
+
+_log = logging.getLogger(__name__)
 
 _TRUNK_STEP_BYTES = 256 << 20
 
@@ -242,6 +245,10 @@ class patch:  # noqa: N801 - called like a function
         foreign = max(0, mx.get_active_memory() - others)
         if any(is_registered(s) for s in self.streams):
             config = replace(config, reserve=None)
+        if library == MLX_VLM:  # its caches are not known to go back exactly
+            if config.run_ahead == "on":
+                _log.warning("run_ahead does not work with mlx-vlm: each layer's router is awaited")
+            config = replace(config, run_ahead="off")
         plan = found.plan(config, others)  # before anything is evaluated
         check_device(plan, device_limit(plan.bound), config.oversubscribe)
         plan = replace(plan, others=foreign)
@@ -311,7 +318,7 @@ class patch:  # noqa: N801 - called like a function
         if run_ahead is not None:
             run_ahead.watch(model)
         passes = Passes(expert_stream, run_ahead.step if run_ahead else None)
-        passes.install(language, PassCheck(language, rows))
+        passes.install(language, PassCheck(language, rows, pads=found.library == MLX_VLM))
         expert_stream.token_rows = rows
         self.streams.append(expert_stream)
         return expert_stream

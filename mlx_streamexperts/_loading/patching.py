@@ -30,7 +30,7 @@ from .._errors import UnsupportedModelError
 from .._experts.stream import is_streamed, stream
 from .._io.checkpoint import read_header
 from . import vlm
-from .guards import GUARDS
+from .guards import GUARDS, vlm_guard
 from .lazy_load import original_load_model
 from .on_ranks import part_of_repository
 
@@ -227,6 +227,12 @@ def _sharded_load(
 _after_import = _AfterImport()
 
 
+def _vlm_is_there() -> bool:
+    """Are mlx-vlm's functions defined? Another thread may be importing it."""
+    utils = sys.modules.get(_VLM)
+    return hasattr(utils, "load_model") and hasattr(utils, "save_weights")
+
+
 def _replace_functions() -> None:
     """Put our functions, or the original ones, into every module that has imported them."""
     patched = bool(_installed or _scoped)
@@ -235,7 +241,7 @@ def _replace_functions() -> None:
     elif not patched and _after_import in sys.meta_path:
         sys.meta_path.remove(_after_import)
     for original, ours in (
-        *([_vlm_functions()] if hasattr(sys.modules.get(_VLM), "load_model") else []),
+        *([_vlm_functions(), vlm_guard()] if _vlm_is_there() else []),
         (original_load_model, _load_model),
         (_original_load_adapters, _load_adapters),
         *GUARDS,
