@@ -28,6 +28,7 @@ from mlx_lm.models.switch_layers import (
 )
 
 from .._errors import CheckpointError, StreamError, UnsupportedModelError
+from .._experts.layer import Traits
 from .._experts.stream import flatten
 from .._hooks import swapped_in_thread
 from .._io.checkpoint import (
@@ -62,6 +63,7 @@ class LoadRecord:
         language: the part of the model whose calls are passes; None for the model itself.
         switches, projections: classes of expert modules, and of the switch linears they own.
         library: the library that loaded it.
+        traits: tells what sets an expert module apart.
     """
 
     stored: dict[str, mx.array] = field(default_factory=dict)
@@ -73,6 +75,7 @@ class LoadRecord:
     switches: tuple[type[nn.Module], ...] = SWITCHES
     projections: tuple[type[nn.Module], ...] = PROJECTIONS
     library: str = MLX_LM
+    traits: Callable[[nn.Module], Traits] = lambda _: Traits()
 
     @functools.cached_property
     def traced(self) -> dict[str, Stored]:
