@@ -1,7 +1,7 @@
 """The options of expert streaming: one list for scripts, command lines and settings files.
 
-An option's name, help, choices and default are stated here and nowhere else. No option changes a
-result; `tune` relies on that for the ones marked as tuned.
+An option's name, help, choices and default are stated here and nowhere else. No option but `loader`
+changes a result; `tune` relies on that for the ones marked as tuned.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ DEFAULT_CONTEXT = 4096
 _MOST_THREADS = 1024  # more than any drive has use for, less than a system gives
 
 _VERSION = 1  # of settings files
-_PER_RUN = ("oversubscribe", "store", "verify_reads", "hot_set", "pipeline", "split", "progress")
+_PER_RUN = (
+    "oversubscribe", "store", "verify_reads", "hot_set", "pipeline", "split", "loader", "progress",
+)  # fmt: skip
 """Options that no settings file holds: they name other files or machines, override a refusal, or
 concern one run."""
 
@@ -82,7 +84,7 @@ class StreamConfig:
     """How experts are streamed. Sizes are bytes, or strings such as "24GB" or "24GiB".
 
     Frozen: `dataclasses.replace` makes a changed one. Command lines take the same options: `memory`
-    as `--memory` and so on. None of them changes a result. The options from `policy` to
+    as `--memory` and so on. None but `loader` changes a result. The options from `policy` to
     `keep_awake` are None until they are stated, which means the default that the table shows;
     `with_defaults` fills those in.
 
@@ -192,6 +194,12 @@ class StreamConfig:
         "with --pipeline: how many layers each rank has, rank 0 (the last layers) first, for "
         "example 31,30. Default: evenly",
     )
+    loader: str = _option(
+        "auto",
+        "the library that loads the model, and whose bits the result has. auto: mlx-lm if it can "
+        "load the model, else mlx-vlm (extra `vlm`)",
+        choices=("auto", "mlx-lm", "mlx-vlm"),
+    )
     in_place: str = _option(
         "auto",
         "read straight into MLX's memory. auto: when the start-up check on this device passes; "
@@ -248,8 +256,8 @@ class StreamConfig:
         """Read a settings file, as `save` and `mlx_streamexperts.tune` write it.
 
         Such a file may hold every option but `oversubscribe`, `store`, `verify_reads`, `hot_set`,
-        `pipeline`, `split` and `progress`: it divides memory and chooses how experts are read. It
-        cannot change a result, run code, name another file or override a refusal.
+        `pipeline`, `split`, `loader` and `progress`: it divides memory and chooses how experts are
+        read. It cannot change a result, run code, name another file or override a refusal.
 
         Args:
             path: the file.

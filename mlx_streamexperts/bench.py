@@ -22,6 +22,8 @@ from ._errors import StreamError
 
 stock = importlib.import_module("mlx_lm.benchmark")
 
+_INSTEAD = "python -m mlx_streamexperts.generate prints tokens per second too"
+
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """mlx-lm's options and ours."""
@@ -33,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = setup_arg_parser()
     args = parser.parse_args(argv)
     try:
-        config, model = stream_settings(args)
+        config, model = stream_settings(args, _INSTEAD)
         parser.set_defaults(model=model)
         with program(stock, parser, argv, args, _with_room(config, args), warm_up=1) as session:
             stock.main()

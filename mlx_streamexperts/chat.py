@@ -19,6 +19,7 @@ from ._hooks import swapped
 
 stock = importlib.import_module("mlx_lm.chat")
 
+_INSTEAD = "mlx-vlm has a chat of its own: python -m mlx_streamexperts.run mlx_vlm.chat --model ..."
 _PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = setup_arg_parser()
     args = parser.parse_args(argv)
     try:
-        config, model = stream_settings(args)
+        config, model = stream_settings(args, _INSTEAD)
         parser.set_defaults(model=model)
         with program(stock, parser, argv, args, config) as session, _templates():
             try:

@@ -41,6 +41,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="read a store and compare its checksums; the exit status is 1 if any differs",
     )
+    parser.add_argument(
+        "--loader",
+        choices=("auto", "mlx-lm", "mlx-vlm"),
+        default="auto",
+        help="the library that will load the model (default: auto)",
+    )
     add_output_arguments(parser, "the store's folder", "another checkpoint")
     return parser
 
@@ -60,7 +66,7 @@ def _pack(args: argparse.Namespace) -> int:
     folder = resolve(args.model or demo_model())
     check_not_written(folder, "packing it")
     trust = {"trust_remote_code": args.trust_remote_code}
-    layers = discover(folder, StreamConfig(), trust).layers
+    layers = discover(folder, StreamConfig(loader=args.loader), trust).layers
     total = sum(x.experts * x.expert_bytes for x in layers)
     with progress_bar("Packing", args.progress, total) as bar:
         for nbytes in write_store(layers, args.out, args.overwrite):

@@ -19,6 +19,7 @@ from .._experts.stream import ExpertStream
 from .._io.checkpoint import read_checkpoint
 from .._loading.combinations import Options, check_options
 from .._loading.demo import demo_model
+from .._loading.libraries import require_mlx_lm
 from .._loading.load import local_folder, resolve
 
 _JOIN_SECONDS = 120
@@ -115,15 +116,22 @@ def failed(error: Exception, streams: Sequence[ExpertStream] = ()) -> int:
     return 1
 
 
-def stream_settings(args: argparse.Namespace) -> tuple[StreamConfig, str | None]:
+def stream_settings(
+    args: argparse.Namespace, instead: str | None
+) -> tuple[StreamConfig, str | None]:
     """The streaming options of a parsed command line, and the model to load.
 
     Without `--model` it is the embedded model. That one fits into any machine's memory, so it gets
     a small expert cache unless a budget is stated. The model is None if a prompt cache file names
     it.
 
+    Args:
+        args: the parsed command line.
+        instead: what to do about a model of mlx-vlm, as a sentence; None if the command runs it.
+
     Raises:
-        UnsupportedModelError: the model cannot do what an option asks for.
+        UnsupportedModelError: the model cannot do what an option asks for, or loads through mlx-vlm
+            where the command does not.
         StreamError: an option or a size is invalid, or there is no such model.
     """
     config, model = from_arguments(args), args.model
@@ -140,6 +148,8 @@ def stream_settings(args: argparse.Namespace) -> tuple[StreamConfig, str | None]
     if model is not None:
         trust = bool(getattr(args, "trust_remote_code", False))
         model = str(local_folder(model, config, trust=trust))
+        if instead is not None:
+            require_mlx_lm(model, config, "this command", instead)
     config = following_stock_options(config, args, args)
     if model is not None:
         check_options(model, config, Options.of(args), trust)

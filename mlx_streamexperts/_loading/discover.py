@@ -11,7 +11,6 @@ mlx-vlm's Inkling (`vlm.traits`).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,9 @@ from .._memory.budget import Plan, Sizes, divide, text_config
 from .._memory.footprint import Footprint
 from .._memory.model_graph import copied, measure
 from .._osinfo import unfinished_bytes
-from .lazy_load import PROJECTIONS, SWITCHES, LoadRecord, load_recorded
+from . import vlm
+from .lazy_load import MLX_LM, MLX_VLM, PROJECTIONS, SWITCHES, LoadRecord, load_recorded
+from .libraries import library
 from .provenance import Stored
 
 # NVFP4's second scale of an expert's table, or of its rows, as mlx-vlm keeps it.
@@ -47,9 +48,6 @@ _SCALES = ("weight_scale_2", "weight_global_scale")
 _PARTS = 4  # more reads for one tensor of an expert are not worth it
 
 _SCORE_COPIES = 3  # scores, the mask added, their softmax
-
-Load = Callable[[Path, dict[str, Any]], tuple[nn.Module, dict[str, Any], LoadRecord]]
-"""Loads the model in a folder lazily, with arguments for its library's `load_model`."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +64,7 @@ class DiscoveredModel:
         language: the part of the model whose calls are passes: all of it, or its language model.
         modules: the expert modules of `whole`, each with the width of an expert's hidden layer.
         stage: this rank's decoder layers, if several machines share the model.
+        library: the library that loaded it.
     """
 
     model: nn.Module
@@ -78,6 +77,7 @@ class DiscoveredModel:
     language: nn.Module
     modules: list[tuple[nn.Module, int]]
     stage: Stage | None = None
+    library: str = MLX_LM
 
     def plan(self, config: StreamConfig, held: int = 0) -> Plan:
         """Divide the budget that `config` states; other models hold `held` bytes of it.
@@ -120,36 +120,41 @@ def discover(
     arguments: dict[str, Any],
     as_converted: bool = False,
     part: Part | None = None,
-    load: Load | None = None,
 ) -> DiscoveredModel:
     """Check the checkpoint, build the model without evaluating it, and find its experts.
 
     Args:
         folder: the model folder.
-        config: names the packed store to read, if any.
-        arguments: arguments of mlx-lm's `load_model`.
+        config: names the packed store to read, if any, and the library that loads the model.
+        arguments: arguments of that library's `load_model`.
         as_converted: plan as if the checkpoint were converted: tables that mlx-lm computes while
-            loading have no place on disk, and the size that a conversion would give them.
+            loading have no place on disk, and the size that a conversion would give them. Models
+            of mlx-vlm are not converted.
         part: keep only the layers of this rank. Shards that hold only other ranks' layers may be
             missing.
-        load: loads the model; mlx-lm's loader if None.
 
     Raises:
         CheckpointError: the files are damaged or incomplete.
         UnsupportedModelError: no routed experts, or a layout that cannot be streamed.
-        StreamError: `part` does not suit the model, or the process may open too few files.
+        StreamError: `part` does not suit the model, the process may open too few files, or mlx-vlm
+            is needed and not installed.
     """
     check_model_folder(folder)
     checkpoint = read_checkpoint(folder)
+    is_vlm = library(folder, config) == MLX_VLM
+    if is_vlm and part is not None:
+        raise UnsupportedModelError(alone_message(folder))
     if part is not None and checkpoint.absent:
         arguments = {**arguments, "strict": False}
-    model, model_config, record = (load or load_recorded)(folder, arguments)
+    load = vlm.load_recorded if is_vlm else load_recorded
+    model, model_config, record = load(folder, arguments)
     language = model if record.language is None else record.language
     whole = language if part is None else copied(model)
     stage = None if part is None else cut(model, part)
     if stage is not None:
         _check_whole(model, stage, checkpoint, record)
-    layers = _find_layers(model, checkpoint, record, as_converted and config.store is None)
+    converted = as_converted and not is_vlm and config.store is None
+    layers = _find_layers(model, checkpoint, record, converted)
     if not layers:
         if stage is not None:
             raise UnsupportedModelError(
@@ -178,7 +183,17 @@ def discover(
     shards = sorted({t.file for t in checkpoint.tensors.values()})
     modules = expert_modules(whole, record.switches, record.projections)
     return DiscoveredModel(
-        model, model_config, layers, sizes, item_bytes, shards, whole, language, modules, stage
+        model,
+        model_config,
+        layers,
+        sizes,
+        item_bytes,
+        shards,
+        whole,
+        language,
+        modules,
+        stage,
+        record.library,
     )
 
 
@@ -290,7 +305,7 @@ def _stored_parts(
     record: LoadRecord,
     checkpoint: Checkpoint,
 ) -> list[ExpertTable]:
-    """The places of a table's parts on disk; none if it is computed while loading.
+    """The places of a table's parts on disk; none if its library computes it while loading.
 
     Args:
         where: the table's name in the model.
@@ -304,24 +319,25 @@ def _stored_parts(
         return []
     _, parts = record.stacks.get(id(table), (table, []))
     if entry := entries.get(id(table)):
-        _check_table(where, table, entry, entry.shape, entry.nbytes)
+        _check_table(where, table, entry, entry.shape, entry.nbytes, record)
         return [ExpertTable.stacked(entry)]
     if parts and all(id(p) in entries for p in parts):
         stored = ExpertTable.separate([entries[id(p)] for p in parts])
         entry, count = entries[id(parts[0])], len(parts)
-        _check_table(where, table, entry, (count, *entry.shape), count * entry.nbytes)
+        _check_table(where, table, entry, (count, *entry.shape), count * entry.nbytes, record)
         return [stored]
-    return [] if rows is None else _cut_tables(where, table, rows, checkpoint)
+    return [] if rows is None else _cut_tables(where, table, rows, record, checkpoint)
 
 
 def _cut_tables(
-    where: str, table: mx.array, stored: Stored, checkpoint: Checkpoint
+    where: str, table: mx.array, stored: Stored, record: LoadRecord, checkpoint: Checkpoint
 ) -> list[ExpertTable]:
     """The places of a table whose experts are parts of stored tensors: half of their rows, say.
 
-    None if one expert is cut in another way than the others.
+    Empty if one expert is cut in another way than the others.
     """
-    _check_table(where, table, checkpoint.tensors[stored.ranges[0][0]], stored.shape, stored.nbytes)
+    first = checkpoint.tensors[stored.ranges[0][0]]
+    _check_table(where, table, first, stored.shape, stored.nbytes, record)
     rows = stored.rows()
     if len({tuple(nbytes for *_, nbytes in row) for row in rows}) > 1 or len(rows[0]) > _PARTS:
         return []
@@ -350,36 +366,46 @@ def _unknown_owner(folder: Path, path: str, switch: nn.Module) -> str:
 
 
 def _check_table(
-    where: str, table: mx.array, stored: TensorEntry, shape: tuple[int, ...], nbytes: int
+    where: str,
+    table: mx.array,
+    stored: TensorEntry,
+    shape: tuple[int, ...],
+    nbytes: int,
+    record: LoadRecord,
 ) -> None:
     """Check that a table in the model has the shape and size of its stored bytes."""
     if tuple(table.shape) != shape or table.nbytes != nbytes or not shape or not table.size:
         raise CheckpointError(
             f"{stored.file}: tensor {stored.name} is {stored.dtype} {list(stored.shape)}, but "
-            f"mlx-lm reads it as {table.dtype} {list(table.shape)} for {where}"
+            f"{record.library} reads it as {table.dtype} {list(table.shape)} for {where}"
         )
 
 
 def _rewritten(where: str, record: LoadRecord, checkpoint: Checkpoint) -> str:
-    """The message for a table that is computed while loading."""
+    """The message for a table that its library computes while loading."""
     layer = where[: where.find(".", where.find("layers.") + len("layers.")) + 1]
-    folder = checkpoint.folder
-    convert = (
-        "Convert the checkpoint once, in little memory: python -m mlx_streamexperts.convert "
-        f"--model {folder} --out <new folder>"
-    )
-    if record.library == "mlx-vlm":
-        convert = (
-            "Let mlx-vlm write it once as it uses it, on a machine that holds the model: python -m "
-            f"mlx_vlm.convert --hf-path {folder} --mlx-path <new folder>"
-        )
     alike = sorted(n for n in record.stored if ".experts." in n and layer in n)
     example = f" (it holds {alike[0]}, for example)" if alike else ""
+    if record.library == MLX_VLM:
+        way_out = (
+            "Use an MLX conversion (mlx-community), or write one with mlx_vlm.convert on a machine "
+            "that holds the model"
+        )
+    else:
+        way_out = (
+            "Convert the checkpoint once, in little memory: python -m mlx_streamexperts.convert "
+            f"--model {checkpoint.folder} --out <new folder>"
+        )
     return (
-        f"{folder} stores {where} neither as one table nor expert by expert as it is "
+        f"{checkpoint.folder} stores {where} neither as one table nor expert by expert as it is "
         f"used{example}; {record.library} computes it while loading, with all experts in memory. "
-        + convert
+        f"{way_out}"
     )
+
+
+def alone_message(folder: Path) -> str:
+    """The message for a model of mlx-vlm that several machines were to share."""
+    return f"{folder}: several machines share models of mlx-lm only, not of mlx-vlm"
 
 
 def no_experts_message(folder: Path, model: nn.Module, model_config: dict[str, Any]) -> str:

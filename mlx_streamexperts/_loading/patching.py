@@ -29,10 +29,10 @@ from .._config import StreamConfig
 from .._errors import UnsupportedModelError
 from .._experts.stream import is_streamed, stream
 from .._io.checkpoint import read_header
-from .guards import GUARDS
+from . import vlm
+from .guards import GUARDS, vlm_guard
 from .lazy_load import original_load_model
 from .on_ranks import part_of_repository
-from .vlm import refuse_drafters
 
 _original_load_adapters = mlx_lm.tuner.utils.load_adapters  # mlx_lm.utils' own calls it
 _original_sharded_load = mlx_lm.utils.sharded_load
@@ -47,8 +47,8 @@ class Loader(Protocol):
     def _load_model(self, arguments: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
         """`mlx_lm.utils.load_model` with these arguments and streamed experts."""
 
-    def _load_vlm(self, original: Callable[..., nn.Module], arguments: dict[str, Any]) -> nn.Module:
-        """mlx-vlm's `load_model`, the original, with these arguments and streamed experts."""
+    def _load_vlm(self, arguments: dict[str, Any]) -> nn.Module:
+        """`mlx_vlm.utils.load_model` with these arguments and streamed experts."""
 
 
 _VLM = "mlx_vlm.utils"
@@ -162,7 +162,7 @@ class _AfterImport(MetaPathFinder):
 @functools.cache
 def _vlm_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
     """mlx-vlm's `load_model`, and ours. It must be imported: an import here could wait for ever."""
-    original = sys.modules[_VLM].load_model
+    original = vlm.original_load_model()
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -170,7 +170,7 @@ def _vlm_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
         active = _active()
         if active is None:
             return original(*args, **kwargs)
-        return active._load_vlm(original, dict(signature.bind(*args, **kwargs).arguments))
+        return active._load_vlm(dict(signature.bind(*args, **kwargs).arguments))
 
     return original, load_model
 
@@ -185,7 +185,7 @@ def _vlm_weights() -> tuple[Callable[..., Any], Callable[..., Any]]:
     @functools.wraps(original)
     def load_model_weights(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         if _active() is not None:
-            refuse_drafters(model)
+            vlm.refuse_drafters(model)
         return cast(nn.Module, original(model, *args, **kwargs))
 
     return original, load_model_weights
@@ -253,6 +253,12 @@ def _sharded_load(
 _after_import = _AfterImport()
 
 
+def _vlm_is_there() -> bool:
+    """Are mlx-vlm's functions defined? Another thread may be importing it."""
+    utils = sys.modules.get(_VLM)
+    return hasattr(utils, "load_model") and hasattr(utils, "save_weights")
+
+
 def _replace_functions() -> None:
     """Put our functions, or the original ones, into every module that has imported them."""
     patched = bool(_installed or _scoped)
@@ -261,7 +267,7 @@ def _replace_functions() -> None:
     elif not patched and _after_import in sys.meta_path:
         sys.meta_path.remove(_after_import)
     for original, ours in (
-        *([_vlm_functions()] if hasattr(sys.modules.get(_VLM), "load_model") else []),
+        *([_vlm_functions(), vlm_guard()] if _vlm_is_there() else []),
         *([_vlm_weights()] if hasattr(sys.modules.get(_VLM), "load_model_weights") else []),
         (original_load_model, _load_model),
         (_original_load_adapters, _load_adapters),

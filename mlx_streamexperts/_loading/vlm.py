@@ -8,6 +8,7 @@ this module imports it only in functions.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,9 +20,9 @@ import mlx.nn as nn
 from .._errors import CheckpointError, StreamError, UnsupportedModelError
 from .._experts.layer import Traits
 from .._hooks import intercept, swapped_in_thread
-from .._io.checkpoint import shard_files
+from .._io.checkpoint import read_model_config, shard_files
 from .._io.files import allow_open
-from .lazy_load import LoadRecord, recording_stacks
+from .lazy_load import MLX_VLM, LoadRecord, recording_stacks
 
 # Expert modules that compute every (token, expert) row on its own, from their switch linears alone.
 _SWITCHES = (
@@ -72,6 +73,33 @@ def refuse_drafters(model: nn.Module) -> None:
             )
 
 
+def require(folder: Path) -> Any:
+    """The module `mlx_vlm.utils`, for this model.
+
+    Raises:
+        StreamError: mlx-vlm is not installed.
+    """
+    try:
+        return importlib.import_module("mlx_vlm.utils")
+    except ModuleNotFoundError as e:
+        if (e.name or "").partition(".")[0] != "mlx_vlm":
+            raise
+        raise StreamError(
+            f"{folder}: this model loads through mlx-vlm, which is not installed: "
+            "pip install 'mlx-streamexperts[vlm]'"
+        ) from e
+
+
+@cache
+def original_load_model() -> Callable[..., nn.Module]:
+    """mlx-vlm's own `load_model`, which patching.py asks for before it replaces that.
+
+    `mlx_vlm.utils` must be imported: an import here could wait for ever.
+    """
+    load: Callable[..., nn.Module] = sys.modules["mlx_vlm.utils"].load_model
+    return load
+
+
 def _refuse_drafts(language: nn.Module, folder: Path) -> None:
     """Let Gemma 4's check of drafts raise: mlx-vlm 0.7.10 leaves the experts out of it."""
     kind: Any = type(language)
@@ -108,22 +136,31 @@ def traits(switch: nn.Module) -> Traits:
 
 
 def load_recorded(
-    load: Callable[..., nn.Module], folder: Path, arguments: dict[str, Any]
+    folder: Path, arguments: dict[str, Any]
 ) -> tuple[nn.Module, dict[str, Any], LoadRecord]:
     """Run mlx-vlm's `load_model` lazily and record where its arrays come from.
 
     Args:
-        load: mlx-vlm's own `load_model`.
         folder: the model folder.
         arguments: further arguments of `load_model`.
 
     Raises:
         CheckpointError: mlx-vlm cannot load the checkpoint.
-        StreamError: the checkpoint has more files than this process may open.
+        UnsupportedModelError: the checkpoint brings model code, and `arguments` do not trust it.
+        StreamError: mlx-vlm is not installed, or the checkpoint has more files than this process
+            may open.
     """
+    utils = require(folder)
+    load = original_load_model()
     allow_open(len(shard_files(folder)), str(folder))  # MLX holds each open until it is read
-    utils: Any = importlib.import_module("mlx_vlm.utils")
-    record = LoadRecord(library="mlx-vlm")
+    # mlx-vlm runs such a file without asking; so would `doctor`, on whatever it is shown.
+    file = read_model_config(folder).get("model_file")
+    if file is not None and not arguments.get("trust_remote_code"):
+        raise UnsupportedModelError(
+            f"{folder}: its config.json names model code to run, {file}. If you trust it, pass "
+            "trust_remote_code=True (--trust-remote-code)"
+        )
+    record = LoadRecord(library=MLX_VLM)
     files: dict[str, list[str]] = {}  # names in each shard
 
     def load_shard(path: str) -> dict[str, mx.array]:

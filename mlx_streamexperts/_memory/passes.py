@@ -14,7 +14,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import cache as stock
 
 from .._hooks import Check, Pass, intercept, intercept_passes, logits_of
 from .footprint import allocated, leaves, tokens_in
@@ -145,5 +144,8 @@ def context(caches: Sequence[Any] | None) -> int:
 
 
 def is_quantized(caches: Sequence[Any] | None) -> bool:
-    """Are keys and values quantized? Then mlx-lm's attention has no fused kernel."""
-    return any(isinstance(c, stock.QuantizedKVCache) for c in leaves(caches or ()))
+    """Are keys and values quantized? Then attention has no fused kernel.
+
+    By name: mlx-vlm has several such classes of its own.
+    """
+    return any("Quant" in type(c).__name__ for c in leaves(caches or ()))

@@ -28,7 +28,7 @@ from mlx_lm.convert import MODEL_CONVERSION_DTYPES, QUANT_RECIPES
 from mlx_lm.utils import save_config
 
 from .._cli.options import add_output_arguments, failed
-from .._config import format_size, parse_size
+from .._config import StreamConfig, format_size, parse_size
 from .._errors import CheckpointError, StreamError
 from .._io.checkpoint import (
     CONVERSION,
@@ -41,6 +41,7 @@ from .._io.checkpoint import (
     read_json_object,
 )
 from .._io.output import check_not_written, exclusive, sync_folder, write_json
+from .._loading.libraries import require_mlx_lm
 from .._loading.load import resolve
 from .._progress import progress_bar
 from ._rewrite import Options, Rewrite
@@ -89,6 +90,13 @@ def convert(
         raise StreamError(f"{out}: choose a new folder; the original is never changed")
     check_not_written(source, "converting it")
     check_model_folder(source)
+    require_mlx_lm(
+        source,
+        StreamConfig(),
+        "convert",
+        "An MLX conversion (mlx-community) streams as it is. mlx_vlm.convert writes one, on a "
+        "machine that holds the model",
+    )
     checkpoint = read_checkpoint(source)
     _check_single_experts(checkpoint)
     state = _state(checkpoint, options, shard_bytes)

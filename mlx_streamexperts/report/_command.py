@@ -24,6 +24,7 @@ from ._page import UNFINISHED, check_libraries, write_data, write_page
 from ._report import SCHEMA, VERSION, Report, as_json, from_json
 from ._study import FULL, QUICK, Settings, make_report
 
+_INSTEAD = "Use python -m mlx_streamexperts.generate, which prints tokens per second and hit rates"
 _NUMBERS: dict[str, tuple[type, str]] = {
     "sustained": (float, "minutes of decoding on and on"),
     "prompts": (int, "of the shipped prompts (default: all)"),
@@ -89,7 +90,7 @@ def _measured(args: argparse.Namespace) -> Path | None:
 
     A run that ends early leaves a page of what was measured.
     """
-    config, model = stream_settings(args)
+    config, model = stream_settings(args, _INSTEAD)
     assert model is not None
     settings = _settings(args)
     local = args.model is None or Path(args.model).exists()

@@ -48,6 +48,9 @@ _FULL = (
     b'{"error": {"message": "too many connections; try again later", "type": "server_error", '
     b'"param": null, "code": "overloaded"}}'
 )
+_INSTEAD = (
+    "mlx-vlm has a server of its own: python -m mlx_streamexperts.run mlx_vlm.server --model ..."
+)
 _KEY_VARIABLE = "STREAMEXPERTS_API_KEY"
 
 
@@ -94,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     args = setup_arg_parser().parse_args(argv)
     try:
         args.max_body = parse_size(args.max_body)
-        config, model = stream_settings(args)
+        config, model = stream_settings(args, _INSTEAD)
         assert model is not None
         served = _served(args.model, model, args.also_serve)
         aliases = dict(zip([args.model or model, *args.also_serve], served.values(), strict=True))

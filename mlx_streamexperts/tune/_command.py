@@ -38,6 +38,7 @@ from ._tuner import Outcome, Record, Run, Tuner
 
 __all__ = ["Ledger", "Outcome", "Run", "Runner", "Tuner", "Workload", "main", "space"]
 
+_INSTEAD = "Use python -m mlx_streamexperts.generate, which prints tokens per second and hit rates"
 _VALUES: Space = {
     CACHE_SHARE: (1.0, 0.85, 0.7, 0.5),
     "bypass_page_cache": ("auto", "on", "off"),
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = setup_arg_parser().parse_args(argv)
     try:
-        config, model = stream_settings(args)
+        config, model = stream_settings(args, _INSTEAD)
         assert model is not None
         if config.pipeline:
             raise StreamError("tuning is for one machine: leave out --pipeline")
