@@ -43,6 +43,7 @@ from .cpu_streams import CpuStreams
 from .hot_set import read_hot_set, read_in, save_hot_set
 from .layer import OVERLAPS, PHASES, ExpertLayer
 from .prefetch import SMALL_EXPERT_BYTES
+from .rows import Rows
 from .slots import PrefetchStats
 from .speculative.runahead import RunAhead, RunAheadStats
 from .stats import StreamStats
@@ -84,14 +85,16 @@ class ExpertStream(Closing):
         plan: Plan,
         config: StreamConfig,
         model_config: dict[str, Any],
+        rows: Rows | None = None,
     ) -> None:
+        self._rows = rows or Rows()
         self.layers, self.plan, self.config = layers, plan, config
         self._model_config = model_config
         self.in_place = config.in_place == "auto" and in_place_works()
         self.bypasses_page_cache = self._decide_bypass()
         hot = read_hot_set(layers, Path(config.hot_set)) if config.hot_set else []
         _let_go(layers)
-        files = expert_files(layers)
+        files = sorted({*expert_files(layers), *self._rows.files})
         allow_open(len(files), str(Path(files[0]).parent))
         marks = _marks(files)
         self._reader = ExpertReader(
@@ -108,6 +111,7 @@ class ExpertStream(Closing):
         hold_limits(self, plan, config.wired == "auto")
         try:
             self._open(plan.slots)
+            self._rows.open(self._reader)
             self.run_ahead = self._make_run_ahead()
             if hot:
                 read_in(layers, hot, config.progress)
@@ -136,6 +140,7 @@ class ExpertStream(Closing):
             overlapped=sum(x.stats.overlapped for x in self.layers),
             resident_layers=sum(x.resident for x in self.layers),
             run_ahead=RunAheadStats(**asdict(self.run_ahead.stats) if self.run_ahead else {}),
+            rows=self._rows.stats(),
         )
 
     def reset(self) -> None:
@@ -144,6 +149,7 @@ class ExpertStream(Closing):
             layer.reset()
         if self.run_ahead is not None:
             self.run_ahead.stats = RunAheadStats()
+        self._rows.reset()
         self._reader.stats = ReadStats()
 
     def trace(self, path: str | os.PathLike[str]) -> Trace:
@@ -283,6 +289,7 @@ class ExpertStream(Closing):
                     steps.callback(recording.close)
                 for layer in reversed(self.layers):
                     steps.callback(layer.close)
+                steps.callback(self._rows.close, "this model's expert stream is closed")
                 if self._watch is not None:
                     steps.callback(self._watch.close)
             self._freed = True
@@ -292,7 +299,7 @@ class ExpertStream(Closing):
         if self._closed:
             return self.plan.trunk
         cache = sum(x.cache.slots * x.expert_bytes for x in self.layers)
-        return self.plan.trunk + cache + self.plan.kv + self.plan.work
+        return self.plan.trunk + cache + self.plan.row_cache + self.plan.kv + self.plan.work
 
     def accompany(self, ranks: Ranks, watch: Watch) -> None:
         """Join the other ranks of a distributed run, until closed.
@@ -409,6 +416,7 @@ class ExpertStream(Closing):
         self._changing = threading.RLock()
         for layer in self.layers:
             layer.disown()
+        self._rows.disown()
         if self.run_ahead is not None:
             self.run_ahead.disown()
 

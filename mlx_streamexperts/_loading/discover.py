@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from .._errors import CheckpointError, StreamError, UnsupportedModelError
 from .._experts.bank import SlotTensor
 from .._experts.layer import ExpertLayer
 from .._experts.packed_store import use_store
+from .._experts.rows import Rows
 from .._experts.slots import ExpertTensor
 from .._experts.stream import flatten, layer_needs, unwritten
 from .._io.checkpoint import (
@@ -39,6 +40,7 @@ from .._memory.model_graph import copied, measure
 from .._osinfo import unfinished_bytes
 from .lazy_load import PROJECTIONS, SWITCHES, LoadRecord, load_recorded
 from .provenance import Stored
+from .tables import stream_tables
 
 _SCORE_COPIES = 3  # scores, the mask added, their softmax
 
@@ -60,6 +62,8 @@ class DiscoveredModel:
         language: the part of the model whose calls are passes: all of it, or its language model.
         modules: the expert modules of `whole`, each with the width of an expert's hidden layer.
         stage: this rank's decoder layers, if several machines share the model.
+        rows: tables that are streamed; the model has `StreamedRows` in their places, which return
+            blanks until the stream opens them.
     """
 
     model: nn.Module
@@ -72,6 +76,7 @@ class DiscoveredModel:
     language: nn.Module
     modules: list[tuple[nn.Module, int]]
     stage: Stage | None = None
+    rows: Rows = field(default_factory=Rows)
 
     def plan(self, config: StreamConfig, held: int = 0) -> Plan:
         """Divide the budget that `config` states; other models hold `held` bytes of it.
@@ -143,7 +148,11 @@ def discover(
     stage = None if part is None else cut(model, part)
     if stage is not None:
         _check_whole(model, stage, checkpoint, record)
-    layers = _find_layers(model, checkpoint, record, as_converted and config.store is None)
+    unplaced = as_converted and config.store is None
+    layers = _find_layers(model, checkpoint, record, unplaced)
+    rows = Rows()
+    if stage is None:
+        rows = stream_tables(model, checkpoint, record, config, unplaced)
     if not layers:
         if stage is not None:
             raise UnsupportedModelError(
@@ -165,13 +174,25 @@ def discover(
         trunk=sum(a.nbytes for a in parameters) - expert_bytes,
         looked_up=_embedding_bytes(model, model_config),
         disk=checkpoint.nbytes if stage is None else _needed_bytes(checkpoint, stage),
-        conversion=sum(a.nbytes for a in parameters) if unwritten(layers) else 0,
+        conversion=sum(a.nbytes for a in parameters) + rows.nbytes if unwritten(layers) else 0,
+        tables=rows.nbytes,
+        row_cache=rows.cache_bytes,
     )
     item_bytes = max(a.dtype.size for a in parameters if mx.issubdtype(a.dtype, mx.floating))
     shards = sorted({t.file for t in checkpoint.tensors.values()})
     modules = expert_modules(whole, record.switches, record.projections)
     return DiscoveredModel(
-        model, model_config, layers, sizes, item_bytes, shards, whole, language, modules, stage
+        model,
+        model_config,
+        layers,
+        sizes,
+        item_bytes,
+        shards,
+        whole,
+        language,
+        modules,
+        stage,
+        rows,
     )
 
 

@@ -38,6 +38,7 @@ from .combinations import PassCheck, token_rows
 from .discover import DiscoveredModel, Load, discover, has_expert_tensors
 from .lazy_load import original_load_model
 from .on_ranks import discover_on_ranks, part_of_repository
+from .tables import set_module
 from .tuned_for import warn_if_elsewhere
 
 _TRUNK_STEP_BYTES = 256 << 20
@@ -283,13 +284,13 @@ class patch:  # noqa: N801 - called like a function
         language = found.language
         rows = token_rows(language) if found.stage is None else None
         for layer in found.layers:
-            _set_module(model, layer.name, StreamedSwitch(layer))
+            set_module(model, layer.name, StreamedSwitch(layer))
         guard(model)
         if not lazy:
             _load_trunk(model, config.progress)
         if config.prefetch != "off":
             connect(model, found.layers, config.prefetch_depth, config.prefetch == "on")
-        expert_stream = ExpertStream(found.layers, plan, config, found.model_config)
+        expert_stream = ExpertStream(found.layers, plan, config, found.model_config, found.rows)
         if found.stage is not None:
             wait_on_host(model, found.stage)
             expert_stream.stage = found.stage
@@ -302,15 +303,6 @@ class patch:  # noqa: N801 - called like a function
         expert_stream.token_rows = rows
         self.streams.append(expert_stream)
         return expert_stream
-
-
-def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Replace the module at a path such as `model.layers.3.mlp.switch_mlp`."""
-    *parents, last = path.split(".")
-    node: Any = model
-    for part in parents:
-        node = node[int(part)] if isinstance(node, list) else node[part]
-    node[int(last) if isinstance(node, list) else last] = module
 
 
 def _load_trunk(model: nn.Module, progress: bool) -> None:
