@@ -64,8 +64,6 @@ class ExpertReadError(StreamError):
             an unexpected end of the file.
     """
 
-    _what = "expert"
-
     def __init__(
         self,
         layer: str,
@@ -75,11 +73,12 @@ class ExpertReadError(StreamError):
         offset: int,
         errno: int | None,
         reason: str = "unexpected end of file",
+        what: str = "expert",
     ) -> None:
         self._reason = reason = reason if errno is None else os.strerror(errno)
         super().__init__(
-            f"cannot read {self._what} {expert} of {layer}: {reason} at byte {offset} of {file} "
-            f"(tensor {tensor}). The {self._what}'s slot was left empty; the model can be used "
+            f"cannot read {what} {expert} of {layer}: {reason} at byte {offset} of {file} "
+            f"(tensor {tensor}). The {what}'s slot was left empty; the model can be used "
             "again once the file can be read."
         )
         self.layer, self.expert, self.tensor = layer, expert, tensor
@@ -87,13 +86,10 @@ class ExpertReadError(StreamError):
 
     def of_a_row(self) -> ExpertReadError:
         """The same error, of a row of a table that is looked up by token."""
-        return _RowReadError(
-            self.layer, self.expert, self.tensor, self.file, self.offset, self.errno, self._reason
-        )
-
-
-class _RowReadError(ExpertReadError):
-    _what = "row"
+        return ExpertReadError(
+            self.layer, self.expert, self.tensor, self.file, self.offset, self.errno, self._reason,
+            what="row",
+        )  # fmt: skip
 
 
 class OtherThreadError(StreamError):
