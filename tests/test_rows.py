@@ -214,6 +214,7 @@ def test_a_family_of_mlx_lm_gives_the_same_bits(
         ("longcat_flash_ngram", "ngram_embeddings.embedders"),
         ("longcat_flash_sparse", "ngram_embeddings.embedders"),
         ("gemma4_ple", "embed_tokens_per_layer"),
+        ("deepseek_v41_engram", "engram.embed"),
     ],
 )
 def test_a_family_of_mlx_vlm_gives_the_same_bits(
@@ -232,6 +233,22 @@ def test_a_family_of_mlx_vlm_gives_the_same_bits(
     assert_same(expected, vlm_families.run(model, tokens, 30), family)
     stats = stream(model).stats().rows
     assert stats.misses > max(t.slots for t in stream(model)._rows.tables)
+
+
+@pytest.mark.usefixtures("not_compiled", "estimated")
+def test_an_engram_is_never_loaded_whole_nor_charged(tmp_path: Path) -> None:
+    """mlx-vlm reads its rows itself, but leaves the whole table among the parameters."""
+    utils = pytest.importorskip("mlx_vlm.utils", reason="mlx-vlm is not installed: extra `vlm`")
+    folder = vlm_families.make_vlm_checkpoint(tmp_path / "m", "deepseek_v41_engram", bits=4)
+    stock = utils.load_model(folder)
+    with patch(cache="900KB", config=StreamConfig(progress=False, rows="off")) as patched:
+        model = utils.load_model(folder)
+    assert "engram.embed" in names(stock)
+    assert "engram.embed" not in names(model)
+    tables = sum(a.nbytes for n, a in tree_flatten(stock.parameters()) if "engram.embed" in n)
+    planned = patched.streams[0].plan
+    assert planned.tables == tables
+    assert planned.trunk == sum(a.nbytes for _, a in tree_flatten(model.parameters()))
 
 
 def test_small_tables_stay_in_memory_and_an_option_decides(

@@ -31,6 +31,7 @@ class StreamStats:
         resident_layers: layers whose experts are all in memory; they count no hits.
         run_ahead: outcomes of steps that did not wait for every layer's indices.
         rows: rows of tables that are looked up by token; `read` includes their reads.
+        beats: pieces of small work that kept the GPU awake; see the option `keep_awake`.
     """
 
     cache: CacheStats
@@ -45,6 +46,7 @@ class StreamStats:
     resident_layers: int
     run_ahead: RunAheadStats
     rows: RowStats
+    beats: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain numbers, for JSON."""

@@ -56,7 +56,7 @@ def stream_tables(
     config: StreamConfig,
     as_converted: bool = False,
 ) -> Rows:
-    """Put `StreamedRows` in place of a model's known tables, if they are large.
+    """Put `StreamedRows` in place of a model's known tables, if the options say so.
 
     Args:
         model: a lazily loaded model.
@@ -65,8 +65,6 @@ def stream_tables(
         config: the options `rows` and `row_cache`.
         as_converted: accept tables that have no place on disk yet.
     """
-    if config.rows == "off":
-        return Rows()
     entries = {id(array): checkpoint.tensors[name] for name, array in record.stored.items()}
     tables = []
     for found in list(_known_tables(model)):
@@ -74,8 +72,9 @@ def stream_tables(
         if placed is not None:
             tables.append((found, placed))
     nbytes = sum(_nbytes(tensors, rows) for _, (tensors, rows) in tables)
-    if config.rows == "auto" and nbytes < LEAST_BYTES:
-        return Rows()
+    if config.rows == "off" or (config.rows == "auto" and nbytes < LEAST_BYTES):
+        # Those that mlx-vlm reads row by row itself leave the whole table among the parameters.
+        tables = [(found, placed) for found, placed in tables if found.offloaded is not None]
     streamed = []
     for found, (tensors, rows) in tables:
         embedding = found.parts[0][1]
