@@ -6,6 +6,7 @@ import json
 import linecache
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,27 @@ def test_a_family_of_mlx_vlm_gives_the_same_bits(
 
 
 @pytest.mark.usefixtures("not_compiled", "estimated")
+@pytest.mark.parametrize("family", ["qwen4_exp", "deepseek_v41_engram", "longcat_flash_ngram"])
+def test_rows_are_read_before_layers_ask(family: str, tmp_path: Path) -> None:
+    """A token's n-grams are known at the start of its pass."""
+    utils = pytest.importorskip("mlx_vlm.utils", reason="mlx-vlm is not installed: extra `vlm`")
+    folder = vlm_families.make_vlm_checkpoint(tmp_path / "m", family)
+    stock = utils.load_model(folder)
+    with patch(cache="900KB", config=replace(STREAMED, row_cache="1MB")):
+        model = utils.load_model(folder)
+    tokens = lm.token_stream(vlm_families.TEXT, 20, 0)
+    expected = vlm_families.run(stock, tokens, 8)
+    assert_same(expected, vlm_families.run(model, tokens, 8), family)
+    stats = stream(model).stats().rows
+    assert stats.early > 20
+    assert stats.misses == 0
+    bytes_read = stats.bytes
+    assert_same(expected, vlm_families.run(model, tokens, 8), family)
+    stats = stream(model).stats().rows
+    assert stats.bytes == bytes_read  # all hits, and no early read of what is there
+
+
+@pytest.mark.usefixtures("not_compiled", "estimated")
 def test_an_engram_is_never_loaded_whole_nor_charged(tmp_path: Path) -> None:
     """mlx-vlm reads its rows itself, but leaves the whole table among the parameters."""
     utils = pytest.importorskip("mlx_vlm.utils", reason="mlx-vlm is not installed: extra `vlm`")
@@ -275,12 +297,12 @@ def test_what_a_stream_tells_of_its_rows(checkpoint: Callable[..., Path]) -> Non
     ids = mx.array([[1, 2, 3]])
     mx.eval(model(ids, cache=model.make_cache()))
     stats = patched.streams[0].stats()
-    assert stats.rows.misses == 6
+    assert stats.rows.early == 6
     assert 0 < stats.rows.bytes <= stats.read.bytes
-    assert json.loads(json.dumps(stats.as_dict()))["rows"]["misses"] == 6
+    assert json.loads(json.dumps(stats.as_dict()))["rows"]["early"] == 6
     patched.streams[0].reset()
     mx.eval(model(ids, cache=model.make_cache()))
-    assert (stats.rows.misses, patched.streams[0].stats().rows.hits) == (6, 6)
+    assert (stats.rows.early, patched.streams[0].stats().rows.hits) == (6, 6)
     patched.streams[0].close()
     with pytest.raises(StreamError, match="closed"):
         model(ids)

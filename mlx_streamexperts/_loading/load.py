@@ -36,6 +36,7 @@ from .._progress import progress_bar
 from . import patching, vlm
 from .combinations import PassCheck, token_rows
 from .discover import DiscoveredModel, Load, discover, has_expert_tensors
+from .early_rows import reading_early
 from .lazy_load import original_load_model
 from .on_ranks import discover_on_ranks, part_of_repository
 from .tables import set_module
@@ -303,7 +304,8 @@ class patch:  # noqa: N801 - called like a function
         run_ahead = expert_stream.run_ahead
         if run_ahead is not None:
             run_ahead.watch(model)
-        passes = Passes(expert_stream, run_ahead.step if run_ahead else None)
+        run = run_ahead.step if run_ahead else None
+        passes = Passes(expert_stream, reading_early(found.rows, language, run))
         passes.install(language, PassCheck(language, rows))
         expert_stream.token_rows = rows
         self.streams.append(expert_stream)
