@@ -26,15 +26,18 @@ from mlx_streamexperts import (
     StreamConfig,
     StreamError,
     TokenError,
+    UnsupportedModelError,
     patch,
     plan,
     stream,
 )
+from mlx_streamexperts._cli import summary
 from mlx_streamexperts._experts import rows
 from mlx_streamexperts._experts.rows import RowPlace, Rows, RowTable, RowTensor, StreamedRows
 from mlx_streamexperts._io.reader import ExpertReader
 from mlx_streamexperts._loading import discover
 from mlx_streamexperts._memory import model_graph
+from mlx_streamexperts.doctor import _command as doctor
 
 ROWS, WIDTH, SLOTS = 40, 8, 4
 TABLE = np.arange(ROWS * WIDTH, dtype=np.float32).reshape(ROWS, WIDTH)
@@ -300,12 +303,38 @@ def test_what_a_stream_tells_of_its_rows(checkpoint: Callable[..., Path]) -> Non
     assert stats.rows.early == 6
     assert 0 < stats.rows.bytes <= stats.read.bytes
     assert json.loads(json.dumps(stats.as_dict()))["rows"]["early"] == 6
+    assert dict(summary.rows(patched.streams, summary.Timing()))["Rows"].startswith(
+        "6 looked up in 66 kB of tables on the drive: 0 in the cache (5.56 kB), 6 read early, 0"
+    )
     patched.streams[0].reset()
     mx.eval(model(ids, cache=model.make_cache()))
     assert (stats.rows.early, patched.streams[0].stats().rows.hits) == (6, 6)
     patched.streams[0].close()
     with pytest.raises(StreamError, match="closed"):
         model(ids)
+
+
+@pytest.mark.usefixtures("estimated")
+def test_doctor_explains_the_tables(
+    checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = checkpoint("longcat_flash_ngram")
+    machine = ["--machine", "M4 Max 128 GB", "--memory", "2GB"]
+    assert doctor.main(["--model", str(folder), *machine, "--rows", "on"]) == 0
+    said = capsys.readouterr().out
+    assert "of tables that are looked up by token stay on the drive; a cache of" in said
+    assert doctor.main(["--model", str(folder), *machine]) == 0
+    assert "looked up by token" not in capsys.readouterr().out
+
+
+def test_tables_without_experts_are_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("hidden_size_per_layer_input", 32), ("enable_moe_block", False)):
+        monkeypatch.setitem(lm.FAMILIES["gemma4_text"], name, value)
+    folder = lm.build("gemma4_text", tmp_path / "m", quantize=None)
+    with pytest.raises(UnsupportedModelError, match="only beside streamed experts"):
+        plan(folder, memory="2GB", config=StreamConfig(rows="on"))
 
 
 def test_a_model_without_tables_has_no_row_cache(checkpoint: Callable[..., Path]) -> None:

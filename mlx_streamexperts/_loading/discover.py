@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .._config import StreamConfig
+from .._config import StreamConfig, format_size
 from .._distributed.pipeline import Part, Stage, cut
 from .._errors import CheckpointError, StreamError, UnsupportedModelError
 from .._experts.bank import SlotTensor
@@ -162,7 +162,15 @@ def discover(
                 f"{folder}: {stage}: none of these has routed experts; use fewer machines or "
                 "another --split"
             )
-        raise UnsupportedModelError(no_experts_message(folder, model, model_config))
+        raise UnsupportedModelError(
+            no_experts_message(folder, model, model_config)
+            + (
+                f". Its tables that are looked up by token ({format_size(rows.nbytes)}) stay on "
+                "the drive only beside streamed experts"
+                if rows.tables
+                else ""
+            )
+        )
     if config.store is not None:
         use_store(
             layers,
