@@ -224,7 +224,7 @@ def test_a_family_of_mlx_lm_gives_the_same_bits(
 def test_a_family_of_mlx_vlm_gives_the_same_bits(
     family: str, table: str, bits: int | None, tmp_path: Path
 ) -> None:
-    """A prompt's rows do not fit into the cache; one token after the other follows."""
+    """A prompt's rows, a picture's among them, do not fit; one token after the other follows."""
     utils = pytest.importorskip("mlx_vlm.utils", reason="mlx-vlm is not installed: extra `vlm`")
     folder = vlm_families.make_vlm_checkpoint(tmp_path / "m", family, bits=bits)
     stock = utils.load_model(folder)
@@ -233,8 +233,10 @@ def test_a_family_of_mlx_vlm_gives_the_same_bits(
     assert table in names(stock)
     assert table not in names(model)
     tokens = lm.token_stream(vlm_families.TEXT, 40, 0)
-    expected = vlm_families.run(stock, tokens, 30)
-    assert_same(expected, vlm_families.run(model, tokens, 30), family)
+    ids, given = vlm_families.picture(family) or ([], {})
+    tokens = np.concatenate([tokens[:2], np.array(ids, tokens.dtype), tokens[2:]])
+    expected = vlm_families.run(stock, tokens, 30, **given)
+    assert_same(expected, vlm_families.run(model, tokens, 30, **given), family)
     stats = stream(model).stats().rows
     assert stats.misses > max(t.slots for t in stream(model)._rows.tables)
 
