@@ -200,6 +200,17 @@ class StreamConfig:
         "load the model, else mlx-vlm (extra `vlm`)",
         choices=("auto", "mlx-lm", "mlx-vlm"),
     )
+    rows: str = _option(
+        "auto",
+        "leave tables that are looked up by token (n-grams, per-layer embeddings) on the drive and "
+        "read their rows. auto: if they take 256 MiB or more; on: always",
+        choices=("auto", "on", "off"),
+    )
+    row_cache: float | str | None = _option(
+        None,
+        "memory for rows of such tables, for example 256MB. Default: 128 MiB, or less if the "
+        "tables are smaller",
+    )
     in_place: str = _option(
         "auto",
         "read straight into MLX's memory. auto: when the start-up check on this device passes; "
@@ -239,7 +250,7 @@ class StreamConfig:
                 raise StreamError(f"threads must be at most {_MOST_THREADS}, got {count!r}")
             if not isinstance(count, int):  # NumPy's, say
                 object.__setattr__(self, name, whole)
-        for name in ("memory", "cache", "read_size", "reserve"):
+        for name in ("memory", "cache", "read_size", "reserve", "row_cache"):
             value = getattr(self, name)
             by_rank = isinstance(value, str) and name in ("memory", "cache")
             for size in value.split(",") if by_rank else [value]:

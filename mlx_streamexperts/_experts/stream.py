@@ -44,6 +44,7 @@ from .hot_set import read_hot_set, read_in, save_hot_set
 from .keep_awake import KeepAwake
 from .layer import OVERLAPS, PHASES, ExpertLayer
 from .prefetch import SMALL_EXPERT_BYTES
+from .rows import Rows
 from .slots import PrefetchStats
 from .speculative.runahead import RunAhead, RunAheadStats
 from .stats import StreamStats
@@ -85,14 +86,16 @@ class ExpertStream(Closing):
         plan: Plan,
         config: StreamConfig,
         model_config: dict[str, Any],
+        rows: Rows | None = None,
     ) -> None:
+        self._rows = rows or Rows()
         self.layers, self.plan, self.config = layers, plan, config
         self._model_config = model_config
         self.in_place = config.in_place == "auto" and in_place_works()
         self.bypasses_page_cache = self._decide_bypass()
         hot = read_hot_set(layers, Path(config.hot_set)) if config.hot_set else []
         _let_go(layers)
-        files = expert_files(layers)
+        files = sorted({*expert_files(layers), *self._rows.files})
         allow_open(len(files), str(Path(files[0]).parent))
         marks = _marks(files)
         self._reader = ExpertReader(
@@ -111,6 +114,7 @@ class ExpertStream(Closing):
         try:
             self._keep_awake = self._make_keep_awake()
             self._open(plan.slots)
+            self._rows.open(self._reader)
             self.run_ahead = self._make_run_ahead()
             if hot:
                 read_in(layers, hot, config.progress)
@@ -139,6 +143,7 @@ class ExpertStream(Closing):
             overlapped=sum(x.stats.overlapped for x in self.layers),
             resident_layers=sum(x.resident for x in self.layers),
             run_ahead=RunAheadStats(**asdict(self.run_ahead.stats) if self.run_ahead else {}),
+            rows=self._rows.stats(),
             beats=self._keep_awake.beats if self._keep_awake is not None else 0,
         )
 
@@ -148,6 +153,7 @@ class ExpertStream(Closing):
             layer.reset()
         if self.run_ahead is not None:
             self.run_ahead.stats = RunAheadStats()
+        self._rows.reset()
         self._reader.stats = ReadStats()
         if self._keep_awake is not None:
             self._keep_awake.beats = 0
@@ -291,6 +297,7 @@ class ExpertStream(Closing):
                     steps.callback(recording.close)
                 for layer in reversed(self.layers):
                     steps.callback(layer.close)
+                steps.callback(self._rows.close, "this model's expert stream is closed")
                 if self._watch is not None:
                     steps.callback(self._watch.close)
             self._freed = True
@@ -300,7 +307,7 @@ class ExpertStream(Closing):
         if self._closed:
             return self.plan.trunk
         cache = sum(x.cache.slots * x.expert_bytes for x in self.layers)
-        return self.plan.trunk + cache + self.plan.kv + self.plan.work
+        return self.plan.trunk + cache + self.plan.row_cache + self.plan.kv + self.plan.work
 
     def accompany(self, ranks: Ranks, watch: Watch) -> None:
         """Join the other ranks of a distributed run, until closed.
@@ -428,6 +435,7 @@ class ExpertStream(Closing):
         self._changing = threading.RLock()
         for layer in self.layers:
             layer.disown()
+        self._rows.disown()
         if self.run_ahead is not None:
             self.run_ahead.disown()
 

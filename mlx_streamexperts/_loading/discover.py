@@ -11,19 +11,20 @@ mlx-vlm's Inkling (`vlm.traits`).
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .._config import StreamConfig
+from .._config import StreamConfig, format_size
 from .._distributed.pipeline import Part, Stage, cut
 from .._errors import CheckpointError, StreamError, UnsupportedModelError
 from .._experts.bank import SlotTensor
 from .._experts.layer import ExpertLayer
 from .._experts.packed_store import use_store
+from .._experts.rows import Rows
 from .._experts.slots import ExpertTensor, SmallTable
 from .._experts.stream import flatten, layer_needs, unwritten
 from .._io.checkpoint import (
@@ -41,6 +42,7 @@ from . import vlm
 from .lazy_load import MLX_LM, MLX_VLM, PROJECTIONS, SWITCHES, LoadRecord, load_recorded
 from .libraries import library
 from .provenance import Stored
+from .tables import stream_tables
 
 # NVFP4's second scale of an expert's table, or of its rows, as mlx-vlm keeps it.
 _SCALES = ("weight_scale_2", "weight_global_scale")
@@ -65,6 +67,8 @@ class DiscoveredModel:
         modules: the expert modules of `whole`, each with the width of an expert's hidden layer.
         stage: this rank's decoder layers, if several machines share the model.
         library: the library that loaded it.
+        rows: tables that are streamed; the model has `StreamedRows` in their places, which return
+            blanks until the stream opens them.
     """
 
     model: nn.Module
@@ -78,6 +82,7 @@ class DiscoveredModel:
     modules: list[tuple[nn.Module, int]]
     stage: Stage | None = None
     library: str = MLX_LM
+    rows: Rows = field(default_factory=Rows)
 
     def plan(self, config: StreamConfig, held: int = 0) -> Plan:
         """Divide the budget that `config` states; other models hold `held` bytes of it.
@@ -153,15 +158,26 @@ def discover(
     stage = None if part is None else cut(model, part)
     if stage is not None:
         _check_whole(model, stage, checkpoint, record)
-    converted = as_converted and not is_vlm and config.store is None
-    layers = _find_layers(model, checkpoint, record, converted)
+    unplaced = as_converted and not is_vlm and config.store is None
+    layers = _find_layers(model, checkpoint, record, unplaced)
+    rows = Rows()
+    if stage is None:
+        rows = stream_tables(model, checkpoint, record, config, unplaced)
     if not layers:
         if stage is not None:
             raise UnsupportedModelError(
                 f"{folder}: {stage}: none of these has routed experts; use fewer machines or "
                 "another --split"
             )
-        raise UnsupportedModelError(no_experts_message(folder, model, model_config))
+        raise UnsupportedModelError(
+            no_experts_message(folder, model, model_config)
+            + (
+                f". Its tables that are looked up by token ({format_size(rows.nbytes)}) stay on "
+                "the drive only beside streamed experts"
+                if rows.tables
+                else ""
+            )
+        )
     if config.store is not None:
         use_store(
             layers,
@@ -177,7 +193,9 @@ def discover(
         trunk=sum(a.nbytes for a in parameters) - expert_bytes + small,  # and what slots have of it
         looked_up=_embedding_bytes(model, model_config),
         disk=checkpoint.nbytes if stage is None else _needed_bytes(checkpoint, stage),
-        conversion=sum(a.nbytes for a in parameters) if unwritten(layers) else 0,
+        conversion=sum(a.nbytes for a in parameters) + rows.nbytes if unwritten(layers) else 0,
+        tables=rows.nbytes,
+        row_cache=rows.cache_bytes,
     )
     item_bytes = max(a.dtype.size for a in parameters if mx.issubdtype(a.dtype, mx.floating))
     shards = sorted({t.file for t in checkpoint.tensors.values()})
@@ -194,6 +212,7 @@ def discover(
         modules,
         stage,
         record.library,
+        rows,
     )
 
 

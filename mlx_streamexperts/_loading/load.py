@@ -35,9 +35,11 @@ from .._progress import progress_bar
 from . import patching, vlm
 from .combinations import PassCheck, token_rows
 from .discover import DiscoveredModel, alone_message, discover, has_expert_tensors
+from .early_rows import reading_early
 from .lazy_load import MLX_LM, MLX_VLM, original_load_model
 from .libraries import library
 from .on_ranks import discover_on_ranks, part_of_repository
+from .tables import set_module
 from .tuned_for import warn_if_elsewhere
 
 _log = logging.getLogger(__name__)
@@ -308,13 +310,13 @@ class patch:  # noqa: N801 - called like a function
         language = found.language
         rows = token_rows(language) if found.stage is None else None
         for layer in found.layers:
-            _set_module(model, layer.name, StreamedSwitch(layer))
+            set_module(model, layer.name, StreamedSwitch(layer))
         guard(model)
         if not lazy:
             _load_trunk(model, config.progress)
         if config.prefetch != "off":
             connect(model, found.layers, config.prefetch_depth, config.prefetch == "on")
-        expert_stream = ExpertStream(found.layers, plan, config, found.model_config)
+        expert_stream = ExpertStream(found.layers, plan, config, found.model_config, found.rows)
         if found.stage is not None:
             wait_on_host(model, found.stage)
             expert_stream.stage = found.stage
@@ -322,20 +324,12 @@ class patch:  # noqa: N801 - called like a function
         run_ahead = expert_stream.run_ahead
         if run_ahead is not None:
             run_ahead.watch(model)
-        passes = Passes(expert_stream, run_ahead.step if run_ahead else None)
+        run = run_ahead.step if run_ahead else None
+        passes = Passes(expert_stream, reading_early(found.rows, language, run))
         passes.install(language, PassCheck(language, rows, pads=found.library == MLX_VLM))
         expert_stream.token_rows = rows
         self.streams.append(expert_stream)
         return expert_stream
-
-
-def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Replace the module at a path such as `model.layers.3.mlp.switch_mlp`."""
-    *parents, last = path.split(".")
-    node: Any = model
-    for part in parents:
-        node = node[int(part)] if isinstance(node, list) else node[part]
-    node[int(last) if isinstance(node, list) else last] = module
 
 
 def _load_trunk(model: nn.Module, progress: bool) -> None:

@@ -56,6 +56,12 @@ def _verdict(verdict: Verdict) -> Iterator[str]:
         f"  smallest memory that works: {format_size(plan.minimum)}; disk needed: "
         f"{format_size(plan.disk)}; cold bytes per token: {format_size(plan.cold_bytes_per_token)}"
     )
+    if plan.tables:
+        yield (
+            f"  {format_size(plan.tables)} of tables that are looked up by token stay on the "
+            f"drive; a cache of {format_size(plan.row_cache)} (--row-cache) keeps the rows used "
+            "last"
+        )
     if plan.conversion:
         yield (
             "  has to be converted first (python -m mlx_streamexperts.convert), which takes "
