@@ -272,13 +272,21 @@ def _standing_in(switches: Sequence[tuple[nn.Module, int]]) -> Iterator[list[mx.
     kinds = [(module, type(module)) for module, _ in switches]
 
     def call_of(inner: int) -> Callable[..., mx.array]:
-        def call(self: nn.Module, x: mx.array, indices: mx.array) -> mx.array:
+        def call(
+            self: Any,
+            x: mx.array,
+            indices: mx.array,
+            weights: Any = None,
+            *shared: Any,
+            **more: Any,
+        ) -> mx.array:
             width = x.shape[-1]
             chosen = mx.sum(x).astype(x.dtype) + mx.sum(indices).astype(x.dtype)
             scratch = mx.zeros(4 * indices.size * (width + inner), x.dtype) + chosen
             y = mx.zeros((*indices.shape, width), x.dtype) + mx.sum(scratch)
             results.append(y)
-            return y
+            # mlx-vlm's SwitchGLU adds shared experts; they are added to a streamed layer's result.
+            return self._combine(y, weights, *shared, **more) if shared else y
 
         return call
 
