@@ -21,6 +21,8 @@ from mlx_streamexperts._analysis.measure import (
     sync_seconds,
 )
 from mlx_streamexperts._io import hub
+from mlx_streamexperts._memory.hardware import NAMED_MACHINES
+from mlx_streamexperts._osinfo import apple_limit
 from mlx_streamexperts.doctor import _command as doctor
 from mlx_streamexperts.doctor import examine
 from mlx_streamexperts.doctor._examination import DoesNotFit, Verdict
@@ -150,6 +152,21 @@ def test_named_machines_need_no_measurement(
     assert "measured" not in out
     assert doctor.main(["--model", folder, "--machine", "Cray"]) == 1
     assert "unknown machine 'Cray'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("machine", ["M4 32 GB", "M5 Max 128 GB"])
+def test_a_machine_without_a_stated_budget_gets_what_it_can_hold(
+    machine: str, checkpoint: Callable[..., Path]
+) -> None:
+    """It was three quarters of its memory, of which Metal's limit lets in 95 %: refused, always."""
+    limit = apple_limit(NAMED_MACHINES[machine].memory).nbytes
+    p = plan(checkpoint("qwen3_moe"), machine=machine, config=QUIET)
+    assert p.memory == limit
+    folder = str(checkpoint("qwen3_moe"))
+    args = doctor.setup_arg_parser().parse_args(["--model", folder, "--machine", machine])
+    (verdict,) = examine(args).machines
+    assert isinstance(verdict, Verdict)
+    assert verdict.plan.memory == limit
 
 
 @pytest.mark.parametrize("machine", [["--machine", "all"], []], ids=["named", "this"])

@@ -635,9 +635,9 @@ NOT_BUILT: dict[str, str] = {
     "dbrx": "its experts are a list of plain MLPs: it has no switch linear",
     "gemma3n": "no experts, but per-layer embeddings: its vision tower (MobileNetV5) has no size "
     "in the config, and its sanitize needs that tower's weights",
-    "llada_image": "an image generator with its own loader, not mlx_vlm.utils.load_model; its text "
-    "encoder calls a switch's projections itself",
-    "ming_image": "an image generator with its own loader, not mlx_vlm.utils.load_model",
+    "llada_image": "it is an image generator with its own loader, not mlx_vlm.utils.load_model; "
+    "its text encoder calls a switch's projections itself",
+    "ming_image": "it is an image generator with its own loader, not mlx_vlm.utils.load_model",
     "nemotron_voicechat": "needs mlx-audio, and runs in a session of its own: no language_model",
     "prism_hadamard_qwen35": "qwen3_5 without experts: its manifest names plain linears only",
 }

@@ -30,7 +30,7 @@ from .._memory.budget import Plan, check_device
 from .._memory.hardware import named_machine
 from .._memory.passes import Passes
 from .._memory.process_memory import check_address_space, held_bytes, is_registered
-from .._osinfo import apple_limit, apple_working_set, device_limit
+from .._osinfo import apple_limit, device_limit
 from .._progress import progress_bar
 from . import patching, vlm
 from .combinations import PassCheck, token_rows
@@ -127,7 +127,7 @@ def plan(
         else:
             memory_bytes = named_machine(machine).memory
             if merged.memory is None and merged.cache is None:
-                merged = replace(merged, memory=apple_working_set(memory_bytes))
+                merged = replace(merged, memory=apple_limit(memory_bytes).nbytes)
             planned = found.plan(merged)
             limit = apple_limit(memory_bytes, planned.bound)
         check_device(planned, limit, merged.oversubscribe)

@@ -43,10 +43,12 @@ NAMED_MACHINES: dict[str, Machine] = {
         Machine("M4 Max 128 GB", 128 * 10**9, 546e9, 7.0e9),
         Machine("M3 Max 48 GB", 48 * 10**9, 400e9, 17.5e9),
         Machine("M5 Max 128 GB", 128 * 10**9, 614e9, 13.0e9, sync_seconds=800e-6),
+        Machine("M4 32 GB", 32 * 10**9, 120e9, 3.0e9),
+        Machine("M4 Pro 64 GB", 64 * 10**9, 273e9, 5.5e9),
         Machine("iPhone class 12 GB", 12 * 10**9, 77e9, 2.0e9, drive_latency=200e-6),
     )
 }
-"""Machines that others have published results on; figures from their specifications."""
+"""Machines that others have published results on, and two smaller Macs; by specification."""
 
 
 def named_machine(name: str) -> Machine:

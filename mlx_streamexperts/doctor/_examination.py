@@ -37,7 +37,6 @@ from .._memory.hardware import NAMED_MACHINES, Machine, parse_rate
 from .._osinfo import apple_limit, device_limit, device_memory_bytes, free_disk_bytes
 
 _DEPTHS = (1, 4, 8, 16)
-_MEMORY_SHARE = 0.75  # of a named machine's memory, if no budget is stated
 
 
 @dataclass(frozen=True)
@@ -129,9 +128,9 @@ def examine(args: argparse.Namespace) -> Examination:
 def _on_machine(
     found: DiscoveredModel, config: StreamConfig, machine: Machine, args: argparse.Namespace
 ) -> Verdict | DoesNotFit:
-    """Predict for a machine that is not here, with most of its memory if none is stated."""
+    """Predict for a machine that is not here, with all that it can hold if no budget is stated."""
     if config.memory is None and config.cache is None:
-        config = replace(config, memory=int(_MEMORY_SHARE * machine.memory))
+        config = replace(config, memory=apple_limit(machine.memory).nbytes)
     try:
         plan = found.plan(config)
         check_device(plan, apple_limit(machine.memory, plan.bound), config.oversubscribe)
@@ -248,7 +247,7 @@ def _divide(
             f"{len(machines)} machines for {args.ranks} ranks: give --machine once for all ranks, "
             "or once for each"
         )
-    memories = [int(_MEMORY_SHARE * m.memory) for m in machines]
+    memories = [apple_limit(m.memory).nbytes for m in machines]
     return name, machines, plan_ranks(name, args.ranks, config, args.trust_remote_code, memories)
 
 
