@@ -82,9 +82,9 @@ class StreamConfig:
     """How experts are streamed. Sizes are bytes, or strings such as "24GB" or "24GiB".
 
     Frozen: `dataclasses.replace` makes a changed one. Command lines take the same options: `memory`
-    as `--memory` and so on. None of them changes a result. The options from `policy` to `run_ahead`
-    are None until they are stated, which means the default that the table shows; `with_defaults`
-    fills those in.
+    as `--memory` and so on. None of them changes a result. The options from `policy` to
+    `keep_awake` are None until they are stated, which means the default that the table shows;
+    `with_defaults` fills those in.
 
     Raises:
         StreamError: a value is not understood, or options contradict each other.
@@ -99,7 +99,7 @@ class StreamConfig:
         None,
         "bound for the expert cache alone, for example 24GB; overrides what --memory would leave.",
     )
-    # From here to run_ahead: None until stated; the types are those that `with_defaults` leaves.
+    # From here to keep_awake: None until stated; the types are those that `with_defaults` leaves.
     policy: str = _tuned(
         "lrfu",
         "which expert makes room: least used of late (lrfu), least recently used (lru), or S3-FIFO",
@@ -130,6 +130,13 @@ class StreamConfig:
         "auto",
         "map experts to slots on the device and check afterwards, instead of waiting for each "
         "layer's router. auto: on a GPU, in each layer while it is measured to pay; on: always",
+        choices=("auto", "on", "off"),
+    )
+    keep_awake: str = _tuned(
+        "auto",
+        "let the GPU do small work while a token waits for reads, and up to a minute between "
+        "requests, so that its clocks stay up. auto: on Metal, during waits only while that is "
+        "measured to pay, and neither on battery nor while the machine is hot",
         choices=("auto", "on", "off"),
     )
     cores: int | None = _option(
