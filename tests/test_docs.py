@@ -79,7 +79,10 @@ def test_snippets_run(
     for what, measured in MEASURED.items():
         monkeypatch.setattr(examination, what, measured)
     # A minute of `doctor --selftest`; test_selftest.py and the tests of exactness test more.
-    effort = replace(selfchecks.EFFORT, steps=4, schedules=4, prompt=24, rounds=3, ranges=5)
+    effort = replace(
+        selfchecks.EFFORT,
+        steps=4, shares=(1.0, 0.25), schedules=4, prompt=24, rounds=3, ranges=5,
+    )  # fmt: skip
     monkeypatch.setattr(selfchecks, "EFFORT", effort)
     page = Page({"demo": demo_model(), "original": original})
     try:
