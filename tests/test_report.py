@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,7 +59,9 @@ def render(found: dict[str, Any]) -> str:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a report."""
     folder = tmp_path_factory.mktemp("report")
-    assert report.main([*TINY, "--out", str(folder)]) == 0
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(report, "QUICK", replace(report.QUICK, lengths=(8, 16), batches=(1, 2)))
+        assert report.main([*TINY, "--out", str(folder)]) == 0
     return folder
 
 

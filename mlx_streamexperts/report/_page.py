@@ -84,17 +84,22 @@ def answer(panel: Panel, report: Report) -> str:
     """A panel's sentence, as markup."""
     if (part := panel.part(report)) is None:
         return "Not measured: the run ended before."
-    macro = getattr(_templates().get_template("report-answers.html").module, panel.key)
-    text = macro(part, report)
+    text = getattr(_answers(), panel.key)(part, report)
     return type(text)(" ".join(text.split()))
+
+
+def limits(report: Report) -> list[str]:
+    """What a run, whole or not, could not measure: the last section of its page, as plain text."""
+    return [str(x.unescape()) for x in _answers().limits(report).splitlines() if x.strip()]
 
 
 def draw(panel: Panel, report: Report, label: str = "") -> str:
     """A panel's SVG, described by `label`; empty if there is nothing to draw."""
+    if (part := panel.part(report)) is None:
+        return ""
     with pyplot().rc_context(STYLE):  # until it is saved: that makes ticks and texts
         figure, axes = pyplot().subplots(figsize=(4.5, panel.height), layout="constrained")
-        if (part := panel.part(report)) is not None:
-            panel.draw(axes, part, report)
+        panel.draw(axes, part, report)
         if axes.get_legend_handles_labels()[0]:  # above the axes, where it hides no point
             axes.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
         drawn = svg(figure, panel.key, label) if axes.has_data() else ""
@@ -137,3 +142,7 @@ def _templates() -> Any:
     }  # fmt: skip
     found.globals |= {"size": format_size, "best": BEST}
     return found
+
+
+def _answers() -> Any:
+    return _templates().get_template("report-answers.html").module
