@@ -7,6 +7,7 @@ result; `tune` relies on that for the ones marked as tuned.
 from __future__ import annotations
 
 import argparse
+import json
 import numbers
 import operator
 import re
@@ -262,8 +263,9 @@ class StreamConfig:
         """
         content: dict[str, Any] = {"settings": None, **read_json_object(Path(path), "settings")}
         unknown = sorted(content.keys() - {"version", "about", "settings"})
-        if content.get("version") != _VERSION or unknown:
-            wrong = f"{unknown[0]!r}" if unknown else f"version {content.get('version')!r}"
+        version = content.get("version")
+        if type(version) is not int or version != _VERSION or unknown:  # true equals 1
+            wrong = f"{unknown[0]!r}" if unknown else f"version {version!r}"
             raise StreamError(
                 f"{path}: not a settings file of version {_VERSION} (it has {wrong}): write it "
                 "again with python -m mlx_streamexperts.tune or StreamConfig.save"
@@ -290,9 +292,19 @@ class StreamConfig:
             path: the file; replaced as a whole if it exists.
 
         Raises:
-            StreamError: an option is stated that a settings file cannot hold; see `load`.
+            StreamError: an option is stated that a settings file cannot hold (see `load`), or
+                `about` has a value that JSON has not.
             OSError: the file cannot be written.
         """
+        about = self.about or {}
+        for name, value in about.items():
+            try:
+                json.dumps({name: value}, allow_nan=False)
+            except (TypeError, ValueError, RecursionError) as e:
+                raise StreamError(
+                    f"about[{name!r}] cannot be saved in a settings file ({e}): use text, Python "
+                    "numbers, lists and dicts"
+                ) from e
         stated = {
             f.name: value
             for f in fields(self)
@@ -305,7 +317,7 @@ class StreamConfig:
         for name, value in stated.items():
             if not isinstance(value, int | str):  # a float, or one of NumPy's numbers
                 stated[name] = parse_size(value)
-        write_json(Path(path), {"version": _VERSION, "about": self.about or {}, "settings": stated})
+        write_json(Path(path), {"version": _VERSION, "about": about, "settings": stated})
 
     def for_rank(self, rank: int, ranks: int) -> StreamConfig:
         """The options of one rank of several.

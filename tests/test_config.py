@@ -191,6 +191,8 @@ def test_options_of_one_run_are_not_saved(option: dict[str, Any], tmp_path: Path
     [
         ({"version": 2}, "version 2"),
         ({"version": None}, "version None"),
+        ({"version": True}, "version True"),
+        ({"version": 1.0}, "version 1.0"),
         ({"more": 1}, "'more'"),
         ({"settings": []}, r"settings must be a JSON object"),
         ({"about": "me"}, "about must be a JSON object"),
@@ -292,6 +294,14 @@ def test_what_no_machine_has_is_refused_by_name(options: dict[str, Any], message
     with pytest.raises(StreamError, match=message):
         StreamConfig(**options)
     assert parse_size("1" + "0" * 400 + "GB") == 1 << 62  # more than any machine has
+
+
+@pytest.mark.parametrize("value", [np.float32(1.2), [np.int64(3)], {1, 2}, math.nan])
+def test_notes_that_json_has_not_are_refused_by_name(value: Any, tmp_path: Path) -> None:
+    config = StreamConfig(threads=3, about={"model": "demo", "gain": value})
+    with pytest.raises(StreamError, match=r"about\['gain'\] cannot be saved"):
+        config.save(tmp_path / "s.json")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("about", [[], 0, "", False])

@@ -74,16 +74,18 @@ class RowRule:
 
 
 class SplitCall:
-    """One call `switch(x, indices)`, run part by part.
+    """One call `switch(x, indices, weights)`, run part by part.
 
     Args:
         switch: runs mlx-lm's module over slots.
         x: [..., D] tokens.
         experts: int [..., K], the chosen experts.
+        weights: [..., K], each row's own factor; None if the module takes none.
         slot_of: int32 [experts], each expert's slot; read when a part runs.
         slots: how many there are.
         rule: how the device chooses its kernels. A token's parts have as many rows as the whole if
             that matters; a prompt's parts are large enough, or small enough.
+        whole: the module computes these tokens one by one, so a part keeps the rows of the whole.
 
     Attributes:
         begun: a part has run.
@@ -91,20 +93,22 @@ class SplitCall:
 
     def __init__(
         self,
-        switch: Callable[[mx.array, mx.array], mx.array],
+        switch: Callable[[mx.array, mx.array, mx.array | None], mx.array],
         x: mx.array,
         experts: np.ndarray,
+        weights: mx.array | None,
         slot_of: np.ndarray,
         slots: int,
         rule: RowRule,
+        whole: bool = False,
     ) -> None:
-        self._switch, self._x, self._slot_of = switch, x, slot_of
+        self._switch, self._x, self._weights, self._slot_of = switch, x, weights, slot_of
         self._shape = experts.shape
         self._chosen = experts.ravel()  # [T*K]
-        self._keeps = rule.padded and experts.size < SORTED_ROWS
+        self._keeps = whole or (rule.padded and experts.size < SORTED_ROWS)
         # A prompt's parts go into one output at once: joined at the end, they would take three
         # times its memory. For a token, joining is cheapest.
-        self._in_one = experts.size >= SORTED_ROWS
+        self._in_one = experts.size >= SORTED_ROWS and not self._keeps
         self._least, self._most = 1, sys.maxsize
         if self._in_one:
             self._least, self._most = rule.limits(experts.size, len(slot_of), slots)
@@ -164,15 +168,21 @@ class SplitCall:
         stand_in = self._slot_of[self._chosen[rows[0]]]
         slots = np.full(len(self._chosen), stand_in, np.uint32)
         slots[rows] = self._slot_of[self._chosen[rows]]
-        return self._switch(self._x, mx.array(slots.reshape(self._shape)))  # [..., K, D]
+        shaped = mx.array(slots.reshape(self._shape))
+        return self._switch(self._x, shaped, self._weights)  # [..., K, D]
 
     def _run_alone(self, rows: np.ndarray) -> mx.array:
         x, top_k = self._x, self._shape[-1]
         tokens = len(self._chosen) // top_k
         slots = mx.array(self._slot_of[self._chosen[rows]].astype(np.uint32))  # [R]
+        weights = None
+        if self._weights is not None:
+            weights = self._weights.reshape(-1)[mx.array(rows.astype(np.uint32))]  # [R]
         if tokens == 1:  # decode: like stock, one token broadcast over its experts
-            return self._switch(x.reshape(1, -1), slots[None])[0]  # [R, D]
+            weights = None if weights is None else weights[None]
+            return self._switch(x.reshape(1, -1), slots[None], weights)[0]  # [R, D]
         if x.size // x.shape[-1] != tokens:
             x = mx.broadcast_to(x, (*self._shape[:-1], x.shape[-1]))
         x = x.reshape(tokens, -1)[mx.array((rows // top_k).astype(np.uint32))]  # [R, D]
-        return self._switch(x, slots[:, None])[:, 0]  # [R, D]
+        weights = None if weights is None else weights[:, None]
+        return self._switch(x, slots[:, None], weights)[:, 0]  # [R, D]

@@ -453,7 +453,9 @@ def layer_needs(layers: list[ExpertLayer], model_config: dict[str, Any]) -> list
     needs = []
     for x in layers:
         top_k = experts_per_token(model_config, x.experts)
-        needs.append(LayerNeed(x.experts, x.expert_bytes, fewest_slots(top_k), top_k))
+        pinned = len(x.traits.pinned)
+        least = fewest_slots(top_k) + pinned
+        needs.append(LayerNeed(x.experts, x.expert_bytes, least, top_k + pinned))
     return needs
 
 
@@ -470,7 +472,7 @@ def unwritten(layers: Sequence[ExpertLayer]) -> bool:
 def _let_go(layers: Sequence[ExpertLayer]) -> None:
     """Drop the lazy arrays of all experts, because MLX keeps their files open meanwhile."""
     for layer in layers:
-        for slot in (tensor.slot for tensor in layer.tensors.values()):
+        for slot in layer.slots.slot_tensors.values():
             setattr(slot.module, slot.attribute, mx.zeros((0, *slot.shape), slot.dtype))
 
 
