@@ -34,7 +34,7 @@ class Reported:
     Attributes:
         model_type: as in config.json.
         layers: expert layers of the model.
-        machine: one of `NAMED_MACHINES`.
+        machine: as `named_machine` takes it.
         memory: the budget that they state, or else the machine's, in bytes.
         tokens_per_s: decode rate.
         note: the authors, and differences from plain exact decoding.
@@ -55,12 +55,18 @@ class Reported:
 REPORTED = (
     Reported("qwen3_5_moe", 60, "M5 Max 128 GB", 90 * 10**9, 7.2, "boyle/oMLX, served, 83 % hits"),
     Reported(
-        "qwen3_5_moe", 60, "M3 Max 48 GB", 42 * 10**9, 4.36, "flash-moe, top-4 instead of top-10"
+        "qwen3_5_moe", 60, "M3 Max 48 GB", 42 * 10**9, 4.36, "flash-moe, top-4 instead of top-10",
+        top_k=4,
     ),
-    Reported("qwen3_5_moe", 60, "iPhone class 12 GB", 8 * 10**9, 0.6, "anemll"),
+    Reported(
+        "qwen3_5_moe", 60, "iPhone class 12 GB", 8 * 10**9, 0.6,
+        "anemll; by this package's rules the model does not fit", comparable=False,
+    ),
     Reported("qwen3_moe", 94, "M5 Max 128 GB", 70 * 10**9, 11.7, "boyle, Qwen3-235B-A22B"),
+    Reported("qwen3_moe", 94, "M5 Max 128 GB", 90 * 10**9, 15.5, "boyle, Qwen3-235B-A22B"),
+    Reported("qwen3_moe", 48, "M4 16 GB", 10 * 10**9, 14.1, "mlx-vlm; budget not stated"),
     Reported("kimi_k25", 60, "M4 Max 128 GB", 110 * 10**9, 1.7, "Daniel Isaac; budget not stated"),
-)
+)  # fmt: skip
 
 _RATE_SHARE = (0.6, 0.9)
 """Share of the specified memory bandwidth that decode reaches: low, high."""
@@ -119,7 +125,8 @@ def predict(
         high    = max(compute + sync, read), optimistic hit rate and rates: perfect overlap
         low     = the sum with the pessimistic hit rate and rates
 
-    A specified drive counts with `Machine.drive_share` of its rate, at the middle for `likely`.
+    A specified drive counts with `Machine.drive_share` of its rate, at the middle for `likely`, and
+    a specified machine's sync with `Machine.sync_share` for `high`.
 
     First token: each chunk of `plan.prefill_tokens` reads every expert that it needs and that is
     not resident once: `E (1 - (1 - k/E)^T)` distinct experts of E for T tokens, if routing is even.
@@ -152,7 +159,8 @@ def predict(
     middle = sum(_RATE_SHARE) / 2
     likely = compute(middle) + sync + read(hits.likely, drive)
     slow = compute(_RATE_SHARE[0]) + sync + read(hits.low, low_drive)
-    fast = max(compute(_RATE_SHARE[1]) + sync - launches, read(hits.high, high_drive))
+    asked = machine.sync_share * (sync - launches)
+    fast = max(compute(_RATE_SHARE[1]) + asked, read(hits.high, high_drive))
     parts = {
         "memory bandwidth": compute(middle),
         "host sync and launches": sync,
