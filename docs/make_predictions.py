@@ -36,16 +36,19 @@ HEAD = (
 )
 
 
-def main() -> int:
-    """Write both; returns 1 if they were not up to date."""
-    page, readme = DOCS / "predictions.md", README.read_text()
+def texts() -> dict[Path, str]:
+    """Each file with what it should contain."""
+    readme = README.read_text()
     before, _, rest = readme.partition(BEGIN)
-    new = before + BEGIN + "\n" + readme_table() + END + rest.partition(END)[2]
-    texts = {page: page_text(), README: new if rest else readme}
-    stale = [f for f, text in texts.items() if not f.exists() or f.read_text() != text]
-    for file in stale:
-        file.write_text(texts[file])
-    return int(bool(stale))
+    table = before + BEGIN + "\n" + readme_table() + END + rest.partition(END)[2]
+    return {DOCS / "predictions.md": page_text(), README: table}
+
+
+def main() -> int:
+    """Write both."""
+    for file, text in texts().items():
+        file.write_text(text)
+    return 0
 
 
 def row(model: KnownModel, mac: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -115,6 +116,15 @@ def test_what_others_report_lies_in_the_range_or_the_note_says_why_not(reported:
     inside = speed.low <= reported.tokens_per_s <= speed.high
     assert inside == reported.comparable, f"{reported.tokens_per_s} and {speed}"
     assert speed.high < 6 * speed.low  # a range that holds everything says nothing
+
+
+def test_the_tables_of_the_readme_and_the_page_are_up_to_date() -> None:
+    """`python docs/make_predictions.py` writes them."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
+    import make_predictions
+
+    for file, text in make_predictions.texts().items():
+        assert file.read_text() == text, file
 
 
 @pytest.mark.parametrize("model", KNOWN_MODELS, ids=lambda m: m.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from .._analysis.catalogue import KNOWN_MODELS
 from .._analysis.machines import report_lines
@@ -37,7 +38,7 @@ def lines(found: Examination | RanksExamination) -> Iterator[str]:
             yield f"{found.model} on {verdict.machine.name}: does not fit. {verdict.reason}"
             continue
         yield headline(found.model, verdict, found.downloaded)
-        yield f"  Type: {command(found.model, verdict)}"
+        yield f"  Type: {command(found.model, verdict, found.downloaded)}"
         yield f"  {limit(verdict)}"
         yield f"  What would help most: {help_most(verdict)}"
         if found.measured is None:
@@ -73,13 +74,14 @@ def headline(model: str, verdict: Verdict, downloaded: bool = False) -> str:
     )
 
 
-def command(model: str, verdict: Verdict) -> str:
-    """What to type next."""
+def command(model: str, verdict: Verdict, downloaded: bool = False) -> str:
+    """What to type next: of a repository that is not here, the download first."""
     plan, quoted = verdict.plan, shlex.quote(model)
+    download = "" if downloaded or Path(model).exists() else f"hf download {quoted} && "
     if plan.conversion:
-        return f"streamexperts convert --model {quoted} --out converted"
+        return f"{download}streamexperts convert --model {quoted} --out converted"
     memory = "" if plan.memory is None else f" --memory {plan.memory // 10**6}MB"
-    return f"streamexperts chat --model {quoted}{memory.replace('000MB', 'GB')}"
+    return f"{download}streamexperts chat --model {quoted}{memory.replace('000MB', 'GB')}"
 
 
 def limit(verdict: Verdict) -> str:
@@ -160,7 +162,7 @@ def machine_lines(found: list[MachineExamination]) -> Iterator[str]:
         for s in here.suited:
             yield (
                 f"  {s.name:27s} {s.prediction.tokens_per_s.likely:6.2g} tokens/s (predicted), "
-                f"{s.resident_share:4.0%} resident, {s.disk / 1e9:.0f} GB to download: {s.repo}"
+                f"{s.resident_share:4.0%} resident, {s.disk / 1e9:4.0f} GB to download"
             )
         if here.too_large:
             yield f"  too large: {', '.join(here.too_large)}"
