@@ -125,6 +125,15 @@ test holds this. The range is wide where nobody has published how a model routes
 | Mac | model | budget | predicted tokens/s | reported | by, and what differs |
 |---|---|---|---|---|---|
 {checks}
+## How far off it is where we can measure
+
+`python benchmarks/predictions.py` decodes the embedded model behind drives of stated rates and compares with
+the formula, given the hit rate of the run. On 2 shared, busy cores (MLX 0.32.4, CPU backend, 2026-11-28; 25 and
+50 % resident, 25 to 100 MB/s) the likely value was too fast in all six rows: by 18 to 143 %, 37 % at
+the median. All six measured rates lay below their range. Part of that is other work on the machine, part
+are wrong prefetches, which the formula does not count. So expect less than the likely value, and trust
+comparisons more than figures.
+
 ## What is assumed
 
 - *Drive.* One basis for every Mac: sequential reads as reviewers measure them with Blackmagic's disk test, on
@@ -135,7 +144,8 @@ test holds this. The range is wide where nobody has published how a model routes
 - *Waiting for a router.* 0.5 ms a layer, half of that at best.
 - *Hit rate.* LRU curves that boyle published for three models. Another model gets their mean, and 0.1 more on
   both sides of their range.
-- *Not in it.* Prefetching and run-ahead, which help, and a compute-bound prompt, which takes longer.
+- *Not in it.* Run-ahead and right prefetches, which help; wrong prefetches, and a prompt limited by
+  arithmetic, which take longer.
 
 The formula is in `_analysis/predict.py`. Sizes are in `_analysis/catalogue.py`; those of Kimi K2.5 and
 Qwen3.5-397B are the full-size stand-ins', the others follow from public configurations.
