@@ -362,6 +362,11 @@ def apple_limit(memory: int, wanted: int = 0) -> DeviceLimit:
     return metal_limit({"max_recommended_working_set_size": size, "memory_size": memory}, wanted)
 
 
+def apple_budget(memory: int) -> int:
+    """The largest budget, in whole GB, that a Mac with `memory` bytes can hold."""
+    return apple_limit(memory).nbytes // 10**9 * 10**9
+
+
 def apple_working_set(memory: int) -> int:
     """Estimate the working set that macOS recommends for a Mac with `memory` bytes.
 

@@ -75,6 +75,14 @@ def test_what_is_no_size(size: object) -> None:
         StreamConfig(memory=size)  # type: ignore[arg-type]
 
 
+def test_a_number_without_its_unit_is_asked_about() -> None:
+    with pytest.raises(
+        StreamError, match="memory: '96' is a size of 96 bytes: did you mean '96GB'"
+    ):
+        parsed("--memory", "96")
+    assert parse_size("4096") == 4096
+
+
 @pytest.mark.parametrize("option", ["threads", "context_tokens", "prefill_tokens", "cores"])
 def test_counts_are_whole_numbers(option: str) -> None:
     for wrong in (0, -1, 1.5, "64", math.nan, True):

@@ -30,7 +30,7 @@ from .._memory.budget import Plan, check_device
 from .._memory.hardware import named_machine
 from .._memory.passes import Passes
 from .._memory.process_memory import check_address_space, held_bytes, is_registered
-from .._osinfo import apple_limit, device_limit
+from .._osinfo import apple_budget, apple_limit, device_limit
 from .._progress import progress_bar
 from . import patching, vlm
 from .combinations import PassCheck, token_rows
@@ -105,7 +105,8 @@ def plan(
         path_or_hf_repo: model folder or Hugging Face repository.
         memory, cache, config: as for `load`.
         trust_remote_code: run the model code that the checkpoint brings, if it does.
-        machine: name of the machine to plan for, as in `doctor --machine`; default: this one.
+        machine: name of the machine to plan for, as in `doctor --machine` ("m4 max 128"); default:
+            this one. Without a budget it gets the largest that such a machine can hold.
 
     Returns:
         The plan; `str(plan)` is one line.
@@ -127,7 +128,7 @@ def plan(
         else:
             memory_bytes = named_machine(machine).memory
             if merged.memory is None and merged.cache is None:
-                merged = replace(merged, memory=apple_limit(memory_bytes).nbytes)
+                merged = replace(merged, memory=apple_budget(memory_bytes))
             planned = found.plan(merged)
             limit = apple_limit(memory_bytes, planned.bound)
         check_device(planned, limit, merged.oversubscribe)

@@ -214,7 +214,7 @@ class Throttled(Record):
     bytes_per_s: float | None  #: of the throttle; null: this machine's own
     latency_s: float  #: added to each read
     tokens_per_s: Repeats  #: measured
-    modelled_tokens_per_s: float  #: by the formula of predict.py, all but reads as measured
+    modelled_tokens_per_s: float  #: all but reads as measured on this machine's own drive
 
 
 class CurvePoint(Record):
