@@ -7,6 +7,7 @@ from ._errors import (
     CheckpointError,
     ExpertReadError,
     OtherThreadError,
+    PassStoppedError,
     RankError,
     StreamError,
     TokenError,
@@ -18,6 +19,7 @@ from ._experts.trace import read_trace
 from ._loading.demo import demo_model
 from ._loading.load import load, patch, plan
 from ._memory.budget import Plan
+from ._progress import Progress
 
 __version__ = "0.1.0"
 
@@ -27,7 +29,9 @@ __all__ = [
     "ExpertReadError",
     "ExpertStream",
     "OtherThreadError",
+    "PassStoppedError",
     "Plan",
+    "Progress",
     "RankError",
     "RankPlan",
     "StreamConfig",

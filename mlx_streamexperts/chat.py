@@ -1,6 +1,8 @@
 """Chat with a streamed model: `mlx_lm.chat` with all of its options and ours.
 
 python -m mlx_streamexperts.chat --model mlx-community/Qwen3.5-397B-A17B-4bit --memory 90GB
+
+Ctrl-C ends a reply and keeps the conversation; a second one ends the chat.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 
 from ._cli.mlx_lm_program import program, program_parser
 from ._cli.options import failed, stream_settings
+from ._cli.stopping import Interrupts
 from ._errors import StreamError
 from ._hooks import swapped
 
@@ -34,7 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config, model = stream_settings(args)
         parser.set_defaults(model=model)
-        with program(stock, parser, argv, args, config) as session, _templates():
+        interrupts = Interrupts()
+        run = program(stock, parser, argv, args, config, interrupts=interrupts)
+        with run as session, _templates():
             try:
                 stock.main()
             except (EOFError, KeyboardInterrupt):  # Ctrl-D or Ctrl-C ends a chat

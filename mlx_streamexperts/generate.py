@@ -13,7 +13,13 @@ import sys
 import mlx.core as mx
 
 from ._cli.mlx_lm_program import program, program_parser
-from ._cli.options import failed, join_ranks, only_rank_0_prints, stream_settings
+from ._cli.options import (
+    failed,
+    interrupted,
+    join_ranks,
+    only_rank_0_prints,
+    stream_settings,
+)
 from ._errors import StreamError
 from ._experts.stream import ExpertStream
 from ._loading.demo import DEMO_PROMPT, demo_model
@@ -41,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
             parser.set_defaults(model=model)
             if model == str(demo_model()):
                 parser.set_defaults(prompt=DEMO_PROMPT)  # it cannot answer mlx-lm's "hello"
-            with program(stock, parser, argv, args, config) as session:
+            shown = args.verbose
+            with program(stock, parser, argv, args, config, shows_text=shown) as session:
                 streams = session.patched.streams
                 stock.main()
             if args.verbose:
@@ -52,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         if not any(s.ranks for s in streams):
             raise
         return failed(e, streams)
+    except KeyboardInterrupt:
+        return interrupted()
     return 0
 
 

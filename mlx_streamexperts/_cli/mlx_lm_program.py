@@ -23,6 +23,8 @@ from .._experts.timeline import Timeline
 from .._hooks import swapped
 from .._loading.load import patch
 from .options import make_parser
+from .prompt_line import prompt_line
+from .stopping import Interrupts, ending
 from .summary import Timing, experts_read, of_all_ranks, rows
 from .terminal import print_rows
 
@@ -67,11 +69,15 @@ class Session:
         args: the parsed command line.
         patched: the patch; it holds the streams of all models loaded.
         timing: times of the generations.
+        shows_text: the program prints a reply as it comes.
+        interrupts: Ctrl-C ends a reply, not the program; None if it ends the program.
     """
 
     args: argparse.Namespace
     patched: patch
     timing: Timing = field(default_factory=Timing)
+    shows_text: bool = True
+    interrupts: Interrupts | None = None
     recordings: ExitStack = field(default_factory=ExitStack)
     _timeline: Timeline | None = None
     _recording: bool = False
@@ -109,6 +115,8 @@ def program(
     args: argparse.Namespace,
     config: StreamConfig,
     warm_up: int = 0,
+    shows_text: bool = True,
+    interrupts: Interrupts | None = None,
 ) -> Iterator[Session]:
     """Let `stock.main()` run with streamed experts, within the `with` block.
 
@@ -119,9 +127,10 @@ def program(
         args: the arguments, parsed.
         config: streaming options.
         warm_up: generations to leave out of the session's figures.
+        shows_text, interrupts: see `Session`.
     """
     with patch(config=config) as patched:
-        session = Session(args, patched)
+        session = Session(args, patched, shows_text=shows_text, interrupts=interrupts)
         with session.recordings, _watched(stock, session, warm_up), _arguments(stock, parser, argv):
             yield session
 
@@ -165,21 +174,33 @@ def _watched(stock: ModuleType, session: Session, warm_up: int) -> Iterator[None
         bytes_before = streamed.stats().read.bytes
         experts_first = bytes_first = 0
         first = True
+        total = None if len(rest) < 2 or isinstance(rest[1], str) else len(rest[1])
+        caught = ending(session.interrupts, streamed, options.get("prompt_cache"))
+        shown = prompt_line(streamed, total, streamed.config.progress)
         start = time.perf_counter()
-        for response in original(model, *rest, **options):
-            elapsed = time.perf_counter() - start
-            timing.total = before + elapsed
-            timing.tokens += 1
-            timing.drafted += response.from_draft
-            if first:
-                first = False
-                timing.first_token = (timing.first_token or 0.0) + elapsed
-                timing.generations += 1
-                timing.prompt_tokens += response.prompt_tokens
-                timing.chunks += len(streamed.plan.passes(response.prompt_tokens))
-                bytes_first, experts_first = streamed.stats().read.bytes, experts_read(streamed)
-                timing.prompt_bytes += bytes_first - bytes_before
-            yield response
+        with caught as reply, shown as line:
+            for response in original(model, *rest, **options):
+                elapsed = time.perf_counter() - start
+                timing.total = before + elapsed
+                timing.tokens += 1
+                timing.drafted += response.from_draft
+                if line is not None:
+                    if session.shows_text:
+                        line.close()
+                    else:
+                        line.generated(response.generation_tokens)
+                if first:
+                    first = False
+                    reply.begun = True
+                    timing.first_token = (timing.first_token or 0.0) + elapsed
+                    timing.generations += 1
+                    timing.prompt_tokens += response.prompt_tokens
+                    timing.chunks += len(streamed.plan.passes(response.prompt_tokens))
+                    bytes_first, experts_first = streamed.stats().read.bytes, experts_read(streamed)
+                    timing.prompt_bytes += bytes_first - bytes_before
+                yield response
+                if reply.asked():
+                    break
         if not first:
             timing.later_experts += experts_read(streamed) - experts_first
             timing.later_bytes += streamed.stats().read.bytes - bytes_first
@@ -194,7 +215,8 @@ def _watched(stock: ModuleType, session: Session, warm_up: int) -> Iterator[None
             together = min(len(prompts), options.get("prefill_batch_size", _PREFILL_BATCH))
             options["prefill_step_size"] = max(1, streamed.plan.prefill_tokens // together)
         start = time.perf_counter()
-        result = original_batch(model, tokenizer, prompts, **options)
+        with prompt_line(streamed, sum(map(len, prompts)), streamed.config.progress):
+            result = original_batch(model, tokenizer, prompts, **options)
         timing.total += time.perf_counter() - start
         timing.tokens += result.stats.generation_tokens
         ended(streamed)

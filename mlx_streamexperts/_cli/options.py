@@ -115,6 +115,13 @@ def failed(error: Exception, streams: Sequence[ExpertStream] = ()) -> int:
     return 1
 
 
+def interrupted() -> int:
+    """Say that Ctrl-C has ended the command; returns the exit status."""
+    below = "\n" if sys.stderr.isatty() else ""  # the terminal's own ^C
+    print(f"{below}stopped by Ctrl-C", file=sys.stderr)
+    return 130
+
+
 def stream_settings(args: argparse.Namespace) -> tuple[StreamConfig, str | None]:
     """The streaming options of a parsed command line, and the model to load.
 

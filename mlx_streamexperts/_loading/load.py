@@ -297,7 +297,8 @@ class patch:  # noqa: N801 - called like a function
         run_ahead = expert_stream.run_ahead
         if run_ahead is not None:
             run_ahead.watch(model)
-        passes = Passes(expert_stream, run_ahead.step if run_ahead else None)
+        run = run_ahead.step if run_ahead else None
+        passes = Passes(expert_stream, run, expert_stream.on_pass)
         passes.install(language, PassCheck(language, rows))
         expert_stream.token_rows = rows
         self.streams.append(expert_stream)

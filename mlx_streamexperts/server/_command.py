@@ -34,6 +34,7 @@ from .._hooks import swapped
 from .._io.files import room_for_clients
 from .._loading.combinations import Options, check_options
 from .._loading.load import patch, plan, resolve
+from ._audience import Audience
 from ._generation import GenerationThread, top_logprobs
 from ._http import Handler, is_loopback
 from ._kv_admission import AdmittedBatch, BoundedPromptCache, KVAdmission
@@ -127,9 +128,11 @@ def _serve(args: argparse.Namespace, served: dict[str, str], aliases: dict[str, 
     admission = KVAdmission()
     provider = ModelProvider(args, served, aliases, admission)
     prompt_cache = BoundedPromptCache(admission, args.prompt_cache_size)
-    parts = {"BatchGenerator": partial(AdmittedBatch, admission=admission)}
+    audience = Audience()
+    batch = partial(AdmittedBatch, admission=admission, audience=audience)
+    parts = {"BatchGenerator": batch}
     with swapped(stock, _format_top_logprobs=top_logprobs, **parts):
-        generator = GenerationThread(provider, prompt_cache, RequestCounters())
+        generator = GenerationThread(provider, prompt_cache, RequestCounters(), audience)
         if mx.distributed.init().rank() > 0:
             generator.join()
             return

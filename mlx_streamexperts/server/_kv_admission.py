@@ -20,9 +20,11 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
+from .._errors import PassStoppedError
 from .._loading.combinations import trims
 from .._memory.budget import Plan
 from .._memory.footprint import STEP
+from ._audience import Audience, Waiting
 
 # Logits, their logarithms and the sampler's copies, of this step and the next, in float32.
 _LOGIT_BYTES = 24
@@ -122,18 +124,43 @@ class KVAdmission:
 
 
 class AdmittedBatch(BatchGenerator):
-    """mlx-lm's batch; reports its sequences to `KVAdmission` and takes chunks of planned length."""
+    """mlx-lm's batch; reports its sequences to `KVAdmission` and takes chunks of planned length.
 
-    def __init__(self, model: Any, admission: KVAdmission, **options: Any) -> None:
+    A pass over prompts whose clients have all left ends at once. The other sequences go on.
+    """
+
+    def __init__(
+        self, model: Any, admission: KVAdmission, audience: Audience, **options: Any
+    ) -> None:
         super().__init__(model, **options)
-        self._admission = admission
+        self._admission, self._audience = admission, audience
+        self._clients: dict[int, Waiting | None] = {}  # by sequence id
+        self._left: set[int] = set()  # sequences whose prompt was ended
+        self._run_prompts = self._prompt_batch.prompt
+        self._prompt_batch.prompt = self._prompts  # of this one object, which mlx-lm keeps
         self._stated_step = self.prefill_step_size
         admission.finish_all()
 
     def insert_segments(self, *args: Any, **options: Any) -> Any:
         uids = super().insert_segments(*args, **options)
         self._admission.start(uids)
+        self._clients.update(dict.fromkeys(uids, self._audience.latest))
         return uids
+
+    def _prompts(self, tokens: list[list[int]]) -> None:
+        """Run a chunk of every prompt; note the sequences if nobody waits for any of them."""
+        uids = list(self._prompt_batch.uids)
+        clients = [self._clients.get(uid) for uid in uids]
+        try:
+            with self._audience.waiting(clients):
+                self._run_prompts(tokens)
+        except PassStoppedError:
+            if not all(c is not None and c.gone() for c in clients):
+                raise
+            for client in clients:
+                if client is not None and client.context is not None:
+                    client.context.stop()  # mlx-lm's loop then forgets the request
+            self._left.update(uids)
 
     def remove(self, uids: Any, *args: Any, **options: Any) -> Any:
         save = self._admission.save_cache
@@ -144,6 +171,8 @@ class AdmittedBatch(BatchGenerator):
                     save(list(self._generation_batch.tokens[i]), cache)
         removed = super().remove(uids, *args, **options)
         self._admission.finish(uids)
+        for uid in uids:
+            self._clients.pop(uid, None)
         return removed
 
     def next(self) -> Any:
@@ -151,9 +180,15 @@ class AdmittedBatch(BatchGenerator):
         prompts = min(waiting, self.prefill_batch_size)
         self.prefill_step_size = self._admission.chunk_tokens(self._stated_step, prompts)
         prompt_responses, responses = super().next()
+        if self._left:  # before anybody keeps their caches, which lack the tokens of that pass
+            self.remove(list(self._left))
+            self._left.clear()
         if sequences := len(self._generation_batch):
             self._admission.measure(self._generation_batch.prompt_cache, sequences)
-        self._admission.finish(r.uid for r in responses if r.finish_reason is not None)
+        ended = [r.uid for r in responses if r.finish_reason is not None]
+        self._admission.finish(ended)
+        for uid in ended:
+            self._clients.pop(uid, None)
         return prompt_responses, responses
 
 
