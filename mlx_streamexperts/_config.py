@@ -7,6 +7,7 @@ result; `tune` relies on that for the ones marked as tuned.
 from __future__ import annotations
 
 import argparse
+import json
 import numbers
 import operator
 import re
@@ -81,9 +82,9 @@ class StreamConfig:
     """How experts are streamed. Sizes are bytes, or strings such as "24GB" or "24GiB".
 
     Frozen: `dataclasses.replace` makes a changed one. Command lines take the same options: `memory`
-    as `--memory` and so on. None of them changes a result. The options from `policy` to `run_ahead`
-    are None until they are stated, which means the default that the table shows; `with_defaults`
-    fills those in.
+    as `--memory` and so on. None of them changes a result. The options from `policy` to
+    `keep_awake` are None until they are stated, which means the default that the table shows;
+    `with_defaults` fills those in.
 
     Raises:
         StreamError: a value is not understood, or options contradict each other.
@@ -98,7 +99,7 @@ class StreamConfig:
         None,
         "bound for the expert cache alone, for example 24GB; overrides what --memory would leave.",
     )
-    # From here to run_ahead: None until stated; the types are those that `with_defaults` leaves.
+    # From here to keep_awake: None until stated; the types are those that `with_defaults` leaves.
     policy: str = _tuned(
         "lrfu",
         "which expert makes room: least used of late (lrfu), least recently used (lru), or S3-FIFO",
@@ -129,6 +130,13 @@ class StreamConfig:
         "auto",
         "map experts to slots on the device and check afterwards, instead of waiting for each "
         "layer's router. auto: on a GPU, in each layer while it is measured to pay; on: always",
+        choices=("auto", "on", "off"),
+    )
+    keep_awake: str = _tuned(
+        "auto",
+        "let the GPU do small work while a token waits for reads, and up to a minute between "
+        "requests, so that its clocks stay up. auto: on Metal, during waits only while that is "
+        "measured to pay, and neither on battery nor while the machine is hot",
         choices=("auto", "on", "off"),
     )
     cores: int | None = _option(
@@ -255,8 +263,9 @@ class StreamConfig:
         """
         content: dict[str, Any] = {"settings": None, **read_json_object(Path(path), "settings")}
         unknown = sorted(content.keys() - {"version", "about", "settings"})
-        if content.get("version") != _VERSION or unknown:
-            wrong = f"{unknown[0]!r}" if unknown else f"version {content.get('version')!r}"
+        version = content.get("version")
+        if type(version) is not int or version != _VERSION or unknown:  # true equals 1
+            wrong = f"{unknown[0]!r}" if unknown else f"version {version!r}"
             raise StreamError(
                 f"{path}: not a settings file of version {_VERSION} (it has {wrong}): write it "
                 "again with python -m mlx_streamexperts.tune or StreamConfig.save"
@@ -283,9 +292,19 @@ class StreamConfig:
             path: the file; replaced as a whole if it exists.
 
         Raises:
-            StreamError: an option is stated that a settings file cannot hold; see `load`.
+            StreamError: an option is stated that a settings file cannot hold (see `load`), or
+                `about` has a value that JSON has not.
             OSError: the file cannot be written.
         """
+        about = self.about or {}
+        for name, value in about.items():
+            try:
+                json.dumps({name: value}, allow_nan=False)
+            except (TypeError, ValueError, RecursionError) as e:
+                raise StreamError(
+                    f"about[{name!r}] cannot be saved in a settings file ({e}): use text, Python "
+                    "numbers, lists and dicts"
+                ) from e
         stated = {
             f.name: value
             for f in fields(self)
@@ -298,7 +317,7 @@ class StreamConfig:
         for name, value in stated.items():
             if not isinstance(value, int | str):  # a float, or one of NumPy's numbers
                 stated[name] = parse_size(value)
-        write_json(Path(path), {"version": _VERSION, "about": self.about or {}, "settings": stated})
+        write_json(Path(path), {"version": _VERSION, "about": about, "settings": stated})
 
     def for_rank(self, rank: int, ranks: int) -> StreamConfig:
         """The options of one rank of several.

@@ -46,12 +46,8 @@ TINY = [
 
 def sentence(key: str, found: dict[str, Any]) -> str:
     """What the page says under a panel."""
-    _, axes = plt.subplots()
     panel = next(p for p in PANELS if p.key == key)
-    try:
-        return panel.answer(from_json(Report, found), axes)
-    finally:
-        plt.close()
+    return page.answer(panel, from_json(Report, found))
 
 
 def render(found: dict[str, Any]) -> str:
@@ -158,11 +154,11 @@ def test_every_section_and_figure_is_on_the_page(written: Path, found: dict[str,
 
 def test_figures_are_of_the_json(found: dict[str, Any]) -> None:
     wanted = ("sustained", "by_prompt", "by_rate", "perplexity")
-    axes = {}
+    axes, made = {}, from_json(Report, found)
     for panel in PANELS:
         if panel.key in wanted:
             _, axes[panel.key] = plt.subplots()
-            panel.answer(from_json(Report, found), axes[panel.key])
+            panel.draw(axes[panel.key], panel.part(made), made)
     windows = found["speed"]["sustained"]["windows"]
     assert np.allclose(axes["sustained"].lines[0].get_ydata(), [w["tokens_per_s"] for w in windows])
     widths = sorted(bar.get_width() for bar in axes["by_prompt"].patches)

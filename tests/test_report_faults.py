@@ -377,7 +377,7 @@ def test_all_right_is_not_certain(found: dict[str, Any]) -> None:
 
 def test_the_named_machines_are_named_on_the_curve(found: dict[str, Any]) -> None:
     panel = next(p for p in PANELS if p.key == "by_rate")
-    _, text = page.draw(panel, from_json(Report, found))
+    text = page.draw(panel, from_json(Report, found))
     for machine in found["ssd"]["sensitivity"]["machines"]:
         assert machine["name"].rsplit(" ", 2)[0] in text.split(">", 1)[1]
     assert "predicted" in text

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import families as lm
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from vlm_families import FAMILIES, METAL_FAMILIES, TEXT, construct, make_vlm_checkpoint, run
+from vlm_families import (
+    FAMILIES,
+    METAL_FAMILIES,
+    TEXT,
+    construct,
+    make_vlm_checkpoint,
+    run,
+    switches,
+)
 
 from mlx_streamexperts import StreamConfig, UnsupportedModelError, patch, stream
+from mlx_streamexperts._experts import cpu_streams
+from mlx_streamexperts._experts.split import RowRule
 from mlx_streamexperts._loading import discover
 from mlx_streamexperts._memory import model_graph
 
@@ -25,9 +39,6 @@ pytestmark = pytest.mark.usefixtures("not_compiled")
 
 # Families whose experts cannot be streamed yet, and what the refusal names.
 REFUSED = {
-    "deepseek_v41": "DeepseekV41SwitchGLU",  # takes a value for each row
-    "deepseek_v41_engram": "DeepseekV41SwitchGLU",
-    "inkling": "InklingSwitchGLU",  # scales indexed by expert
     "minicpmv4_7": "mlx_streamexperts.convert",  # copies every weight while loading
     "moondream3": "MoEMLP",
     "openai_privacy_filter": "Experts",
@@ -69,6 +80,137 @@ def test_a_family_streams_with_misses_bit_by_bit(
     for got, expected in zip(run(model, TOKENS, 12), run(stock, TOKENS, 12), strict=True):
         assert np.array_equal(got, expected)
     assert stream(model).stats().cache.misses > 0
+    modules, plain = dict(model.named_modules()), switches(stock)
+    for layer in layers:
+        shown = [name for name in plain[layer.name] if getattr(modules[layer.name], name, None)]
+        assert not shown  # mlx-vlm would call them with numbers of experts
+
+
+def tuned(folder: Path, change: Callable[[str, mx.array], mx.array]) -> Path:
+    """Change arrays of a checkpoint where they lie."""
+    for file in folder.glob("*.safetensors"):
+        arrays = cast(dict[str, mx.array], mx.load(str(file)))
+        mx.save_safetensors(str(file), {k: change(k, a) for k, a in arrays.items()})
+    return folder
+
+
+@pytest.mark.parametrize("ones", [True, False])
+def test_inklings_scales_of_each_expert_follow_it_into_its_slot(ones: bool, tmp_path: Path) -> None:
+    folder = make_vlm_checkpoint(tmp_path / "m", "inkling", bits=4)
+    if ones:  # stock then leaves them out, and so do we
+        tuned(folder, lambda k, a: mx.ones_like(a) if k.endswith(("e_scale", "t_scale")) else a)
+    stock = utils.load_model(folder)
+    config = StreamConfig(progress=False, in_place="off" if ones else "auto")
+    with patch(cache="100KB", config=config) as patched:
+        model = utils.load_model(folder)
+    expert_stream = patched.streams[0]
+    layer = expert_stream.layers[0]
+    assert list(layer.slots.small) == ([] if ones else ["gate_scale", "out_scale"])
+    for cache in (2 * sum(2 * x.expert_bytes for x in expert_stream.layers), "100MB"):
+        expert_stream.resize(cache)
+        assert layer.resident == (cache == "100MB")
+        for got, expected in zip(run(model, TOKENS, 12, 5), run(stock, TOKENS, 12, 5), strict=True):
+            assert np.array_equal(got, expected)
+    with pytest.raises(UnsupportedModelError):
+        model.set_dtype(mx.bfloat16)
+
+
+def test_the_shared_expert_of_minimax_m3_stays_and_is_never_counted(tmp_path: Path) -> None:
+    stock = utils.load_model(folder := make_vlm_checkpoint(tmp_path / "m", "minimax_m3"))
+    config = StreamConfig(progress=False)
+    with patch(cache="100MB", config=config):
+        model = utils.load_model(folder)
+    expert_stream = stream(model)
+    layer, shared = expert_stream.layers[0], lm.EXPERTS
+    assert layer.experts == lm.EXPERTS + 1
+    expert_stream.resize(sum(n.minimum * n.expert_bytes for n in expert_stream.needs()))
+    assert layer.cache.slots == 3  # two in turn, and the shared one
+    slot, before = layer.cache.slot_of[shared], expert_stream.reader.stats.bytes
+    with expert_stream.trace(tmp_path / "trace"):
+        got, expected = (run(m, TOKENS, 12) for m in (model, stock))
+    assert all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert layer.cache.slot_of[shared] == slot >= 0
+    assert shared not in layer.cache.resident
+    lines = [json.loads(line) for line in (tmp_path / "trace").read_text().splitlines()][1:]
+    chosen = [call["experts"] for call in lines]
+    assert max(np.max(x) for x in chosen) < shared
+    stats = expert_stream.stats().cache
+    assert stats.hits + stats.misses == sum(len(np.unique(x)) for x in chosen)
+    read = expert_stream.reader.stats.bytes - before
+    assert read == stats.misses * layer.expert_bytes > 0
+
+
+def verified(model: nn.Module) -> mx.array:
+    """The last hidden states [1, 3, D] of a model's own check of three drafted tokens."""
+    language = model.language_model
+    cache = make_prompt_cache(language)
+    language(mx.array(TOKENS[:9])[None], cache=cache)
+    tokens = mx.array(TOKENS[9:12])[None]
+    if hasattr(language, "speculative_verify_hidden"):
+        return language.speculative_verify_hidden(tokens, cache)[0]
+    return language(tokens, cache=cache, speculative_verify=True).logits
+
+
+@pytest.mark.parametrize("family", ["glm_moe_dsa", "qwen3_5_moe", "qwen4_exp"])
+def test_a_models_own_check_of_a_draft_is_exact(
+    family: str, tmp_path: Path, estimated: None
+) -> None:
+    folder = make_vlm_checkpoint(tmp_path / "m", family, bits=4)
+    with patch(cache="150KB", config=StreamConfig(progress=False)):
+        model = utils.load_model(folder)
+    expected = verified(utils.load_model(folder))
+    assert mx.array_equal(verified(model), expected)
+    assert stream(model).stats().cache.misses > 0
+
+
+@pytest.mark.parametrize("family", ["lfm2_moe", "nemotron_h", "gemma4"])
+def test_a_check_of_a_draft_that_goes_around_the_experts_is_refused(
+    family: str, tmp_path: Path, estimated: None
+) -> None:
+    folder = make_vlm_checkpoint(tmp_path / "m", family)
+    config = json.loads((folder / "config.json").read_text())
+    config.get("text_config", {})["exact_speculative_verify"] = True  # of gemma4
+    (folder / "config.json").write_text(json.dumps(config))
+    with patch(cache="10MB", config=StreamConfig(progress=False)):
+        model = utils.load_model(folder)
+    run(model, TOKENS, 12)
+    with pytest.raises(UnsupportedModelError, match="generate without a draft model"):
+        verified(model)
+
+
+@pytest.mark.parametrize("batch", [5, 16])
+@pytest.mark.parametrize("slots", [3, lm.EXPERTS - 1])
+def test_a_few_tokens_run_one_by_one_as_in_stock_where_kernels_depend_on_it(
+    batch: int, slots: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mlx-vlm's SwitchGLU calls itself for each of 2 to 8 tokens; a GPU sums in that order."""
+    monkeypatch.setattr(RowRule, "of", lambda _: RowRule(count=True, padded=True))
+    monkeypatch.setattr(cpu_streams, "_MOST", 1)
+    folder = make_vlm_checkpoint(tmp_path / "m", "qwen3_moe")
+    with patch(cache="100MB", config=StreamConfig(progress=False)):
+        model = utils.load_model(folder)
+    expert_stream = stream(model)
+    expert_stream.resize(slots * sum(x.expert_bytes for x in expert_stream.layers))
+    layer = expert_stream.layers[0]
+    stock = dict(utils.load_model(folder).named_modules())[layer.name]
+    calls: list[tuple[int, ...]] = []  # of projections: [B, L, K], or [rows] if they are sorted
+
+    def noted(self: Any, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        calls.append(indices.shape)
+        return original(self, x, indices, sorted_indices)
+
+    linear = type(stock.up_proj)
+    original = linear.__call__
+    monkeypatch.setattr(linear, "__call__", noted)
+    x = mx.random.normal((batch, 5, lm.HIDDEN), key=mx.random.key(0))
+    indices = mx.random.randint(0, layer.experts, (batch, 5, 4), key=mx.random.key(1))
+    expected = stock(x, indices)
+    wanted = {*calls}
+    calls.clear()
+    assert mx.array_equal(layer(x, indices), expected)
+    assert wanted == ({(batch * 4,)} if batch * 4 >= 64 else {(batch, 1, 4)})
+    assert {*calls} == wanted
+    assert layer.cache.stats.misses > 0
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "kimi_k25", "qwen3_vl_moe"])

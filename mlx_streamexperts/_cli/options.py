@@ -1,4 +1,4 @@
-"""What every command line shares: our options beside mlx-lm's, and the embedded model."""
+"""Shared by all command lines: our options beside mlx-lm's, the embedded model, and errors."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _DEMO_CACHE = "10MB"  # about a quarter of its experts, so that there is somethi
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, out: str, overwritten: str) -> None:
-    """What the commands that write a folder share.
+    """Add the options that all commands that write a folder share.
 
     Args:
-        parser: to be extended.
-        out: what `--out` is.
-        overwritten: whose leavings `--overwrite` discards.
+        parser: the parser to extend.
+        out: help text of `--out`.
+        overwritten: who left the content that `--overwrite` discards, for its help text.
     """
     parser.add_argument("--out", type=Path, required=True, help=out)
     parser.add_argument(
@@ -50,12 +50,12 @@ def add_output_arguments(parser: argparse.ArgumentParser, out: str, overwritten:
 def make_parser(
     parser: argparse.ArgumentParser, prog: str, description: str | None
 ) -> argparse.ArgumentParser:
-    """Extend one of mlx-lm's parsers with the options of expert streaming."""
+    """Add the options of expert streaming to a parser of mlx-lm's, or to an empty one."""
     parser.prog, parser.description = prog, description
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     for action in parser._actions:
         if action.dest == "prefill_step_size":
-            action.default = None  # what the plan has room for
+            action.default = None  # the plan decides
             action.help = (
                 "Number of prompt tokens to process at a time; the same as --prefill-tokens."
             )
@@ -70,9 +70,9 @@ def make_parser(
 
 
 def join_ranks() -> mx.distributed.Group:
-    """The processes that `mlx.launch` started with this one; a group of one where it did not.
+    """The processes that `mlx.launch` started with this one, or this process alone.
 
-    Ends this process with a traceback where they do not all come within `_JOIN_SECONDS`: rank 0 of
+    If the others do not join within `_JOIN_SECONDS`, this process ends with a traceback: rank 0 of
     MLX's ring backend would wait for ever, in C++ and holding Python's lock.
 
     Raises:
@@ -94,7 +94,7 @@ def join_ranks() -> mx.distributed.Group:
 
 @contextmanager
 def only_rank_0_prints(group: mx.distributed.Group) -> Iterator[None]:
-    """All ranks compute the same text."""
+    """Drop the output of all ranks but one: they compute the same text."""
     if group.rank() == 0:
         yield
         return
@@ -103,12 +103,12 @@ def only_rank_0_prints(group: mx.distributed.Group) -> Iterator[None]:
 
 
 def failed(error: Exception, streams: Sequence[ExpertStream] = ()) -> int:
-    """Say what went wrong, to the other ranks of a distributed run too; returns the exit status."""
+    """Print an error, and tell the other ranks of a distributed run; returns the exit status."""
     reason = str(error)
     for s in streams:
         if isinstance(error, StreamError):
             s.leave(reason)
-        else:  # MLX noticed that the connection is gone; which rank it is, the watch knows
+        else:  # MLX noticed that the connection is gone; the watch knows which rank is lost
             reason = s.lost_rank() or reason
             s.close()
     print(f"error: {reason}", file=sys.stderr)
@@ -125,13 +125,13 @@ def interrupted() -> int:
 def stream_settings(args: argparse.Namespace) -> tuple[StreamConfig, str | None]:
     """The streaming options of a parsed command line, and the model to load.
 
-    The embedded model stands in where none is named; it fits any machine, so it then gets a small
-    expert cache unless the command line states a budget. The model is None where a prompt cache
-    file names it.
+    Without `--model` it is the embedded model. That one fits into any machine's memory, so it gets
+    a small expert cache unless a budget is stated. The model is None if a prompt cache file names
+    it.
 
     Raises:
         UnsupportedModelError: the model cannot do what an option asks for.
-        StreamError: an option or a size is not understood, or there is no such model.
+        StreamError: an option or a size is invalid, or there is no such model.
     """
     config, model = from_arguments(args), args.model
     if model is None and getattr(args, "prompt_cache_file", None) is None:
@@ -156,12 +156,12 @@ def stream_settings(args: argparse.Namespace) -> tuple[StreamConfig, str | None]
 def following_stock_options(
     config: StreamConfig, args: argparse.Namespace, ours: argparse.Namespace
 ) -> StreamConfig:
-    """Let mlx-lm's own options decide what ours leave open about memory.
+    """Take memory options that are not stated from mlx-lm's own options.
 
     Args:
-        config: what our options and the settings file come to.
-        args: the command line that has mlx-lm's options. They win over a settings file.
-        ours: the command line that has ours. These win over mlx-lm's.
+        config: our options, those of the settings file included.
+        args: the command line with mlx-lm's options. They win over a settings file.
+        ours: the command line with our options. They win over mlx-lm's.
     """
     step, kv_size = getattr(args, "prefill_step_size", None), getattr(args, "max_kv_size", None)
     if step and ours.prefill_tokens is None:

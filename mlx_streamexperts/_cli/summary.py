@@ -159,4 +159,6 @@ def _experts(expert_stream: ExpertStream, timing: Timing) -> list[Row]:
                 f"{len(expert_stream.layers)} layers prefetch",
             )
         )
+    if stats.beats:
+        lines.append(("Kept awake", f"by {stats.beats} small matmuls while nothing else ran"))
     return lines

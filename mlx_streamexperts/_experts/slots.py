@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 
 from .._cache.expert_map import ExpertCache
@@ -23,7 +24,7 @@ from .._io.checkpoint import ExpertTable
 from .._io.ranges import ByteRange
 from .._io.reader import DEMAND, PREFETCH, ExpertReader, Ticket
 from .._listeners import Listeners
-from .bank import Bank, SlotTensor, total_bytes
+from .bank import Bank, SlotTensor, numbers, total_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,21 @@ class ExpertTensor:
 
     slot: SlotTensor
     stored: ExpertTable
+
+
+@dataclass(frozen=True, slots=True)
+class SmallTable:
+    """A few bytes of each expert, such as one scale. The table stays in memory, in whole.
+
+    A read of a few bytes would take as long as one of many, and mlx-vlm computes some of them.
+
+    Attributes:
+        slot: where its slots are used.
+        rows: [experts, ...], not evaluated until the layer opens.
+    """
+
+    slot: SlotTensor
+    rows: mx.array
 
 
 @dataclass(slots=True)
@@ -104,8 +120,10 @@ class ExpertSlots:
 
     Args:
         name: the layer's.
-        tensors: every expert tensor of the layer, by name within it.
+        tensors: every expert tensor of the layer that is read, by name within it.
         experts: routed experts in the layer.
+        small: those that are in memory, by name; `tensors` has none of them.
+        pinned: experts that every token uses: they stay in their slots.
 
     Attributes:
         cache: the expert -> slot map.
@@ -116,8 +134,17 @@ class ExpertSlots:
         on_call: called with False before each wait for a read (and by the layer, see there).
     """
 
-    def __init__(self, name: str, tensors: dict[str, ExpertTensor], experts: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        tensors: dict[str, ExpertTensor],
+        experts: int,
+        small: dict[str, SmallTable] | None = None,
+        pinned: Sequence[int] = (),
+    ) -> None:
         self.name, self.tensors, self.experts = name, tensors, experts
+        self.small, self.pinned = small or {}, pinned
+        self._small_rows: list[np.ndarray] = []  # uint8 [experts, bytes] of each, set by open
         self.expert_bytes = total_bytes([t.slot for t in tensors.values()])
         self.cache = ExpertCache(experts, 0)
         self.bank = Bank({}, 0, in_place=True)
@@ -128,6 +155,12 @@ class ExpertSlots:
         self._in_flight: dict[int, Ticket] = {}  # prefetched, not known to have arrived
         self._awaited = Arrivals(self, {})  # of the last call
         self._changing = False  # true at the next use if an exception ended the change
+
+    @property
+    def slot_tensors(self) -> dict[str, SlotTensor]:
+        """Where slots are used, by name: first those of `tensors`, in their order."""
+        read = {name: t.slot for name, t in self.tensors.items()}
+        return read | {name: t.slot for name, t in self.small.items()}
 
     def relocate(
         self,
@@ -147,9 +180,13 @@ class ExpertSlots:
         """Replace all slots by `slots` empty ones."""
         self._empty()  # before the new ones are allocated: the budget holds throughout
         self._reader = reader
-        self.cache = ExpertCache(self.experts, slots, policy)
-        slot_tensors = {name: t.slot for name, t in self.tensors.items()}
-        before, self.bank = self.bank, Bank(slot_tensors, self.cache.slots, in_place)
+        if not self._small_rows:
+            self._small_rows = [
+                numbers(t.rows.reshape(self.experts, -1).view(mx.uint8))
+                for t in self.small.values()
+            ]
+        self.cache = ExpertCache(self.experts, slots, policy, self.pinned)
+        before, self.bank = self.bank, Bank(self.slot_tensors, self.cache.slots, in_place)
         self.bank.inherit_readers(before)  # they may read run-ahead's tables, which stay
 
     def close(self) -> None:
@@ -326,7 +363,8 @@ class ExpertSlots:
     def _is_right(self, expert: int) -> bool:
         if self.as_packed is None:
             return True
-        return self.as_packed(expert, self.bank.delivered(int(self.cache.slot_of[expert])))
+        delivered = self.bank.delivered(int(self.cache.slot_of[expert]))
+        return self.as_packed(expert, delivered[: len(self.tensors)])
 
     def _submit(self, placed: Sequence[int], priority: int) -> Ticket:
         """Start reading experts that have just got slots."""
@@ -334,7 +372,9 @@ class ExpertSlots:
         ranges = []
         for expert in placed:
             memory = self.bank.destinations(int(self.cache.slot_of[expert]))
-            for t, into in zip(self.tensors.values(), memory, strict=True):
+            for rows, into in zip(self._small_rows, memory[len(self.tensors) :], strict=True):
+                into[:] = rows[expert].data
+            for t, into in zip(self.tensors.values(), memory, strict=False):
                 at = t.stored
                 ranges.append(
                     ByteRange(

@@ -29,6 +29,7 @@ class StreamStats:
         overlapped: calls that ran resident experts while missing ones were read.
         resident_layers: layers whose experts are all in memory; they count no hits.
         run_ahead: outcomes of steps that did not wait for every layer's indices.
+        beats: pieces of small work that kept the GPU awake; see the option `keep_awake`.
     """
 
     cache: CacheStats
@@ -42,6 +43,7 @@ class StreamStats:
     overlapped: int
     resident_layers: int
     run_ahead: RunAheadStats
+    beats: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain numbers, for JSON."""

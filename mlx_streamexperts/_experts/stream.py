@@ -37,13 +37,14 @@ from .._memory.process_memory import (
     release_limits,
     unregister,
 )
-from .._osinfo import available_memory_bytes, file_mark
+from .._osinfo import available_memory_bytes, file_mark, on_metal, power_is_scarce
 from .._progress import Progress, progress_bar
 from .autotune import AutoTuner, StepTimer
 from .bank import in_place_works
 from .cpu_streams import CpuStreams
 from .follower import Follower
 from .hot_set import read_hot_set, read_in, save_hot_set
+from .keep_awake import KeepAwake
 from .layer import OVERLAPS, PHASES, ExpertLayer
 from .prefetch import SMALL_EXPERT_BYTES
 from .slots import PrefetchStats
@@ -110,8 +111,10 @@ class ExpertStream(Closing):
         self._guard = ThreadGuard(self._flush_readers)
         self._cpu_streams = CpuStreams(config.cores)
         self._timers: dict[int, StepTimer] = {}  # by the size of an expert
+        self._keep_awake: KeepAwake | None = None
         hold_limits(self, plan, config.wired == "auto")
         try:
+            self._keep_awake = self._make_keep_awake()
             self._open(plan.slots)
             self.run_ahead = self._make_run_ahead()
             if hot:
@@ -141,6 +144,7 @@ class ExpertStream(Closing):
             overlapped=sum(x.stats.overlapped for x in self.layers),
             resident_layers=sum(x.resident for x in self.layers),
             run_ahead=RunAheadStats(**asdict(self.run_ahead.stats) if self.run_ahead else {}),
+            beats=self._keep_awake.beats if self._keep_awake is not None else 0,
         )
 
     def reset(self) -> None:
@@ -150,6 +154,8 @@ class ExpertStream(Closing):
         if self.run_ahead is not None:
             self.run_ahead.stats = RunAheadStats()
         self._reader.stats = ReadStats()
+        if self._keep_awake is not None:
+            self._keep_awake.beats = 0
 
     def trace(self, path: str | os.PathLike[str]) -> Trace:
         """Record every routing decision into a file of JSON lines, until it is closed.
@@ -311,6 +317,8 @@ class ExpertStream(Closing):
             with ExitStack() as steps:  # run in reverse order; each of them can be repeated
                 steps.callback(mx.clear_cache)
                 steps.callback(release_limits, self)
+                if self._keep_awake is not None:
+                    steps.callback(self._keep_awake.close)
                 steps.callback(self._reader.close)
                 for recording in self._recordings:
                     steps.callback(recording.close)
@@ -401,11 +409,22 @@ class ExpertStream(Closing):
         overlaps = {"auto": OVERLAPS, "on": OVERLAPS[-1:], "off": OVERLAPS[:1]}[self.config.overlap]
         small = layer.expert_bytes < SMALL_EXPERT_BYTES
         likely = "halves" if small and len(overlaps) > 1 else overlaps[-1]
-        timer = self._timers.setdefault(layer.expert_bytes, StepTimer(AutoTuner(overlaps, likely)))
+        awake = self._keep_awake
+        if (timer := self._timers.get(layer.expert_bytes)) is None:
+            timer = StepTimer(AutoTuner(overlaps, likely), awake.tuner if awake else None)
+            self._timers[layer.expert_bytes] = timer
         layer.open(
             slots, self._reader, self.config.policy, timer, self._guard, self._cpu_streams,
-            self.in_place,
+            self.in_place, awake,
         )  # fmt: skip
+
+    def _make_keep_awake(self) -> KeepAwake | None:
+        wanted = {"auto": on_metal(), "on": True, "off": False}[self.config.keep_awake]
+        if not wanted:
+            return None
+        if self.config.keep_awake == "on":
+            return KeepAwake(len(self.layers), always=True, scarce=lambda: False)
+        return KeepAwake(len(self.layers), always=False, scarce=power_is_scarce)
 
     def _make_run_ahead(self) -> RunAhead | None:
         """None if it is off or impossible, or if the host is the device and never waits for it."""
@@ -467,7 +486,9 @@ def layer_needs(layers: list[ExpertLayer], model_config: dict[str, Any]) -> list
     needs = []
     for x in layers:
         top_k = experts_per_token(model_config, x.experts)
-        needs.append(LayerNeed(x.experts, x.expert_bytes, fewest_slots(top_k), top_k))
+        pinned = len(x.traits.pinned)
+        least = fewest_slots(top_k) + pinned
+        needs.append(LayerNeed(x.experts, x.expert_bytes, least, top_k + pinned))
     return needs
 
 
@@ -484,7 +505,7 @@ def unwritten(layers: Sequence[ExpertLayer]) -> bool:
 def _let_go(layers: Sequence[ExpertLayer]) -> None:
     """Drop the lazy arrays of all experts, because MLX keeps their files open meanwhile."""
     for layer in layers:
-        for slot in (tensor.slot for tensor in layer.tensors.values()):
+        for slot in layer.slots.slot_tensors.values():
             setattr(slot.module, slot.attribute, mx.zeros((0, *slot.shape), slot.dtype))
 
 

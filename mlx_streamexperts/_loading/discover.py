@@ -24,7 +24,7 @@ from .._errors import CheckpointError, StreamError, UnsupportedModelError
 from .._experts.bank import SlotTensor
 from .._experts.layer import ExpertLayer
 from .._experts.packed_store import use_store
-from .._experts.slots import ExpertTensor
+from .._experts.slots import ExpertTensor, SmallTable
 from .._experts.stream import flatten, layer_needs, unwritten
 from .._io.checkpoint import (
     Checkpoint,
@@ -39,6 +39,9 @@ from .._memory.model_graph import copied, measure
 from .._osinfo import unfinished_bytes
 from .lazy_load import PROJECTIONS, SWITCHES, LoadRecord, load_recorded
 from .provenance import Stored
+
+# NVFP4's second scale of an expert's table, or of its rows, as mlx-vlm keeps it.
+_SCALES = ("weight_scale_2", "weight_global_scale")
 
 _SCORE_COPIES = 3  # scores, the mask added, their softmax
 
@@ -161,8 +164,9 @@ def discover(
         )
     expert_bytes = sum(x.experts * x.expert_bytes for x in layers)
     parameters = [array for _, array in flatten(model)]
+    small = sum(t.rows.nbytes for x in layers for t in x.slots.small.values())
     sizes = Sizes(
-        trunk=sum(a.nbytes for a in parameters) - expert_bytes,
+        trunk=sum(a.nbytes for a in parameters) - expert_bytes + small,  # and what slots have of it
         looked_up=_embedding_bytes(model, model_config),
         disk=checkpoint.nbytes if stage is None else _needed_bytes(checkpoint, stage),
         conversion=sum(a.nbytes for a in parameters) if unwritten(layers) else 0,
@@ -231,12 +235,18 @@ def _find_layers(
             continue
         if type(switch) not in record.switches:
             raise UnsupportedModelError(_unknown_owner(checkpoint.folder, path, switch))
-        tensors = {}
+        tensors, small, traits = {}, {}, record.traits(switch)
+        for name in traits.own_tables:
+            small[name] = _small_table(switch, name, switch[name])
         for part, projection in switch.children().items():
             if not isinstance(projection, record.projections):
                 continue
             for attribute, table in flatten(projection):
                 name = f"{part}.{attribute}"
+                if attribute in _SCALES:
+                    if table.ndim:  # otherwise one for all experts
+                        small[name] = _small_table(projection, attribute, table)
+                    continue
                 stored = _stored_table(f"{path}.{name}", table, entries, record, checkpoint)
                 if stored is None and not as_converted:
                     raise UnsupportedModelError(
@@ -253,8 +263,12 @@ def _find_layers(
                 f"{path}: {first.names[0]} in {first.files[0]} has {a} experts, but "
                 f"{second.names[0]} in {second.files[0]} has {b}"
             )
-        layers.append(ExpertLayer(path, switch, tensors, next(iter(counts))))
+        layers.append(ExpertLayer(path, switch, tensors, next(iter(counts)), small, traits))
     return sorted(layers, key=lambda x: [int(p) if p.isdigit() else -1 for p in x.name.split(".")])
+
+
+def _small_table(module: nn.Module, attribute: str, table: mx.array) -> SmallTable:
+    return SmallTable(SlotTensor(module, attribute, tuple(table.shape[1:]), table.dtype), table)
 
 
 def _stored_table(
@@ -362,5 +376,6 @@ def _embedding_bytes(model: nn.Module, model_config: dict[str, Any]) -> int:
 
 
 def has_expert_tensors(folder: Path) -> bool:
-    """Does a checkpoint name any tensor after experts?"""
-    return any("expert" in name for name in read_checkpoint(folder).tensors)
+    """Does a checkpoint name any tensor after experts, or after the modules that hold them?"""
+    names = read_checkpoint(folder).tensors
+    return any("expert" in name or "switch_" in name for name in names)

@@ -28,6 +28,7 @@ from mlx_lm.models.switch_layers import (
 )
 
 from .._errors import CheckpointError, StreamError, UnsupportedModelError
+from .._experts.layer import Traits
 from .._experts.stream import flatten
 from .._hooks import swapped_in_thread
 from .._io.checkpoint import (
@@ -59,6 +60,7 @@ class LoadRecord:
         sanitize: makes the model's arrays of stored ones, by name; leaves the model alone.
         language: the part of the model whose calls are passes; None for the model itself.
         switches, projections: classes of expert modules, and of the switch linears they own.
+        traits: tells what sets an expert module apart.
     """
 
     stored: dict[str, mx.array] = field(default_factory=dict)
@@ -69,6 +71,7 @@ class LoadRecord:
     language: nn.Module | None = None
     switches: tuple[type[nn.Module], ...] = SWITCHES
     projections: tuple[type[nn.Module], ...] = PROJECTIONS
+    traits: Callable[[nn.Module], Traits] = lambda _: Traits()
 
     @functools.cached_property
     def traced(self) -> dict[str, Stored]:

@@ -21,7 +21,7 @@ from .._config import StreamConfig
 from .._distributed.pipeline import wait_on_host
 from .._distributed.ranks import Ranks
 from .._distributed.watch import Watch
-from .._errors import RankError, UnsupportedModelError
+from .._errors import RankError, StreamError, UnsupportedModelError
 from .._experts.layer import StreamedSwitch
 from .._experts.prefetch import connect
 from .._experts.refusals import guard
@@ -160,7 +160,8 @@ class patch:  # noqa: N801 - called like a function
         streams: the `ExpertStream` of every model loaded through this patch, in order.
 
     Raises:
-        StreamError: an option or a size is invalid. Loading raises what `load` raises.
+        StreamError: an option or a size is invalid, or `with` is used on a patch that is installed.
+            Loading raises what `load` raises.
     """
 
     def __init__(
@@ -175,6 +176,8 @@ class patch:  # noqa: N801 - called like a function
     def install(self) -> patch:
         """Patch mlx-lm for all threads until `remove`. The last patch installed counts.
 
+        Install it again to make it the last one; one `remove` still undoes it.
+
         Returns:
             The patch itself.
         """
@@ -186,6 +189,8 @@ class patch:  # noqa: N801 - called like a function
         patching.remove(self)
 
     def __enter__(self) -> patch:
+        if patching.is_installed(self):  # the end of an inner block would undo the outer one
+            raise StreamError("this patch is installed already: make another one for this block")
         return self.install()
 
     def __exit__(self, *exception: object) -> None:

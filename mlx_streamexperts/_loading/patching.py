@@ -59,11 +59,21 @@ _scoped = 0  # `for_this_thread` blocks under way
 
 
 def install(loader: Loader) -> None:
-    """Let all threads load through `loader`; the last one installed counts."""
+    """Let all threads load through `loader`; the last one installed counts.
+
+    Installed again, it becomes the last one and is still undone by one `remove`.
+    """
     _await_vlm()
     with _lock:
+        if loader in _installed:
+            _installed.remove(loader)
         _installed.append(loader)
         _replace_functions()
+
+
+def is_installed(loader: Loader) -> bool:
+    """Is it installed, and not removed yet?"""
+    return loader in _installed
 
 
 def remove(loader: Loader) -> None:

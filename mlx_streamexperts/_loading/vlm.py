@@ -11,13 +11,14 @@ import importlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .._errors import CheckpointError, StreamError
-from .._hooks import swapped_in_thread
+from .._errors import CheckpointError, StreamError, UnsupportedModelError
+from .._experts.layer import Traits
+from .._hooks import intercept, swapped_in_thread
 from .._io.checkpoint import shard_files
 from .._io.files import allow_open
 from .lazy_load import LoadRecord, recording_stacks
@@ -26,24 +27,66 @@ from .lazy_load import LoadRecord, recording_stacks
 _SWITCHES = (
     ("switch_layers", "SwitchGLU"),
     ("switch_layers", "SwitchMLP"),
+    ("deepseek_v41.language", "DeepseekV41SwitchGLU"),
     ("hy_v4.fused_switch_glu", "FusedSwitchGLU"),
     ("laguna.language", "LagunaPackedSwitchGLU"),
     ("minimax_m3_vl.language", "MiniMaxPackedSwitchGLU"),
     ("diffusion_gemma.language", "Experts"),
+    ("inkling.language", "InklingSwitchGLU"),
 )
-_PROJECTIONS = (("switch_layers", "SwitchLinear"), ("switch_layers", "QuantizedSwitchLinear"))
+_PROJECTIONS = (
+    ("mlx_vlm.models.switch_layers", "SwitchLinear"),
+    ("mlx_vlm.models.switch_layers", "QuantizedSwitchLinear"),
+    ("mlx_vlm.quantization.nvfp4", "ScaledQuantizedSwitchLinear"),
+)
 Classes = tuple[type[nn.Module], ...]
 
 
 @cache
 def expert_classes() -> tuple[Classes, Classes]:
     """mlx-vlm's expert modules, and the switch linears that they own."""
-    return tuple(_class(*n) for n in _SWITCHES), tuple(_class(*n) for n in _PROJECTIONS)
+    switches = tuple(_class(f"mlx_vlm.models.{module}", name) for module, name in _SWITCHES)
+    return switches, tuple(_class(*names) for names in _PROJECTIONS)
 
 
 def _class(module: str, name: str) -> type[nn.Module]:
-    kind: type[nn.Module] = getattr(importlib.import_module(f"mlx_vlm.models.{module}"), name)
+    kind: type[nn.Module] = getattr(importlib.import_module(module), name)
     return kind
+
+
+def _refuse_drafts(language: nn.Module, folder: Path) -> None:
+    """Let Gemma 4's check of drafts raise: mlx-vlm 0.7.10 leaves the experts out of it."""
+    kind: Any = type(language)
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("speculative_verify"):
+            raise UnsupportedModelError(
+                f"{folder}: mlx-vlm's check of a draft (exact_speculative_verify in config.json) "
+                "computes this model without its experts: generate without a draft model"
+            )
+        return kind.__call__(self, *args, **kwargs)
+
+    intercept(language, call)
+
+
+def traits(switch: nn.Module) -> Traits:
+    """What sets an expert module of mlx-vlm apart.
+
+    - `SwitchGLU` runs a few tokens one by one, with the kernels of decoding.
+    - Inkling's has two scales for each expert beside its projections, unless all are 1. It finds
+      that out once, from the whole tables: a few numbers are evaluated here.
+    - MiniMax M3's has the shared expert in its last row.
+    """
+    kind = type(switch).__name__
+    if kind == "SwitchGLU":
+        linear = importlib.import_module("mlx_vlm.models.linear")
+        return Traits(tokenwise=linear.tokenwise, most=linear.DECODE_BLOCK_SIZE)
+    if kind == "InklingSwitchGLU" and not cast(Any, switch).scales_trivial():
+        own = tuple(name for name, value in switch.items() if isinstance(value, mx.array))
+        return Traits(own_tables=own)
+    if kind == "MiniMaxPackedSwitchGLU":
+        return Traits(pinned=(switch["down_proj"].weight.shape[0] - 1,))
+    return Traits()
 
 
 def load_recorded(
@@ -97,5 +140,8 @@ def load_recorded(
     record.sanitize = sanitize
     language = getattr(model, "language_model", None)
     record.language = language if isinstance(language, nn.Module) else model
+    if getattr(getattr(record.language, "config", None), "exact_speculative_verify", False):
+        _refuse_drafts(record.language, folder)
     record.switches, record.projections = expert_classes()
+    record.traits = traits
     return model, utils.load_config(folder), record

@@ -45,6 +45,11 @@ class Spread(Record):
     low: float  #: lowest
     high: float  #: highest
 
+    @property
+    def width(self) -> float:
+        """Highest less lowest, as a share of the median."""
+        return (self.high - self.low) / self.median
+
 
 class Repeats(Spread):
     values: list[float]  #: each, in order
@@ -200,6 +205,9 @@ class Reads(Record):
     reads: int
     ahead: int  #: prefetches among them
     percentiles: list[Percentile]  #: 1 to 100
+
+    def at(self, percentile: int) -> Percentile:
+        return next(p for p in self.percentiles if p.percentile == percentile)
 
 
 class Throttled(Record):

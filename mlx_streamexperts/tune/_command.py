@@ -48,6 +48,7 @@ _VALUES: Space = {
     "policy": ("lrfu", *(p for p in POLICIES if p != "lrfu")),
     "prefetch_depth": (1, 2, 3),
     "run_ahead": ("auto", "off", "on"),
+    "keep_awake": ("auto", "off", "on"),
 }
 """Values of each setting, the default first; likely winners come early."""
 
@@ -111,8 +112,10 @@ def space(runner: Runner) -> Space:
     values = {n: v for n, v in _VALUES.items() if getattr(config, option.get(n, n)) is None}
     if not direct_works(Path(expert_files(runner.located.layers)[0])):
         values.pop("bypass_page_cache", None)
-    if mx.default_device() == mx.cpu and "run_ahead" in values:
-        values["run_ahead"] = ("auto", "on")  # auto is off there
+    if mx.default_device() == mx.cpu:
+        values.pop("keep_awake", None)  # there is no GPU to keep awake
+        if "run_ahead" in values:
+            values["run_ahead"] = ("auto", "on")  # auto is off there
     return values
 
 
