@@ -19,6 +19,7 @@ from ._experts.trace import read_trace
 from ._loading.demo import demo_model
 from ._loading.load import load, patch, plan
 from ._memory.budget import Plan
+from ._prefixes.remembered import PrefixCache, prefill
 from ._progress import Progress
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "OtherThreadError",
     "PassStoppedError",
     "Plan",
+    "PrefixCache",
     "Progress",
     "RankError",
     "RankPlan",
@@ -44,6 +46,7 @@ __all__ = [
     "patch",
     "plan",
     "plan_ranks",
+    "prefill",
     "read_trace",
     "stream",
 ]

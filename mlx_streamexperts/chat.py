@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ._cli.mlx_lm_program import program, program_parser
-from ._cli.options import failed, stream_settings
+from ._cli.options import check_prefix_arguments, failed, stream_settings
 from ._cli.stopping import Interrupts
 from ._errors import StreamError
 from ._hooks import swapped
@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = setup_arg_parser()
     args = parser.parse_args(argv)
     try:
+        check_prefix_arguments(args)
         config, model = stream_settings(args)
         parser.set_defaults(model=model)
         interrupts = Interrupts()

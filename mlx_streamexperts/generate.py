@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from ._cli.mlx_lm_program import program, program_parser
 from ._cli.options import (
+    check_prefix_arguments,
     failed,
     interrupted,
     join_ranks,
@@ -39,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     streams: list[ExpertStream] = []
     try:
+        check_prefix_arguments(args)
         group = join_ranks()
         if group.size() > 1:
             _for_several(args)
@@ -71,7 +73,7 @@ def _for_several(args: argparse.Namespace) -> None:
         StreamError: mlx-lm does not support an option on several machines.
     """
     args.pipeline = True
-    for option in ("draft_model", "adapter_path", "prompt_cache_file"):
+    for option in ("draft_model", "adapter_path", "prompt_cache_file", "prefix_cache"):
         if getattr(args, option) is not None:
             flag = "--" + option.replace("_", "-")
             raise StreamError(f"{flag} does not work with several machines; run without it")

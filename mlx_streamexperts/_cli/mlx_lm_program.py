@@ -16,13 +16,15 @@ from types import ModuleType
 from typing import Any, TextIO
 
 import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
 
-from .._config import StreamConfig
+from .._config import StreamConfig, format_size
 from .._experts.stream import ExpertStream, stream
 from .._experts.timeline import Timeline
 from .._hooks import swapped
 from .._loading.load import patch
-from .options import make_parser
+from .._prefixes.remembered import PrefixCache, prefill
+from .options import add_prefix_arguments, make_parser
 from .prompt_line import prompt_line
 from .stopping import Interrupts, ending
 from .summary import Timing, experts_read, of_all_ranks, rows
@@ -44,6 +46,8 @@ def program_parser(
     prog = f"python -m mlx_streamexperts.{command}"
     parser = make_parser(stock.setup_arg_parser(), prog, description)
     add_report_arguments(parser)
+    if command in ("generate", "chat"):
+        add_prefix_arguments(parser)
     return parser
 
 
@@ -71,6 +75,7 @@ class Session:
         timing: times of the generations.
         shows_text: the program prints a reply as it comes.
         interrupts: Ctrl-C ends a reply, not the program; None if it ends the program.
+        kept: prefixes on the drive, if there were any to look for.
     """
 
     args: argparse.Namespace
@@ -78,6 +83,7 @@ class Session:
     timing: Timing = field(default_factory=Timing)
     shows_text: bool = True
     interrupts: Interrupts | None = None
+    kept: PrefixCache | None = None
     recordings: ExitStack = field(default_factory=ExitStack)
     _timeline: Timeline | None = None
     _recording: bool = False
@@ -94,6 +100,20 @@ class Session:
         if self.args.trace is not None:
             self.recordings.enter_context(expert_stream.trace(self.args.trace))
 
+    def prefixes(self, model: nn.Module, options: dict[str, Any]) -> PrefixCache | None:
+        """The prefixes of a generation with these options; None if none are used."""
+        folder = getattr(self.args, "prefix_cache", None)
+        others = ("draft_model", "kv_bits", "input_embeddings", "logits_processors")
+        if folder is None or any(options.get(name) is not None for name in others):
+            return None
+        caches = options.get("prompt_cache")
+        if caches is not None and not all(c.empty() for c in caches):
+            return None  # a chat goes on
+        if self.kept is None:
+            adapter = getattr(self.args, "adapter_path", None)
+            self.kept = PrefixCache(model, folder, self.args.prefix_bytes, adapter)
+        return self.kept
+
     def note_phases(self) -> None:
         """Copy the timeline's sums so far into `timing`, if there is a timeline."""
         if self._timeline is not None:
@@ -103,6 +123,9 @@ class Session:
         """Print the cost of streaming, or nothing if no model was loaded."""
         if self.patched.streams:
             lines = rows(self.patched.streams, self.timing, self.args.layer_hits)
+            if self.kept is not None:
+                read, written = self.kept.read_tokens, format_size(self.kept.written_bytes)
+                lines.append(("Prefix cache", f"{read} tokens from the drive, {written} written"))
             lines = of_all_ranks(self.patched.streams[0], lines)
             print_rows(lines, "Expert streaming", file)
 
@@ -179,6 +202,13 @@ def _watched(stock: ModuleType, session: Session, warm_up: int) -> Iterator[None
         shown = prompt_line(streamed, total, streamed.config.progress)
         start = time.perf_counter()
         with caught as reply, shown as line:
+            if total is not None and (kept := session.prefixes(model, options)) is not None:
+                tokenizer, prompt, *more = rest
+                caches = options.get("prompt_cache")
+                if caches is None:
+                    caches = make_prompt_cache(model, options.get("max_kv_size"))
+                options["prompt_cache"], left = prefill(model, prompt, kept, caches)
+                rest = (tokenizer, left, *more)
             for response in original(model, *rest, **options):
                 elapsed = time.perf_counter() - start
                 timing.total = before + elapsed
@@ -194,8 +224,9 @@ def _watched(stock: ModuleType, session: Session, warm_up: int) -> Iterator[None
                     reply.begun = True
                     timing.first_token = (timing.first_token or 0.0) + elapsed
                     timing.generations += 1
-                    timing.prompt_tokens += response.prompt_tokens
-                    timing.chunks += len(streamed.plan.passes(response.prompt_tokens))
+                    count = total or response.prompt_tokens
+                    timing.prompt_tokens += count
+                    timing.chunks += len(streamed.plan.passes(count))
                     bytes_first, experts_first = streamed.stats().read.bytes, experts_read(streamed)
                     timing.prompt_bytes += bytes_first - bytes_before
                 yield response

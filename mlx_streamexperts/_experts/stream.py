@@ -76,7 +76,10 @@ class ExpertStream(Closing):
         ranks: those machines.
         token_rows: tokens that the model knows; None if its own code does not tell.
         on_pass: hear of the model's passes.
+        folder: the checkpoint's; None for a model that did not come from a folder.
     """
+
+    folder: Path | None = None
 
     stage: Stage | None = None
     token_rows: int | None = None

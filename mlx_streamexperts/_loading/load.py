@@ -236,7 +236,7 @@ class patch:  # noqa: N801 - called like a function
         check_device(plan, device_limit(plan.bound), config.oversubscribe)
         plan = replace(plan, others=foreign)
         warn_if_elsewhere(found.layers, self.config)
-        self._stream_experts(found, plan, config, lazy)
+        self._stream_experts(found, plan, config, lazy).folder = folder
         return found
 
     def _load_vlm(self, original: Callable[..., nn.Module], arguments: dict[str, Any]) -> nn.Module:

@@ -27,7 +27,13 @@ import mlx.core as mx
 from mlx_lm import server as stock
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-from .._cli.options import failed, make_parser, stream_settings
+from .._cli.options import (
+    add_prefix_arguments,
+    check_prefix_arguments,
+    failed,
+    make_parser,
+    stream_settings,
+)
 from .._config import StreamConfig, parse_size
 from .._errors import StreamError
 from .._hooks import swapped
@@ -55,6 +61,7 @@ _KEY_VARIABLE = "STREAMEXPERTS_API_KEY"
 def setup_arg_parser() -> argparse.ArgumentParser:
     """mlx-lm's options and ours."""
     parser = make_parser(_stock_parser(), "python -m mlx_streamexperts.server", __doc__)
+    add_prefix_arguments(parser)
     group = parser.add_argument_group("serving")
     group.add_argument(
         "--also-serve",
@@ -95,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     args = setup_arg_parser().parse_args(argv)
     try:
         args.max_body = parse_size(args.max_body)
+        check_prefix_arguments(args)
         config, model = stream_settings(args)
         assert model is not None
         served = _served(args.model, model, args.also_serve)
@@ -127,7 +135,7 @@ def _serve(args: argparse.Namespace, served: dict[str, str], aliases: dict[str, 
     logging.basicConfig(level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s")
     admission = KVAdmission()
     provider = ModelProvider(args, served, aliases, admission)
-    prompt_cache = BoundedPromptCache(admission, args.prompt_cache_size)
+    prompt_cache = BoundedPromptCache(admission, args.prompt_cache_size, provider=provider)
     audience = Audience()
     batch = partial(AdmittedBatch, admission=admission, audience=audience)
     parts = {"BatchGenerator": batch}

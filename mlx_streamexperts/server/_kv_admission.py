@@ -9,7 +9,7 @@ waits, and kept caches give way to running requests. Only the generation thread 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
@@ -17,6 +17,7 @@ from mlx_lm.models.cache import (
     ArraysCache,
     LRUPromptCache,
     can_trim_prompt_cache,
+    make_prompt_cache,
     trim_prompt_cache,
 )
 
@@ -24,6 +25,7 @@ from .._errors import PassStoppedError
 from .._loading.combinations import trims
 from .._memory.budget import Plan
 from .._memory.footprint import STEP
+from .._prefixes.remembered import PrefixCache
 from ._audience import Audience, Waiting
 
 # Logits, their logarithms and the sampler's copies, of this step and the next, in float32.
@@ -198,17 +200,45 @@ def constant_bytes(caches: list[Any]) -> int:
     return sum(c.nbytes for c in inner if isinstance(c, ArraysCache))
 
 
-class BoundedPromptCache(LRUPromptCache):
-    """mlx-lm's cache of earlier prompts and replies, within what running requests leave."""
+class Remembering(Protocol):
+    """The models' provider.
 
-    def __init__(self, admission: KVAdmission, *args: Any, **options: Any) -> None:
+    Attributes:
+        model: the loaded one.
+        prefixes: its prompts on the drive; None if none are kept.
+    """
+
+    model: Any
+    prefixes: PrefixCache | None
+
+
+class BoundedPromptCache(LRUPromptCache):
+    """mlx-lm's cache of earlier prompts and replies, within what running requests leave.
+
+    With a prefix cache, what is not in memory is looked for on the drive, and everything that comes
+    in goes there too.
+    """
+
+    def __init__(
+        self,
+        admission: KVAdmission,
+        *args: Any,
+        provider: Remembering | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(*args, **options)
-        self._admission = admission
+        self._admission, self._provider = admission, provider
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> Any:
         # A fetched cache shares memory with its origin until one of them is written, so fetch
         # first and drop what no longer fits afterwards.
         found, rest = super().fetch_nearest_cache(model, tokens)
+        provider = self._provider
+        if provider is not None and (kept := provider.prefixes) is not None:
+            caches = make_prompt_cache(provider.model)
+            beyond = len(tokens) - len(rest) if found is not None else 0
+            if end := kept.restore(caches, tokens[:-1], beyond=beyond):
+                found, rest = caches, tokens[end:]
         self.trim_to(n_bytes=self._admission.prompt_cache_budget())
         if found is not None and not rest:  # the last token must run, or there are no logits
             if not can_trim_prompt_cache(found):
@@ -223,6 +253,8 @@ class BoundedPromptCache(LRUPromptCache):
         # A cache taken out of a batch is an unevaluated slice: it would keep the KV cache of the
         # whole batch in memory, unseen by any count.
         mx.eval([c.state for c in prompt_cache])
+        if self._provider is not None and self._provider.prefixes is not None:
+            self._provider.prefixes.save(tokens, prompt_cache)
         if not trims(prompt_cache):
             for cache in prompt_cache:
                 cache.is_trimmable = _never
