@@ -219,7 +219,7 @@ class StreamConfig:
         "off: copy (slow, for diagnosis)",
         choices=("auto", "off"),
     )
-    progress: bool = _option(True, "show progress bars while loading")
+    progress: bool = _option(True, "show progress bars while loading, and how far prompts are")
     about: dict[str, Any] | None = field(
         default=None,
         compare=False,
@@ -400,7 +400,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind: dict[str, Any] = {"type": int} if number else {}
         if f.name == "progress":
             flag, kind = "--no-progress", {"action": "store_false", "dest": "progress"}
-            text = "show no progress bars"
+            text = "show no progress, neither of loading nor of prompts"
         elif default is False:
             kind = {"action": "store_true"}
         if "choices" in f.metadata:

@@ -110,3 +110,10 @@ class RankError(StreamError):
     def __init__(self, message: str, rank: int) -> None:
         super().__init__(message)
         self.rank = rank
+
+
+class PassStoppedError(StreamError):
+    """A forward pass was ended because whoever follows it asked for that.
+
+    The KV caches are as they were before the pass, and the model can be used again.
+    """

@@ -16,7 +16,7 @@ import sys
 from dataclasses import replace
 
 from ._cli.mlx_lm_program import program, program_parser
-from ._cli.options import failed, stream_settings
+from ._cli.options import failed, interrupted, stream_settings
 from ._config import StreamConfig
 from ._errors import StreamError
 
@@ -37,11 +37,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config, model = stream_settings(args, _INSTEAD)
         parser.set_defaults(model=model)
-        with program(stock, parser, argv, args, _with_room(config, args), warm_up=1) as session:
+        room = _with_room(config, args)
+        with program(stock, parser, argv, args, room, warm_up=1, shows_text=False) as session:
             stock.main()
         session.print_summary()
     except StreamError as e:
         return failed(e)
+    except KeyboardInterrupt:
+        return interrupted()
     return 0
 
 

@@ -19,7 +19,14 @@ from ._cli.mlx_vlm_program import (
     generate_program,
     needs_mlx_vlm,
 )
-from ._cli.options import failed, join_ranks, only_rank_0_prints, stream_settings
+from ._cli.options import (
+    check_prefix_arguments,
+    failed,
+    interrupted,
+    join_ranks,
+    only_rank_0_prints,
+    stream_settings,
+)
 from ._errors import StreamError
 from ._experts.stream import ExpertStream
 from ._loading.demo import DEMO_PROMPT, demo_model
@@ -50,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     streams: list[ExpertStream] = []
     try:
+        check_prefix_arguments(args)
         group = join_ranks()
         if is_vlm:
             args.loader = MLX_VLM
@@ -61,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
             parser.set_defaults(model=model)
             if model == str(demo_model()):
                 parser.set_defaults(prompt=DEMO_PROMPT)  # it cannot answer mlx-lm's "hello"
-            with program(ran, parser, argv, args, config) as session:
+            shown = args.verbose
+            with program(ran, parser, argv, args, config, shows_text=shown) as session:
                 streams = session.patched.streams
                 ran.main()
             if args.verbose:
@@ -72,6 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         if not any(s.ranks for s in streams):
             raise
         return failed(e, streams)
+    except KeyboardInterrupt:
+        return interrupted()
     return 0
 
 
@@ -82,7 +93,7 @@ def _for_several(args: argparse.Namespace) -> None:
         StreamError: mlx-lm does not support an option on several machines.
     """
     args.pipeline = True
-    for option in ("draft_model", "adapter_path", "prompt_cache_file"):
+    for option in ("draft_model", "adapter_path", "prompt_cache_file", "prefix_cache"):
         if getattr(args, option) is not None:
             flag = "--" + option.replace("_", "-")
             raise StreamError(f"{flag} does not work with several machines; run without it")

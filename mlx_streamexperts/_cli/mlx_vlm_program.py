@@ -28,6 +28,7 @@ _MEDIA = {
 _NOT_STREAMED = {
     "draft_model": "drafts have not been compared with mlx-vlm's own results",
     "adapter_path": "adapters have not been compared with mlx-vlm's own results",
+    "prefix_cache": "prompts are remembered for models of mlx-lm only",
     "expert_cache_gb": "it is the cache of mlx-vlm's own offloading; --cache is ours",
 }
 

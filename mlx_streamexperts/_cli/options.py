@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .._config import StreamConfig, add_arguments, format_size, from_arguments
+from .._config import StreamConfig, add_arguments, format_size, from_arguments, parse_size
 from .._errors import StreamError
 from .._experts.stream import ExpertStream
 from .._io.checkpoint import read_checkpoint
@@ -46,6 +46,38 @@ def add_output_arguments(parser: argparse.ArgumentParser, out: str, overwritten:
     parser.add_argument(
         "--no-progress", action="store_false", dest="progress", help="show no progress bars"
     )
+
+
+def add_prefix_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the prefix cache."""
+    group = parser.add_argument_group("prefix cache")
+    group.add_argument(
+        "--prefix-cache",
+        metavar="DIR",
+        help="keep the KV caches of prompts in this folder, so that the same beginning is not "
+        "computed again, by later runs either (default: nothing is written)",
+    )
+    group.add_argument(
+        "--prefix-bytes",
+        default="50GB",
+        metavar="SIZE",
+        help="what the folder may take (default: %(default)s)",
+    )
+
+
+def check_prefix_arguments(args: argparse.Namespace) -> None:
+    """Refuse what does not work with a prefix cache.
+
+    Raises:
+        StreamError: names the option, or a size is not understood.
+    """
+    if args.prefix_cache is None:
+        return
+    parse_size(args.prefix_bytes)
+    for option in ("draft_model", "kv_bits", "prompt_cache_file"):
+        if getattr(args, option, None) is not None:
+            flag = "--" + option.replace("_", "-")
+            raise StreamError(f"--prefix-cache does not work with {flag}; leave one of them out")
 
 
 def make_parser(
@@ -114,6 +146,13 @@ def failed(error: Exception, streams: Sequence[ExpertStream] = ()) -> int:
             s.close()
     print(f"error: {reason}", file=sys.stderr)
     return 1
+
+
+def interrupted() -> int:
+    """Say that Ctrl-C has ended the command; returns the exit status."""
+    below = "\n" if sys.stderr.isatty() else ""  # the terminal's own ^C
+    print(f"{below}stopped by Ctrl-C", file=sys.stderr)
+    return 130
 
 
 def stream_settings(

@@ -238,6 +238,8 @@ class ExpertLayer:
         resident: every expert is in the slot of its own index; calls look nothing up.
         on_routing: called with each call's experts [..., K] while a trace is recorded.
         on_phase: called with phase, layer, begin and end while a timeline is recorded.
+        on_call: called with True when a call begins, and with False again and again while it waits
+            for reads. What it raises ends the call.
         prefetcher: predicts what the next layers need; None without prefetch.
         closed, why_closed: calls raise `StreamError` with that reason.
         lock: held by calls while they use slots.
@@ -260,6 +262,7 @@ class ExpertLayer:
         self.resident = False
         self.on_routing = Listeners[Callable[[np.ndarray], None]]()
         self.on_phase = Listeners[Callable[[str, str, float, float], None]]()
+        self.on_call = self.slots.on_call
         self.prefetcher: Prefetcher | None = None
         self.closed, self.why_closed = True, _CLOSED
         self.lock = threading.RLock()
@@ -387,6 +390,8 @@ class ExpertLayer:
             ExpertReadError: an expert's bytes could not be read.
             StreamError: the stream is closed.
         """
+        for listener in self.on_call.now:
+            listener(True)
         if self.resident:
             with self.lock:  # another thread may be exchanging the bank
                 if self.resident:

@@ -23,6 +23,7 @@ from .._errors import ExpertReadError, OtherThreadError
 from .._io.checkpoint import ExpertTable
 from .._io.ranges import ByteRange
 from .._io.reader import DEMAND, PREFETCH, ExpertReader, Ticket
+from .._listeners import Listeners
 from .bank import Bank, SlotTensor, numbers, total_bytes
 
 
@@ -91,6 +92,8 @@ class Arrivals:
         """
         slots, ticket = self._slots, next(iter(self.left.values()))
         try:
+            for listener in slots.on_call.now:
+                listener(False)
             if not slots.bank.in_place:
                 ticket.wait()  # staged bytes become visible all at once
             arrived = ticket.wait_for_any([e for e, t in self.left.items() if t is ticket])
@@ -135,6 +138,7 @@ class ExpertSlots:
         prefetch_stats: what became of prefetched experts.
         as_packed: called after each read with the expert and its tensors' bytes: are they right?
             None trusts all reads.
+        on_call: called with False before each wait for a read (and by the layer, see there).
     """
 
     def __init__(
@@ -153,6 +157,7 @@ class ExpertSlots:
         self.bank = Bank({}, 0, in_place=True)
         self.prefetch_stats = PrefetchStats()
         self.as_packed: Callable[[int, Sequence[memoryview]], bool] | None = None
+        self.on_call = Listeners[Callable[[bool], None]]()
         self._reader: ExpertReader  # set by open
         self._in_flight: dict[int, Ticket] = {}  # prefetched, not known to have arrived
         self._awaited = Arrivals(self, {})  # of the last call

@@ -26,7 +26,9 @@ from .._distributed.watch import Watch
 from .._errors import BudgetError, CheckpointError, StreamError, UnsupportedModelError
 from .._io.files import allow_open, direct_works
 from .._io.reader import ExpertReader, ReadStats
+from .._listeners import Listeners
 from .._memory.budget import Plan, check_resize, experts_per_token
+from .._memory.passes import PassListener
 from .._memory.process_memory import (
     bytes_over_bound,
     held_bytes,
@@ -36,10 +38,11 @@ from .._memory.process_memory import (
     unregister,
 )
 from .._osinfo import available_memory_bytes, file_mark, on_metal, power_is_scarce
-from .._progress import progress_bar
+from .._progress import Progress, progress_bar
 from .autotune import AutoTuner, StepTimer
 from .bank import in_place_works
 from .cpu_streams import CpuStreams
+from .follower import Follower
 from .hot_set import read_hot_set, read_in, save_hot_set
 from .keep_awake import KeepAwake
 from .layer import OVERLAPS, PHASES, ExpertLayer
@@ -73,7 +76,11 @@ class ExpertStream(Closing):
         stage: this rank's decoder layers, if several machines share the model.
         ranks: those machines.
         token_rows: tokens that the model knows; None if its own code does not tell.
+        on_pass: hear of the model's passes.
+        folder: the checkpoint's; None for a model that did not come from a folder.
     """
+
+    folder: Path | None = None
 
     stage: Stage | None = None
     token_rows: int | None = None
@@ -102,6 +109,7 @@ class ExpertStream(Closing):
             config.threads, parse_size(config.read_size), self.bypasses_page_cache, marks
         )
         self.run_ahead: RunAhead | None = None
+        self.on_pass = Listeners[PassListener]()
         self._closed = self._freed = False
         self._recordings: list[Trace | Timeline] = []
         self._changing = threading.RLock()  # one change of the cache at a time, closing included
@@ -191,6 +199,34 @@ class ExpertStream(Closing):
             OSError: the file cannot be created.
         """
         return self._record(lambda: Timeline(path, self.layers, self._reader))
+
+    def follow(
+        self,
+        listener: Callable[[Progress], None] | None = None,
+        prompt_tokens: int | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> Follower:
+        """Follow the model's prompts layer by layer, until the result is closed.
+
+        Args:
+            listener: called with a `Progress` about four times a second while passes run, in the
+                thread that runs them.
+            prompt_tokens: tokens of the prompt, without which nobody knows how much is left.
+            stop: called about ten times a second in that thread. Once it returns True, the pass
+                under way ends with `PassStoppedError`, its KV caches as they were before. A pass
+                whose caches cannot be taken back within the free memory runs to its end.
+
+        Returns:
+            A context manager. Its `now()` returns a `Progress` to any thread.
+
+        Raises:
+            StreamError: this stream is closed.
+        """
+        self._check_open()
+        return Follower(
+            self.layers, self.on_pass, lambda: self._reader.stats.bytes, listener, prompt_tokens,
+            stop,
+        )  # fmt: skip
 
     def save_hot_set(self, path: str | os.PathLike[str]) -> None:
         """Write the experts that are cached now, for `StreamConfig(hot_set=path)` at a later load.

@@ -261,7 +261,7 @@ class patch:  # noqa: N801 - called like a function
         check_device(plan, device_limit(plan.bound), config.oversubscribe)
         plan = replace(plan, others=foreign)
         warn_if_elsewhere(found.layers, self.config)
-        self._stream_experts(found, plan, config, lazy)
+        self._stream_experts(found, plan, config, lazy).folder = folder
         return found
 
     def _load_vlm(self, arguments: dict[str, Any]) -> nn.Module:
@@ -326,7 +326,8 @@ class patch:  # noqa: N801 - called like a function
         if run_ahead is not None:
             run_ahead.watch(model)
         run = run_ahead.step if run_ahead else None
-        passes = Passes(expert_stream, reading_early(found.rows, language, run))
+        step = reading_early(found.rows, language, run)
+        passes = Passes(expert_stream, step, expert_stream.on_pass)
         passes.install(language, PassCheck(language, rows, pads=found.library == MLX_VLM))
         expert_stream.token_rows = rows
         self.streams.append(expert_stream)

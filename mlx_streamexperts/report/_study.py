@@ -13,14 +13,15 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
+from .._closing import Closing
 from .._config import DEFAULT_CONTEXT, StreamConfig, format_size
 from .._errors import StreamError
-from .._experts.stream import stream
+from .._experts.stream import ExpertStream, stream
 from .._experts.trace import read_trace
 from .._loading.combinations import batches
 from .._loading.load import load, plan
 from .._osinfo import drop_page_cache
-from .._progress import progress_bar
+from .._progress import Clock, progress_bar
 from . import _drive as drive
 from . import _speed as speed
 from ._locality import locality
@@ -58,20 +59,21 @@ def measure(
     needed = settings.prompt_tokens + max(settings.tokens, speed.SUSTAINED_TOKENS)
     if (config.context_tokens or DEFAULT_CONTEXT) < needed:
         raise StreamError(f"a report needs --context-tokens {needed} or more: prompt and reply")
+    shown = config.progress
     config = replace(config, progress=False) if not sys.stderr.isatty() else config
     config = with_something_to_stream(folder, config)
     load, begin = load_average(), time.perf_counter()
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    with progress_bar("Report", config.progress, _STEPS, unit="step") as bar:
-        bar.set_postfix_str("loading")
+    with _Step(shown) as begun:
+        begun.begin("loading")
         model, tokenizer, cold = _cold_start(folder, config)
+        begun.reads_of(stream(model))
         prompts = _cut(report_prompts(tokenizer, settings.prompts), settings.prompt_tokens)
         how = method(Path(folder), name, stream(model), settings, prompts, load)
         report = Report(SCHEMA, VERSION, created, note, "", 0.0, how, Speed(cold))
         with stream(model):
             for step in _measure(model, tokenizer, prompts, report):
-                bar.set_postfix_str(step)
-                bar.update(1)
+                begun.begin(step)
                 report.unfinished, report.seconds = step, time.perf_counter() - begin
                 yield report
             width = int(model(mx.array([[0]])).shape[-1])
@@ -82,6 +84,45 @@ def measure(
         report.quality = quality(Path(folder), how.model, own, exam, settings.bits)
     report.unfinished, report.seconds = "", time.perf_counter() - begin
     yield report
+
+
+class _Step(Closing):
+    """Shows the step under way, the time, and bytes read: a step may take minutes.
+
+    A terminal gets a bar that moves every second, a file or a pipe a line now and then.
+    """
+
+    def __init__(self, shown: bool) -> None:
+        terminal = sys.stderr.isatty()
+        self._name, self._begin = "", time.perf_counter()
+        self._stream: ExpertStream | None = None
+        self._lines = shown and not terminal
+        self._bar = progress_bar("Report", shown and terminal, _STEPS, unit="step")
+        self._clock = Clock(self._show, 1.0 if terminal else 30.0) if shown else None
+
+    def begin(self, name: str) -> None:
+        """The next step begins."""
+        self._bar.update(bool(self._name))
+        self._name = name
+        self._show()
+
+    def reads_of(self, expert_stream: ExpertStream) -> None:
+        """Show this stream's reads."""
+        self._stream = expert_stream
+
+    def close(self) -> None:
+        if self._clock is not None:
+            self._clock.close()
+        self._bar.close()
+
+    def _show(self) -> None:
+        text = self._name
+        if self._stream is not None:
+            text += f", {format_size(self._stream.reader.stats.bytes)} read"
+        self._bar.set_postfix_str(text)
+        if self._lines:
+            seconds = time.perf_counter() - self._begin
+            print(f"Report: {text}, {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
 def _cut(prompts: list[Prompt], tokens: int) -> list[Prompt]:
