@@ -40,6 +40,7 @@ from .._io.checkpoint import (
     read_checkpoint,
     read_json_object,
 )
+from .._io.moved import refuse_moved
 from .._io.output import check_not_written, exclusive, sync_folder, write_json
 from .._loading.load import resolve
 from .._progress import progress_bar
@@ -89,6 +90,7 @@ def convert(
         raise StreamError(f"{out}: choose a new folder; the original is never changed")
     check_not_written(source, "converting it")
     check_model_folder(source)
+    refuse_moved(source, "converting it")
     checkpoint = read_checkpoint(source)
     _check_single_experts(checkpoint)
     state = _state(checkpoint, options, shard_bytes)
