@@ -15,6 +15,7 @@ import argparse
 import json
 import time
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -77,7 +78,7 @@ PROMPTS = {
 SHARES = (0.125, 0.1875, 0.25, 0.375, 0.5, 0.75)
 POLICIES = ("lru", "s3fifo", "lfu", "lfu-da", "lrfu-once", "lrfu-1", "lrfu", "lrfu-4", BEST)
 EXPERT_BYTES = 6_750_000  # one expert of Qwen3.5-397B in 4 bits
-MACHINE = NAMED_MACHINES["M4 Max 128 GB"]
+MACHINE = replace(NAMED_MACHINES["M4 Max 128 GB"], drive_share=(1.0, 1.0))
 
 
 class LFUDA:

@@ -7,6 +7,7 @@ from ._errors import (
     CheckpointError,
     ExpertReadError,
     OtherThreadError,
+    PassStoppedError,
     RankError,
     StreamError,
     TokenError,
@@ -18,6 +19,8 @@ from ._experts.trace import read_trace
 from ._loading.demo import demo_model
 from ._loading.load import load, patch, plan
 from ._memory.budget import Plan
+from ._prefixes.remembered import PrefixCache, prefill
+from ._progress import Progress
 
 __version__ = "0.1.0"
 
@@ -27,7 +30,10 @@ __all__ = [
     "ExpertReadError",
     "ExpertStream",
     "OtherThreadError",
+    "PassStoppedError",
     "Plan",
+    "PrefixCache",
+    "Progress",
     "RankError",
     "RankPlan",
     "StreamConfig",
@@ -40,6 +46,7 @@ __all__ = [
     "patch",
     "plan",
     "plan_ranks",
+    "prefill",
     "read_trace",
     "stream",
 ]

@@ -1,12 +1,13 @@
 """The options of expert streaming: one list for scripts, command lines and settings files.
 
-An option's name, help, choices and default are stated here and nowhere else. No option changes a
-result; `tune` relies on that for the ones marked as tuned.
+An option's name, help, choices and default are stated here and nowhere else. No option but `loader`
+changes a result; `tune` relies on that for the ones marked as tuned.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import numbers
 import operator
 import re
@@ -44,6 +45,8 @@ def parse_size(size: float | str) -> int:
         if match is None or match[2] not in units:
             raise StreamError(f"{size!r} is not a size: write for example 24GB, 24GiB or 512MB")
         value = int(min(float(match[1]) * units[match[2]], _MOST_BYTES))
+        if 0 < value < 1024 and not match[2]:
+            raise StreamError(f"{size!r} is a size of {value} bytes: did you mean '{match[1]}GB'?")
     if value <= 0:
         raise StreamError(f"a size must be positive, got {size!r}")
     return value
@@ -62,7 +65,9 @@ DEFAULT_CONTEXT = 4096
 _MOST_THREADS = 1024  # more than any drive has use for, less than a system gives
 
 _VERSION = 1  # of settings files
-_PER_RUN = ("oversubscribe", "store", "verify_reads", "hot_set", "pipeline", "split", "progress")
+_PER_RUN = (
+    "oversubscribe", "store", "verify_reads", "hot_set", "pipeline", "split", "loader", "progress",
+)  # fmt: skip
 """Options that no settings file holds: they name other files or machines, override a refusal, or
 concern one run."""
 
@@ -81,9 +86,9 @@ class StreamConfig:
     """How experts are streamed. Sizes are bytes, or strings such as "24GB" or "24GiB".
 
     Frozen: `dataclasses.replace` makes a changed one. Command lines take the same options: `memory`
-    as `--memory` and so on. None of them changes a result. The options from `policy` to `run_ahead`
-    are None until they are stated, which means the default that the table shows; `with_defaults`
-    fills those in.
+    as `--memory` and so on. None but `loader` changes a result. The options from `policy` to
+    `keep_awake` are None until they are stated, which means the default that the table shows;
+    `with_defaults` fills those in.
 
     Raises:
         StreamError: a value is not understood, or options contradict each other.
@@ -98,7 +103,7 @@ class StreamConfig:
         None,
         "bound for the expert cache alone, for example 24GB; overrides what --memory would leave.",
     )
-    # From here to run_ahead: None until stated; the types are those that `with_defaults` leaves.
+    # From here to keep_awake: None until stated; the types are those that `with_defaults` leaves.
     policy: str = _tuned(
         "lrfu",
         "which expert makes room: least used of late (lrfu), least recently used (lru), or S3-FIFO",
@@ -129,6 +134,13 @@ class StreamConfig:
         "auto",
         "map experts to slots on the device and check afterwards, instead of waiting for each "
         "layer's router. auto: on a GPU, in each layer while it is measured to pay; on: always",
+        choices=("auto", "on", "off"),
+    )
+    keep_awake: str = _tuned(
+        "auto",
+        "let the GPU do small work while a token waits for reads, and up to a minute between "
+        "requests, so that its clocks stay up. auto: on Metal, during waits only while that is "
+        "measured to pay, and neither on battery nor while the machine is hot",
         choices=("auto", "on", "off"),
     )
     cores: int | None = _option(
@@ -184,13 +196,30 @@ class StreamConfig:
         "with --pipeline: how many layers each rank has, rank 0 (the last layers) first, for "
         "example 31,30. Default: evenly",
     )
+    loader: str = _option(
+        "auto",
+        "the library that loads the model, and whose bits the result has. auto: mlx-lm if it can "
+        "load the model, else mlx-vlm (extra `vlm`)",
+        choices=("auto", "mlx-lm", "mlx-vlm"),
+    )
+    rows: str = _option(
+        "auto",
+        "leave tables that are looked up by token (n-grams, per-layer embeddings) on the drive and "
+        "read their rows. auto: if they take 256 MiB or more; on: always",
+        choices=("auto", "on", "off"),
+    )
+    row_cache: float | str | None = _option(
+        None,
+        "memory for rows of such tables, for example 256MB. Default: 128 MiB, or less if the "
+        "tables are smaller",
+    )
     in_place: str = _option(
         "auto",
         "read straight into MLX's memory. auto: when the start-up check on this device passes; "
         "off: copy (slow, for diagnosis)",
         choices=("auto", "off"),
     )
-    progress: bool = _option(True, "show progress bars while loading")
+    progress: bool = _option(True, "show progress bars while loading, and how far prompts are")
     about: dict[str, Any] | None = field(
         default=None,
         compare=False,
@@ -223,7 +252,7 @@ class StreamConfig:
                 raise StreamError(f"threads must be at most {_MOST_THREADS}, got {count!r}")
             if not isinstance(count, int):  # NumPy's, say
                 object.__setattr__(self, name, whole)
-        for name in ("memory", "cache", "read_size", "reserve"):
+        for name in ("memory", "cache", "read_size", "reserve", "row_cache"):
             value = getattr(self, name)
             by_rank = isinstance(value, str) and name in ("memory", "cache")
             for size in value.split(",") if by_rank else [value]:
@@ -240,8 +269,8 @@ class StreamConfig:
         """Read a settings file, as `save` and `mlx_streamexperts.tune` write it.
 
         Such a file may hold every option but `oversubscribe`, `store`, `verify_reads`, `hot_set`,
-        `pipeline`, `split` and `progress`: it divides memory and chooses how experts are read. It
-        cannot change a result, run code, name another file or override a refusal.
+        `pipeline`, `split`, `loader` and `progress`: it divides memory and chooses how experts are
+        read. It cannot change a result, run code, name another file or override a refusal.
 
         Args:
             path: the file.
@@ -255,8 +284,9 @@ class StreamConfig:
         """
         content: dict[str, Any] = {"settings": None, **read_json_object(Path(path), "settings")}
         unknown = sorted(content.keys() - {"version", "about", "settings"})
-        if content.get("version") != _VERSION or unknown:
-            wrong = f"{unknown[0]!r}" if unknown else f"version {content.get('version')!r}"
+        version = content.get("version")
+        if type(version) is not int or version != _VERSION or unknown:  # true equals 1
+            wrong = f"{unknown[0]!r}" if unknown else f"version {version!r}"
             raise StreamError(
                 f"{path}: not a settings file of version {_VERSION} (it has {wrong}): write it "
                 "again with python -m mlx_streamexperts.tune or StreamConfig.save"
@@ -283,9 +313,19 @@ class StreamConfig:
             path: the file; replaced as a whole if it exists.
 
         Raises:
-            StreamError: an option is stated that a settings file cannot hold; see `load`.
+            StreamError: an option is stated that a settings file cannot hold (see `load`), or
+                `about` has a value that JSON has not.
             OSError: the file cannot be written.
         """
+        about = self.about or {}
+        for name, value in about.items():
+            try:
+                json.dumps({name: value}, allow_nan=False)
+            except (TypeError, ValueError, RecursionError) as e:
+                raise StreamError(
+                    f"about[{name!r}] cannot be saved in a settings file ({e}): use text, Python "
+                    "numbers, lists and dicts"
+                ) from e
         stated = {
             f.name: value
             for f in fields(self)
@@ -298,7 +338,7 @@ class StreamConfig:
         for name, value in stated.items():
             if not isinstance(value, int | str):  # a float, or one of NumPy's numbers
                 stated[name] = parse_size(value)
-        write_json(Path(path), {"version": _VERSION, "about": self.about or {}, "settings": stated})
+        write_json(Path(path), {"version": _VERSION, "about": about, "settings": stated})
 
     def for_rank(self, rank: int, ranks: int) -> StreamConfig:
         """The options of one rank of several.
@@ -360,7 +400,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind: dict[str, Any] = {"type": int} if number else {}
         if f.name == "progress":
             flag, kind = "--no-progress", {"action": "store_false", "dest": "progress"}
-            text = "show no progress bars"
+            text = "show no progress, neither of loading nor of prompts"
         elif default is False:
             kind = {"action": "store_true"}
         if "choices" in f.metadata:

@@ -50,11 +50,13 @@ class TokenError(StreamError, ValueError):
 
 
 class ExpertReadError(StreamError):
-    """An expert could not be read. Its slot is empty; the model stays usable.
+    """An expert, or a row of a streamed table, could not be read. Its slot is empty; the model
+    stays usable.
 
     Attributes:
-        layer: module path of the expert layer, for example `model.layers.3.mlp.switch_mlp`.
-        expert: index of the expert in that layer.
+        layer: module path of the expert layer, for example `model.layers.3.mlp.switch_mlp`, or of
+            the table.
+        expert: index of the expert in that layer, or of the row in the table.
         tensor: name of the tensor in the checkpoint.
         file: the shard.
         offset: first byte that could not be read.
@@ -71,15 +73,23 @@ class ExpertReadError(StreamError):
         offset: int,
         errno: int | None,
         reason: str = "unexpected end of file",
+        what: str = "expert",
     ) -> None:
-        reason = reason if errno is None else os.strerror(errno)
+        self._reason = reason = reason if errno is None else os.strerror(errno)
         super().__init__(
-            f"cannot read expert {expert} of {layer}: {reason} at byte {offset} of {file} "
-            f"(tensor {tensor}). The expert's slot was left empty; the model can be used again "
-            "once the file can be read."
+            f"cannot read {what} {expert} of {layer}: {reason} at byte {offset} of {file} "
+            f"(tensor {tensor}). The {what}'s slot was left empty; the model can be used "
+            "again once the file can be read."
         )
         self.layer, self.expert, self.tensor = layer, expert, tensor
         self.file, self.offset, self.errno = file, offset, errno
+
+    def of_a_row(self) -> ExpertReadError:
+        """The same error, of a row of a table that is looked up by token."""
+        return ExpertReadError(
+            self.layer, self.expert, self.tensor, self.file, self.offset, self.errno, self._reason,
+            what="row",
+        )  # fmt: skip
 
 
 class OtherThreadError(StreamError):
@@ -100,3 +110,10 @@ class RankError(StreamError):
     def __init__(self, message: str, rank: int) -> None:
         super().__init__(message)
         self.rank = rank
+
+
+class PassStoppedError(StreamError):
+    """A forward pass was ended because whoever follows it asked for that.
+
+    The KV caches are as they were before the pass, and the model can be used again.
+    """

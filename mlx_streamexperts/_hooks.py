@@ -21,6 +21,8 @@ Check = Callable[[mx.array | None, Any], None]
 """Checks a pass before it runs, given its token ids [B, L] (None for embeddings) and its caches."""
 
 _EMBEDDINGS = ("input_embeddings", "inputs_embeds")  # as mlx-lm and mlx-vlm call them
+_STEP = "n_to_process"  # tokens of a step of mlx-vlm's prompt loop
+_HIDDEN = {"capture_layer_ids", "return_hidden", "return_shared_kv"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +58,25 @@ class Pass:
         """Do consecutive parts of the pass compute the same as the whole?
 
         They do if tokens and caches are the only arguments: a mask, for example, covers the whole.
+        In a step of mlx-vlm's prompt loop they do too: every step gets the other arguments of the
+        whole prompt. Not if an array is as long as the step, or a draft model asks for hidden
+        states.
         """
-        known = {self.names[0], *_EMBEDDINGS, "cache"}
-        return bool(self.caches) and all(
-            value is None or name in known for name, value in self.given.items()
-        )
+        known = {self.names[0], "inputs", *_EMBEDDINGS, "cache"}
+        others = {n: v for n, v in self.given.items() if v is not None and n not in known}
+        if _STEP in others:
+            sizes = {d for v in others.values() if isinstance(v, mx.array) for d in v.shape[1:]}
+            return bool(self.caches) and not sizes & {self.tokens} and not others.keys() & _HIDDEN
+        return bool(self.caches) and not others
 
     def part(self, begin: int, end: int) -> Pass:
         """The pass over tokens `begin` to `end - 1`."""
         given = dict(self.given)
-        for name in (self.names[0], *_EMBEDDINGS):
+        for name in {self.names[0], "inputs", *_EMBEDDINGS}:
             if isinstance(given.get(name), mx.array):
                 given[name] = given[name][:, begin:end]
+        if _STEP in given:
+            given[_STEP] = end - begin
         return Pass(self.model, self.kind, self.names, given, self.sequences, end - begin)
 
 

@@ -37,6 +37,7 @@ _OPEN_MAX = 10_240  # <sys/syslimits.h> on macOS
 _UNSTABLE_INODES = {"9p", "afs", "cifs", "smb3", "virtiofs"}  # and all of FUSE
 METAL_SHARE = 0.95
 """Above this share of the recommended working set MLX frees its unused buffers all the time."""
+_QOS_USER_INITIATED = 0x19  # <sys/qos.h> on macOS
 _LEAST_FOR_SYSTEM, _MOST_FOR_SYSTEM = 2 << 30, 8 << 30  # left to macOS beside a GPU's memory
 
 
@@ -435,6 +436,11 @@ def apple_limit(memory: int, wanted: int = 0) -> DeviceLimit:
     return metal_limit({"max_recommended_working_set_size": size, "memory_size": memory}, wanted)
 
 
+def apple_budget(memory: int) -> int:
+    """The largest budget, in whole GB, that a Mac with `memory` bytes can hold."""
+    return apple_limit(memory).nbytes // 10**9 * 10**9
+
+
 def apple_working_set(memory: int) -> int:
     """Estimate the working set that macOS recommends for a Mac with `memory` bytes.
 
@@ -528,6 +534,37 @@ def _output(*command: str) -> str:
         ).stdout
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def raise_thread_priority() -> bool:
+    """Let the calling thread work at the pace of work that a user waits for; False if it cannot.
+
+    macOS runs threads of a background job on its slow cores and throttles their reads. Elsewhere
+    threads inherit what their process was given, and nothing is changed.
+    """
+    if sys.platform != "darwin":
+        return False
+    with suppress(AttributeError, OSError):
+        return bool(ctypes.CDLL(None).pthread_set_qos_class_self_np(_QOS_USER_INITIATED, 0) == 0)
+    return False
+
+
+def power_is_scarce() -> bool:
+    """Does a Mac run on its battery, or hold its clocks down because of heat? False elsewhere."""
+    if sys.platform != "darwin":
+        return False
+    if "'Battery Power'" in _output("/usr/bin/pmset", "-g", "batt").partition("\n")[0]:
+        return True
+    token, level = ctypes.c_int(), ctypes.c_uint64()
+    with suppress(AttributeError, OSError):
+        system = ctypes.CDLL(None)  # OSThermalNotification.h: 0 is nominal
+        name = b"com.apple.system.thermalpressurelevel"
+        if system.notify_register_check(name, ctypes.byref(token)) == 0:
+            try:
+                system.notify_get_state(token, ctypes.byref(level))
+            finally:
+                system.notify_cancel(token)
+    return level.value > 0
 
 
 def usable_cores() -> int:

@@ -1,10 +1,89 @@
-"""Progress bars for long work."""
+"""Signs of life of long work: progress bars, how far a prompt is, and a clock that shows it.
+
+Knows neither models nor files: it gets numbers and functions.
+"""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from tqdm import tqdm
+
+from ._closing import Closing
 
 
 def progress_bar(what: str, shown: bool, total: int | None = None, unit: str = "B") -> tqdm:
     """A progress bar that counts bytes, or steps of another unit. Nothing unless `shown`."""
     return tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B", disable=not shown)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a prompt is.
+
+    Attributes:
+        tokens: tokens done. Those of the pass under way count by the layers that it has finished.
+        total: tokens of the prompt; None if they are not known.
+        layer: expert layers that the pass under way has entered; 0 between passes.
+        layers: expert layers of the model.
+        read_bytes: bytes read for experts since the prompt began.
+        seconds: since the prompt began.
+    """
+
+    tokens: int
+    total: int | None
+    layer: int
+    layers: int
+    read_bytes: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens done per second; 0.0 before the first."""
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds to the end of the prompt at the rate so far; None if that cannot be told."""
+        if self.total is None or self.tokens <= 0:
+            return None
+        return self.seconds * max(0, self.total - self.tokens) / self.tokens
+
+    def __str__(self) -> str:
+        """One line: tokens, layer, bytes read, rate, time left."""
+        of = "" if self.total is None else f" of {self.total:,}"
+        parts = [f"{self.tokens:,}{of} tokens"]
+        if self.layer:
+            parts.append(f"layer {self.layer} of {self.layers}")
+        parts.append(f"{self.read_bytes / 1e9:.2f} GB read")
+        parts.append(f"{self.tokens_per_second:.1f} tokens/s")
+        left = self.seconds_left
+        parts.append(f"{self.seconds:.0f} s" + ("" if left is None else f", {left:.0f} s left"))
+        return ", ".join(parts)
+
+
+class Clock(Closing):
+    """Calls a function again and again in a thread of its own, until it is closed.
+
+    Args:
+        tick: the function. It must not touch MLX, whose arrays belong to other threads.
+        seconds: between two calls.
+    """
+
+    def __init__(self, tick: Callable[[], None], seconds: float) -> None:
+        self._tick, self._seconds = tick, seconds
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._over.wait(self._seconds):
+            self._tick()
+
+    def close(self) -> None:
+        """Stop, and wait for a call that is under way."""
+        self._over.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join()

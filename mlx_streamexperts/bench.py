@@ -16,11 +16,13 @@ import sys
 from dataclasses import replace
 
 from ._cli.mlx_lm_program import program, program_parser
-from ._cli.options import failed, stream_settings
+from ._cli.options import failed, interrupted, stream_settings
 from ._config import StreamConfig
 from ._errors import StreamError
 
 stock = importlib.import_module("mlx_lm.benchmark")
+
+_INSTEAD = "python -m mlx_streamexperts.generate prints tokens per second too"
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -33,13 +35,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = setup_arg_parser()
     args = parser.parse_args(argv)
     try:
-        config, model = stream_settings(args)
+        config, model = stream_settings(args, _INSTEAD)
         parser.set_defaults(model=model)
-        with program(stock, parser, argv, args, _with_room(config, args), warm_up=1) as session:
+        room = _with_room(config, args)
+        with program(stock, parser, argv, args, room, warm_up=1, shows_text=False) as session:
             stock.main()
         session.print_summary()
     except StreamError as e:
         return failed(e)
+    except KeyboardInterrupt:
+        return interrupted()
     return 0
 
 

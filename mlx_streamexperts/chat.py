@@ -1,6 +1,8 @@
 """Chat with a streamed model: `mlx_lm.chat` with all of its options and ours.
 
 python -m mlx_streamexperts.chat --model mlx-community/Qwen3.5-397B-A17B-4bit --memory 90GB
+
+Ctrl-C ends a reply and keeps the conversation; a second one ends the chat.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from ._cli.mlx_lm_program import program, program_parser
-from ._cli.options import failed, stream_settings
+from ._cli.options import check_prefix_arguments, failed, stream_settings
+from ._cli.stopping import Interrupts
 from ._errors import StreamError
 from ._hooks import swapped
 
 stock = importlib.import_module("mlx_lm.chat")
 
+_INSTEAD = "mlx-vlm has a chat of its own: python -m mlx_streamexperts.run mlx_vlm.chat --model ..."
 _PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
@@ -32,9 +36,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = setup_arg_parser()
     args = parser.parse_args(argv)
     try:
-        config, model = stream_settings(args)
+        check_prefix_arguments(args)
+        config, model = stream_settings(args, _INSTEAD)
         parser.set_defaults(model=model)
-        with program(stock, parser, argv, args, config) as session, _templates():
+        interrupts = Interrupts()
+        run = program(stock, parser, argv, args, config, interrupts=interrupts)
+        with run as session, _templates():
             try:
                 stock.main()
             except (EOFError, KeyboardInterrupt):  # Ctrl-D or Ctrl-C ends a chat

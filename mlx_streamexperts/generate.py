@@ -13,37 +13,66 @@ import sys
 import mlx.core as mx
 
 from ._cli.mlx_lm_program import program, program_parser
-from ._cli.options import failed, join_ranks, only_rank_0_prints, stream_settings
+from ._cli.mlx_vlm_program import (
+    add_media_arguments,
+    check_generate_options,
+    generate_program,
+    needs_mlx_vlm,
+)
+from ._cli.options import (
+    check_prefix_arguments,
+    failed,
+    interrupted,
+    join_ranks,
+    only_rank_0_prints,
+    stream_settings,
+)
 from ._errors import StreamError
 from ._experts.stream import ExpertStream
 from ._loading.demo import DEMO_PROMPT, demo_model
+from ._loading.lazy_load import MLX_VLM
 
 # Not `import mlx_lm.generate`: the package binds that name to a function.
 stock = importlib.import_module("mlx_lm.generate")
 
+_INSTEAD = "Write --model in full, or add --loader mlx-vlm"
+
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """mlx-lm's options and ours."""
-    return program_parser(stock, "generate", __doc__)
+    parser = program_parser(stock, "generate", __doc__)
+    add_media_arguments(parser)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = setup_arg_parser()
+    try:
+        ran, parser = stock, setup_arg_parser()
+        if is_vlm := needs_mlx_vlm(argv):
+            ran = generate_program()
+            parser = program_parser(ran, "generate", __doc__)
+    except StreamError as e:
+        return failed(e)
     args = parser.parse_args(argv)
     streams: list[ExpertStream] = []
     try:
+        check_prefix_arguments(args)
         group = join_ranks()
+        if is_vlm:
+            args.loader = MLX_VLM
+            check_generate_options(args)
         if group.size() > 1:
             _for_several(args)
         with only_rank_0_prints(group):
-            config, model = stream_settings(args)
+            config, model = stream_settings(args, None if is_vlm else _INSTEAD)
             parser.set_defaults(model=model)
             if model == str(demo_model()):
                 parser.set_defaults(prompt=DEMO_PROMPT)  # it cannot answer mlx-lm's "hello"
-            with program(stock, parser, argv, args, config) as session:
+            shown = args.verbose
+            with program(ran, parser, argv, args, config, shows_text=shown) as session:
                 streams = session.patched.streams
-                stock.main()
+                ran.main()
             if args.verbose:
                 session.print_summary()
     except StreamError as e:
@@ -52,6 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         if not any(s.ranks for s in streams):
             raise
         return failed(e, streams)
+    except KeyboardInterrupt:
+        return interrupted()
     return 0
 
 
@@ -62,7 +93,7 @@ def _for_several(args: argparse.Namespace) -> None:
         StreamError: mlx-lm does not support an option on several machines.
     """
     args.pipeline = True
-    for option in ("draft_model", "adapter_path", "prompt_cache_file"):
+    for option in ("draft_model", "adapter_path", "prompt_cache_file", "prefix_cache"):
         if getattr(args, option) is not None:
             flag = "--" + option.replace("_", "-")
             raise StreamError(f"{flag} does not work with several machines; run without it")

@@ -65,6 +65,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="undo --replace: move the experts back into the checkpoint, and remove the store",
     )
+    parser.add_argument(
+        "--loader",
+        choices=("auto", "mlx-lm", "mlx-vlm"),
+        default="auto",
+        help="the library that will load the model (default: auto)",
+    )
     add_output_arguments(parser, "the store's folder", "another checkpoint", required=False)
     return parser
 
@@ -126,7 +132,7 @@ def _move(args: argparse.Namespace) -> int:
 def _layers(folder: Path, args: argparse.Namespace) -> tuple[list[ExpertLayer], int]:
     """A checkpoint's expert layers, and their bytes."""
     trust = {"trust_remote_code": args.trust_remote_code}
-    layers = discover(folder, StreamConfig(), trust, in_shards=True).layers
+    layers = discover(folder, StreamConfig(loader=args.loader), trust, in_shards=True).layers
     return layers, sum(x.experts * x.expert_bytes for x in layers)
 
 

@@ -4,10 +4,10 @@ python -m mlx_streamexperts.run --memory 24GB mlx_lm.perplexity --model ./my-mod
 python -m mlx_streamexperts.run --cache 8GB my_script.py --whatever it takes
 
 Our options come before the program; everything after it belongs to the program. A program is one
-of mlx-lm's, any module that `python -m` runs, or a file. The first model that it loads must have
-routed experts. The program decides how many tokens it runs at once: --prefill-tokens plans memory
-for that many (default: the program's --prefill-step-size, else mlx-lm's own 2048), and --reserve
-keeps more memory free. The summary goes to standard error.
+of mlx-lm's or mlx-vlm's, any module that `python -m` runs, or a file. The first model that it loads
+must have routed experts. The program decides how many tokens it runs at once: --prefill-tokens
+plans memory for that many (default: the program's --prefill-step-size, else mlx-lm's own 2048), and
+--reserve keeps more memory free. The summary goes to standard error.
 """
 
 from __future__ import annotations
@@ -24,14 +24,12 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
-import mlx.nn as nn
-
 from ._cli.commands import COMMANDS
 from ._cli.mlx_lm_program import Session, add_report_arguments
 from ._cli.options import failed, following_stock_options
 from ._config import StreamConfig, add_arguments, from_arguments
 from ._errors import StreamError
-from ._experts.stream import is_streamed, stream
+from ._experts.stream import ExpertStream
 from ._hooks import swapped
 from ._loading.combinations import Options, check_options
 from ._loading.guards import REFUSED_PROGRAMS, check_program
@@ -159,7 +157,7 @@ def _config(args: argparse.Namespace) -> StreamConfig:
     parser.add_argument("--prefill-step-size", type=int)
     parser.add_argument("--max-kv-size", type=int)
     parser.add_argument("--draft-model")
-    parser.add_argument("--kv-bits", type=int)
+    parser.add_argument("--kv-bits", type=_bits)
     parser.add_argument("--kv-group-size", type=int, default=Options.kv_group_size)
     parser.add_argument("--model")
     program_options, _ = parser.parse_known_args(args.arguments)
@@ -173,6 +171,11 @@ def _config(args: argparse.Namespace) -> StreamConfig:
     return config
 
 
+def _bits(text: str) -> float:
+    """Bits of a KV cache: whole ones for mlx-lm, any for mlx-vlm."""
+    return float(text) if "." in text else int(text)
+
+
 class _RecordedPatch(patch):
     """A patch that starts recording once the first streamed model is loaded."""
 
@@ -180,11 +183,11 @@ class _RecordedPatch(patch):
         super().__init__(config=config)
         self.session: Session | None = None
 
-    def _load_model(self, arguments: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-        model, model_config = super()._load_model(arguments)
-        if self.session is not None and is_streamed(model):
-            self.session.record(stream(model))
-        return model, model_config
+    def _stream_experts(self, *args: Any) -> ExpertStream:
+        expert_stream = super()._stream_experts(*args)
+        if self.session is not None:
+            self.session.record(expert_stream)
+        return expert_stream
 
 
 def _status(end: SystemExit) -> int:

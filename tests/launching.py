@@ -30,8 +30,20 @@ class Ended:
         return json.loads(self.out.splitlines()[-1])
 
 
-def start(arguments: Sequence[Sequence[str]], folder: Path) -> list[subprocess.Popen[str]]:
-    """Start one process a rank: `python arguments[rank]`."""
+@dataclass(frozen=True)
+class Host:
+    """A host of its own on this machine: a network namespace with an address."""
+
+    namespace: str
+    address: str
+
+
+def start(
+    arguments: Sequence[Sequence[str]], folder: Path, hosts: Sequence[Host] = ()
+) -> list[subprocess.Popen[str]]:
+    """Start one process a rank: `python arguments[rank]`, on its host if `hosts` are given."""
+    if hosts:
+        return _start(arguments, [f"{h.address}:41000" for h in hosts], folder, hosts)
     with ExitStack() as held:
         # Bound and not listening: nobody else is given these ports meanwhile, and MLX sets
         # SO_REUSEADDR too.
@@ -41,12 +53,20 @@ def start(arguments: Sequence[Sequence[str]], folder: Path) -> list[subprocess.P
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             s.bind(("127.0.0.1", 0))
             ports.append(s.getsockname()[1])
-    hosts = folder / f"hosts-{ports[0]}.json"
-    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
+    return _start(arguments, [f"127.0.0.1:{port}" for port in ports], folder)
+
+
+def _start(
+    arguments: Sequence[Sequence[str]], addresses: list[str], folder: Path,
+    hosts: Sequence[Host] = (),
+) -> list[subprocess.Popen[str]]:  # fmt: skip
+    file = folder / f"hosts-{addresses[0].rpartition(':')[2]}.json"
+    file.write_text(json.dumps([[address] for address in addresses]))
+    within = [["ip", "netns", "exec", host.namespace] for host in hosts]
     return [
         subprocess.Popen(
-            [sys.executable, *words],
-            env={**os.environ, "MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)},
+            [*(within[rank] if hosts else []), sys.executable, *words],
+            env={**os.environ, "MLX_HOSTFILE": str(file), "MLX_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -79,6 +99,7 @@ def run_ranks(
     *arguments: object,
     own: Sequence[object] = (),
     frozen: int | None = None,
+    hosts: Sequence[Host] = (),
 ) -> list[Ended]:
     """Run one of `rank_programs.py` on every rank.
 
@@ -89,7 +110,8 @@ def run_ranks(
         *arguments: of all ranks.
         own: one more argument for each rank.
         frozen: a rank that stops and does not end by itself; killed when the others have ended.
+        hosts: where each rank runs; this machine's own network if empty.
     """
     shared = [str(PROGRAMS), program, *map(str, arguments)]
     each = [[*shared, *map(str, own[rank : rank + 1])] for rank in range(ranks)]
-    return finish(start(each, folder), frozen)
+    return finish(start(each, folder, hosts), frozen)

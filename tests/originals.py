@@ -97,6 +97,57 @@ def int4(weights: Weights) -> Weights:
     return out
 
 
+def minimax_m3(weights: Weights) -> Weights:
+    """Single experts, gate and up apart, and the shared one, which mlx-vlm makes the last."""
+    out = {}
+    for name, array in weights.items():
+        mlp, found, part = name.partition(".switch_mlp.")
+        if not found:
+            out[name] = array
+            continue
+        *routed, shared = [[x] if part == "down_proj.weight" else mx.split(x, 2) for x in array]
+        names = {"down_proj.weight": ["w2"], "gate_up_proj.weight": ["w1", "w3"]}[part]
+        whole = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+        for i, kind in enumerate(names):
+            out[f"{mlp}.shared_experts.{whole[kind]}.weight"] = shared[i]
+            for e, expert in enumerate(routed):
+                out[f"{mlp}.experts.{e}.{kind}.weight"] = expert[i]
+    return out
+
+
+def nvfp4(weights: Weights) -> Weights:
+    """ModelOpt: single experts in NVFP4, each projection with a scale of the whole beside."""
+    out = {}
+    for name, array in weights.items():
+        if match := _TABLE.match(name):
+            mlp, part, _ = match.groups()
+            for e in range(array.shape[0]):
+                prefix, scale = f"{mlp}.experts.{e}.{part}", 0.5 + 0.1 * e
+                codes, scales = mx.quantize(array[e] / scale, 16, 4, mode="nvfp4")
+                out[f"{prefix}.weight"] = codes.view(mx.uint8)
+                out[f"{prefix}.weight_scale"] = scales
+                out[f"{prefix}.weight_scale_2"] = mx.array(scale)
+                out[f"{prefix}.input_scale"] = mx.array(1.0)
+        else:
+            out[name.removeprefix("language_model.")] = array
+    return {name.removeprefix("language_model."): array for name, array in out.items()}
+
+
+def nvfp4_fused(weights: Weights) -> Weights:
+    """ModelOpt: gate and up of all experts in one NVFP4 table, with one scale for each expert."""
+    out = {}
+    for name, array in fused(weights).items():
+        if ".experts." in name and array.ndim == 3:
+            scale = 0.5 + 0.1 * mx.arange(array.shape[0])
+            codes, scales = mx.quantize(array / scale[:, None, None], 16, 4, mode="nvfp4")
+            out[f"{name}.weight"] = codes.view(mx.uint8)
+            out[f"{name}.weight_scale"] = scales
+            out[f"{name}.weight_scale_2"] = scale
+        else:
+            out[name] = array
+    return out
+
+
 def awq(weights: Weights) -> Weights:
     """AutoAWQ: transposed codes, eight to an int32, in groups of 64."""
     out = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,10 @@ def texts(folder: str) -> None:
 
 def one_ends(victim: str, how: str) -> None:
     """The command line, of which one rank is killed, stops or cannot read while it generates."""
-    if how == "SIGSTOP":  # else longer than a loaded machine keeps a thread from running
+    if how in (
+        "SIGSTOP",
+        "unplug",
+    ):  # else longer than a loaded machine keeps a thread from running
         watch.SILENCE_SECONDS, watch.GRACE_SECONDS = 4.0, 1.0
     if how == "loading" and rank() == int(victim):
         on_ranks.discover = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
@@ -161,7 +165,10 @@ def one_ends(victim: str, how: str) -> None:
                 if how == "read":
                     file = Path("model.safetensors")
                     raise ExpertReadError("model.layers.1.mlp", 7, "weight", file, 0, 5)
-                os.kill(os.getpid(), getattr(signal, how))
+                if how == "unplug":
+                    subprocess.run(["ip", "link", "set", "eth0", "down"], check=True)
+                else:
+                    os.kill(os.getpid(), getattr(signal, how))
             yield answer
 
     generate.stock.generate_step = stepping

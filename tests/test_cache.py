@@ -386,6 +386,29 @@ def test_a_needed_resident_expert_is_not_evicted_by_the_same_call(policy: str) -
 
 
 @every_policy
+def test_a_pinned_expert_stays_and_is_not_counted(policy: str) -> None:
+    cache = ExpertCache(9, 4, policy, pinned=[8])
+    rng = np.random.default_rng(0)
+    assert cache.place([8]) == [8]
+    for _ in range(200):
+        chosen = rng.choice(8, 2, replace=False)
+        cache.place([8, *cache.wanted(chosen)])
+        cache.place_prefetched(rng.choice(9, 2, replace=False).tolist())
+        assert cache.slot_of[8] == 0
+        assert len(cache.resident) <= cache.movable == 3
+    assert cache.stats.hits + cache.stats.prefetched + cache.stats.misses == 400
+    waves = cache.waves([8, *range(8)], np.arange(9))
+    assert [8 in wave for wave, _ in waves] == [True] + [False] * (len(waves) - 1)
+    for wave, keep in waves:
+        cache.place(wave, keep)
+        assert cache.slot_of[8] == 0
+    cache.clear()
+    assert cache.place([8, 1]) == [8, 1]
+    cache.drop(8)
+    assert cache.resident == [1]
+
+
+@every_policy
 def test_kept_experts_stay_until_they_are_not_kept(policy: str) -> None:
     cache = ExpertCache(8, 3, policy)
     cache.place([0, 1, 2])

@@ -75,6 +75,14 @@ def test_what_is_no_size(size: object) -> None:
         StreamConfig(memory=size)  # type: ignore[arg-type]
 
 
+def test_a_number_without_its_unit_is_asked_about() -> None:
+    with pytest.raises(
+        StreamError, match="memory: '96' is a size of 96 bytes: did you mean '96GB'"
+    ):
+        parsed("--memory", "96")
+    assert parse_size("4096") == 4096
+
+
 @pytest.mark.parametrize("option", ["threads", "context_tokens", "prefill_tokens", "cores"])
 def test_counts_are_whole_numbers(option: str) -> None:
     for wrong in (0, -1, 1.5, "64", math.nan, True):
@@ -163,8 +171,8 @@ def test_a_file_holds_all_that_was_stated(tmp_path: Path) -> None:
     config = StreamConfig(
         memory=np.float32(8e9), cache=10**9, policy="lru", threads=np.int64(3), read_size=1 << 20,
         bypass_page_cache="on", overlap="off", prefetch="on", prefetch_depth=2, run_ahead="off",
-        cores=2, context_tokens=64, prefill_tokens=32, reserve="1GB", wired="off", in_place="off",
-        about={"model": "demo"},
+        keep_awake="off", cores=2, context_tokens=64, prefill_tokens=32, reserve="1GB",
+        wired="off", rows="on", row_cache="64MB", in_place="off", about={"model": "demo"},
     )  # fmt: skip
     assert not [n for n in SAVED if getattr(config, n) == getattr(StreamConfig(), n)]
     config.save(tmp_path / "s.json")
@@ -191,6 +199,8 @@ def test_options_of_one_run_are_not_saved(option: dict[str, Any], tmp_path: Path
     [
         ({"version": 2}, "version 2"),
         ({"version": None}, "version None"),
+        ({"version": True}, "version True"),
+        ({"version": 1.0}, "version 1.0"),
         ({"more": 1}, "'more'"),
         ({"settings": []}, r"settings must be a JSON object"),
         ({"about": "me"}, "about must be a JSON object"),
@@ -292,6 +302,14 @@ def test_what_no_machine_has_is_refused_by_name(options: dict[str, Any], message
     with pytest.raises(StreamError, match=message):
         StreamConfig(**options)
     assert parse_size("1" + "0" * 400 + "GB") == 1 << 62  # more than any machine has
+
+
+@pytest.mark.parametrize("value", [np.float32(1.2), [np.int64(3)], {1, 2}, math.nan])
+def test_notes_that_json_has_not_are_refused_by_name(value: Any, tmp_path: Path) -> None:
+    config = StreamConfig(threads=3, about={"model": "demo", "gain": value})
+    with pytest.raises(StreamError, match=r"about\['gain'\] cannot be saved"):
+        config.save(tmp_path / "s.json")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("about", [[], 0, "", False])

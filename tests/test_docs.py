@@ -9,7 +9,7 @@ import inspect
 import pkgutil
 import re
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -37,6 +37,7 @@ from mlx_streamexperts._experts.slots import PrefetchStats
 from mlx_streamexperts._experts.speculative.runahead import RunAheadStats
 from mlx_streamexperts._io.reader import ReadStats
 from mlx_streamexperts.doctor import _examination as examination
+from mlx_streamexperts.doctor import _selfchecks as selfchecks
 
 RUN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 """Pages whose snippets run. Those of other pages are for other machines: only checked."""
@@ -77,6 +78,12 @@ def test_snippets_run(
     monkeypatch.setattr(examination, "drive_rates", quick)
     for what, measured in MEASURED.items():
         monkeypatch.setattr(examination, what, measured)
+    # A minute of `doctor --selftest`; test_selftest.py and the tests of exactness test more.
+    effort = replace(
+        selfchecks.EFFORT,
+        steps=4, shares=(1.0, 0.25), schedules=4, prompt=24, rounds=3, ranges=5,
+    )  # fmt: skip
+    monkeypatch.setattr(selfchecks, "EFFORT", effort)
     page = Page({"demo": demo_model(), "original": original})
     try:
         for snippet in snippets(file):

@@ -21,6 +21,8 @@ from mlx_streamexperts._analysis.measure import (
     sync_seconds,
 )
 from mlx_streamexperts._io import hub
+from mlx_streamexperts._memory.hardware import NAMED_MACHINES
+from mlx_streamexperts._osinfo import apple_limit
 from mlx_streamexperts.doctor import _command as doctor
 from mlx_streamexperts.doctor import examine
 from mlx_streamexperts.doctor._examination import DoesNotFit, Verdict
@@ -147,9 +149,24 @@ def test_named_machines_need_no_measurement(
     assert doctor.main(["--model", folder, "--machine", "all"]) == 0
     out = capsys.readouterr().out
     assert "M5 Max 128 GB" in out
-    assert "measured" not in out
+    assert "(measured" not in out and "Assumed, not measured: drive" in out
     assert doctor.main(["--model", folder, "--machine", "Cray"]) == 1
     assert "unknown machine 'Cray'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("machine", ["M4 32 GB", "M5 Max 128 GB"])
+def test_a_machine_without_a_stated_budget_gets_what_it_can_hold(
+    machine: str, checkpoint: Callable[..., Path]
+) -> None:
+    """It was three quarters of its memory, of which Metal's limit lets in 95 %: refused, always."""
+    limit = apple_limit(NAMED_MACHINES[machine].memory).nbytes
+    p = plan(checkpoint("qwen3_moe"), machine=machine, config=QUIET)
+    assert p.memory == limit
+    folder = str(checkpoint("qwen3_moe"))
+    args = doctor.setup_arg_parser().parse_args(["--model", folder, "--machine", machine])
+    (verdict,) = examine(args).machines
+    assert isinstance(verdict, Verdict)
+    assert verdict.plan.memory == limit
 
 
 @pytest.mark.parametrize("machine", [["--machine", "all"], []], ids=["named", "this"])
@@ -194,3 +211,50 @@ def test_measurements_are_of_the_right_order(tmp_path: Path) -> None:
     assert 1e7 < memory_rate(1 << 22, 3) < 1e14
     assert 0 <= sync_seconds(4, 64) < 1
     assert 0 < layer_seconds(2) < 1
+
+
+def test_the_first_line_is_a_verdict_and_the_second_the_command(
+    checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(checkpoint("qwen3_moe"))
+    assert doctor.main(["--model", folder, "--machine", "m4 max 128"]) == 0
+    first, second, limit, helps, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{folder} on M4 Max 128 GB: runs")
+    for word in ("tokens/s (", "first token of 1000 after", "to download", "at 100 Mbit/s"):
+        assert word in first, word
+    assert second == f"  Type: streamexperts chat --model {folder} --memory 91GB"
+    assert "limits it" in limit and "help most" in helps
+
+
+def test_a_stated_drive_is_taken_as_it_is(checkpoint: Callable[..., Path]) -> None:
+    options = ["--model", str(checkpoint("qwen3_moe")), "--machine", "m4 64", "--drive"]
+    parser = doctor.setup_arg_parser()
+    slow, fast = (
+        examine(parser.parse_args([*options, d])).machines[0] for d in ("1GB/s", "7GB/s:50us")
+    )
+    assert (slow.machine.drive_rate, fast.machine.drive_rate) == (1e9, 7e9)
+    assert fast.machine.drive_latency == pytest.approx(50e-6) and fast.machine.drive_share == (1, 1)
+
+
+def test_more_than_the_machine_has_is_refused(
+    checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", str(checkpoint("qwen3_moe")), "--machine", "m4 max 128"]
+    assert doctor.main([*options, "--memory", "200GB"]) == 0
+    out = capsys.readouterr().out
+    assert "does not fit" in out and "more than the device can hold" in out
+    assert "tokens/s" not in out
+
+
+def test_without_a_model_the_machine_and_what_suits_it_are_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert doctor.main([]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("this machine: ") and "Measuring" in err and "(measured" in out
+    assert doctor.main(["--machine", "M4 16GB", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert "Kimi K2.5 (4-bit)" in found["too_large"]
+    assert "Qwen3-30B-A3B (4-bit)" in [m["name"] for m in found["suited"]]
+    speeds = [m["prediction"]["tokens_per_s"]["likely"] for m in found["suited"]]
+    assert speeds == sorted(speeds, reverse=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import families
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm.utils
 import numpy as np
 import pytest
@@ -241,13 +242,52 @@ def test_the_row_count_is_kept_for_backends_that_choose_kernels_by_it(
     with stream(model) as expert_stream:
         # Enough for a token, not for the prompt: that goes in waves.
         expert_stream._open((families.TOP_K + 1,) * len(expert_stream.layers))
-        rows = rows_of_calls(expert_stream.layers, RowRule(count=True))
+        rows = rows_of_calls(expert_stream.layers, RowRule(count=True, padded=True))
         got = families.run(model, tokens, prefill=4)
         assert_same(expected, got, family)
         assert expert_stream.stats().overlapped > 10
         assert expert_stream.stats().waves > 0
         top_k = min(rows)
         assert set(rows) == {top_k, 4 * top_k}
+
+
+def test_on_metal_a_part_of_a_token_has_only_its_own_rows(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernels compute unsorted rows one by one, so stand-in rows would be work for nothing."""
+    folder = checkpoint("qwen3_moe")
+    model = load_streamed(folder, 1 << 40, StreamConfig(progress=False, overlap="on"))
+    with stream(model) as expert_stream, monkeypatch.context() as metal:
+        metal.setattr(mx, "default_device", lambda: mx.gpu)
+        metal.setattr(mx.metal, "is_available", lambda: True)
+        rule = RowRule.of(expert_stream.layers[0].switch)
+    assert rule == RowRule(count=True, ratio=True, padded=False)  # quantized, of mlx-lm
+    tokens = families.token_stream(families.VOCAB, 60, seed=11)
+    stock, _ = mlx_lm.utils.load_model(folder)
+    expected = families.run(stock, tokens, prefill=4)
+    model = load_streamed(folder, 1 << 40, StreamConfig(progress=False, overlap="on"))
+    with stream(model) as expert_stream:
+        expert_stream._open((families.TOP_K + 1,) * len(expert_stream.layers))
+        rows = rows_of_calls(expert_stream.layers, rule)
+        assert_same(expected, families.run(model, tokens, prefill=4), "unpadded")
+        assert expert_stream.stats().overlapped > 10
+    assert min(rows) < families.TOP_K
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_kernels_of_other_modules_are_not_known(
+    quantized: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As mlx-vlm's: its own class, with Metal kernels for a few rows."""
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    linear = nn.Module()
+    linear.weight = mx.zeros((2, 4, 4))
+    if quantized:
+        linear.scales = mx.zeros((2, 4, 1))
+    switch = nn.Module()
+    switch.up_proj = linear
+    assert RowRule.of(switch) == RowRule(count=True, ratio=quantized, padded=True)
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 from conftest import QUIET
+from mlx.utils import tree_flatten
 
-from mlx_streamexperts import CheckpointError, load, plan, stream
+from mlx_streamexperts import CheckpointError, load, patch, plan, stream
 from mlx_streamexperts._experts.stream import expert_files
 from mlx_streamexperts._io.checkpoint import read_checkpoint
 from mlx_streamexperts.convert import _command as convert
@@ -23,6 +24,7 @@ from mlx_streamexperts.convert._rewrite import Options
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "fullsize"))
 import check
 import check_convert
+import vlm
 import write
 import write_original
 
@@ -105,6 +107,48 @@ def test_filled_experts_arrive_and_compute(name: str, tmp_path: Path) -> None:
         assert check.check_experts(expert_stream, tmp_path / name) == 4
         shards = expert_files(expert_stream.layers)
         assert len(os.listdir("/dev/fd")) - before <= len(shards) + 5
+
+
+@pytest.mark.parametrize("name", vlm.MODELS)
+def test_stand_ins_of_mlx_vlm_have_the_published_numbers_of_parameters(
+    name: str, tmp_path: Path
+) -> None:
+    """GLM-5.3-Flash's 321 billion include 7.4 of a layer that predicts further tokens."""
+    quant_utils = pytest.importorskip("mlx_vlm.quant_utils", reason="the extra `vlm`")
+    write.write(name, tmp_path, trunk=False)
+    model, _ = write.build(name)
+    count = quant_utils.get_total_parameters(model)
+    tables = {n: a for n, a in tree_flatten(model.parameters()) if write.TABLES in n}
+    rows = sum(a.shape[0] for n, a in tables.items() if n.endswith(".weight"))
+    expected = {
+        "deepseek-v4-flash": (284.3e9, 155e9, 0),
+        "glm-5.3-flash": (313.9e9, 178e9, 0),
+        "qwen3.8-flash-next": (177.4e9, 104e9, 320_001_536),
+    }[name]
+    files = [f.stat() for f in tmp_path.glob("*.safetensors")]
+    assert count == pytest.approx(expected[0], rel=0.001)
+    assert sum(f.st_size for f in files) == pytest.approx(expected[1], rel=0.01)
+    assert rows == expected[2]
+    assert sum(f.st_blocks * 512 for f in files) < 200e6
+
+
+@pytest.mark.parametrize("name", ["deepseek-v4-flash", "glm-5.3-flash"])
+def test_filled_experts_arrive_through_mlx_vlm(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """First and last expert of the only layer: 4-bit floats of DeepSeek V4, integers of GLM.
+
+    DeepSeek V4 evaluates the tokens of short passes itself, which cannot be traced; GLM's caches of
+    pooled keys are filled to two million tokens without two million steps.
+    """
+    utils = pytest.importorskip("mlx_vlm.utils", reason="mlx-vlm is not installed: extra `vlm`")
+    layers = 1 if name == "deepseek-v4-flash" else 4
+    write.write(name, tmp_path, trunk=False, layers=layers)
+    with patch(cache="150MB", config=QUIET):
+        model = utils.load_model(tmp_path, lazy=True)
+    assert "estimated" not in caplog.text
+    with stream(model) as expert_stream:
+        assert check.check_experts(expert_stream, tmp_path) == 2
 
 
 @pytest.mark.parametrize("failing", ["open", "truncate", "fsync"])

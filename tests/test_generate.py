@@ -5,13 +5,16 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import shutil
+import sys
+from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
 import pytest
 from conftest import QUIET
 
-from mlx_streamexperts import StreamConfig, demo_model, generate, load, stream
+from mlx_streamexperts import StreamConfig, StreamError, demo_model, generate, load, plan, stream
 from mlx_streamexperts._loading.demo import DEMO_PROMPT
 
 stock = importlib.import_module("mlx_lm.generate")
@@ -126,3 +129,23 @@ def test_memory_option_holds_for_generation() -> None:
         mlx_lm.generate(model, tokenizer, prompt, max_tokens=20, prefill_step_size=64)
         assert mx.get_peak_memory() - others <= 50_000_000
         assert expert_stream.stats().cache.misses > 0
+
+
+def test_mlx_vlm_is_asked_for_by_name_where_it_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("mlx_vlm", "mlx_vlm.utils", "mlx_vlm.generate.dispatch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    config = json.loads((demo_model() / "config.json").read_text())
+    folder = tmp_path / "new"
+    shutil.copytree(demo_model(), folder)
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "not_in_mlx_lm"}))
+    for call in (load, plan):
+        with pytest.raises(StreamError, match=r"pip install 'mlx-streamexperts\[vlm\]'"):
+            call(str(folder), "200MB", config=StreamConfig(progress=False))
+    assert generate.main(["--model", str(folder)]) == 1
+
+
+def test_pictures_are_not_asked_of_mlx_lm(capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate.main(["--loader", "mlx-lm", "--video", "film.mp4"]) == 1
+    assert "--video needs mlx-vlm" in capsys.readouterr().err

@@ -26,6 +26,7 @@ LAYERS = (
     "_distributed",
     "_experts",
     "_loading",
+    "_prefixes",
     "_analysis",
     "_cli",
 )

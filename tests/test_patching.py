@@ -33,6 +33,7 @@ from mlx_streamexperts import (
     plan,
     stream,
 )
+from mlx_streamexperts._loading import patching
 from mlx_streamexperts._loading.discover import discover
 from mlx_streamexperts._loading.patching import for_this_thread
 
@@ -71,6 +72,25 @@ def test_patch_leaves_mlx_lm_exactly_as_found(checkpoint: Callable[..., Path]) -
     model, _ = mlx_lm.utils.load_model(checkpoint("qwen3_moe"))
     with pytest.raises(UnsupportedModelError, match="not streamed"):
         stream(model)
+
+
+def test_a_patch_that_is_installed_twice_is_removed_once() -> None:
+    first, second = patch(cache="1GB"), patch(cache="2GB").install()
+    try:
+        assert patching._active() is second
+        first.install()
+        assert patching._active() is first
+        second.install()
+        second.install()
+        assert patching._active() is second  # the last one
+        second.remove()
+        assert patching._active() is first
+        with pytest.raises(StreamError, match="installed already"), first:
+            pass  # its end would have removed what was installed before
+        assert patching._active() is first
+    finally:
+        first.remove()
+    assert mlx_lm.utils.load_model is ORIGINAL
 
 
 def test_patches_nest_and_the_innermost_counts(checkpoint: Callable[..., Path]) -> None:

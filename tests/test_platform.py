@@ -265,6 +265,52 @@ def test_what_a_mac_says_of_itself(mac: list[list[str]]) -> None:
     assert platform.usable_cores() == os.cpu_count()
 
 
+class System:
+    """What macOS's C library answers."""
+
+    def __init__(self, pressure: int = 0) -> None:
+        self.pressure, self.calls = pressure, []  # type: ignore[var-annotated]
+
+    def pthread_set_qos_class_self_np(self, *args: int) -> int:
+        self.calls.append(args)
+        return 0
+
+    def notify_register_check(self, name: bytes, token: object) -> int:
+        self.calls.append(name)
+        return 0
+
+    def notify_get_state(self, token: object, level: Any) -> int:
+        level._obj.value = self.pressure
+        return 0
+
+    def notify_cancel(self, token: object) -> int:
+        return 0
+
+
+def test_a_macs_readers_work_as_fast_as_a_user_waits(
+    mac: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system = System()
+    monkeypatch.setattr(platform.ctypes, "CDLL", lambda _: system)
+    assert platform.raise_thread_priority()
+    assert system.calls == [(0x19, 0)]
+    monkeypatch.setattr(platform.ctypes, "CDLL", lambda _: object())  # an older system
+    assert not platform.raise_thread_priority()
+
+
+@pytest.mark.parametrize(
+    ("source", "pressure", "scarce"),
+    [("AC Power", 0, False), ("Battery Power", 0, True), ("AC Power", 2, True)],
+)
+def test_a_mac_on_battery_or_hot_is_short_of_power(
+    source: str, pressure: int, scarce: bool, mac: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform.ctypes, "CDLL", lambda _: System(pressure))
+    said = f"Now drawing from '{source}'\n -InternalBattery-0 (id=1)\t80%; discharging\n"
+    monkeypatch.setattr(platform, "_output", lambda *command: said)
+    assert platform.power_is_scarce() is scarce
+
+
 def test_a_mac_cannot_drop_cached_pages(mac: list[list[str]], tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x")
     assert not platform.drop_page_cache(tmp_path / "file")

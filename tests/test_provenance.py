@@ -27,8 +27,8 @@ def test_rows_cut_out_of_a_fused_table_are_found() -> None:
 
     found = trace(sanitize, weights)
     assert found.keys() == {"gate", "up"}  # what is computed lies nowhere
-    assert found["gate"].ranges == (("gate_up", 0), ("gate_up", 80), ("gate_up", 160))  # bytes
-    assert found["up"].ranges == (("gate_up", 40), ("gate_up", 120), ("gate_up", 200))
+    assert found["gate"].ranges == tuple(("gate_up", at, 40) for at in (0, 80, 160))  # bytes
+    assert found["up"].rows() == [(("gate_up", at, 40),) for at in (40, 120, 200)]
     assert found["up"].shape == (3, 2, 5)
 
 
@@ -44,6 +44,15 @@ WAYS: dict[str, Callable[[Weights], mx.array]] = {
     "other type over the same bytes": lambda w: w["a"].view(mx.uint8)[:, 3:],
     "joined last axes": lambda w: w["a"].reshape(4, 3, 14)[:, 1:],
     "two tables one after the other": lambda w: mx.concatenate([w["a"], w["a"]]),
+    "copied": lambda w: mx.array(w["a"]),
+    "joined along rows": lambda w: mx.concatenate([w["a"], w["a"][:, 1:3]], axis=1),
+    "joined, and one more": lambda w: mx.concatenate(
+        [
+            mx.concatenate([w["a"][:, :4], w["a"][:, :2]], axis=1),
+            mx.expand_dims(mx.concatenate([w["b"][:3], w["c"][:3]]), 0),
+        ]
+    ),
+    "experts divided otherwise": lambda w: w["a"][:, :3].reshape(2, 6, 7),
 }
 UNKNOWN: dict[str, Callable[[Weights], mx.array]] = {
     "an expert by its number": lambda w: w["a"][1],  # a gather, whose index is a value
@@ -51,8 +60,7 @@ UNKNOWN: dict[str, Callable[[Weights], mx.array]] = {
     "columns": lambda w: w["a"][..., :2],
     "transposed": lambda w: w["a"].swapaxes(-1, -2),
     "of another type": lambda w: w["a"].astype(mx.float16),
-    "joined along rows": lambda w: mx.concatenate([w["a"], w["a"]], axis=1),
-    "experts divided otherwise": lambda w: w["a"][:, :3].reshape(2, 6, 7),
+    "joined along columns": lambda w: mx.concatenate([w["a"], w["a"]], axis=2),
     "computed": lambda w: w["a"] + 1,
 }
 
@@ -73,12 +81,12 @@ def test_ranges_hold_the_bytes_of_the_result(way: str) -> None:
     expected = WAYS[way](weights)
     assert stored.shape == tuple(expected.shape)
     assert stored.item_bytes == expected.dtype.size
-    rows = stored.rows()
-    assert len(rows.ranges) == expected.shape[0]
-    nbytes = expected.nbytes // expected.shape[0]
     files = {name: np.array(a).tobytes() for name, a in weights.items()}
-    read = b"".join(files[name][offset : offset + nbytes] for name, offset in rows.ranges)
-    assert read == np.ascontiguousarray(np.array(expected)).tobytes()
+    rows = [
+        b"".join(files[name][offset : offset + nbytes] for name, offset, nbytes in row)
+        for row in stored.rows()
+    ]
+    assert rows == [np.array(row).tobytes() for row in expected]
 
 
 @pytest.mark.parametrize("way", UNKNOWN)

@@ -68,6 +68,7 @@ def test_a_users_script_is_typed_strictly(tmp_path: Path) -> None:
     (tmp_path / "mypy.ini").write_text(
         "[mypy]\nstrict = true\n[mypy-mlx_lm.*]\nignore_missing_imports = true\n"
         "[mypy-mlx_streamexperts.*]\nfollow_imports = silent\n"
+        "[mypy-huggingface_hub.*,transformers.*]\nfollow_imports = skip\n"  # 3,800 files
     )
     pytest.importorskip("mypy", reason="in the dev extra")
     wrong = tmp_path / "wrong.py"

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,9 +32,11 @@ from mlx_streamexperts.report import _page as page
 from mlx_streamexperts.report import _power as power
 from mlx_streamexperts.report import _quality as quality
 from mlx_streamexperts.report import _speed as speed
+from mlx_streamexperts.report._drive import seconds_behind
 from mlx_streamexperts.report._locality import reuse_distances, token_overlap
 from mlx_streamexperts.report._panels import COLOURS, PANELS
 from mlx_streamexperts.report._report import Overlap, Report, as_json, from_json
+from mlx_streamexperts.report._speed import Run, combined
 
 SCHEMA = json.loads(
     (Path(mlx_streamexperts.__file__).parent / "data" / "report-schema.json").read_text()
@@ -46,12 +49,8 @@ TINY = [
 
 def sentence(key: str, found: dict[str, Any]) -> str:
     """What the page says under a panel."""
-    _, axes = plt.subplots()
     panel = next(p for p in PANELS if p.key == key)
-    try:
-        return panel.answer(from_json(Report, found), axes)
-    finally:
-        plt.close()
+    return page.answer(panel, from_json(Report, found))
 
 
 def render(found: dict[str, Any]) -> str:
@@ -62,7 +61,9 @@ def render(found: dict[str, Any]) -> str:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a report."""
     folder = tmp_path_factory.mktemp("report")
-    assert report.main([*TINY, "--out", str(folder)]) == 0
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(report, "QUICK", replace(report.QUICK, lengths=(8, 16), batches=(1, 2)))
+        assert report.main([*TINY, "--out", str(folder)]) == 0
     return folder
 
 
@@ -158,11 +159,11 @@ def test_every_section_and_figure_is_on_the_page(written: Path, found: dict[str,
 
 def test_figures_are_of_the_json(found: dict[str, Any]) -> None:
     wanted = ("sustained", "by_prompt", "by_rate", "perplexity")
-    axes = {}
+    axes, made = {}, from_json(Report, found)
     for panel in PANELS:
         if panel.key in wanted:
             _, axes[panel.key] = plt.subplots()
-            panel.answer(from_json(Report, found), axes[panel.key])
+            panel.draw(axes[panel.key], panel.part(made), made)
     windows = found["speed"]["sustained"]["windows"]
     assert np.allclose(axes["sustained"].lines[0].get_ydata(), [w["tokens_per_s"] for w in windows])
     widths = sorted(bar.get_width() for bar in axes["by_prompt"].patches)
@@ -174,6 +175,33 @@ def test_figures_are_of_the_json(found: dict[str, Any]) -> None:
     widths = [bar.get_width() for bar in axes["perplexity"].patches]
     assert np.allclose(widths, [r["perplexity"] for r in judged])
     plt.close("all")
+
+
+def test_the_curve_for_slower_drives_counts_what_was_read_behind_them(
+    found: dict[str, Any],
+) -> None:
+    """The own drive's reads and a machine's own time beside them are its limit."""
+    s = from_json(Report, found).ssd.sensitivity  # type: ignore[union-attr]
+    assert s is not None
+    own = s.unthrottled
+    points = [(p.bytes_per_s, p.tokens_per_s) for p in s.curve]
+    best = 1 / (own.other_s + own.wait_s)
+    assert all(rate <= best * 1.001 for _, rate in points)
+    (slow_rate, slow), (fast_rate, fast) = points[0], points[1]
+    if slow < 0.99 * best and fast < 0.99 * best:
+        seconds = 1 / slow - own.other_s, 1 / fast - own.other_s
+        assert seconds[0] / seconds[1] == pytest.approx(fast_rate / slow_rate)
+    for p in s.by_rate:
+        at = np.interp(np.log(p.bytes_per_s), np.log([r for r, _ in points]),
+                       [v for _, v in points])  # fmt: skip
+        assert p.modelled_tokens_per_s == pytest.approx(at, rel=0.05)
+
+
+def test_a_token_behind_a_slower_drive_by_hand() -> None:
+    own = combined([Run(1.0, [0.03, 0.03], 60, 100, 4_000_000, 200, 0.02)])
+    assert (own.other_s, own.wait_s) == (pytest.approx(0.02), pytest.approx(0.01))
+    assert seconds_behind(own, 0.001) == pytest.approx(0.03)  # no faster than the own drive
+    assert seconds_behind(own, 0.1) == pytest.approx(0.12)
 
 
 def test_sentences_give_the_figures_of_the_json(found: dict[str, Any]) -> None:

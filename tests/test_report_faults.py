@@ -25,7 +25,6 @@ from mlx_streamexperts.report import _power as power
 from mlx_streamexperts.report import _quality as quality
 from mlx_streamexperts.report import _speed as speed
 from mlx_streamexperts.report import _study as study
-from mlx_streamexperts.report._caveats import caveats
 from mlx_streamexperts.report._drive import ReadLog
 from mlx_streamexperts.report._panels import PANELS
 from mlx_streamexperts.report._report import (
@@ -43,7 +42,7 @@ DEMO = Path(__file__).parents[1] / "docs" / "report" / "demo.json"
 
 
 def limits_of(found: dict[str, Any]) -> list[str]:
-    return list(caveats(from_json(Report, found)))
+    return page.limits(from_json(Report, found))
 
 
 @pytest.fixture
@@ -99,9 +98,11 @@ def test_a_page_of_what_there_is_after_every_part(
     for section in whole:
         found.pop(section)
     for section, parts in whole.items():
-        found[section] = {} if section in ("speed", "ssd") else parts
-        for part in parts:  # as they come
-            found[section][part] = parts[part]
+        by_part = section in ("speed", "ssd")  # the others come as a whole
+        found[section] = {} if by_part else parts
+        for part in parts if by_part else [section]:
+            if by_part:
+                found[section][part] = parts[part]
             found["unfinished"] = f"what follows {section}, {part}"
             text = render({**found, "limits": limits_of(found)})
             assert ("Not measured: the run ended before." in text) == (section != "quality")
@@ -111,7 +112,7 @@ def test_a_page_that_fails_loses_no_measurement(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: dict[str, Any]
 ) -> None:
     made = from_json(Report, found)
-    monkeypatch.setattr(report, "make_report", lambda *_: made)
+    monkeypatch.setattr(report, "measure", lambda *_: [made])
     monkeypatch.setattr(page, "render", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         report.main(["--out", str(tmp_path), "--no-progress"])
@@ -124,13 +125,13 @@ def test_what_came_after_the_last_step_is_kept_too(
     """As of a sustained run that was interrupted: its windows, and the power that it took."""
     drawn = found.pop("power")
 
-    def interrupted(*args: Any) -> None:
+    def interrupted(*args: Any) -> Iterator[Report]:
         early = from_json(Report, {**found, "unfinished": "decoding on and on"})
-        args[-1](early)
+        yield early
         early.power = from_json(Power, drawn)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(report, "make_report", interrupted)
+    monkeypatch.setattr(report, "measure", interrupted)
     monkeypatch.setattr(page, "svg", lambda *_: "")
     assert report.main(["--out", str(tmp_path), "--no-progress"]) == 130
     assert json.loads((tmp_path / "unfinished.json").read_text())["power"] == drawn
@@ -377,7 +378,7 @@ def test_all_right_is_not_certain(found: dict[str, Any]) -> None:
 
 def test_the_named_machines_are_named_on_the_curve(found: dict[str, Any]) -> None:
     panel = next(p for p in PANELS if p.key == "by_rate")
-    _, text = page.draw(panel, from_json(Report, found))
+    text = page.draw(panel, from_json(Report, found))
     for machine in found["ssd"]["sensitivity"]["machines"]:
         assert machine["name"].rsplit(" ", 2)[0] in text.split(">", 1)[1]
     assert "predicted" in text

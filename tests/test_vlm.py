@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import families as lm
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+import originals
 import pytest
 from mlx.utils import tree_flatten
-from vlm_families import FAMILIES, METAL_FAMILIES, TEXT, construct, make_vlm_checkpoint, run
+from vlm_families import (
+    FAMILIES,
+    METAL_FAMILIES,
+    TEXT,
+    construct,
+    make_vlm_checkpoint,
+    run,
+    switches,
+)
 
 from mlx_streamexperts import StreamConfig, UnsupportedModelError, patch, stream
+from mlx_streamexperts._experts import cpu_streams
+from mlx_streamexperts._experts.split import RowRule
 from mlx_streamexperts._loading import discover
 from mlx_streamexperts._memory import model_graph
 
@@ -23,15 +38,10 @@ make_prompt_cache = pytest.importorskip("mlx_vlm.models.cache").make_prompt_cach
 
 pytestmark = pytest.mark.usefixtures("not_compiled")
 
-# Families whose experts cannot be streamed yet, and what the refusal names.
+# Families whose experts cannot be streamed, and what the refusal names.
 REFUSED = {
-    "deepseek_v41": "DeepseekV41SwitchGLU",  # takes a value for each row
-    "deepseek_v41_engram": "DeepseekV41SwitchGLU",
-    "inkling": "InklingSwitchGLU",  # scales indexed by expert
-    "minicpmv4_7": "mlx_streamexperts.convert",  # copies every weight while loading
-    "moondream3": "MoEMLP",
-    "openai_privacy_filter": "Experts",
-    "zaya1_vl": "ZayaSwitchMLP",
+    "moondream3": "MoEMLP",  # chooses experts itself
+    "zaya1_vl": "ZayaSwitchMLP",  # takes what to do with the result as well
 }
 TOKENS = lm.token_stream(TEXT, 24, 0)
 
@@ -44,31 +54,246 @@ def estimated(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in METAL_FAMILIES])
-@pytest.mark.parametrize("bits", [None, 4])
+KINDS = {"float32": {}, "4": {"bits": 4}, "mixed": {"bits": "mixed"}}
+KINDS["bfloat16"] = {"bits": 4, "dtype": mx.bfloat16}
+# Each family has one kind of the last two here, and both in benchmarks/vlm_exactness.py, which has
+# caches from the fewest experts to all.
+SAMPLE = [
+    (family, kind, 2 + 2 * ((i + j) % 3))
+    for i, family in enumerate(f for f in FAMILIES if f not in METAL_FAMILIES)
+    for j, kind in enumerate(("float32", "4", ("mixed", "bfloat16")[i % 2]))
+]
+
+
+@pytest.mark.parametrize(("family", "kind", "slots"), SAMPLE)
 def test_a_family_streams_with_misses_bit_by_bit(
-    family: str, bits: int | None, tmp_path: Path, estimated: None
+    family: str, kind: str, slots: int, tmp_path: Path, estimated: None
 ) -> None:
-    folder = make_vlm_checkpoint(tmp_path / family, family, bits=bits)
+    folder = make_vlm_checkpoint(tmp_path / family, family, **KINDS[kind])
     stock = utils.load_model(folder)
     config = StreamConfig(progress=False)
     with patch(cache="100MB", config=config) as patched:
         try:
-            whole = utils.load_model(folder)
+            model = utils.load_model(folder)
         except UnsupportedModelError as e:
             assert family in REFUSED
             assert REFUSED[family] in str(e)
             return
     assert family not in REFUSED
-    layers = patched.streams[0].layers
-    least = sum(2 * x.expert_bytes for x in layers)
-    patched.streams[0].close()
-    del whole
-    with patch(cache=2 * least, config=config):
-        model = utils.load_model(folder)
-    for got, expected in zip(run(model, TOKENS, 12), run(stock, TOKENS, 12), strict=True):
+    expert_stream = patched.streams[0]
+    layers = expert_stream.layers
+    needs = expert_stream.needs()
+    assert all(max(slots, n.minimum) < n.experts for n in needs)
+    expert_stream.resize(sum(max(slots, n.minimum) * n.expert_bytes for n in needs))
+    for got, expected in zip(run(model, TOKENS, 20), run(stock, TOKENS, 20), strict=True):
         assert np.array_equal(got, expected)
+    assert expert_stream.stats().cache.misses > 0
+    modules, plain = dict(model.named_modules()), switches(stock)
+    for layer in layers:
+        shown = [name for name in plain[layer.name] if getattr(modules[layer.name], name, None)]
+        assert not shown  # mlx-vlm would call them with numbers of experts
+
+
+def tuned(folder: Path, change: Callable[[str, mx.array], mx.array]) -> Path:
+    """Change arrays of a checkpoint where they lie."""
+    for file in folder.glob("*.safetensors"):
+        arrays = cast(dict[str, mx.array], mx.load(str(file)))
+        mx.save_safetensors(str(file), {k: change(k, a) for k, a in arrays.items()})
+    return folder
+
+
+@pytest.mark.parametrize("ones", [True, False])
+def test_inklings_scales_of_each_expert_follow_it_into_its_slot(ones: bool, tmp_path: Path) -> None:
+    folder = make_vlm_checkpoint(tmp_path / "m", "inkling", bits=4)
+    if ones:  # stock then leaves them out, and so do we
+        tuned(folder, lambda k, a: mx.ones_like(a) if k.endswith(("e_scale", "t_scale")) else a)
+    stock = utils.load_model(folder)
+    config = StreamConfig(progress=False, in_place="off" if ones else "auto")
+    with patch(cache="100KB", config=config) as patched:
+        model = utils.load_model(folder)
+    expert_stream = patched.streams[0]
+    layer = expert_stream.layers[0]
+    assert list(layer.slots.small) == ([] if ones else ["gate_scale", "out_scale"])
+    for cache in (2 * sum(2 * x.expert_bytes for x in expert_stream.layers), "100MB"):
+        expert_stream.resize(cache)
+        assert layer.resident == (cache == "100MB")
+        for got, expected in zip(run(model, TOKENS, 12, 5), run(stock, TOKENS, 12, 5), strict=True):
+            assert np.array_equal(got, expected)
+    with pytest.raises(UnsupportedModelError):
+        model.set_dtype(mx.bfloat16)
+
+
+def test_the_shared_expert_of_minimax_m3_stays_and_is_never_counted(tmp_path: Path) -> None:
+    stock = utils.load_model(folder := make_vlm_checkpoint(tmp_path / "m", "minimax_m3"))
+    config = StreamConfig(progress=False)
+    with patch(cache="100MB", config=config):
+        model = utils.load_model(folder)
+    expert_stream = stream(model)
+    layer, shared = expert_stream.layers[0], lm.EXPERTS
+    assert layer.experts == lm.EXPERTS + 1
+    expert_stream.resize(sum(n.minimum * n.expert_bytes for n in expert_stream.needs()))
+    assert layer.cache.slots == 3  # two in turn, and the shared one
+    slot, before = layer.cache.slot_of[shared], expert_stream.reader.stats.bytes
+    with expert_stream.trace(tmp_path / "trace"):
+        got, expected = (run(m, TOKENS, 12) for m in (model, stock))
+    assert all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert layer.cache.slot_of[shared] == slot >= 0
+    assert shared not in layer.cache.resident
+    lines = [json.loads(line) for line in (tmp_path / "trace").read_text().splitlines()][1:]
+    chosen = [call["experts"] for call in lines]
+    assert max(np.max(x) for x in chosen) < shared
+    stats = expert_stream.stats().cache
+    assert stats.hits + stats.misses == sum(len(np.unique(x)) for x in chosen)
+    read = expert_stream.reader.stats.bytes - before
+    assert read == stats.misses * layer.expert_bytes > 0
+
+
+MODELOPT = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}
+
+
+@pytest.mark.parametrize(
+    ("family", "form", "small", "settings"),
+    [
+        ("glm4_moe", originals.single, [], {}),
+        ("qwen3_5_moe", originals.fused, [], {}),
+        ("minimax_m3_vl", originals.minimax_m3, [], {}),  # two ranges of bytes an expert
+        ("deepseek_v3", originals.nvfp4, [(), (), ()], MODELOPT),
+        ("qwen3_5_moe", originals.nvfp4_fused, [(128,), (128,), ()], MODELOPT),
+    ],
+)
+def test_published_layouts_stream_from_where_they_lie(
+    family: str,
+    form: Callable[[originals.Weights], originals.Weights],
+    small: list[tuple[int, ...]],
+    settings: dict[str, Any],
+    tmp_path: Path,
+    estimated: None,
+) -> None:
+    def published(weights: originals.Weights) -> originals.Weights:
+        made = form(weights)
+        if family == "minimax_m3_vl":
+            return made
+        return {name.removeprefix("language_model."): array for name, array in made.items()}
+
+    built = make_vlm_checkpoint(tmp_path / "built", family)
+    folder = originals.write(built, tmp_path / "original", published, **settings)
+    stock = utils.load_model(folder)
+    with patch(cache="100MB", config=StreamConfig(progress=False)):
+        expert_stream = stream(model := utils.load_model(folder))
+    expert_stream.resize(sum(4 * x.expert_bytes for x in expert_stream.layers))
+    for layer in expert_stream.layers:
+        assert [t.slot.shape for t in layer.slots.small.values()] == small
+        assert ("gate_up_proj.weight (2)" in layer.tensors) == (family == "minimax_m3_vl")
+    for got, expected in zip(run(model, TOKENS, 20), run(stock, TOKENS, 20), strict=True):
+        assert np.array_equal(got, expected)
+    assert expert_stream.stats().cache.misses > 0
+
+
+def test_a_layout_that_mlx_vlm_computes_is_refused_and_says_what_to_run(tmp_path: Path) -> None:
+    """Kimi's experts have no biases; mlx-vlm makes them of the scales."""
+    built = make_vlm_checkpoint(tmp_path / "built", "kimi_k25")
+    folder = originals.write(built, tmp_path / "original", originals.int4)
+    utils.load_model(folder)
+    with (
+        patch(cache="100MB", config=StreamConfig(progress=False)),
+        pytest.raises(UnsupportedModelError, match=r"biases.*mlx-vlm computes it.*mlx_vlm.convert"),
+    ):
+        utils.load_model(folder)
+
+
+def verified(model: nn.Module) -> mx.array:
+    """The last hidden states [1, 3, D] of a model's own check of three drafted tokens."""
+    language = model.language_model
+    cache = make_prompt_cache(language)
+    language(mx.array(TOKENS[:9])[None], cache=cache)
+    tokens = mx.array(TOKENS[9:12])[None]
+    if hasattr(language, "speculative_verify_hidden"):
+        return language.speculative_verify_hidden(tokens, cache)[0]
+    return language(tokens, cache=cache, speculative_verify=True).logits
+
+
+@pytest.mark.parametrize("family", ["glm_moe_dsa", "qwen3_5_moe", "qwen4_exp"])
+def test_a_models_own_check_of_a_draft_is_exact(
+    family: str, tmp_path: Path, estimated: None
+) -> None:
+    folder = make_vlm_checkpoint(tmp_path / "m", family, bits=4)
+    with patch(cache="150KB", config=StreamConfig(progress=False)):
+        model = utils.load_model(folder)
+    expected = verified(utils.load_model(folder))
+    assert mx.array_equal(verified(model), expected)
     assert stream(model).stats().cache.misses > 0
+
+
+@pytest.mark.parametrize("family", ["lfm2_moe", "nemotron_h", "gemma4"])
+def test_a_check_of_a_draft_that_goes_around_the_experts_is_refused(
+    family: str, tmp_path: Path, estimated: None
+) -> None:
+    folder = make_vlm_checkpoint(tmp_path / "m", family)
+    config = json.loads((folder / "config.json").read_text())
+    config.get("text_config", {})["exact_speculative_verify"] = True  # of gemma4
+    (folder / "config.json").write_text(json.dumps(config))
+    with patch(cache="10MB", config=StreamConfig(progress=False)):
+        model = utils.load_model(folder)
+    run(model, TOKENS, 12)
+    with pytest.raises(UnsupportedModelError, match="generate without a draft model"):
+        verified(model)
+
+
+def test_draft_models_with_experts_are_refused_however_they_are_loaded(tmp_path: Path) -> None:
+    drafters = pytest.importorskip("mlx_vlm.speculative.drafters")
+    package = pytest.importorskip("mlx_vlm.speculative.drafters.qwen3_5_mtp")
+    text = FAMILIES["qwen3_5_moe"].config["text_config"]
+    config = {"model_type": "qwen3_5_mtp", "text_config": text}
+    model = package.Model(package.ModelConfig.from_dict(config))
+    (tmp_path / "drafter").mkdir()
+    lm.write(tmp_path / "drafter", config, model, shards=1)
+    target = make_vlm_checkpoint(tmp_path / "target", "qwen3_moe")
+    split = sys.modules["mlx_vlm.speculative.drafters.mtp_split"]  # for those in their target
+    with patch(cache="10MB", config=StreamConfig(progress=False)):
+        utils.load_model(target)
+        with pytest.raises(
+            UnsupportedModelError, match="qwen3_5_mtp: this draft model has experts"
+        ):
+            drafters.load_drafter(str(tmp_path / "drafter"))
+        with pytest.raises(UnsupportedModelError, match="generate without a draft model"):
+            split.load_model_weights(model, config, {}, target)
+    assert split.load_model_weights is utils.load_model_weights
+    assert drafters.load_drafter(str(tmp_path / "drafter"))[1] == "mtp"
+
+
+@pytest.mark.parametrize("batch", [5, 16])
+@pytest.mark.parametrize("slots", [3, lm.EXPERTS - 1])
+def test_a_few_tokens_run_one_by_one_as_in_stock_where_kernels_depend_on_it(
+    batch: int, slots: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mlx-vlm's SwitchGLU calls itself for each of 2 to 8 tokens; a GPU sums in that order."""
+    monkeypatch.setattr(RowRule, "of", lambda _: RowRule(count=True, padded=True))
+    monkeypatch.setattr(cpu_streams, "_MOST", 1)
+    folder = make_vlm_checkpoint(tmp_path / "m", "qwen3_moe")
+    with patch(cache="100MB", config=StreamConfig(progress=False)):
+        model = utils.load_model(folder)
+    expert_stream = stream(model)
+    expert_stream.resize(slots * sum(x.expert_bytes for x in expert_stream.layers))
+    layer = expert_stream.layers[0]
+    stock = dict(utils.load_model(folder).named_modules())[layer.name]
+    calls: list[tuple[int, ...]] = []  # of projections: [B, L, K], or [rows] if they are sorted
+
+    def noted(self: Any, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        calls.append(indices.shape)
+        return original(self, x, indices, sorted_indices)
+
+    linear = type(stock.up_proj)
+    original = linear.__call__
+    monkeypatch.setattr(linear, "__call__", noted)
+    x = mx.random.normal((batch, 5, lm.HIDDEN), key=mx.random.key(0))
+    indices = mx.random.randint(0, layer.experts, (batch, 5, 4), key=mx.random.key(1))
+    expected = stock(x, indices)
+    wanted = {*calls}
+    calls.clear()
+    assert mx.array_equal(layer(x, indices), expected)
+    assert wanted == ({(batch * 4,)} if batch * 4 >= 64 else {(batch, 1, 4)})
+    assert {*calls} == wanted
+    assert layer.cache.stats.misses > 0
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "kimi_k25", "qwen3_vl_moe"])

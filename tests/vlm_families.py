@@ -635,9 +635,9 @@ NOT_BUILT: dict[str, str] = {
     "dbrx": "its experts are a list of plain MLPs: it has no switch linear",
     "gemma3n": "no experts, but per-layer embeddings: its vision tower (MobileNetV5) has no size "
     "in the config, and its sanitize needs that tower's weights",
-    "llada_image": "an image generator with its own loader, not mlx_vlm.utils.load_model; its text "
-    "encoder calls a switch's projections itself",
-    "ming_image": "an image generator with its own loader, not mlx_vlm.utils.load_model",
+    "llada_image": "it is an image generator with its own loader, not mlx_vlm.utils.load_model; "
+    "its text encoder calls a switch's projections itself",
+    "ming_image": "it is an image generator with its own loader, not mlx_vlm.utils.load_model",
     "nemotron_voicechat": "needs mlx-audio, and runs in a session of its own: no language_model",
     "prism_hadamard_qwen35": "qwen3_5 without experts: its manifest names plain linears only",
 }
@@ -813,6 +813,35 @@ def picture(family: str, seed: int = 0) -> tuple[list[int], dict[str, mx.array]]
     else:
         return None
     return [VOCAB - 1] * 4, given
+
+
+def add_processor(folder: Path) -> None:
+    """Give a qwen3_vl_moe checkpoint a processor: letters as tokens, pictures and films."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    special = {VOCAB - 1: "<|image_pad|>", VOCAB - 2: "<|video_pad|>"}
+    special |= {VOCAB - 3: "<|vision_start|>", VOCAB - 4: "<|vision_end|>"}
+    words = ["<eos>", *(chr(n) for n in range(32, 127)), "\n"]
+    words += [f"<unused{n}>" for n in range(len(words), VOCAB - 4)]
+    words += [special[n] for n in range(VOCAB - 4, VOCAB)]
+    tokenizer = Tokenizer(models.WordLevel({w: n for n, w in enumerate(words)}, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(w) for w in special.values()])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = (
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for part in m.content %}{% if part.type == 'image' %}"
+        "<|vision_start|><|image_pad|><|vision_end|>{% elif part.type == 'video' %}"
+        "<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+        "{% endfor %}{% endif %}{% endfor %}"
+    )
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}
+    about |= {"chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    sizes = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
+    (folder / "preprocessor_config.json").write_text(json.dumps(sizes))
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(sizes))
 
 
 _GRIDS = {

@@ -4,7 +4,8 @@
 
 The filled experts go the whole way: checkpoint headers, the stream's reader, a slot, the matmul.
 They are compared byte by byte with the digests that write.py left, and their outputs bit by bit
-with mlx-lm's own layer holding the same bytes. Peaks are MLX's and the process's resident memory.
+with the library's own layer holding the same bytes. Peaks are MLX's and the process's resident
+memory.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,18 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 import numpy as np
+import vlm
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from mlx_streamexperts import CheckpointError, ExpertStream, StreamConfig, StreamError, load, stream
+from mlx_streamexperts import (
+    CheckpointError,
+    ExpertStream,
+    StreamConfig,
+    StreamError,
+    load,
+    patch,
+    stream,
+)
 from mlx_streamexperts._config import format_size, parse_size
 from mlx_streamexperts._experts.bank import byte_view
 from mlx_streamexperts._experts.layer import ExpertLayer
@@ -34,7 +45,7 @@ from mlx_streamexperts._osinfo import resident_bytes
 
 
 def check_experts(expert_stream: ExpertStream, folder: Path) -> int:
-    """Compare every filled expert with its known bytes and with mlx-lm's layer; returns how many.
+    """Compare every filled expert with its known bytes and the stock layer; returns how many.
 
     Raises:
         CheckpointError: a byte or an output differs.
@@ -57,8 +68,10 @@ def _check_expert(layer: ExpertLayer, expert: int, digests: dict[str, str]) -> N
     y = layer(x, mx.array([[expert]]))  # [1, 1, D]
     mx.eval(y)
     slot = int(layer.cache.slot_of[expert])
-    reference = SwitchGLU(64, 64, 1, activation=layer.switch.activation)
-    nn.quantize(reference, group_size=32, bits=4)  # its shapes and numbers are replaced below
+    stock = next(k for k in type(layer.switch).__mro__ if k.__name__ == SwitchGLU.__name__)
+    reference = stock(64, 64, 1, activation=layer.switch.activation)
+    # Its shapes and numbers are replaced below.
+    nn.quantize(reference, group_size=32, bits=4, mode=first.module.mode)
     for part, digest in digests.items():
         tensor = layer.tensors[part]
         projection, attribute = part.split(".")
@@ -78,7 +91,29 @@ def _check_expert(layer: ExpertLayer, expert: int, digests: dict[str, str]) -> N
         raw = mx.array(np.frombuffer(data, np.uint8))
         setattr(mine, attribute, raw.view(table.dtype).reshape(1, *tensor.slot.shape))
     if not mx.array_equal(y, reference(x, mx.array([[0]]))).item() or not mx.any(y).item():
-        raise CheckpointError(f"{layer.name}, expert {expert}: another output than mlx-lm's layer")
+        raise CheckpointError(f"{layer.name}, expert {expert}: another output than the stock layer")
+
+
+def open_model(
+    folder: Path, config: StreamConfig, prompt: str, tokens: int
+) -> tuple[nn.Module, Iterator[Any]]:
+    """The model, loaded by the library that has its family, and an item for each new token."""
+    model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    step = config.prefill_tokens
+    if model_type not in vlm.MODEL_TYPES:
+        model, tokenizer = load(str(folder), config=config)
+        return model, mlx_lm.stream_generate(
+            model, tokenizer, prompt, max_tokens=tokens, prefill_step_size=step
+        )
+    from mlx_vlm import utils
+    from mlx_vlm.generate import generate_step
+
+    with patch(config=config):
+        model = utils.load_model(folder)
+    ids = mx.array([mlx_lm.utils.load_tokenizer(folder).encode(prompt)])
+    return model, generate_step(
+        ids, model, None, None, max_tokens=tokens, prefill_step_size=step, temperature=0.0
+    )
 
 
 def examine(folder: Path, config: StreamConfig, tokens: int, prompt: str) -> dict[str, Any]:
@@ -90,19 +125,14 @@ def examine(folder: Path, config: StreamConfig, tokens: int, prompt: str) -> dic
     index_bytes = resident_bytes() - before
     files = {t.file for t in checkpoint.tensors.values()}
     start = time.perf_counter()
-    model, tokenizer = load(str(folder), config=config)
+    model, generated = open_model(folder, config, prompt, tokens)
     loaded = time.perf_counter() - start
     with stream(model) as expert_stream:
         plan = expert_stream.plan
         experts = check_experts(expert_stream, folder)
         expert_stream.reset()
         start = time.perf_counter()
-        count = sum(
-            1
-            for _ in mlx_lm.stream_generate(
-                model, tokenizer, prompt, max_tokens=tokens, prefill_step_size=config.prefill_tokens
-            )
-        )
+        count = sum(1 for _ in generated)
         seconds = time.perf_counter() - start
         stats = expert_stream.stats()
         return {

@@ -1,4 +1,4 @@
-"""Where each tensor of a stand-in lies: its published place, or where mlx-lm would put it."""
+"""Where each tensor of a stand-in lies: its published place, or where a converter would put it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ import mlx_lm.utils
 from mlx_streamexperts import StreamError
 
 HERE = Path(__file__).parent
-_KIMI_SHARD_GIB = 7  # what makes mlx-lm's make_shards give 91; its default of 5 gives 180
+# With 7, mlx-lm's make_shards gives Kimi K2.5's 91 shards; with its default it would give 180.
+_SHARD_GIB = {"kimi-k2.5": 7}
+_DEFAULT_SHARD_GIB = 5
 _FREE_HEADER = 65_536  # header length of shards whose first expert tensor leaves more room
 _LARGEST_SHARD = 6 << 30
-_DTYPES = {mx.uint32: "U32", mx.bfloat16: "BF16", mx.float32: "F32", mx.uint8: "U8"}
+_DTYPES = {
+    mx.uint32: "U32", mx.bfloat16: "BF16", mx.float32: "F32", mx.uint8: "U8", mx.int32: "I32",
+    mx.int64: "I64",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,9 @@ def shard_layout(
     name: str, tensors: dict[str, mx.array]
 ) -> tuple[dict[str, Place], dict[str, int]]:
     """The place of every tensor, and the length of every file's header (with its first 8 bytes)."""
-    return _published(tensors) if name == "qwen3.5-397b" else _sequential(tensors)
+    if name == "qwen3.5-397b":
+        return _published(tensors)
+    return _sequential(tensors, _SHARD_GIB.get(name, _DEFAULT_SHARD_GIB))
 
 
 def describe(name: str, array: mx.array, begin: int) -> str:
@@ -50,9 +57,11 @@ def header_text(entries: list[str]) -> str:
     return '{"__metadata__":{"format":"mlx"},' + ",".join(entries) + "}"
 
 
-def _sequential(tensors: dict[str, mx.array]) -> tuple[dict[str, Place], dict[str, int]]:
+def _sequential(
+    tensors: dict[str, mx.array], shard_gib: int
+) -> tuple[dict[str, Place], dict[str, int]]:
     """Tensor after tensor, in shards filled in model order as mlx-lm's converter fills them."""
-    shards = mlx_lm.utils.make_shards(tensors, _KIMI_SHARD_GIB)
+    shards = mlx_lm.utils.make_shards(tensors, shard_gib)
     places, headers = {}, {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"

@@ -1,11 +1,13 @@
-"""Write stand-ins of Kimi K2.5 and Qwen3.5-397B-A17B at full size, as sparse files.
+"""Write stand-ins of large models at full size, as sparse files.
 
 A stand-in has the true configuration, tensor names, shapes and element types, and for
-Qwen3.5-397B the published place of every expert tensor; mlx-lm loads it unmodified. The trunk is
-random numbers, so that routing varies; the experts are holes that read as zeros, but for a few that
-are filled, so that their values can be checked. It takes as much disk as the trunk does.
+Qwen3.5-397B the published place of every expert tensor; mlx-lm or mlx-vlm loads it unmodified. The
+trunk is random numbers, so that routing varies; experts and n-gram tables are holes that read as
+zeros, but for a few experts that are filled, so that their values can be checked. It takes as much
+disk as the trunk does.
 
     python examples/fullsize/write.py kimi-k2.5 FOLDER
+    python examples/fullsize/write.py deepseek-v4-flash FOLDER
     python examples/fullsize/write.py qwen3.5-397b FOLDER --trunk holes
 """
 
@@ -26,6 +28,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
 import numpy as np
+import vlm
 from layout import HERE, Place, describe, header_text, layer_of, require, shard_layout, shard_sizes
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
@@ -36,28 +39,33 @@ from mlx_streamexperts import StreamError, demo_model
 MODELS = ("kimi-k2.5", "qwen3.5-397b")
 KIMI_PARAMETERS = 1_026_408_232_448  # as mlx_lm.utils.get_total_parameters counts
 KIMI_SHARDS = 91
+TABLES = ".ngram_embedding."  # in the names of tables that are looked up by token
 
-_UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
+_UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 _CHUNK_ITEMS = 32 << 20  # random numbers made at a time: 128 MB
 
 
 def build(name: str, layers: int | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """The quantized model as mlx-lm makes it, nothing evaluated, and its configuration.
+    """The quantized model as its library makes it, nothing evaluated, and its configuration.
 
     Args:
-        name: one of `MODELS`.
+        name: one of `MODELS` or `vlm.MODELS`.
         layers: cut down to so many layers; default: all.
 
     Raises:
-        StreamError: too few layers to have experts, or mlx-lm builds another model than Kimi K2.5.
+        StreamError: too few layers to have experts, mlx-lm builds another model than Kimi K2.5, or
+            mlx-vlm is needed and not installed.
     """
     config = json.loads((HERE / f"{name}.config.json").read_text())
     quantization = config.pop("quantization")
     if layers is not None:
-        least = config["text_config"].get("first_k_dense_replace", 0) + 1
+        text = config.get("text_config", config)
+        least = max(text.get("first_k_dense_replace", 0) + 1, *text.get("ple_layer_ids", [0]))
         if layers < least:
             raise StreamError(f"layers={layers}: {name} has experts from {least} layers on")
-        config["text_config"]["num_hidden_layers"] = layers
+        text["num_hidden_layers"] = layers
+    if name in vlm.MODELS:
+        return vlm.build(config, quantization)
     model_class, arguments = mlx_lm.utils._get_classes(config)
     model = model_class(arguments.from_dict(config))
     keep = getattr(model, "cast_predicate", lambda _: True)
@@ -80,7 +88,7 @@ def write(
     """Write a stand-in.
 
     Args:
-        name: one of `MODELS`.
+        name: one of `MODELS` or `vlm.MODELS`.
         folder: where to; created.
         trunk: fill the trunk with random numbers (else it is holes, and computes zeros).
         layers: cut down to so many layers.
@@ -92,8 +100,9 @@ def write(
     model, config = build(name, layers)
     tensors = dict(tree_flatten(model.parameters()))
     places, headers = shard_layout(name, tensors)
-    experts = {p for p, m in model.named_modules() if isinstance(m, QuantizedSwitchLinear)}
-    needed = sum(a.nbytes for n, a in tensors.items() if n.rsplit(".", 1)[0] not in experts)
+    experts = {p for p, m in model.named_modules() if _is_switch(m)}
+    holes = experts | {p for p, _ in model.named_modules() if TABLES in p}
+    needed = sum(a.nbytes for n, a in tensors.items() if n.rsplit(".", 1)[0] not in holes)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.glob("model*.safetensors")):  # shards of another layout would be loaded with ours
         raise StreamError(f"{folder} holds a checkpoint already: remove it or choose another")
@@ -106,7 +115,7 @@ def write(
         _open_files(files, folder, tensors, places, headers)
         if trunk:
             with tqdm(total=needed, unit="B", unit_scale=True, desc="Writing the trunk") as bar:
-                for tensor, first, data in _trunk(model, experts):
+                for tensor, first, data in _trunk(model, holes):
                     _put(files, places[tensor], first, data)
                     bar.update(data.nbytes)
         filled = _fill_experts(model, experts, files, places)
@@ -127,6 +136,11 @@ def write(
     index = {"metadata": {}, "weight_map": {n: p.file for n, p in sorted(places.items())}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")  # last: complete
+
+
+def _is_switch(module: nn.Module) -> bool:
+    """mlx-vlm has a class of its own."""
+    return any(k.__name__ == QuantizedSwitchLinear.__name__ for k in type(module).__mro__)
 
 
 def _open_files(
@@ -169,10 +183,15 @@ def _matrix(rows: int, columns: int) -> mx.array:
     return mx.random.normal((rows, columns)) * columns**-0.5
 
 
-def _trunk(model: nn.Module, experts: set[str]) -> Iterator[tuple[str, int, np.ndarray]]:
-    """Random contents of the trunk, a piece at a time: tensor name, first byte, bytes."""
+def _trunk(model: nn.Module, holes: set[str]) -> Iterator[tuple[str, int, np.ndarray]]:
+    """Random contents of the trunk, a piece at a time: tensor name, first byte, bytes.
+
+    Args:
+        model: the model.
+        holes: paths of modules that stay empty.
+    """
     for path, module in model.named_modules():
-        if path in experts:
+        if path in holes:
             continue
         own = {k: v for k, v in module.items() if isinstance(v, mx.array) and k[0] != "_"}
         quantized = "scales" in own
@@ -183,7 +202,10 @@ def _trunk(model: nn.Module, experts: set[str]) -> Iterator[tuple[str, int, np.n
             if array.ndim < 2 or key.startswith(("A_log", "dt_bias")):
                 if "correction_bias" in key:
                     array = (0.01 * mx.random.normal(array.shape)).astype(array.dtype)
-                yield name, 0, _bytes(array)  # norms and the like: as mlx-lm initialises them
+                yield name, 0, _bytes(array)  # norms and the like: as initialised
+                continue
+            if key == "tid2eid":
+                yield name, 0, _bytes(_expert_ids(*array.shape, module.num_experts))
                 continue
             rows, columns = array.shape[0], math.prod(array.shape[1:])
             step = max(1, _CHUNK_ITEMS // columns)
@@ -205,17 +227,29 @@ def _quantized(path: str, module: nn.Module) -> Iterator[tuple[str, int, np.ndar
             yield f"{path}.{key}", first * (data.nbytes // count), data
 
 
+def _expert_ids(tokens: int, top_k: int, experts: int) -> mx.array:
+    """Each token's experts where they are looked up, none twice: [tokens, top_k] int32."""
+    return (mx.random.randint(0, experts, (tokens, 1)) + 7 * mx.arange(top_k)) % experts
+
+
 def _random_quantized(module: nn.Module, rows: int, columns: int) -> dict[str, np.ndarray]:
-    """The three tensors of rows whose values are evenly spread, with variance 1/columns.
+    """The tensors of rows of random codes, with variance about 1/columns.
 
     Random codes at once: making normal numbers and quantizing them took minutes.
     """
     seed = int(mx.random.randint(0, 1 << 30).item())
     top = 2**module.bits - 1
     codes = np.random.default_rng(seed).bytes(rows * columns * module.bits // 8)
+    if module.mode != "affine":  # floats of 4 or 8 bits, and a power of two for each group
+        weight, spread = np.frombuffer(codes, np.uint8), 2.9
+        if module.bits == 8:
+            weight, spread = weight & 0xBF, 0.62  # below 2: no infinity, no NaN
+        exponent = 127 - round(math.log2(columns**0.5 * spread))
+        scales = np.full(rows * columns // module.group_size, exponent, np.uint8)
+        return {"weight": weight, "scales": scales}
     step = 12**0.5 / (top + 1) * columns**-0.5
-    spread = mx.random.uniform(0.7, 1.3, (rows, columns // module.group_size))
-    scales = (step * spread).astype(mx.bfloat16)
+    uneven = mx.random.uniform(0.7, 1.3, (rows, columns // module.group_size))
+    scales = (step * uneven).astype(mx.bfloat16)
     biases = (scales * (-top / 2)).astype(mx.bfloat16)
     return {
         "weight": np.frombuffer(codes, np.uint8),
@@ -251,7 +285,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("model", choices=(*MODELS, *vlm.MODELS))
     parser.add_argument("folder", type=Path, help="where to write the checkpoint")
     parser.add_argument(
         "--trunk",

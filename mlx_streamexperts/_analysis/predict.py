@@ -34,10 +34,12 @@ class Reported:
     Attributes:
         model_type: as in config.json.
         layers: expert layers of the model.
-        machine: one of `NAMED_MACHINES`.
+        machine: as `named_machine` takes it.
         memory: the budget that they state, or else the machine's, in bytes.
         tokens_per_s: decode rate.
         note: the authors, and differences from plain exact decoding.
+        top_k: experts of a token, if they changed the model's own number.
+        comparable: False if `note` says why no prediction can contain the result.
     """
 
     model_type: str
@@ -46,20 +48,31 @@ class Reported:
     memory: int
     tokens_per_s: float
     note: str
+    top_k: int | None = None
+    comparable: bool = True
 
 
 REPORTED = (
     Reported("qwen3_5_moe", 60, "M5 Max 128 GB", 90 * 10**9, 7.2, "boyle/oMLX, served, 83 % hits"),
     Reported(
-        "qwen3_5_moe", 60, "M3 Max 48 GB", 42 * 10**9, 4.36, "flash-moe, top-4 instead of top-10"
+        "qwen3_5_moe", 60, "M3 Max 48 GB", 42 * 10**9, 4.36, "flash-moe, top-4 instead of top-10",
+        top_k=4,
     ),
-    Reported("qwen3_5_moe", 60, "iPhone class 12 GB", 8 * 10**9, 0.6, "anemll"),
+    Reported(
+        "qwen3_5_moe", 60, "iPhone class 12 GB", 8 * 10**9, 0.6,
+        "anemll; by this package's rules the model does not fit", comparable=False,
+    ),
     Reported("qwen3_moe", 94, "M5 Max 128 GB", 70 * 10**9, 11.7, "boyle, Qwen3-235B-A22B"),
+    Reported("qwen3_moe", 94, "M5 Max 128 GB", 90 * 10**9, 15.5, "boyle, Qwen3-235B-A22B"),
+    Reported("qwen3_moe", 48, "M4 16 GB", 10 * 10**9, 14.1, "mlx-vlm; budget not stated"),
     Reported("kimi_k25", 60, "M4 Max 128 GB", 110 * 10**9, 1.7, "Daniel Isaac; budget not stated"),
-)
+)  # fmt: skip
 
 _RATE_SHARE = (0.6, 0.9)
 """Share of the specified memory bandwidth that decode reaches: low, high."""
+
+_UNKNOWN_CURVE = 0.1
+"""Added on both sides of the published hit rates for a model of which none were published."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +122,11 @@ def predict(
                   + layers x layer seconds
         read    = missed bytes / drive rate + layers with a miss x drive latency
         likely  = compute + sync + read                       (reads of a layer wait for its router)
-        high    = max(compute + sync, read), optimistic hit rate and bandwidth: perfect overlap
-        low     = the sum with the pessimistic hit rate and bandwidth
+        high    = max(compute + sync, read), optimistic hit rate and rates: perfect overlap
+        low     = the sum with the pessimistic hit rate and rates
+
+    A specified drive counts with `Machine.drive_share` of its rate, at the middle for `likely`, and
+    a specified machine's sync with `Machine.sync_share` for `high`.
 
     First token: each chunk of `plan.prefill_tokens` reads every expert that it needs and that is
     not resident once: `E (1 - (1 - k/E)^T)` distinct experts of E for T tokens, if routing is even.
@@ -129,34 +145,37 @@ def predict(
     sync = layers * machine.sync_seconds + launches
     wanted = plan.top_k * layers  # experts of one token that may miss
 
-    def read(rate: float) -> float:
+    low_drive, high_drive = (share * machine.drive_rate for share in machine.drive_share)
+    drive = (low_drive + high_drive) / 2
+
+    def read(rate: float, drive_rate: float) -> float:
         missed = (1 - rate) * plan.cold_bytes_per_token * layers / max(1, len(plan.slots))
         stalls = layers * (1 - rate ** (wanted / max(1, layers)))
-        return missed / machine.drive_rate + stalls * machine.drive_latency
+        return missed / drive_rate + stalls * machine.drive_latency
 
     def compute(share: float) -> float:
         return plan.active_bytes_per_token / (machine.memory_rate * share)
 
     middle = sum(_RATE_SHARE) / 2
-    likely = compute(middle) + sync + read(hits.likely)
-    slow = compute(_RATE_SHARE[0]) + sync + read(hits.low)
-    fast = max(compute(_RATE_SHARE[1]) + sync - launches, read(hits.high))
+    likely = compute(middle) + sync + read(hits.likely, drive)
+    slow = compute(_RATE_SHARE[0]) + sync + read(hits.low, low_drive)
+    asked = machine.sync_share * (sync - launches)
+    fast = max(compute(_RATE_SHARE[1]) + asked, read(hits.high, high_drive))
     parts = {
         "memory bandwidth": compute(middle),
         "host sync and launches": sync,
-        "drive": read(hits.likely),
+        "drive": read(hits.likely, drive),
     }
 
     chunks = plan.passes(prompt_tokens)
     sweep = sum(_touched(plan, tokens) for tokens in chunks) * (1 - plan.resident_share)
-    swept = sweep / machine.drive_rate
     return Prediction(
         hit_rate=hits,
         tokens_per_s=Range(1 / slow, 1 / likely, 1 / fast),
         first_token=Range(
-            swept / 2 + fast,  # uneven routing needs fewer: half is a guess
-            swept + likely,
-            plan.experts * len(chunks) / machine.drive_rate + slow,
+            sweep / high_drive / 2 + fast,  # uneven routing needs fewer: half is a guess
+            sweep / drive + likely,
+            plan.experts * len(chunks) / low_drive + slow,
         ),
         prompt_tokens=prompt_tokens,
         compute_seconds=parts["memory bandwidth"],
@@ -179,12 +198,15 @@ def published_hit_rate(model_type: str, resident_share: float) -> Range:
     """Hit rate of LRU at a resident share, interpolated in `PUBLISHED_HIT_RATES`.
 
     The range spans the published models; the likely value is the model's own curve if there is one,
-    else their mean.
+    else their mean, and the range is then wider by `_UNKNOWN_CURVE` on both sides.
     """
     rates = [float(np.interp(resident_share, _SHARES, c)) for c in PUBLISHED_HIT_RATES.values()]
     own = PUBLISHED_HIT_RATES.get(model_type)
     likely = float(np.interp(resident_share, _SHARES, own)) if own else sum(rates) / len(rates)
-    return Range(min(rates), likely, max(rates))
+    if own or resident_share >= 1:
+        return Range(min(rates), likely, max(rates))
+    low, high = max(0.0, min(rates) - _UNKNOWN_CURVE), min(1.0, max(rates) + _UNKNOWN_CURVE)
+    return Range(low, likely, high)
 
 
 def replayed_hit_rate(trace: Path, slots: Sequence[int], policy: str = "lru") -> Range:

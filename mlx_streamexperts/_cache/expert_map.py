@@ -70,20 +70,30 @@ class ExpertCache:
         experts: routed experts of the layer.
         slots: how many experts fit; more slots than experts are not used.
         policy: a name in `POLICIES`, or a function that makes a policy.
+        pinned: experts that every token uses. Once placed they stay; nothing counts them.
 
     Attributes:
+        movable: slots that the other experts take turns in.
         slot_of: int32 [experts], each expert's slot or -1.
         stats: counters.
         version: a number that changes with the map.
     """
 
-    def __init__(self, experts: int, slots: int, policy: str | PolicyMaker = "lru") -> None:
+    def __init__(
+        self,
+        experts: int,
+        slots: int,
+        policy: str | PolicyMaker = "lru",
+        pinned: Collection[int] = (),
+    ) -> None:
         self.experts, self.slots = experts, min(slots, experts)
+        self.movable = max(0, self.slots - len(pinned))
+        self._pinned = frozenset(pinned)
         self.slot_of = np.full(experts, -1, np.int32)
         self.stats = CacheStats()
         self.version = 0
         self._make_policy = POLICIES[policy] if isinstance(policy, str) else policy
-        self._policy = self._make_policy(experts, self.slots)
+        self._policy = self._make_policy(experts, self.movable)
         self._free = list(range(self.slots - 1, -1, -1))  # popped from the end: slot 0 first
         self._seen = np.zeros(experts, bool)
         self._hits: list[np.ndarray] = []  # of calls that the policy was not told of yet
@@ -91,8 +101,8 @@ class ExpertCache:
 
     @property
     def resident(self) -> list[int]:
-        """Experts that have a slot, in index order."""
-        return np.flatnonzero(self.slot_of >= 0).tolist()
+        """Experts that have a slot, in index order, without pinned ones."""
+        return [e for e in np.flatnonzero(self.slot_of >= 0).tolist() if e not in self._pinned]
 
     def wanted(self, experts: np.ndarray) -> list[int]:
         """The distinct experts that a call chose, in order of first choice.
@@ -149,23 +159,28 @@ class ExpertCache:
         self._catch_up()
         missing = [e for e in needed if self.slot_of[e] < 0]
         self.version += bool(missing)
-        pinned = {*needed, *keep} if missing else ()
-        if len(pinned) > self.slots:
-            raise ValueError(f"{len(pinned)} experts needed at once, {self.slots} slots")
-        prefetched = 0
+        stay = {*needed, *keep, *self._pinned} if missing else ()
+        if len(stay) > self.slots:
+            raise ValueError(f"{len(stay)} experts needed at once, {self.slots} slots")
+        prefetched = uncounted = 0
         for expert in needed:
-            if self.slot_of[expert] >= 0:
+            if expert in self._pinned:
+                uncounted += 1
+            elif self.slot_of[expert] >= 0:
                 self._policy.touch(expert)
                 if expert in self._prefetched:
                     del self._prefetched[expert]
                     self._seen[expert] = True
                     prefetched += 1
         self.stats.prefetched += prefetched
-        self.stats.hits += len(needed) - len(missing) - prefetched
+        counted = [e for e in missing if e not in self._pinned] if uncounted else missing
+        self.stats.hits += len(needed) - uncounted - len(counted) - prefetched
         for expert in missing:
             if not self._free:
-                self._evict(pinned)
+                self._evict(stay)
             self.slot_of[expert] = self._free.pop()
+            if expert in self._pinned:
+                continue
             self._policy.insert(expert)
             if self._seen[expert]:
                 self.stats.capacity += 1
@@ -191,23 +206,23 @@ class ExpertCache:
         """
         self._catch_up()
         count = len(candidates)
-        unused = min(2 * count, max(count, (self.slots - count) // 2))
-        pinned = {*candidates, *keep}
-        room = self.slots - sum(self.slot_of[e] >= 0 for e in pinned)
+        unused = min(2 * count, max(count, (self.movable - count) // 2))
+        stay = {*candidates, *keep} - self._pinned
+        room = self.movable - sum(self.slot_of[e] >= 0 for e in stay)
         placed: list[int] = []
         for expert in candidates:
-            if self.slot_of[expert] >= 0:
+            if self.slot_of[expert] >= 0 or expert in self._pinned:
                 continue
             if len(placed) == room:
                 break
             if len(self._prefetched) >= unused:
-                stale = next((e for e in self._prefetched if e not in pinned), None)
+                stale = next((e for e in self._prefetched if e not in stay), None)
                 if stale is None:
                     break
                 self.drop(stale)
                 self.stats.wasted += 1
             elif not self._free:
-                self._evict(pinned)
+                self._evict(stay)
             self.slot_of[expert] = self._free.pop()
             self._policy.admit(expert)
             self._prefetched[expert] = None
@@ -230,7 +245,7 @@ class ExpertCache:
         Resident experts come first, then the others in the given order, and at the end the experts
         that the call uses most, as many as there are slots. Those of them that are resident already
         stay throughout, in up to half of the slots. A wave takes half of the remaining slots, so
-        that the next one can be read while it computes.
+        that the next one can be read while it computes. Pinned experts run with the first wave.
 
         Args:
             needed: distinct experts.
@@ -240,17 +255,18 @@ class ExpertCache:
             The waves, each with the experts that must stay while it is placed: those that stay
             throughout, and the wave before, which still computes (but not if there is one slot).
         """
+        slots, pinned = self.movable, [e for e in needed if e in self._pinned]
+        needed = [e for e in needed if e not in self._pinned] if pinned else needed
         ranked = sorted(needed, key=lambda e: (-int(uses[e]), e))
-        most_used = set(ranked[: self.slots])
+        most_used = set(ranked[:slots])
         resident = [e for e in ranked if self.slot_of[e] >= 0]
         others = sorted((e for e in needed if self.slot_of[e] < 0), key=lambda e: e in most_used)
-        stay = [e for e in resident if e in most_used][
-            : max(0, min(self.slots // 2, self.slots - 2))
-        ]
-        size = max(1, (self.slots - len(stay)) // 2)
+        stay = [e for e in resident if e in most_used][: max(0, min(slots // 2, slots - 2))]
+        size = max(1, (slots - len(stay)) // 2)
         order = resident + others
         waves = [order[i : i + size] for i in range(0, len(order), size)]
-        if self.slots == 1:
+        waves[0] = [*pinned, *waves[0]]
+        if slots == 1:
             return [(wave, []) for wave in waves]
         before: list[list[int]] = [[], *waves]
         return [(wave, [*stay, *last]) for wave, last in zip(waves, before, strict=False)]
@@ -259,7 +275,7 @@ class ExpertCache:
         """Empty every slot, even if an exception left the map half changed."""
         self.slot_of[:] = -1
         self.version += 1
-        self._policy = self._make_policy(self.experts, self.slots)
+        self._policy = self._make_policy(self.experts, self.movable)
         self._free = list(range(self.slots - 1, -1, -1))
         self._prefetched.clear()
         self._hits.clear()
@@ -270,6 +286,8 @@ class ExpertCache:
         self._free.append(int(self.slot_of[expert]))
         self.slot_of[expert] = -1
         self.version += 1
+        if expert in self._pinned:
+            return
         self._policy.remove(expert)
         self._prefetched.pop(expert, None)
 

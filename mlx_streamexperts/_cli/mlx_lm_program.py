@@ -16,13 +16,17 @@ from types import ModuleType
 from typing import Any, TextIO
 
 import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
 
-from .._config import StreamConfig
+from .._config import StreamConfig, format_size
 from .._experts.stream import ExpertStream, stream
 from .._experts.timeline import Timeline
 from .._hooks import swapped
 from .._loading.load import patch
-from .options import make_parser
+from .._prefixes.remembered import PrefixCache, prefill
+from .options import add_prefix_arguments, make_parser
+from .prompt_line import prompt_line
+from .stopping import Interrupts, ending
 from .summary import Timing, experts_read, of_all_ranks, rows
 from .terminal import print_rows
 
@@ -42,6 +46,8 @@ def program_parser(
     prog = f"python -m mlx_streamexperts.{command}"
     parser = make_parser(stock.setup_arg_parser(), prog, description)
     add_report_arguments(parser)
+    if command in ("generate", "chat"):
+        add_prefix_arguments(parser)
     return parser
 
 
@@ -67,11 +73,17 @@ class Session:
         args: the parsed command line.
         patched: the patch; it holds the streams of all models loaded.
         timing: times of the generations.
+        shows_text: the program prints a reply as it comes.
+        interrupts: Ctrl-C ends a reply, not the program; None if it ends the program.
+        kept: prefixes on the drive, if there were any to look for.
     """
 
     args: argparse.Namespace
     patched: patch
     timing: Timing = field(default_factory=Timing)
+    shows_text: bool = True
+    interrupts: Interrupts | None = None
+    kept: PrefixCache | None = None
     recordings: ExitStack = field(default_factory=ExitStack)
     _timeline: Timeline | None = None
     _recording: bool = False
@@ -88,6 +100,20 @@ class Session:
         if self.args.trace is not None:
             self.recordings.enter_context(expert_stream.trace(self.args.trace))
 
+    def prefixes(self, model: nn.Module, options: dict[str, Any]) -> PrefixCache | None:
+        """The prefixes of a generation with these options; None if none are used."""
+        folder = getattr(self.args, "prefix_cache", None)
+        others = ("draft_model", "kv_bits", "input_embeddings", "logits_processors")
+        if folder is None or any(options.get(name) is not None for name in others):
+            return None
+        caches = options.get("prompt_cache")
+        if caches is not None and not all(c.empty() for c in caches):
+            return None  # a chat goes on
+        if self.kept is None:
+            adapter = getattr(self.args, "adapter_path", None)
+            self.kept = PrefixCache(model, folder, self.args.prefix_bytes, adapter)
+        return self.kept
+
     def note_phases(self) -> None:
         """Copy the timeline's sums so far into `timing`, if there is a timeline."""
         if self._timeline is not None:
@@ -97,6 +123,9 @@ class Session:
         """Print the cost of streaming, or nothing if no model was loaded."""
         if self.patched.streams:
             lines = rows(self.patched.streams, self.timing, self.args.layer_hits)
+            if self.kept is not None:
+                read, written = self.kept.read_tokens, format_size(self.kept.written_bytes)
+                lines.append(("Prefix cache", f"{read} tokens from the drive, {written} written"))
             lines = of_all_ranks(self.patched.streams[0], lines)
             print_rows(lines, "Expert streaming", file)
 
@@ -109,6 +138,8 @@ def program(
     args: argparse.Namespace,
     config: StreamConfig,
     warm_up: int = 0,
+    shows_text: bool = True,
+    interrupts: Interrupts | None = None,
 ) -> Iterator[Session]:
     """Let `stock.main()` run with streamed experts, within the `with` block.
 
@@ -119,9 +150,10 @@ def program(
         args: the arguments, parsed.
         config: streaming options.
         warm_up: generations to leave out of the session's figures.
+        shows_text, interrupts: see `Session`.
     """
     with patch(config=config) as patched:
-        session = Session(args, patched)
+        session = Session(args, patched, shows_text=shows_text, interrupts=interrupts)
         with session.recordings, _watched(stock, session, warm_up), _arguments(stock, parser, argv):
             yield session
 
@@ -165,21 +197,41 @@ def _watched(stock: ModuleType, session: Session, warm_up: int) -> Iterator[None
         bytes_before = streamed.stats().read.bytes
         experts_first = bytes_first = 0
         first = True
+        total = None if len(rest) < 2 or isinstance(rest[1], str) else len(rest[1])
+        caught = ending(session.interrupts, streamed, options.get("prompt_cache"))
+        shown = prompt_line(streamed, total, streamed.config.progress)
         start = time.perf_counter()
-        for response in original(model, *rest, **options):
-            elapsed = time.perf_counter() - start
-            timing.total = before + elapsed
-            timing.tokens += 1
-            timing.drafted += response.from_draft
-            if first:
-                first = False
-                timing.first_token = (timing.first_token or 0.0) + elapsed
-                timing.generations += 1
-                timing.prompt_tokens += response.prompt_tokens
-                timing.chunks += len(streamed.plan.passes(response.prompt_tokens))
-                bytes_first, experts_first = streamed.stats().read.bytes, experts_read(streamed)
-                timing.prompt_bytes += bytes_first - bytes_before
-            yield response
+        with caught as reply, shown as line:
+            if total is not None and (kept := session.prefixes(model, options)) is not None:
+                tokenizer, prompt, *more = rest
+                caches = options.get("prompt_cache")
+                if caches is None:
+                    caches = make_prompt_cache(model, options.get("max_kv_size"))
+                options["prompt_cache"], left = prefill(model, prompt, kept, caches)
+                rest = (tokenizer, left, *more)
+            for response in original(model, *rest, **options):
+                elapsed = time.perf_counter() - start
+                timing.total = before + elapsed
+                timing.tokens += 1
+                timing.drafted += response.from_draft
+                if line is not None:
+                    if session.shows_text:
+                        line.close()
+                    else:
+                        line.generated(response.generation_tokens)
+                if first:
+                    first = False
+                    reply.begun = True
+                    timing.first_token = (timing.first_token or 0.0) + elapsed
+                    timing.generations += 1
+                    count = total or response.prompt_tokens
+                    timing.prompt_tokens += count
+                    timing.chunks += len(streamed.plan.passes(count))
+                    bytes_first, experts_first = streamed.stats().read.bytes, experts_read(streamed)
+                    timing.prompt_bytes += bytes_first - bytes_before
+                yield response
+                if reply.asked():
+                    break
         if not first:
             timing.later_experts += experts_read(streamed) - experts_first
             timing.later_bytes += streamed.stats().read.bytes - bytes_first
@@ -194,7 +246,8 @@ def _watched(stock: ModuleType, session: Session, warm_up: int) -> Iterator[None
             together = min(len(prompts), options.get("prefill_batch_size", _PREFILL_BATCH))
             options["prefill_step_size"] = max(1, streamed.plan.prefill_tokens // together)
         start = time.perf_counter()
-        result = original_batch(model, tokenizer, prompts, **options)
+        with prompt_line(streamed, sum(map(len, prompts)), streamed.config.progress):
+            result = original_batch(model, tokenizer, prompts, **options)
         timing.total += time.perf_counter() - start
         timing.tokens += result.stats.generation_tokens
         ended(streamed)

@@ -1,4 +1,4 @@
-"""What every command line shares: our options beside mlx-lm's, and the embedded model."""
+"""Shared by all command lines: our options beside mlx-lm's, the embedded model, and errors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .._config import StreamConfig, add_arguments, format_size, from_arguments
+from .._config import StreamConfig, add_arguments, format_size, from_arguments, parse_size
 from .._errors import StreamError
 from .._experts.stream import ExpertStream
 from .._io.checkpoint import read_checkpoint
 from .._loading.combinations import Options, check_options
 from .._loading.demo import demo_model
+from .._loading.libraries import require_mlx_lm
 from .._loading.load import local_folder, resolve
 
 _JOIN_SECONDS = 120
@@ -28,12 +29,12 @@ _DEMO_CACHE = "10MB"  # about a quarter of its experts, so that there is somethi
 def add_output_arguments(
     parser: argparse.ArgumentParser, out: str, overwritten: str, required: bool = True
 ) -> None:
-    """What the commands that write a folder share.
+    """Add the options that all commands that write a folder share.
 
     Args:
-        parser: to be extended.
-        out: what `--out` is.
-        overwritten: whose leavings `--overwrite` discards.
+        parser: the parser to extend.
+        out: help text of `--out`.
+        overwritten: who left the content that `--overwrite` discards, for its help text.
         required: the command does nothing without `--out`.
     """
     parser.add_argument("--out", type=Path, required=required, help=out)
@@ -50,15 +51,47 @@ def add_output_arguments(
     )
 
 
+def add_prefix_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the prefix cache."""
+    group = parser.add_argument_group("prefix cache")
+    group.add_argument(
+        "--prefix-cache",
+        metavar="DIR",
+        help="keep the KV caches of prompts in this folder, so that the same beginning is not "
+        "computed again, by later runs either (default: nothing is written)",
+    )
+    group.add_argument(
+        "--prefix-bytes",
+        default="50GB",
+        metavar="SIZE",
+        help="what the folder may take (default: %(default)s)",
+    )
+
+
+def check_prefix_arguments(args: argparse.Namespace) -> None:
+    """Refuse what does not work with a prefix cache.
+
+    Raises:
+        StreamError: names the option, or a size is not understood.
+    """
+    if args.prefix_cache is None:
+        return
+    parse_size(args.prefix_bytes)
+    for option in ("draft_model", "kv_bits", "prompt_cache_file"):
+        if getattr(args, option, None) is not None:
+            flag = "--" + option.replace("_", "-")
+            raise StreamError(f"--prefix-cache does not work with {flag}; leave one of them out")
+
+
 def make_parser(
     parser: argparse.ArgumentParser, prog: str, description: str | None
 ) -> argparse.ArgumentParser:
-    """Extend one of mlx-lm's parsers with the options of expert streaming."""
+    """Add the options of expert streaming to a parser of mlx-lm's, or to an empty one."""
     parser.prog, parser.description = prog, description
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     for action in parser._actions:
         if action.dest == "prefill_step_size":
-            action.default = None  # what the plan has room for
+            action.default = None  # the plan decides
             action.help = (
                 "Number of prompt tokens to process at a time; the same as --prefill-tokens."
             )
@@ -73,9 +106,9 @@ def make_parser(
 
 
 def join_ranks() -> mx.distributed.Group:
-    """The processes that `mlx.launch` started with this one; a group of one where it did not.
+    """The processes that `mlx.launch` started with this one, or this process alone.
 
-    Ends this process with a traceback where they do not all come within `_JOIN_SECONDS`: rank 0 of
+    If the others do not join within `_JOIN_SECONDS`, this process ends with a traceback: rank 0 of
     MLX's ring backend would wait for ever, in C++ and holding Python's lock.
 
     Raises:
@@ -97,7 +130,7 @@ def join_ranks() -> mx.distributed.Group:
 
 @contextmanager
 def only_rank_0_prints(group: mx.distributed.Group) -> Iterator[None]:
-    """All ranks compute the same text."""
+    """Drop the output of all ranks but one: they compute the same text."""
     if group.rank() == 0:
         yield
         return
@@ -106,28 +139,42 @@ def only_rank_0_prints(group: mx.distributed.Group) -> Iterator[None]:
 
 
 def failed(error: Exception, streams: Sequence[ExpertStream] = ()) -> int:
-    """Say what went wrong, to the other ranks of a distributed run too; returns the exit status."""
+    """Print an error, and tell the other ranks of a distributed run; returns the exit status."""
     reason = str(error)
     for s in streams:
         if isinstance(error, StreamError):
             s.leave(reason)
-        else:  # MLX noticed that the connection is gone; which rank it is, the watch knows
+        else:  # MLX noticed that the connection is gone; the watch knows which rank is lost
             reason = s.lost_rank() or reason
             s.close()
     print(f"error: {reason}", file=sys.stderr)
     return 1
 
 
-def stream_settings(args: argparse.Namespace) -> tuple[StreamConfig, str | None]:
+def interrupted() -> int:
+    """Say that Ctrl-C has ended the command; returns the exit status."""
+    below = "\n" if sys.stderr.isatty() else ""  # the terminal's own ^C
+    print(f"{below}stopped by Ctrl-C", file=sys.stderr)
+    return 130
+
+
+def stream_settings(
+    args: argparse.Namespace, instead: str | None
+) -> tuple[StreamConfig, str | None]:
     """The streaming options of a parsed command line, and the model to load.
 
-    The embedded model stands in where none is named; it fits any machine, so it then gets a small
-    expert cache unless the command line states a budget. The model is None where a prompt cache
-    file names it.
+    Without `--model` it is the embedded model. That one fits into any machine's memory, so it gets
+    a small expert cache unless a budget is stated. The model is None if a prompt cache file names
+    it.
+
+    Args:
+        args: the parsed command line.
+        instead: what to do about a model of mlx-vlm, as a sentence; None if the command runs it.
 
     Raises:
-        UnsupportedModelError: the model cannot do what an option asks for.
-        StreamError: an option or a size is not understood, or there is no such model.
+        UnsupportedModelError: the model cannot do what an option asks for, or loads through mlx-vlm
+            where the command does not.
+        StreamError: an option or a size is invalid, or there is no such model.
     """
     config, model = from_arguments(args), args.model
     if model is None and getattr(args, "prompt_cache_file", None) is None:
@@ -143,6 +190,8 @@ def stream_settings(args: argparse.Namespace) -> tuple[StreamConfig, str | None]
     if model is not None:
         trust = bool(getattr(args, "trust_remote_code", False))
         model = str(local_folder(model, config, trust=trust))
+        if instead is not None:
+            require_mlx_lm(model, config, "this command", instead)
     config = following_stock_options(config, args, args)
     if model is not None:
         check_options(model, config, Options.of(args), trust)
@@ -152,12 +201,12 @@ def stream_settings(args: argparse.Namespace) -> tuple[StreamConfig, str | None]
 def following_stock_options(
     config: StreamConfig, args: argparse.Namespace, ours: argparse.Namespace
 ) -> StreamConfig:
-    """Let mlx-lm's own options decide what ours leave open about memory.
+    """Take memory options that are not stated from mlx-lm's own options.
 
     Args:
-        config: what our options and the settings file come to.
-        args: the command line that has mlx-lm's options. They win over a settings file.
-        ours: the command line that has ours. These win over mlx-lm's.
+        config: our options, those of the settings file included.
+        args: the command line with mlx-lm's options. They win over a settings file.
+        ours: the command line with our options. They win over mlx-lm's.
     """
     step, kv_size = getattr(args, "prefill_step_size", None), getattr(args, "max_kv_size", None)
     if step and ours.prefill_tokens is None:

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from .._config import format_size
+from .._experts.rows import RowStats
 from .._experts.stream import ExpertStream
+from .._memory.budget import Plan
 from .terminal import Row, bar
 
 
@@ -122,6 +124,26 @@ def _prompt(timing: Timing) -> list[Row]:
 
 def _experts(expert_stream: ExpertStream, timing: Timing) -> list[Row]:
     """The lines about one model's cache and reads."""
+    plan = expert_stream.plan
+    return [*_of_experts(expert_stream, timing), *_rows(expert_stream.stats().rows, plan)]
+
+
+def _rows(stats: RowStats, plan: Plan) -> list[Row]:
+    """The line about tables that are looked up by token, if any are streamed."""
+    looked_up = stats.hits + stats.early + stats.misses
+    if not plan.tables:
+        return []
+    return [
+        (
+            "Rows",
+            f"{looked_up} looked up in {format_size(plan.tables)} of tables on the drive: "
+            f"{stats.hits} in the cache ({format_size(plan.row_cache)}), {stats.early} read early, "
+            f"{stats.misses} waited for; {format_size(stats.bytes)} read",
+        )
+    ]
+
+
+def _of_experts(expert_stream: ExpertStream, timing: Timing) -> list[Row]:
     stats, plan = expert_stream.stats(), expert_stream.plan
     if stats.resident_layers == len(expert_stream.layers):
         return [("Experts", "all resident, nothing was streamed")]
@@ -159,4 +181,6 @@ def _experts(expert_stream: ExpertStream, timing: Timing) -> list[Row]:
                 f"{len(expert_stream.layers)} layers prefetch",
             )
         )
+    if stats.beats:
+        lines.append(("Kept awake", f"by {stats.beats} small matmuls while nothing else ran"))
     return lines

@@ -22,6 +22,7 @@ class AutoTuner(Generic[Choice]):
             should not be spent on trying.
         turn: steps of a turn.
         turns: turns of each choice before one wins.
+        least_gain: share of the time of `first` that another choice must save to win.
 
     Attributes:
         choice: the present one.
@@ -31,10 +32,16 @@ class AutoTuner(Generic[Choice]):
     _BEFORE, _HOLD, _LONGEST_HOLD = 32, 256, 8192
 
     def __init__(
-        self, choices: Sequence[Choice], first: Choice, turn: int = 8, turns: int = 3
+        self,
+        choices: Sequence[Choice],
+        first: Choice,
+        turn: int = 8,
+        turns: int = 3,
+        least_gain: float = 0.0,
     ) -> None:
         self.choice, self.trying = first, False
         self._choices, self._turn, self._turns = tuple(choices), turn, turns
+        self._first, self._least_gain = first, least_gain
         self._times: dict[Choice, list[float]] = {choice: [] for choice in choices}
         self._hold, self._left = self._HOLD, self._BEFORE
         self._winner: Choice | None = None
@@ -58,7 +65,9 @@ class AutoTuner(Generic[Choice]):
                 self.choice = self._choices[after % len(self._choices)]
 
     def _decide(self) -> None:
-        self.choice = min(self._choices, key=lambda c: statistics.median(self._times[c]))
+        medians = {c: statistics.median(times) for c, times in self._times.items()}
+        medians[self._first] *= 1 - self._least_gain
+        self.choice = min(self._choices, key=medians.__getitem__)
         won_again = self.choice == self._winner
         self._hold = min(2 * self._hold, self._LONGEST_HOLD) if won_again else self._HOLD
         self._winner, self._left, self.trying = self.choice, self._hold, False
@@ -72,10 +81,11 @@ class StepTimer:
 
     Args:
         tuner: learns the times of the steps that `time_step` selects.
+        other: a tuner of something else that learns them too.
     """
 
-    def __init__(self, tuner: AutoTuner[str]) -> None:
-        self.tuner = tuner
+    def __init__(self, tuner: AutoTuner[str], other: AutoTuner[bool] | None = None) -> None:
+        self.tuner, self._other = tuner, other
         self._began: float | None = None
 
     def lap(self, now: float) -> None:
@@ -83,6 +93,8 @@ class StepTimer:
         began, self._began = self._began, None
         if began is not None:
             self.tuner.record(now - began)
+            if self._other is not None:
+                self._other.record(now - began)
 
     def time_step(self, began: float) -> None:
         """Time the present step: it shows what the present choice is worth."""

@@ -25,6 +25,11 @@ _LEAST_BYTES = 128 << 10
 _streams: list[mx.ThreadLocalStream] = []  # of the process, made when they are needed
 
 
+def called(switch: nn.Module, x: mx.array, slots: mx.array, weights: mx.array | None) -> mx.array:
+    """Call an expert module with the arguments that it takes: x [..., D], the others [..., K]."""
+    return switch(x, slots) if weights is None else switch(x, slots, weights)
+
+
 class CpuStreams:
     """Runs one model's calls in several streams of the CPU.
 
@@ -43,7 +48,14 @@ class CpuStreams:
         self._owner: int | None = None
         self._seen = 0.0
 
-    def run(self, switch: nn.Module, x: mx.array, slots: mx.array, expert_bytes: int) -> mx.array:
+    def run(
+        self,
+        switch: nn.Module,
+        x: mx.array,
+        slots: mx.array,
+        expert_bytes: int,
+        weights: mx.array | None = None,
+    ) -> mx.array:
         """Compute `switch(x, slots)`, in parts along its longest dimension.
 
         Args:
@@ -51,6 +63,7 @@ class CpuStreams:
             x: [..., D] tokens.
             slots: [..., K], the slots of each token's experts.
             expert_bytes: size of one expert.
+            weights: [..., K], a third argument of the module; None if it takes none.
 
         Returns:
             [..., K, D]
@@ -60,14 +73,16 @@ class CpuStreams:
         size = shape[axis]
         count = min(self.count, size, slots.size * expert_bytes // _LEAST_BYTES)
         if count < 2 or not self._is_owner():
-            return switch(x, slots)
+            return called(switch, x, slots, weights)
         bounds = [size * i // count for i in range(1, count)]
         many_slots = mx.split(slots, bounds, axis)
         many_x = [x] * count if axis == len(shape) - 1 else mx.split(x, bounds, axis)
-        parts = [switch(many_x[0], many_slots[0])]
-        for stream, some_x, some_slots in zip(_streams, many_x[1:], many_slots[1:], strict=False):
+        many_weights = [None] * count if weights is None else mx.split(weights, bounds, axis)
+        calls = list(zip(many_x, many_slots, many_weights, strict=True))
+        parts = [called(switch, *calls[0])]
+        for stream, call in zip(_streams, calls[1:], strict=False):
             with mx.stream(stream):
-                parts.append(switch(some_x, some_slots))
+                parts.append(called(switch, *call))
         return mx.concatenate(parts, axis)  # [..., K, D]: axis counts from the front, D is last
 
     def _is_owner(self) -> bool:

@@ -67,7 +67,7 @@ def read_in(layers: Sequence[ExpertLayer], hot: Sequence[Sequence[int]], progres
         ExpertReadError: an expert's bytes could not be read.
     """
     wanted = [
-        (x, experts[: x.cache.slots])
+        (x, experts[: x.cache.movable])
         for x, experts in zip(layers, hot, strict=True)
         if not x.resident
     ]

@@ -24,21 +24,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from .._cache.expert_map import CacheStats, ExpertCache
-from .._errors import StreamError
+from .._errors import StreamError, UnsupportedModelError
 from .._io.reader import ExpertReader
 from .._listeners import Listeners
 from .autotune import StepTimer
 from .bank import numbers
 from .cpu_streams import CpuStreams
+from .keep_awake import KeepAwake
 from .refusals import Experts, refuse_transforms
-from .slots import Arrivals, ExpertSlots, ExpertTensor, PrefetchStats
+from .slots import Arrivals, ExpertSlots, ExpertTensor, PrefetchStats, SmallTable
 from .split import SORTED_ROWS, RowRule, SplitCall
 from .thread_guard import ThreadGuard
 
@@ -118,8 +119,10 @@ class PassRunner(Protocol):
 
     thread: int | None
 
-    def forward(self, layer: ExpertLayer, x: mx.array, indices: mx.array) -> mx.array:
-        """Run one layer of that pass: x [..., D], indices [..., K] -> [..., K, D]."""
+    def forward(
+        self, layer: ExpertLayer, x: mx.array, indices: mx.array, weights: mx.array | None
+    ) -> mx.array:
+        """Run one layer of that pass; arguments and result as of `ExpertLayer.__call__`."""
 
 
 class SyncedForward(NamedTuple):
@@ -152,29 +155,67 @@ class StopForward(Exception):  # noqa: N818, it is no error
         self.indices = indices
 
 
+@dataclass(frozen=True)
+class Traits:
+    """What sets an expert module apart from mlx-lm's.
+
+    Attributes:
+        pinned: experts that each token uses once, whatever its router chooses.
+        own_tables: names of the module's own arrays that have a row for each expert.
+        tokenwise: called with the module, x and indices if x is [B, L, D] with 2 to `most` tokens:
+            calls the module for each of the L tokens. None if the module has no such rule.
+        most: see `tokenwise`.
+    """
+
+    pinned: tuple[int, ...] = ()
+    own_tables: tuple[str, ...] = ()
+    tokenwise: Callable[[Callable[..., mx.array], mx.array, mx.array], mx.array] | None = None
+    most: int = 0
+
+
+class _HiddenError(UnsupportedModelError, AttributeError):
+    """Code outside of a streamed layer asks for a projection of it: to `hasattr`, it has none."""
+
+
 class StreamedSwitch(Experts):
     """Stands in for one `SwitchGLU` or `SwitchMLP`: `y[..., k, :] = expert[indices[..., k]](x)`.
 
     The bank's arrays stay out of the module tree: they are not parameters, and code that walks the
     model (adapters, quantizers, savers) must not take a slot for an expert. Anything else that a
     model attaches to its experts (a norm, for example) stays visible.
+
+    Projections are never visible: mlx-vlm calls those that it finds, with numbers of experts where
+    these tables have slots.
     """
+
+    down_proj = None  # mlx-vlm's Inkling looks at its bits in every pass; None has none
 
     def __init__(self, layer: ExpertLayer) -> None:
         super().__init__()
         self.layer = layer
         object.__setattr__(self, "tables", layer.switch)  # not as a child: no parameters
-        holders = {id(t.slot.module) for t in layer.tensors.values()}
+        slots = layer.slots.slot_tensors.values()
+        holders = {id(slot.module) for slot in slots}
+        own = {slot.attribute for slot in slots if slot.module is layer.switch}
         for key, value in layer.switch.items():
-            if id(value) not in holders:
+            if id(value) not in holders and key not in own:
                 self[key] = value
 
-    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+    def __getattr__(self, name: str) -> Any:
+        if name not in self and name in vars(self).get("tables", ()):
+            raise _HiddenError(
+                f"{self.layer.name}: its experts are streamed, so code that runs their {name} "
+                "by itself cannot: the slots hold other experts. If this is mlx-vlm's check of a "
+                "draft (speculative decoding), generate without a draft model"
+            )
+        return super().__getattr__(name)
+
+    def __call__(self, x: mx.array, indices: mx.array, weights: mx.array | None = None) -> mx.array:
         """See `ExpertLayer.__call__`."""
         if probe.layer is self.layer:
             raise StopForward(indices)
         try:
-            return self.layer(x, indices)
+            return self.layer(x, indices, weights)
         except ValueError as e:
             refuse_transforms(e)
             raise
@@ -188,6 +229,8 @@ class ExpertLayer:
         switch: the module stood in for; its expert tables are never evaluated.
         tensors: every expert tensor of the module, by name within it.
         experts: routed experts in the layer.
+        small: tensors of a few bytes an expert that stay in memory, by name.
+        traits: of the module.
 
     Attributes:
         slots: the slots, and the reads on their way into them.
@@ -195,30 +238,43 @@ class ExpertLayer:
         resident: every expert is in the slot of its own index; calls look nothing up.
         on_routing: called with each call's experts [..., K] while a trace is recorded.
         on_phase: called with phase, layer, begin and end while a timeline is recorded.
+        on_call: called with True when a call begins, and with False again and again while it waits
+            for reads. What it raises ends the call.
         prefetcher: predicts what the next layers need; None without prefetch.
         closed, why_closed: calls raise `StreamError` with that reason.
         lock: held by calls while they use slots.
     """
 
     def __init__(
-        self, name: str, switch: nn.Module, tensors: dict[str, ExpertTensor], experts: int
+        self,
+        name: str,
+        switch: nn.Module,
+        tensors: dict[str, ExpertTensor],
+        experts: int,
+        small: dict[str, SmallTable] | None = None,
+        traits: Traits | None = None,
     ) -> None:
         self.name, self.switch, self.experts = name, switch, experts
-        self.slots = ExpertSlots(name, tensors, experts)
+        self.traits = traits or Traits()
+        self.slots = ExpertSlots(name, tensors, experts, small, self.traits.pinned)
         self.expert_bytes = self.slots.expert_bytes
         self.stats = LayerStats()
         self.resident = False
         self.on_routing = Listeners[Callable[[np.ndarray], None]]()
         self.on_phase = Listeners[Callable[[str, str, float, float], None]]()
+        self.on_call = self.slots.on_call
         self.prefetcher: Prefetcher | None = None
         self.closed, self.why_closed = True, _CLOSED
         self.lock = threading.RLock()
         self._runner: PassRunner | None = None
         self._calling = False  # a call has the lock, or was interrupted
         self._rows = RowRule.of(switch)
+        # The CPU computes row by row, so nothing depends on whether a module calls itself.
+        self._tokenwise = self.traits.tokenwise if self._rows.count else None
         self._timer: StepTimer  # these three are set by open
         self._guard: ThreadGuard
         self._cpu_streams: CpuStreams
+        self._keep_awake: KeepAwake | None = None
 
     @property
     def tensors(self) -> dict[str, ExpertTensor]:
@@ -247,6 +303,7 @@ class ExpertLayer:
         guard: ThreadGuard,
         cpu_streams: CpuStreams,
         in_place: bool,
+        keep_awake: KeepAwake | None = None,
     ) -> None:
         """Allocate `slots` slots, all empty, and accept calls.
 
@@ -258,12 +315,17 @@ class ExpertLayer:
             guard: knows which threads call the model's layers.
             cpu_streams: runs the matmuls.
             in_place: read straight into MLX's arrays.
+            keep_awake: keeps the device awake while a call waits for reads.
         """
         with self.lock:
             self.closed, self.resident = True, False  # until everything is there
             self.why_closed = "a change of its cache was interrupted; call resize again"
             self._timer, self._guard, self._cpu_streams = timer, guard, cpu_streams
+            self._keep_awake = keep_awake
             self.slots.open(slots, reader, policy, in_place)
+            if slots < self.experts:
+                for _ in self.fill(self.traits.pinned):
+                    pass
             self.closed = False
 
     def load_all(self) -> Iterator[int]:
@@ -312,12 +374,14 @@ class ExpertLayer:
         with self.lock:
             self.slots.bank.flush_readers()
 
-    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, indices: mx.array, weights: mx.array | None = None) -> mx.array:
         """Run the chosen experts.
 
         Args:
             x: [..., D] tokens.
             indices: [..., K] the experts that each token's router chose.
+            weights: [..., K], each row's own factor, for a module that takes it
+                (DeepSeek V4.1's multiplies in front of the last projection).
 
         Returns:
             [..., K, D], each chosen expert's output.
@@ -326,28 +390,37 @@ class ExpertLayer:
             ExpertReadError: an expert's bytes could not be read.
             StreamError: the stream is closed.
         """
+        for listener in self.on_call.now:
+            listener(True)
         if self.resident:
             with self.lock:  # another thread may be exchanging the bank
                 if self.resident:
                     if self.on_routing.now:
-                        self._report_routing(numbers(indices))
-                    return self._run(x, indices)
+                        self._report_routing(self._routed(numbers(indices)))
+                    return self._run(x, indices, weights)
         if self.closed:
             with self.lock:  # another thread may be opening it just now
                 self._check_open()
+        if self._tokenwise and self._is_block(x) and x.shape[0] * indices.shape[-1] >= SORTED_ROWS:
+            return self._tokenwise(self, x, indices)
         runner = self._runner
         if runner is not None and runner.thread == threading.get_ident():
-            return runner.forward(self, x, indices)
-        return self.forward_synced(x, indices).output
+            return runner.forward(self, x, indices, weights)
+        return self.forward_synced(x, indices, weights).output
 
     def forward_synced(
-        self, x: mx.array, indices: mx.array, predict_next: bool = True
+        self,
+        x: mx.array,
+        indices: mx.array,
+        weights: mx.array | None = None,
+        predict_next: bool = True,
     ) -> SyncedForward:
         """Wait for the indices, make their experts resident, and run them.
 
         Args:
             x: [..., D] tokens.
             indices: [..., K].
+            weights: [..., K] or None, as of `__call__`.
             predict_next: prefetch for the next layers meanwhile, if that pays.
         """
         start = time.perf_counter()
@@ -372,7 +445,7 @@ class ExpertLayer:
             needed = self.account(experts)
             if len(needed) > slots.cache.slots:
                 missed = True
-                y = self._in_waves(x, experts, sorted(needed))
+                y = self._in_waves(self._split(x, experts, weights), experts, sorted(needed))
             else:
                 arrivals = slots.begin(needed)
                 missed = bool(arrivals.left)
@@ -381,7 +454,7 @@ class ExpertLayer:
                 if prediction is not None:
                     prediction.start_reads()
                 self.record_phase("map", began)
-                y = self._run_arriving(x, experts, arrivals)  # [..., K, D]
+                y = self._run_arriving(x, experts, weights, arrivals)  # [..., K, D]
                 mx.async_eval(y)  # the device works while the caller builds the next operations
                 if prefetcher is not None:
                     prefetcher.end_step()
@@ -391,30 +464,35 @@ class ExpertLayer:
             self._calling = False
         return SyncedForward(y, needed, missed)
 
-    def finish_arrived(self, x: mx.array, experts: np.ndarray, arrivals: Arrivals) -> mx.array:
+    def finish_arrived(
+        self, x: mx.array, experts: np.ndarray, weights: mx.array | None, arrivals: Arrivals
+    ) -> mx.array:
         """Run a call whose experts are known, accounted for, and being read.
 
         Args:
             x: [..., D] tokens.
             experts: int [..., K].
+            weights: [..., K] or None, as of `__call__`.
             arrivals: the missing ones of them.
 
         Returns:
             [..., K, D]
         """
         with self.lock:
-            return self.slots.bank.track_reader(self._run_arriving(x, experts, arrivals))
+            return self.slots.bank.track_reader(self._run_arriving(x, experts, weights, arrivals))
 
     def account(self, experts: np.ndarray) -> list[int]:
         """Account for a call that chose these experts [..., K]; returns the distinct ones."""
-        needed = self.slots.cache.wanted(experts)
-        self._note_call(experts, needed)
-        return needed
+        routed = self._routed(experts)
+        needed = self.slots.cache.wanted(routed)
+        self._note_call(routed, needed)
+        return [*self.traits.pinned, *needed]
 
     def account_hit(self, experts: np.ndarray) -> None:
         """Account for a call of one token whose experts [1, ..., K] were all resident."""
         with self.lock:
-            self._note_call(experts, self.slots.cache.hit(experts.ravel()))
+            routed = self._routed(experts)
+            self._note_call(routed, self.slots.cache.hit(routed.ravel()))
 
     def prefetch(self, experts: Sequence[int], distance: int) -> None:
         """Start reading experts that this layer may need soon, the likeliest first.
@@ -450,42 +528,57 @@ class ExpertLayer:
         if self.prefetcher is not None:
             self.prefetcher.check(needed)
 
+    def _routed(self, experts: np.ndarray) -> np.ndarray:
+        """Of a call's experts [..., K], those that its router chose."""
+        if not self.traits.pinned:
+            return experts
+        chosen = ~np.isin(experts, self.traits.pinned)
+        return experts[chosen].reshape(*experts.shape[:-1], -1)
+
+    def _is_block(self, x: mx.array) -> bool:
+        """Does the module compute these tokens [..., D] one by one, as it would in decoding?"""
+        return self._tokenwise is not None and x.ndim == 3 and 1 < x.shape[1] <= self.traits.most
+
     def _report_routing(self, experts: np.ndarray) -> None:
         for listener in self.on_routing.now:
             listener(experts)
 
-    def _run_arriving(self, x: mx.array, experts: np.ndarray, arrivals: Arrivals) -> mx.array:
+    def _run_arriving(
+        self, x: mx.array, experts: np.ndarray, weights: mx.array | None, arrivals: Arrivals
+    ) -> mx.array:
         """Run experts [..., K] that all have slots, once the missing ones have arrived.
 
         This is the path of decoding. Resident experts may run while missing ones are read.
         """
         start, cache, overlap = time.perf_counter(), self.slots.cache, self._timer.tuner.choice
         if arrivals.left and overlap != "none":
-            y = self._run_overlapped(x, experts, arrivals, overlap)
+            split = self._split(x, experts, weights)
+            y = self._run_overlapped(split, experts, arrivals, overlap)
             if y is not None:
                 return y
             start = time.perf_counter()
         if arrivals.left:
-            arrivals.all()
+            self._await(arrivals.all)
             start = self.record_phase("wait", start)
-        if self._rows.ratio and self._rows.divides(experts.size, self.experts, cache.slots):
-            split = self._split(x, experts)
+        divides = self._rows.ratio and not self._is_block(x)
+        if divides and self._rows.divides(experts.size, self.experts, cache.slots):
+            split = self._split(x, experts, weights)
             split.run(np.arange(experts.size))
             y = split.joined()
         else:
-            y = self._run(x, mx.array(cache.slot_of[experts].astype(np.uint32)))
+            y = self._run(x, mx.array(cache.slot_of[experts].astype(np.uint32)), weights)
         self.record_phase("build", start)
         return y
 
     def _run_overlapped(
-        self, x: mx.array, experts: np.ndarray, arrivals: Arrivals, overlap: str
+        self, split: SplitCall, experts: np.ndarray, arrivals: Arrivals, overlap: str
     ) -> mx.array | None:
         """Run the resident ones of experts [..., K] while others are read.
 
         Returns:
             [..., K, D], or None if nothing was resident until all had arrived: then nothing ran.
         """
-        start, split = time.perf_counter(), self._split(x, experts)
+        start = time.perf_counter()
         ready = [e for e in dict.fromkeys(experts.ravel().tolist()) if e not in arrivals.left]
         self.stats.overlapped += bool(ready)
         try:
@@ -493,7 +586,7 @@ class ExpertLayer:
                 if ready:
                     mx.async_eval(split.run(split.rows_of(ready)))
                 start = self.record_phase("build", start)
-                ready = arrivals.some() if overlap == "batches" else arrivals.all()
+                ready = self._await(arrivals.some if overlap == "batches" else arrivals.all)
                 start = self.record_phase("wait", start)
         except Exception:
             arrivals.abandon()
@@ -505,15 +598,25 @@ class ExpertLayer:
         self.record_phase("build", start)
         return y
 
-    def _run(self, x: mx.array, slots: mx.array) -> mx.array:
-        """x [..., D], slots [..., K] -> [..., K, D]."""
-        return self._cpu_streams.run(self.switch, x, slots, self.expert_bytes)
+    def _await(self, arrive: Callable[[], list[int]]) -> list[int]:
+        """Wait for reads; the device stays awake meanwhile, if it should."""
+        if self._keep_awake is None:
+            return arrive()
+        with self._keep_awake.during_wait():
+            return arrive()
 
-    def _split(self, x: mx.array, experts: np.ndarray) -> SplitCall:
+    def _run(self, x: mx.array, slots: mx.array, weights: mx.array | None) -> mx.array:
+        """x [..., D], slots [..., K], weights [..., K] -> [..., K, D]."""
+        return self._cpu_streams.run(self.switch, x, slots, self.expert_bytes, weights)
+
+    def _split(self, x: mx.array, experts: np.ndarray, weights: mx.array | None) -> SplitCall:
         cache = self.slots.cache
-        return SplitCall(self._run, x, experts, cache.slot_of, cache.slots, self._rows)
+        return SplitCall(
+            self._run, x, experts, weights, cache.slot_of, cache.slots, self._rows,
+            whole=self._is_block(x),
+        )  # fmt: skip
 
-    def _in_waves(self, x: mx.array, experts: np.ndarray, needed: list[int]) -> mx.array:
+    def _in_waves(self, split: SplitCall, experts: np.ndarray, needed: list[int]) -> mx.array:
         """Run more experts than there are slots: they pass through the slots, each read once.
 
         While a wave is computed, the next one is read into the slots of the wave before. The
@@ -523,19 +626,18 @@ class ExpertLayer:
         self.slots.drain()
         waves = cache.waves(needed, np.bincount(experts.ravel(), minlength=self.experts))
         self.stats.waves += len(waves) - 1
-        split = self._split(x, experts)
         before: list[mx.array] = []
         start = time.perf_counter()
         arrivals = self.slots.begin(*waves[0])
         for i, (wave, _) in enumerate(waves):
-            arrivals.all()
+            self._await(arrivals.all)
             start = self.record_phase("wait", start)
             y = split.run(split.rows_of(wave))
             mx.async_eval(y)
             start = self.record_phase("build", start)
             if i + 1 < len(waves):
                 # The next wave overwrites slots of earlier waves: those must have run.
-                if cache.slots == 1:
+                if cache.movable == 1:
                     mx.eval(y)
                 elif before:
                     mx.eval(before)

@@ -20,17 +20,17 @@ from .._errors import UnsupportedModelError
 SAVE = (
     "The experts of a streamed model are not in memory, so they would not be saved. To change a "
     "checkpoint's quantization in little memory use python -m mlx_streamexperts.convert; otherwise "
-    "load the model with mlx-lm alone."
+    "load the model without streaming."
 )
 TRAIN = (
     "A streamed model cannot be trained: the backward pass would need the step's experts again. "
-    "Train adapters of the trunk with mlx-lm alone, on a machine that holds the model; streamed "
+    "Train adapters of the trunk without streaming, on a machine that holds the model; streamed "
     "models take them with --adapter-path."
 )
 _CHANGE = (
     "The experts of a streamed model are not in memory: they would stay as they are in the "
     "checkpoint. Convert the checkpoint (python -m mlx_streamexperts.convert, with --dtype or "
-    "--quantize) and stream that, or load the model with mlx-lm alone."
+    "--quantize) and stream that, or load the model without streaming."
 )
 _LOAD = (
     "The experts of a streamed model stay in the checkpoint: they cannot be replaced by others. "

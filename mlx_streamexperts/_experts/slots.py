@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 
 from .._cache.expert_map import ExpertCache
@@ -22,15 +23,38 @@ from .._errors import ExpertReadError, OtherThreadError
 from .._io.checkpoint import ExpertTable
 from .._io.ranges import ByteRange
 from .._io.reader import DEMAND, PREFETCH, ExpertReader, Ticket
-from .bank import Bank, SlotTensor, total_bytes
+from .._listeners import Listeners
+from .bank import Bank, SlotTensor, numbers, total_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertTensor:
-    """One tensor of a layer's experts: where its slots are used and where its bytes are stored."""
+    """One tensor of a layer's experts, or a part of one: where it is used and where it is stored.
+
+    Attributes:
+        slot: where its slots are used.
+        stored: where its bytes are stored.
+        begin: where the part begins in an expert's tensor, in bytes; parts follow each other.
+    """
 
     slot: SlotTensor
     stored: ExpertTable
+    begin: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SmallTable:
+    """A few bytes of each expert, such as one scale. The table stays in memory, in whole.
+
+    A read of a few bytes would take as long as one of many, and mlx-vlm computes some of them.
+
+    Attributes:
+        slot: where its slots are used.
+        rows: [experts, ...], not evaluated until the layer opens, and given back then.
+    """
+
+    slot: SlotTensor
+    rows: mx.array
 
 
 @dataclass(slots=True)
@@ -68,6 +92,8 @@ class Arrivals:
         """
         slots, ticket = self._slots, next(iter(self.left.values()))
         try:
+            for listener in slots.on_call.now:
+                listener(False)
             if not slots.bank.in_place:
                 ticket.wait()  # staged bytes become visible all at once
             arrived = ticket.wait_for_any([e for e, t in self.left.items() if t is ticket])
@@ -101,8 +127,10 @@ class ExpertSlots:
 
     Args:
         name: the layer's.
-        tensors: every expert tensor of the layer, by name within it.
+        tensors: every expert tensor of the layer that is read, by name within it.
         experts: routed experts in the layer.
+        small: those that are in memory, by name; `tensors` has none of them.
+        pinned: experts that every token uses: they stay in their slots.
 
     Attributes:
         cache: the expert -> slot map.
@@ -110,19 +138,36 @@ class ExpertSlots:
         prefetch_stats: what became of prefetched experts.
         as_packed: called after each read with the expert and its tensors' bytes: are they right?
             None trusts all reads.
+        on_call: called with False before each wait for a read (and by the layer, see there).
     """
 
-    def __init__(self, name: str, tensors: dict[str, ExpertTensor], experts: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        tensors: dict[str, ExpertTensor],
+        experts: int,
+        small: dict[str, SmallTable] | None = None,
+        pinned: Sequence[int] = (),
+    ) -> None:
         self.name, self.tensors, self.experts = name, tensors, experts
-        self.expert_bytes = total_bytes([t.slot for t in tensors.values()])
+        self.small, self.pinned = small or {}, pinned
+        self._small_rows: list[np.ndarray] = []  # uint8 [experts, bytes] of each, set by open
+        self.expert_bytes = total_bytes([t.slot for t in tensors.values() if not t.begin])
         self.cache = ExpertCache(experts, 0)
         self.bank = Bank({}, 0, in_place=True)
         self.prefetch_stats = PrefetchStats()
         self.as_packed: Callable[[int, Sequence[memoryview]], bool] | None = None
+        self.on_call = Listeners[Callable[[bool], None]]()
         self._reader: ExpertReader  # set by open
         self._in_flight: dict[int, Ticket] = {}  # prefetched, not known to have arrived
         self._awaited = Arrivals(self, {})  # of the last call
         self._changing = False  # true at the next use if an exception ended the change
+
+    @property
+    def slot_tensors(self) -> dict[str, SlotTensor]:
+        """Where slots are used, by name: first those of `tensors`, in their order."""
+        read = {name: t.slot for name, t in self.tensors.items() if not t.begin}
+        return read | {name: t.slot for name, t in self.small.items()}
 
     def relocate(
         self,
@@ -135,16 +180,22 @@ class ExpertSlots:
             stored: the place of every tensor.
             as_packed: checks each expert that was read; None trusts reads.
         """
-        self.tensors = {n: ExpertTensor(t.slot, stored[n]) for n, t in self.tensors.items()}
+        self.tensors = {n: replace(t, stored=stored[n]) for n, t in self.tensors.items()}
         self.as_packed = as_packed
 
     def open(self, slots: int, reader: ExpertReader, policy: str, in_place: bool) -> None:
         """Replace all slots by `slots` empty ones."""
         self._empty()  # before the new ones are allocated: the budget holds throughout
         self._reader = reader
-        self.cache = ExpertCache(self.experts, slots, policy)
-        slot_tensors = {name: t.slot for name, t in self.tensors.items()}
-        before, self.bank = self.bank, Bank(slot_tensors, self.cache.slots, in_place)
+        if len(self._small_rows) < len(self.small):
+            self._small_rows = [
+                numbers(t.rows.reshape(self.experts, -1).view(mx.uint8))
+                for t in self.small.values()
+            ]
+            nothing = mx.zeros((0,))
+            self.small = {name: replace(t, rows=nothing) for name, t in self.small.items()}
+        self.cache = ExpertCache(self.experts, slots, policy, self.pinned)
+        before, self.bank = self.bank, Bank(self.slot_tensors, self.cache.slots, in_place)
         self.bank.inherit_readers(before)  # they may read run-ahead's tables, which stay
 
     def close(self) -> None:
@@ -321,7 +372,16 @@ class ExpertSlots:
     def _is_right(self, expert: int) -> bool:
         if self.as_packed is None:
             return True
-        return self.as_packed(expert, self.bank.delivered(int(self.cache.slot_of[expert])))
+        delivered = self.bank.delivered(int(self.cache.slot_of[expert]))
+        return self.as_packed(expert, self._parts(delivered))
+
+    def _parts(self, memory: Sequence[memoryview]) -> list[memoryview]:
+        """The part of an expert's memory that each of `tensors` fills."""
+        parts, at = [], -1
+        for t in self.tensors.values():
+            at += not t.begin
+            parts.append(memory[at][t.begin : t.begin + t.stored.row_bytes])
+        return parts
 
     def _submit(self, placed: Sequence[int], priority: int) -> Ticket:
         """Start reading experts that have just got slots."""
@@ -329,7 +389,10 @@ class ExpertSlots:
         ranges = []
         for expert in placed:
             memory = self.bank.destinations(int(self.cache.slot_of[expert]))
-            for t, into in zip(self.tensors.values(), memory, strict=True):
+            small = memory[len(memory) - len(self.small) :]
+            for rows, into in zip(self._small_rows, small, strict=True):
+                into[:] = rows[expert].data
+            for t, into in zip(self.tensors.values(), self._parts(memory), strict=True):
                 at = t.stored
                 ranges.append(
                     ByteRange(

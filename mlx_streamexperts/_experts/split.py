@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 # mlx-lm sorts a call's rows by expert from this many on.
 SORTED_ROWS = 64
@@ -28,20 +28,31 @@ class RowRule:
     """How a backend chooses its kernels; another kernel would sum in another order.
 
     Attributes:
-        count: it looks at the number of rows, or at whether they are sorted.
+        count: it looks at whether rows are sorted, which they are from `SORTED_ROWS` on.
         ratio: it looks at the number of rows for each expert of a table.
+        padded: it looks at the number of unsorted rows too. So a part of a token's call gets
+            stand-in rows, as many as the whole has.
     """
 
     count: bool = False
     ratio: bool = False
+    padded: bool = False
 
     @classmethod
     def of(cls, switch: nn.Module) -> RowRule:
-        """The rule for a module on MLX's default device. The CPU backend computes row by row."""
+        """The rule for a module on MLX's default device. The CPU backend computes row by row.
+
+        Metal computes unsorted rows one by one, each in the same way however many there are
+        (`gather_qmv` in backend/metal/quantized.cpp and `gather_mv` in matmul.cpp, MLX 0.32).
+        mlx-vlm's modules have Metal kernels of their own for them, of which that is not known.
+        """
         if mx.default_device() == mx.cpu:
             return cls()
-        parts = [m for m in switch.values() if isinstance(m, QuantizedSwitchLinear)]
-        return cls(True, mx.metal.is_available() and bool(parts))
+        linears = [m for m in switch.values() if isinstance(m, nn.Module) and "weight" in m]
+        own = all(isinstance(m, SwitchLinear | QuantizedSwitchLinear) for m in linears)
+        metal = mx.metal.is_available()
+        quantized = any("scales" in m for m in linears)
+        return cls(count=True, ratio=metal and quantized, padded=not (metal and own))
 
     def limits(self, rows: int, experts: int, slots: int) -> tuple[int, int]:
         """The least and the most rows of a part of a prompt that uses the kernels of the whole.
@@ -63,16 +74,18 @@ class RowRule:
 
 
 class SplitCall:
-    """One call `switch(x, indices)`, run part by part.
+    """One call `switch(x, indices, weights)`, run part by part.
 
     Args:
         switch: runs mlx-lm's module over slots.
         x: [..., D] tokens.
         experts: int [..., K], the chosen experts.
+        weights: [..., K], each row's own factor; None if the module takes none.
         slot_of: int32 [experts], each expert's slot; read when a part runs.
         slots: how many there are.
         rule: how the device chooses its kernels. A token's parts have as many rows as the whole if
             that matters; a prompt's parts are large enough, or small enough.
+        whole: the module computes these tokens one by one, so a part keeps the rows of the whole.
 
     Attributes:
         begun: a part has run.
@@ -80,20 +93,22 @@ class SplitCall:
 
     def __init__(
         self,
-        switch: Callable[[mx.array, mx.array], mx.array],
+        switch: Callable[[mx.array, mx.array, mx.array | None], mx.array],
         x: mx.array,
         experts: np.ndarray,
+        weights: mx.array | None,
         slot_of: np.ndarray,
         slots: int,
         rule: RowRule,
+        whole: bool = False,
     ) -> None:
-        self._switch, self._x, self._slot_of = switch, x, slot_of
+        self._switch, self._x, self._weights, self._slot_of = switch, x, weights, slot_of
         self._shape = experts.shape
         self._chosen = experts.ravel()  # [T*K]
-        self._keeps = rule.count and experts.size < SORTED_ROWS
+        self._keeps = whole or (rule.padded and experts.size < SORTED_ROWS)
         # A prompt's parts go into one output at once: joined at the end, they would take three
         # times its memory. For a token, joining is cheapest.
-        self._in_one = experts.size >= SORTED_ROWS
+        self._in_one = experts.size >= SORTED_ROWS and not self._keeps
         self._least, self._most = 1, sys.maxsize
         if self._in_one:
             self._least, self._most = rule.limits(experts.size, len(slot_of), slots)
@@ -153,15 +168,21 @@ class SplitCall:
         stand_in = self._slot_of[self._chosen[rows[0]]]
         slots = np.full(len(self._chosen), stand_in, np.uint32)
         slots[rows] = self._slot_of[self._chosen[rows]]
-        return self._switch(self._x, mx.array(slots.reshape(self._shape)))  # [..., K, D]
+        shaped = mx.array(slots.reshape(self._shape))
+        return self._switch(self._x, shaped, self._weights)  # [..., K, D]
 
     def _run_alone(self, rows: np.ndarray) -> mx.array:
         x, top_k = self._x, self._shape[-1]
         tokens = len(self._chosen) // top_k
         slots = mx.array(self._slot_of[self._chosen[rows]].astype(np.uint32))  # [R]
+        weights = None
+        if self._weights is not None:
+            weights = self._weights.reshape(-1)[mx.array(rows.astype(np.uint32))]  # [R]
         if tokens == 1:  # decode: like stock, one token broadcast over its experts
-            return self._switch(x.reshape(1, -1), slots[None])[0]  # [R, D]
+            weights = None if weights is None else weights[None]
+            return self._switch(x.reshape(1, -1), slots[None], weights)[0]  # [R, D]
         if x.size // x.shape[-1] != tokens:
             x = mx.broadcast_to(x, (*self._shape[:-1], x.shape[-1]))
         x = x.reshape(tokens, -1)[mx.array((rows // top_k).astype(np.uint32))]  # [R, D]
-        return self._switch(x, slots[:, None])[:, 0]  # [R, D]
+        weights = None if weights is None else weights[:, None]
+        return self._switch(x, slots[:, None], weights)[:, 0]  # [R, D]

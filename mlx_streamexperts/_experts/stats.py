@@ -7,6 +7,7 @@ from typing import Any
 
 from .._cache.expert_map import CacheStats
 from .._io.reader import ReadStats
+from .rows import RowStats
 from .slots import PrefetchStats
 from .speculative.runahead import RunAheadStats
 
@@ -29,6 +30,8 @@ class StreamStats:
         overlapped: calls that ran resident experts while missing ones were read.
         resident_layers: layers whose experts are all in memory; they count no hits.
         run_ahead: outcomes of steps that did not wait for every layer's indices.
+        rows: rows of tables that are looked up by token; `read` includes their reads.
+        beats: pieces of small work that kept the GPU awake; see the option `keep_awake`.
     """
 
     cache: CacheStats
@@ -42,6 +45,8 @@ class StreamStats:
     overlapped: int
     resident_layers: int
     run_ahead: RunAheadStats
+    rows: RowStats
+    beats: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain numbers, for JSON."""

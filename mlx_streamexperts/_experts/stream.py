@@ -26,7 +26,9 @@ from .._distributed.watch import Watch
 from .._errors import BudgetError, CheckpointError, StreamError, UnsupportedModelError
 from .._io.files import allow_open, direct_works
 from .._io.reader import ExpertReader, ReadStats
+from .._listeners import Listeners
 from .._memory.budget import Plan, check_resize, experts_per_token
+from .._memory.passes import PassListener
 from .._memory.process_memory import (
     bytes_over_bound,
     held_bytes,
@@ -35,14 +37,17 @@ from .._memory.process_memory import (
     release_limits,
     unregister,
 )
-from .._osinfo import available_memory_bytes, file_mark
-from .._progress import progress_bar
+from .._osinfo import available_memory_bytes, file_mark, on_metal, power_is_scarce
+from .._progress import Progress, progress_bar
 from .autotune import AutoTuner, StepTimer
 from .bank import in_place_works
 from .cpu_streams import CpuStreams
+from .follower import Follower
 from .hot_set import read_hot_set, read_in, save_hot_set
+from .keep_awake import KeepAwake
 from .layer import OVERLAPS, PHASES, ExpertLayer
 from .prefetch import SMALL_EXPERT_BYTES
+from .rows import Rows
 from .slots import PrefetchStats
 from .speculative.runahead import RunAhead, RunAheadStats
 from .stats import StreamStats
@@ -71,7 +76,11 @@ class ExpertStream(Closing):
         stage: this rank's decoder layers, if several machines share the model.
         ranks: those machines.
         token_rows: tokens that the model knows; None if its own code does not tell.
+        on_pass: hear of the model's passes.
+        folder: the checkpoint's; None for a model that did not come from a folder.
     """
+
+    folder: Path | None = None
 
     stage: Stage | None = None
     token_rows: int | None = None
@@ -84,20 +93,23 @@ class ExpertStream(Closing):
         plan: Plan,
         config: StreamConfig,
         model_config: dict[str, Any],
+        rows: Rows | None = None,
     ) -> None:
+        self._rows = rows or Rows()
         self.layers, self.plan, self.config = layers, plan, config
         self._model_config = model_config
         self.in_place = config.in_place == "auto" and in_place_works()
         self.bypasses_page_cache = self._decide_bypass()
         hot = read_hot_set(layers, Path(config.hot_set)) if config.hot_set else []
         _let_go(layers)
-        files = expert_files(layers)
+        files = sorted({*expert_files(layers), *self._rows.files})
         allow_open(len(files), str(Path(files[0]).parent))
         marks = _marks(files)
         self._reader = ExpertReader(
             config.threads, parse_size(config.read_size), self.bypasses_page_cache, marks
         )
         self.run_ahead: RunAhead | None = None
+        self.on_pass = Listeners[PassListener]()
         self._closed = self._freed = False
         self._recordings: list[Trace | Timeline] = []
         self._changing = threading.RLock()  # one change of the cache at a time, closing included
@@ -105,9 +117,12 @@ class ExpertStream(Closing):
         self._guard = ThreadGuard(self._flush_readers)
         self._cpu_streams = CpuStreams(config.cores)
         self._timers: dict[int, StepTimer] = {}  # by the size of an expert
+        self._keep_awake: KeepAwake | None = None
         hold_limits(self, plan, config.wired == "auto")
         try:
+            self._keep_awake = self._make_keep_awake()
             self._open(plan.slots)
+            self._rows.open(self._reader)
             self.run_ahead = self._make_run_ahead()
             if hot:
                 read_in(layers, hot, config.progress)
@@ -136,6 +151,8 @@ class ExpertStream(Closing):
             overlapped=sum(x.stats.overlapped for x in self.layers),
             resident_layers=sum(x.resident for x in self.layers),
             run_ahead=RunAheadStats(**asdict(self.run_ahead.stats) if self.run_ahead else {}),
+            rows=self._rows.stats(),
+            beats=self._keep_awake.beats if self._keep_awake is not None else 0,
         )
 
     def reset(self) -> None:
@@ -144,7 +161,10 @@ class ExpertStream(Closing):
             layer.reset()
         if self.run_ahead is not None:
             self.run_ahead.stats = RunAheadStats()
+        self._rows.reset()
         self._reader.stats = ReadStats()
+        if self._keep_awake is not None:
+            self._keep_awake.beats = 0
 
     def trace(self, path: str | os.PathLike[str]) -> Trace:
         """Record every routing decision into a file of JSON lines, until it is closed.
@@ -179,6 +199,34 @@ class ExpertStream(Closing):
             OSError: the file cannot be created.
         """
         return self._record(lambda: Timeline(path, self.layers, self._reader))
+
+    def follow(
+        self,
+        listener: Callable[[Progress], None] | None = None,
+        prompt_tokens: int | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> Follower:
+        """Follow the model's prompts layer by layer, until the result is closed.
+
+        Args:
+            listener: called with a `Progress` about four times a second while passes run, in the
+                thread that runs them.
+            prompt_tokens: tokens of the prompt, without which nobody knows how much is left.
+            stop: called about ten times a second in that thread. Once it returns True, the pass
+                under way ends with `PassStoppedError`, its KV caches as they were before. A pass
+                whose caches cannot be taken back within the free memory runs to its end.
+
+        Returns:
+            A context manager. Its `now()` returns a `Progress` to any thread.
+
+        Raises:
+            StreamError: this stream is closed.
+        """
+        self._check_open()
+        return Follower(
+            self.layers, self.on_pass, lambda: self._reader.stats.bytes, listener, prompt_tokens,
+            stop,
+        )  # fmt: skip
 
     def save_hot_set(self, path: str | os.PathLike[str]) -> None:
         """Write the experts that are cached now, for `StreamConfig(hot_set=path)` at a later load.
@@ -278,11 +326,14 @@ class ExpertStream(Closing):
             with ExitStack() as steps:  # run in reverse order; each of them can be repeated
                 steps.callback(mx.clear_cache)
                 steps.callback(release_limits, self)
+                if self._keep_awake is not None:
+                    steps.callback(self._keep_awake.close)
                 steps.callback(self._reader.close)
                 for recording in self._recordings:
                     steps.callback(recording.close)
                 for layer in reversed(self.layers):
                     steps.callback(layer.close)
+                steps.callback(self._rows.close, "this model's expert stream is closed")
                 if self._watch is not None:
                     steps.callback(self._watch.close)
             self._freed = True
@@ -292,7 +343,7 @@ class ExpertStream(Closing):
         if self._closed:
             return self.plan.trunk
         cache = sum(x.cache.slots * x.expert_bytes for x in self.layers)
-        return self.plan.trunk + cache + self.plan.kv + self.plan.work
+        return self.plan.trunk + cache + self.plan.row_cache + self.plan.kv + self.plan.work
 
     def accompany(self, ranks: Ranks, watch: Watch) -> None:
         """Join the other ranks of a distributed run, until closed.
@@ -368,11 +419,22 @@ class ExpertStream(Closing):
         overlaps = {"auto": OVERLAPS, "on": OVERLAPS[-1:], "off": OVERLAPS[:1]}[self.config.overlap]
         small = layer.expert_bytes < SMALL_EXPERT_BYTES
         likely = "halves" if small and len(overlaps) > 1 else overlaps[-1]
-        timer = self._timers.setdefault(layer.expert_bytes, StepTimer(AutoTuner(overlaps, likely)))
+        awake = self._keep_awake
+        if (timer := self._timers.get(layer.expert_bytes)) is None:
+            timer = StepTimer(AutoTuner(overlaps, likely), awake.tuner if awake else None)
+            self._timers[layer.expert_bytes] = timer
         layer.open(
             slots, self._reader, self.config.policy, timer, self._guard, self._cpu_streams,
-            self.in_place,
+            self.in_place, awake,
         )  # fmt: skip
+
+    def _make_keep_awake(self) -> KeepAwake | None:
+        wanted = {"auto": on_metal(), "on": True, "off": False}[self.config.keep_awake]
+        if not wanted:
+            return None
+        if self.config.keep_awake == "on":
+            return KeepAwake(len(self.layers), always=True, scarce=lambda: False)
+        return KeepAwake(len(self.layers), always=False, scarce=power_is_scarce)
 
     def _make_run_ahead(self) -> RunAhead | None:
         """None if it is off or impossible, or if the host is the device and never waits for it."""
@@ -409,6 +471,7 @@ class ExpertStream(Closing):
         self._changing = threading.RLock()
         for layer in self.layers:
             layer.disown()
+        self._rows.disown()
         if self.run_ahead is not None:
             self.run_ahead.disown()
 
@@ -434,7 +497,9 @@ def layer_needs(layers: list[ExpertLayer], model_config: dict[str, Any]) -> list
     needs = []
     for x in layers:
         top_k = experts_per_token(model_config, x.experts)
-        needs.append(LayerNeed(x.experts, x.expert_bytes, fewest_slots(top_k), top_k))
+        pinned = len(x.traits.pinned)
+        least = fewest_slots(top_k) + pinned
+        needs.append(LayerNeed(x.experts, x.expert_bytes, least, top_k + pinned))
     return needs
 
 
@@ -451,7 +516,7 @@ def unwritten(layers: Sequence[ExpertLayer]) -> bool:
 def _let_go(layers: Sequence[ExpertLayer]) -> None:
     """Drop the lazy arrays of all experts, because MLX keeps their files open meanwhile."""
     for layer in layers:
-        for slot in (tensor.slot for tensor in layer.tensors.values()):
+        for slot in layer.slots.slot_tensors.values():
             setattr(slot.module, slot.attribute, mx.zeros((0, *slot.shape), slot.dtype))
 
 

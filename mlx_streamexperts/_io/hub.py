@@ -20,6 +20,7 @@ from mlx_lm.utils import hf_repo_to_path
 from .._errors import CheckpointError
 from .checkpoint import MAX_HEADER_BYTES
 
+_HUB_ERRORS: Any = HfHubHTTPError.__bases__  # the HTTP library's: no connection, for example
 SMALL_FILES = (".json", ".py", ".jinja", ".txt", ".model", ".tiktoken")
 
 
@@ -36,7 +37,7 @@ def fetching(path_or_hf_repo: str | Path, otherwise: str) -> Iterator[None]:
     """
     try:
         yield
-    except (HfHubHTTPError, HFValidationError, OSError) as e:
+    except (*_HUB_ERRORS, HFValidationError, OSError) as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise CheckpointError(f"{path_or_hf_repo} {otherwise}: {reason}") from e
 

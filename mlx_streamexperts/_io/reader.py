@@ -23,6 +23,7 @@ from queue import SimpleQueue
 
 from .._errors import ExpertReadError, StreamError
 from .._listeners import Listeners
+from .._osinfo import raise_thread_priority
 from .files import ShardFiles, label
 from .ranges import ByteRange, merge
 
@@ -388,6 +389,7 @@ class ExpertReader:
         return thread
 
     def _run(self) -> None:
+        raise_thread_priority()
         while True:
             self._work.get()
             try:

@@ -33,7 +33,8 @@ from .._errors import TokenError, UnsupportedModelError
 from .._experts.refusals import refuse_transforms
 from .._hooks import logits_of
 from .discover import discover
-from .lazy_load import original_load_model
+from .lazy_load import MLX_VLM, original_load_model
+from .libraries import library
 
 BATCHED = frozenset(
     (
@@ -136,6 +137,10 @@ def check_options(
         return
     if mx.distributed.init().size() > 1:  # a rank has only its own part of the model's files
         return
+    if (
+        library(Path(folder), config) == MLX_VLM
+    ):  # it quantizes the caches that it can, layer by layer
+        return
     model = discover(Path(folder), config, {"trust_remote_code": trust_remote_code}).model
     if options.draft_model is not None:
         _check_drafts(model, make_prompt_cache(model))
@@ -192,11 +197,13 @@ class PassCheck:
     Args:
         model: the model.
         rows: its vocabulary size, or None if unknown.
+        pads: padded batches are the library's own affair. mlx-vlm's are compared with its own
+            results only: it computes some of them otherwise than single prompts.
     """
 
-    def __init__(self, model: nn.Module, rows: int | None) -> None:
+    def __init__(self, model: nn.Module, rows: int | None, pads: bool = False) -> None:
         self._model, self._rows = model, rows
-        self._batches = batches(model, make_prompt_cache(model))
+        self._batches = pads or batches(model, make_prompt_cache(model))
         self._seen: mx.array | None = None  # padding array of the last decode step checked
 
     def __call__(self, ids: mx.array | None, caches: Any) -> None:

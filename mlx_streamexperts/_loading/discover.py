@@ -4,28 +4,29 @@ Tables are matched by identity, never by name: lazy_load.py records the arrays t
 the model's `sanitize`, and the stacks it makes of them. A table is streamed only if its module
 holds one of these arrays, such a stack, or whole rows of stored tensors, and if the trace of
 `sanitize` (provenance.py) shows no operation that changes a value. If mlx-lm computes a table
-(scales or unpacks it), the model is refused. Nothing is evaluated here.
+(scales or unpacks it), the model is refused. Nothing is evaluated here but a few scales of
+mlx-vlm's Inkling (`vlm.traits`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .._config import StreamConfig
+from .._config import StreamConfig, format_size
 from .._distributed.pipeline import Part, Stage, cut
 from .._errors import CheckpointError, StreamError, UnsupportedModelError
 from .._experts.bank import SlotTensor
 from .._experts.layer import ExpertLayer
 from .._experts.moving import use_moved
 from .._experts.packed_store import use_store
-from .._experts.slots import ExpertTensor
+from .._experts.rows import Rows
+from .._experts.slots import ExpertTensor, SmallTable
 from .._experts.stream import flatten, layer_needs, unwritten
 from .._io.checkpoint import (
     Checkpoint,
@@ -40,13 +41,18 @@ from .._memory.budget import Plan, Sizes, divide, text_config
 from .._memory.footprint import Footprint
 from .._memory.model_graph import copied, measure
 from .._osinfo import unfinished_bytes
-from .lazy_load import PROJECTIONS, SWITCHES, LoadRecord, load_recorded
+from . import vlm
+from .lazy_load import MLX_LM, MLX_VLM, PROJECTIONS, SWITCHES, LoadRecord, load_recorded
+from .libraries import library
 from .provenance import Stored
+from .tables import stream_tables
+
+# NVFP4's second scale of an expert's table, or of its rows, as mlx-vlm keeps it.
+_SCALES = ("weight_scale_2", "weight_global_scale")
+
+_PARTS = 4  # more reads for one tensor of an expert are not worth it
 
 _SCORE_COPIES = 3  # scores, the mask added, their softmax
-
-Load = Callable[[Path, dict[str, Any]], tuple[nn.Module, dict[str, Any], LoadRecord]]
-"""Loads the model in a folder lazily, with arguments for its library's `load_model`."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,9 @@ class DiscoveredModel:
         language: the part of the model whose calls are passes: all of it, or its language model.
         modules: the expert modules of `whole`, each with the width of an expert's hidden layer.
         stage: this rank's decoder layers, if several machines share the model.
+        library: the library that loaded it.
+        rows: tables that are streamed; the model has `StreamedRows` in their places, which return
+            blanks until the stream opens them.
     """
 
     model: nn.Module
@@ -75,6 +84,8 @@ class DiscoveredModel:
     language: nn.Module
     modules: list[tuple[nn.Module, int]]
     stage: Stage | None = None
+    library: str = MLX_LM
+    rows: Rows = field(default_factory=Rows)
 
     def plan(self, config: StreamConfig, held: int = 0) -> Plan:
         """Divide the budget that `config` states; other models hold `held` bytes of it.
@@ -117,45 +128,61 @@ def discover(
     arguments: dict[str, Any],
     as_converted: bool = False,
     part: Part | None = None,
-    load: Load | None = None,
     in_shards: bool = False,
 ) -> DiscoveredModel:
     """Check the checkpoint, build the model without evaluating it, and find its experts.
 
     Args:
         folder: the model folder.
-        config: names the packed store to read, if any.
-        arguments: arguments of mlx-lm's `load_model`.
+        config: names the packed store to read, if any, and the library that loads the model.
+        arguments: arguments of that library's `load_model`.
         as_converted: plan as if the checkpoint were converted: tables that mlx-lm computes while
-            loading have no place on disk, and the size that a conversion would give them.
+            loading have no place on disk, and the size that a conversion would give them. Models
+            of mlx-vlm are not converted.
         part: keep only the layers of this rank. Shards that hold only other ranks' layers may be
             missing.
-        load: loads the model; mlx-lm's loader if None.
         in_shards: locate experts in the shards even if they have moved into a packed store.
 
     Raises:
         CheckpointError: the files are damaged or incomplete.
         UnsupportedModelError: no routed experts, or a layout that cannot be streamed.
-        StreamError: `part` does not suit the model, or the process may open too few files.
+        StreamError: `part` does not suit the model, the process may open too few files, or mlx-vlm
+            is needed and not installed.
     """
     check_model_folder(folder)
     checkpoint = read_checkpoint(folder)
+    is_vlm = library(folder, config) == MLX_VLM
+    if is_vlm and part is not None:
+        raise UnsupportedModelError(alone_message(folder))
     if part is not None and checkpoint.absent:
         arguments = {**arguments, "strict": False}
-    model, model_config, record = (load or load_recorded)(folder, arguments)
+    load = vlm.load_recorded if is_vlm else load_recorded
+    model, model_config, record = load(folder, arguments)
     language = model if record.language is None else record.language
     whole = language if part is None else copied(model)
     stage = None if part is None else cut(model, part)
     if stage is not None:
         _check_whole(model, stage, checkpoint, record)
-    layers = _find_layers(model, checkpoint, record, as_converted and config.store is None)
+    unplaced = as_converted and not is_vlm and config.store is None
+    layers = _find_layers(model, checkpoint, record, unplaced)
+    rows = Rows()
+    if stage is None:
+        rows = stream_tables(model, checkpoint, record, config, unplaced)
     if not layers:
         if stage is not None:
             raise UnsupportedModelError(
                 f"{folder}: {stage}: none of these has routed experts; use fewer machines or "
                 "another --split"
             )
-        raise UnsupportedModelError(no_experts_message(folder, model, model_config))
+        raise UnsupportedModelError(
+            no_experts_message(folder, model, model_config)
+            + (
+                f". Its tables that are looked up by token ({format_size(rows.nbytes)}) stay on "
+                "the drive only beside streamed experts"
+                if rows.tables
+                else ""
+            )
+        )
     moved = None if in_shards else read_moved(folder)
     if moved is not None:
         check_not_written(folder, "loading it")
@@ -177,17 +204,31 @@ def discover(
         )
     expert_bytes = sum(x.experts * x.expert_bytes for x in layers)
     parameters = [array for _, array in flatten(model)]
+    small = sum(t.rows.nbytes for x in layers for t in x.slots.small.values())
     sizes = Sizes(
-        trunk=sum(a.nbytes for a in parameters) - expert_bytes,
+        trunk=sum(a.nbytes for a in parameters) - expert_bytes + small,  # and what slots have of it
         looked_up=_embedding_bytes(model, model_config),
         disk=checkpoint.nbytes if stage is None else _needed_bytes(checkpoint, stage),
-        conversion=sum(a.nbytes for a in parameters) if unwritten(layers) else 0,
+        conversion=sum(a.nbytes for a in parameters) + rows.nbytes if unwritten(layers) else 0,
+        tables=rows.nbytes,
+        row_cache=rows.cache_bytes,
     )
     item_bytes = max(a.dtype.size for a in parameters if mx.issubdtype(a.dtype, mx.floating))
     shards = sorted({t.file for t in checkpoint.tensors.values()})
     modules = expert_modules(whole, record.switches, record.projections)
     return DiscoveredModel(
-        model, model_config, layers, sizes, item_bytes, shards, whole, language, modules, stage
+        model,
+        model_config,
+        layers,
+        sizes,
+        item_bytes,
+        shards,
+        whole,
+        language,
+        modules,
+        stage,
+        record.library,
+        rows,
     )
 
 
@@ -247,21 +288,29 @@ def _find_layers(
             continue
         if type(switch) not in record.switches:
             raise UnsupportedModelError(_unknown_owner(checkpoint.folder, path, switch))
-        tensors = {}
+        tensors, small, traits = {}, {}, record.traits(switch)
+        for name in traits.own_tables:
+            small[name] = _small_table(switch, name, switch[name])
         for part, projection in switch.children().items():
             if not isinstance(projection, record.projections):
                 continue
             for attribute, table in flatten(projection):
                 name = f"{part}.{attribute}"
-                stored = _stored_table(f"{path}.{name}", table, entries, record, checkpoint)
-                if stored is None and not as_converted:
-                    raise UnsupportedModelError(
-                        _rewritten(f"{path}.{name}", record.stored, checkpoint)
-                    )
-                if stored is None:
-                    stored = ExpertTable.nowhere(table.nbytes, table.shape[0])
+                if attribute in _SCALES:
+                    if table.ndim:  # otherwise one for all experts
+                        small[name] = _small_table(projection, attribute, table)
+                    continue
+                stored = _stored_parts(f"{path}.{name}", table, entries, record, checkpoint)
+                if not stored and not as_converted:
+                    raise UnsupportedModelError(_rewritten(f"{path}.{name}", record, checkpoint))
+                if not stored:
+                    stored = [ExpertTable.nowhere(table.nbytes, table.shape[0])]
                 slot = SlotTensor(projection, attribute, tuple(table.shape[1:]), table.dtype)
-                tensors[name] = ExpertTensor(slot, stored)
+                begin = 0
+                for number, part_of_it in enumerate(stored, 1):
+                    key = name if number == 1 else f"{name} ({number})"
+                    tensors[key] = ExpertTensor(slot, part_of_it, begin)
+                    begin += part_of_it.row_bytes
         counts = {t.stored.experts: t.stored for t in tensors.values()}
         if len(counts) != 1:
             (a, first), (b, second), *_ = counts.items()
@@ -269,18 +318,29 @@ def _find_layers(
                 f"{path}: {first.names[0]} in {first.files[0]} has {a} experts, but "
                 f"{second.names[0]} in {second.files[0]} has {b}"
             )
-        layers.append(ExpertLayer(path, switch, tensors, next(iter(counts))))
+        experts = next(iter(counts))
+        for name, one in small.items():
+            if one.rows.shape[0] != experts:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: {path}.{name} is {list(one.rows.shape)}, but the layer "
+                    f"has {experts} experts"
+                )
+        layers.append(ExpertLayer(path, switch, tensors, experts, small, traits))
     return sorted(layers, key=lambda x: [int(p) if p.isdigit() else -1 for p in x.name.split(".")])
 
 
-def _stored_table(
+def _small_table(module: nn.Module, attribute: str, table: mx.array) -> SmallTable:
+    return SmallTable(SlotTensor(module, attribute, tuple(table.shape[1:]), table.dtype), table)
+
+
+def _stored_parts(
     where: str,
     table: mx.array,
     entries: dict[int, TensorEntry],
     record: LoadRecord,
     checkpoint: Checkpoint,
-) -> ExpertTable | None:
-    """The place of a table on disk; None if mlx-lm computes it while loading.
+) -> list[ExpertTable]:
+    """The places of a table's parts on disk; none if its library computes it while loading.
 
     Args:
         where: the table's name in the model.
@@ -291,62 +351,96 @@ def _stored_table(
     """
     rows = record.traced.get(where)
     if record.traced and rows is None:  # `a *= 2` computes, and `a` is the same object after it
-        return None
+        return []
     _, parts = record.stacks.get(id(table), (table, []))
     if entry := entries.get(id(table)):
-        _check_table(where, table, entry, entry.shape, entry.nbytes)
-        return ExpertTable.stacked(entry)
+        _check_table(where, table, entry, entry.shape, entry.nbytes, record)
+        return [ExpertTable.stacked(entry)]
     if parts and all(id(p) in entries for p in parts):
         stored = ExpertTable.separate([entries[id(p)] for p in parts])
         entry, count = entries[id(parts[0])], len(parts)
-        _check_table(where, table, entry, (count, *entry.shape), count * entry.nbytes)
-        return stored
-    return None if rows is None else _cut_table(where, table, rows.rows(), checkpoint)
+        _check_table(where, table, entry, (count, *entry.shape), count * entry.nbytes, record)
+        return [stored]
+    return [] if rows is None else _cut_tables(where, table, rows, record, checkpoint)
 
 
-def _cut_table(where: str, table: mx.array, rows: Stored, checkpoint: Checkpoint) -> ExpertTable:
-    """The place of a table whose experts are parts of stored tensors: half of their rows, say."""
-    entries = [checkpoint.tensors[name] for name, _ in rows.ranges]
-    _check_table(where, table, entries[0], rows.shape, rows.nbytes)
-    return ExpertTable(
-        entries[0].dtype,
-        table.nbytes // table.shape[0],
-        tuple(str(e.file) for e in entries),
-        tuple(e.offset + skip for e, (_, skip) in zip(entries, rows.ranges, strict=True)),
-        tuple(e.name for e in entries),
-    )
+def _cut_tables(
+    where: str, table: mx.array, stored: Stored, record: LoadRecord, checkpoint: Checkpoint
+) -> list[ExpertTable]:
+    """The places of a table whose experts are parts of stored tensors: half of their rows, say.
+
+    Empty if one expert is cut in another way than the others.
+    """
+    first = checkpoint.tensors[stored.ranges[0][0]]
+    _check_table(where, table, first, stored.shape, stored.nbytes, record)
+    rows = stored.rows()
+    if len({tuple(nbytes for *_, nbytes in row) for row in rows}) > 1 or len(rows[0]) > _PARTS:
+        return []
+    tables = []
+    for part in zip(*rows, strict=True):  # of every expert
+        entries = [checkpoint.tensors[name] for name, *_ in part]
+        tables.append(
+            ExpertTable(
+                entries[0].dtype,
+                part[0][2],
+                tuple(str(e.file) for e in entries),
+                tuple(e.offset + skip for e, (_, skip, _) in zip(entries, part, strict=True)),
+                tuple(e.name for e in entries),
+            )
+        )
+    return tables
 
 
 def _unknown_owner(folder: Path, path: str, switch: nn.Module) -> str:
     """The message for an expert module of no known class."""
     return (
         f"{folder}: {path} is a {type(switch).__name__}, and experts of that kind cannot be "
-        "streamed yet. If the model fits into memory, load it without streaming"
+        "streamed: only modules that are called with tokens and the indices of their experts can. "
+        "If the model fits into memory, load it without streaming"
     )
 
 
 def _check_table(
-    where: str, table: mx.array, stored: TensorEntry, shape: tuple[int, ...], nbytes: int
+    where: str,
+    table: mx.array,
+    stored: TensorEntry,
+    shape: tuple[int, ...],
+    nbytes: int,
+    record: LoadRecord,
 ) -> None:
     """Check that a table in the model has the shape and size of its stored bytes."""
     if tuple(table.shape) != shape or table.nbytes != nbytes or not shape or not table.size:
         raise CheckpointError(
             f"{stored.file}: tensor {stored.name} is {stored.dtype} {list(stored.shape)}, but "
-            f"mlx-lm reads it as {table.dtype} {list(table.shape)} for {where}"
+            f"{record.library} reads it as {table.dtype} {list(table.shape)} for {where}"
         )
 
 
-def _rewritten(where: str, stored: dict[str, mx.array], checkpoint: Checkpoint) -> str:
-    """The message for a table that mlx-lm computes while loading."""
+def _rewritten(where: str, record: LoadRecord, checkpoint: Checkpoint) -> str:
+    """The message for a table that its library computes while loading."""
     layer = where[: where.find(".", where.find("layers.") + len("layers.")) + 1]
-    alike = sorted(n for n in stored if ".experts." in n and layer in n)
+    alike = sorted(n for n in record.stored if ".experts." in n and layer in n)
     example = f" (it holds {alike[0]}, for example)" if alike else ""
+    if record.library == MLX_VLM:
+        way_out = (
+            "Use an MLX conversion (mlx-community), or write one with mlx_vlm.convert on a machine "
+            "that holds the model"
+        )
+    else:
+        way_out = (
+            "Convert the checkpoint once, in little memory: python -m mlx_streamexperts.convert "
+            f"--model {checkpoint.folder} --out <new folder>"
+        )
     return (
         f"{checkpoint.folder} stores {where} neither as one table nor expert by expert as it is "
-        f"used{example}; mlx-lm computes it while loading, with all experts in memory. Convert the "
-        f"checkpoint once, in little memory: python -m mlx_streamexperts.convert --model "
-        f"{checkpoint.folder} --out <new folder>"
+        f"used{example}; {record.library} computes it while loading, with all experts in memory. "
+        f"{way_out}"
     )
+
+
+def alone_message(folder: Path) -> str:
+    """The message for a model of mlx-vlm that several machines were to share."""
+    return f"{folder}: several machines share models of mlx-lm only, not of mlx-vlm"
 
 
 def no_experts_message(folder: Path, model: nn.Module, model_config: dict[str, Any]) -> str:
@@ -378,5 +472,6 @@ def _embedding_bytes(model: nn.Module, model_config: dict[str, Any]) -> int:
 
 
 def has_expert_tensors(folder: Path) -> bool:
-    """Does a checkpoint name any tensor after experts?"""
-    return any("expert" in name for name in read_checkpoint(folder).tensors)
+    """Does a checkpoint name any tensor after experts, or after the modules that hold them?"""
+    names = read_checkpoint(folder).tensors
+    return any("expert" in name or "switch_" in name for name in names)

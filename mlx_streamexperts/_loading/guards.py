@@ -1,4 +1,4 @@
-"""Refuses mlx-lm's functions and programs that would silently leave out streamed experts.
+"""Refuses what would silently leave out streamed experts, of mlx-lm and mlx-vlm.
 
 Streamed experts are not parameters of the model: code that walks the parameters (to save, quantize
 or train) would skip them. While a patch is installed, such functions of mlx-lm refuse streamed
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -38,8 +39,12 @@ REFUSED_PROGRAMS: dict[str, str] = {
     "teacher",
     "mlx_lm.quant.dynamic_quant": _QUANTIZER,
     "mlx_lm.quant.gptq": _QUANTIZER,
+    "mlx_vlm.convert": "it writes the model, which needs all experts in memory. Run it without "
+    "streaming, on a machine that holds the model",
+    "mlx_vlm.train": "training needs all experts in memory. Run it without streaming, on a machine "
+    "that holds the model",
 }
-"""Why a program of mlx-lm cannot run on a streamed model, by module."""
+"""Why a program of mlx-lm or mlx-vlm cannot run on a streamed model, by module."""
 
 
 def check_program(module: str, arguments: list[str]) -> None:
@@ -48,6 +53,8 @@ def check_program(module: str, arguments: list[str]) -> None:
     Raises:
         UnsupportedModelError: the program is one of these; the message says what to do instead.
     """
+    if module == "mlx_vlm" and arguments:
+        module = f"mlx_vlm.{arguments[0]}"
     if module == "mlx_lm.quant.dwq" and "--targets-only" in arguments:
         return
     if module == "mlx_lm.lora" and "--train" in arguments:
@@ -82,3 +89,10 @@ GUARDS: tuple[tuple[Callable[..., Any], Callable[..., Any]], ...] = tuple(
     )
 )
 """Functions of mlx-lm, each with its replacement while a patch is installed."""
+
+
+@functools.cache
+def vlm_guard() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """mlx-vlm's function that writes a model, and its replacement. mlx-vlm must be imported."""
+    original = sys.modules["mlx_vlm.utils"].save_weights
+    return original, _guarded(original, SAVE)

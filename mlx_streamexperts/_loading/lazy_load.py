@@ -28,6 +28,7 @@ from mlx_lm.models.switch_layers import (
 )
 
 from .._errors import CheckpointError, StreamError, UnsupportedModelError
+from .._experts.layer import Traits
 from .._experts.stream import flatten
 from .._hooks import swapped_in_thread
 from .._io.checkpoint import (
@@ -43,6 +44,8 @@ from .provenance import Stored, trace
 
 SWITCHES: tuple[type[nn.Module], ...] = (SwitchGLU, SwitchMLP)
 PROJECTIONS: tuple[type[nn.Module], ...] = (SwitchLinear, QuantizedSwitchLinear)
+
+MLX_LM, MLX_VLM = "mlx-lm", "mlx-vlm"  # the libraries that load models
 
 # Bound before any patch is installed.
 original_load_model = mlx_lm.utils.load_model
@@ -60,6 +63,8 @@ class LoadRecord:
         sanitize: makes the model's arrays of stored ones, by name; leaves the model alone.
         language: the part of the model whose calls are passes; None for the model itself.
         switches, projections: classes of expert modules, and of the switch linears they own.
+        library: the library that loaded it.
+        traits: tells what sets an expert module apart.
     """
 
     stored: dict[str, mx.array] = field(default_factory=dict)
@@ -70,6 +75,8 @@ class LoadRecord:
     language: nn.Module | None = None
     switches: tuple[type[nn.Module], ...] = SWITCHES
     projections: tuple[type[nn.Module], ...] = PROJECTIONS
+    library: str = MLX_LM
+    traits: Callable[[nn.Module], Traits] = lambda _: Traits()
 
     @functools.cached_property
     def traced(self) -> dict[str, Stored]:
@@ -125,10 +132,10 @@ def _not_loaded(folder: Path, error: Exception) -> StreamError:
             reason = f"{type(error).__name__}: {reason}"
         known = whereabouts(checkpoint) if _lacks_weights(error, checkpoint) else ""
         known = f". {known}" if known else ""
-        if reason.startswith("Model type "):  # "... not supported."
+        if reason.startswith("Model type ") or "engram" in reason:  # "... not supported."
             known += (
-                " mlx-vlm may have it: mlx_vlm.load under patch() streams such models (extra "
-                "`vlm`), and so does python -m mlx_streamexperts.run mlx_vlm.generate"
+                " mlx-vlm may have it (extra `vlm`): load it with mlx_streamexperts.load, or with "
+                "mlx_vlm.load under patch()"
             )
         return CheckpointError(f"{folder}: mlx-lm cannot load this checkpoint: {reason}{known}")
     return UnsupportedModelError(

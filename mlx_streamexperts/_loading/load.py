@@ -1,15 +1,14 @@
-"""Loads models through mlx-lm with their expert layers streamed: `load`, `plan` and `patch`.
+"""Loads models with their expert layers streamed: `load`, `plan` and `patch`.
 
-discover.py finds the experts, patching.py replaces mlx-lm's functions. This module puts the
-streamed layers into the model and loads everything else. It evaluates nothing before the plan is
-accepted.
+discover.py finds the experts, patching.py replaces functions of mlx-lm and mlx-vlm. This
+module puts the streamed layers into the model and loads everything else. It evaluates nothing
+before the plan is accepted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from .._config import StreamConfig
 from .._distributed.pipeline import wait_on_host
 from .._distributed.ranks import Ranks
 from .._distributed.watch import Watch
-from .._errors import RankError, UnsupportedModelError
+from .._errors import RankError, StreamError, UnsupportedModelError
 from .._experts.layer import StreamedSwitch
 from .._experts.prefetch import connect
 from .._experts.refusals import guard
@@ -31,14 +30,19 @@ from .._memory.budget import Plan, check_device
 from .._memory.hardware import named_machine
 from .._memory.passes import Passes
 from .._memory.process_memory import check_address_space, held_bytes, is_registered
-from .._osinfo import apple_limit, apple_working_set, device_limit
+from .._osinfo import apple_budget, apple_limit, device_limit
 from .._progress import progress_bar
 from . import patching, vlm
 from .combinations import PassCheck, token_rows
-from .discover import DiscoveredModel, Load, discover, has_expert_tensors
-from .lazy_load import original_load_model
+from .discover import DiscoveredModel, alone_message, discover, has_expert_tensors
+from .early_rows import reading_early
+from .lazy_load import MLX_LM, MLX_VLM, original_load_model
+from .libraries import library
 from .on_ranks import discover_on_ranks, part_of_repository
+from .tables import set_module
 from .tuned_for import warn_if_elsewhere
+
+_log = logging.getLogger(__name__)
 
 _TRUNK_STEP_BYTES = 256 << 20
 
@@ -53,15 +57,18 @@ def load(
 ) -> tuple[Any, ...]:
     """Load a Mixture-of-Experts model whose experts are streamed from disk.
 
+    mlx-lm loads it if it has the model's family, otherwise mlx-vlm; `config.loader` overrides that.
+
     Args:
         path_or_hf_repo: model folder or Hugging Face repository, as `mlx_lm.load` takes it.
         memory: bound for all of MLX's memory: bytes, or a string such as "96GB".
         cache: bound for the expert cache alone: bytes, or a string.
         config: further options; `memory` and `cache` override its own.
-        *args, **kwargs: any other arguments of `mlx_lm.load`.
+        *args, **kwargs: any other arguments of `mlx_lm.load`, or of `mlx_vlm.load`.
 
     Returns:
-        Model and tokenizer, as `mlx_lm.load` returns them (and config with `return_config=True`).
+        Model and tokenizer, as `mlx_lm.load` returns them (and config with `return_config=True`),
+        or model and processor, as `mlx_vlm.load` does.
 
     Raises:
         BudgetError: the memory is too small (the message states the smallest that works), or more
@@ -69,13 +76,16 @@ def load(
         CheckpointError: the files are damaged or incomplete.
         UnsupportedModelError: no routed experts, or a layout that cannot be streamed.
         ExpertReadError: reading a layer that fits whole, or a hot set, failed.
-        StreamError: an option or a size is invalid.
+        StreamError: an option or a size is invalid, or mlx-vlm is needed and not installed.
     """
     patched = patch(memory, cache, config)
     trust = kwargs.get("trust_remote_code", False)
     folder = local_folder(path_or_hf_repo, patched.config, kwargs.get("revision"), trust)
+    loads_vlm = library(folder, patched.config) == MLX_VLM
+    loaded_by = vlm.require(folder) if loads_vlm else mlx_lm.utils
     with patching.for_this_thread(patched):
-        return mlx_lm.utils.load(str(folder), *args, **kwargs)
+        result: tuple[Any, ...] = loaded_by.load(str(folder), *args, **kwargs)
+        return result
 
 
 def plan(
@@ -95,7 +105,8 @@ def plan(
         path_or_hf_repo: model folder or Hugging Face repository.
         memory, cache, config: as for `load`.
         trust_remote_code: run the model code that the checkpoint brings, if it does.
-        machine: name of the machine to plan for, as in `doctor --machine`; default: this one.
+        machine: name of the machine to plan for, as in `doctor --machine` ("m4 max 128"); default:
+            this one. Without a budget it gets the largest that such a machine can hold.
 
     Returns:
         The plan; `str(plan)` is one line.
@@ -105,7 +116,7 @@ def plan(
             than the machine can hold.
         CheckpointError: the files are damaged or incomplete, or there is no such model.
         UnsupportedModelError: no routed experts, or a layout that neither streams nor converts.
-        StreamError: an option or a size is invalid.
+        StreamError: an option or a size is invalid, or mlx-vlm is needed and not installed.
     """
     with headers_only(str(path_or_hf_repo)) as (folder, _):
         merged = _merged(memory, cache, config)
@@ -117,7 +128,7 @@ def plan(
         else:
             memory_bytes = named_machine(machine).memory
             if merged.memory is None and merged.cache is None:
-                merged = replace(merged, memory=apple_working_set(memory_bytes))
+                merged = replace(merged, memory=apple_budget(memory_bytes))
             planned = found.plan(merged)
             limit = apple_limit(memory_bytes, planned.bound)
         check_device(planned, limit, merged.oversubscribe)
@@ -145,8 +156,18 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
         return mlx_lm.utils._download(str(path_or_hf_repo), revision=revision)
 
 
+def library_of(path_or_hf_repo: str | Path, config: StreamConfig) -> str:
+    """The library that loads a model; of a Hub repository only the headers are downloaded.
+
+    Raises:
+        CheckpointError: there is no such model, or its files are damaged or incomplete.
+    """
+    with headers_only(str(path_or_hf_repo)) as (folder, _):
+        return library(folder, config)
+
+
 class patch:  # noqa: N801 - called like a function
-    """Make `mlx_lm.load` stream experts, wherever it was imported.
+    """Make `mlx_lm.load` and `mlx_vlm.load` stream experts, wherever they were imported.
 
     Use it as a context manager, or call `install` and later `remove`. Removing restores mlx-lm
     exactly; models loaded in between stay streamed. The first model must have routed experts.
@@ -160,7 +181,8 @@ class patch:  # noqa: N801 - called like a function
         streams: the `ExpertStream` of every model loaded through this patch, in order.
 
     Raises:
-        StreamError: an option or a size is invalid. Loading raises what `load` raises.
+        StreamError: an option or a size is invalid, or `with` is used on a patch that is installed.
+            Loading raises what `load` raises.
     """
 
     def __init__(
@@ -175,6 +197,8 @@ class patch:  # noqa: N801 - called like a function
     def install(self) -> patch:
         """Patch mlx-lm for all threads until `remove`. The last patch installed counts.
 
+        Install it again to make it the last one; one `remove` still undoes it.
+
         Returns:
             The patch itself.
         """
@@ -186,6 +210,8 @@ class patch:  # noqa: N801 - called like a function
         patching.remove(self)
 
     def __enter__(self) -> patch:
+        if patching.is_installed(self):  # the end of an inner block would undo the outer one
+            raise StreamError("this patch is installed already: make another one for this block")
         return self.install()
 
     def __exit__(self, *exception: object) -> None:
@@ -199,7 +225,7 @@ class patch:  # noqa: N801 - called like a function
         if group is not None:
             return self._load_part(Ranks(group), folder, lazy, arguments)
         try:
-            found = self._load(folder, lazy, arguments)
+            found = self._load(folder, lazy, arguments, MLX_LM)
         except UnsupportedModelError:
             if self._loads_whole(folder):
                 return original_load_model(folder, lazy, **arguments)
@@ -211,7 +237,7 @@ class patch:  # noqa: N801 - called like a function
         return bool(self.streams) and not has_expert_tensors(folder)
 
     def _load(
-        self, folder: Path, lazy: bool, arguments: dict[str, Any], load: Load | None = None
+        self, folder: Path, lazy: bool, arguments: dict[str, Any], library: str
     ) -> DiscoveredModel:
         """Discover, plan, and put streamed layers in place.
 
@@ -219,34 +245,36 @@ class patch:  # noqa: N801 - called like a function
             folder: the model folder.
             lazy: leave the trunk unevaluated.
             arguments: arguments of the library's `load_model`.
-            load: as in `discover`.
+            library: the one whose `load_model` was called.
         """
-        found = discover(folder, self.config, arguments, load=load)
+        found = discover(folder, replace(self.config, loader=library), arguments)
         # `reserve` is for other models. Once one of them is loaded, its real size counts instead.
         others, config = held_bytes(), self.config
         foreign = max(0, mx.get_active_memory() - others)
         if any(is_registered(s) for s in self.streams):
             config = replace(config, reserve=None)
+        if library == MLX_VLM:  # its caches are not known to go back exactly
+            if config.run_ahead == "on":
+                _log.warning("run_ahead does not work with mlx-vlm: each layer's router is awaited")
+            config = replace(config, run_ahead="off")
         plan = found.plan(config, others)  # before anything is evaluated
         check_device(plan, device_limit(plan.bound), config.oversubscribe)
         plan = replace(plan, others=foreign)
         warn_if_elsewhere(found.layers, self.config)
-        self._stream_experts(found, plan, config, lazy)
+        self._stream_experts(found, plan, config, lazy).folder = folder
         return found
 
-    def _load_vlm(self, original: Callable[..., nn.Module], arguments: dict[str, Any]) -> nn.Module:
-        """`mlx_vlm.utils.load_model`, the original, with the expert layers streamed."""
+    def _load_vlm(self, arguments: dict[str, Any]) -> nn.Module:
+        """`mlx_vlm.utils.load_model` with the expert layers streamed."""
         folder, lazy = Path(arguments.pop("model_path")), arguments.pop("lazy", False)
         arguments = {**arguments.pop("kwargs", {}), **arguments}
         if patching.group_of(self.config) is not None:
-            raise UnsupportedModelError(
-                f"{folder}: several machines share models of mlx-lm only, not of mlx-vlm"
-            )
+            raise UnsupportedModelError(alone_message(folder))
         try:
-            return self._load(folder, lazy, arguments, partial(vlm.load_recorded, original)).model
+            return self._load(folder, lazy, arguments, MLX_VLM).model
         except UnsupportedModelError:
             if self._loads_whole(folder):
-                return original(folder, lazy=lazy, **arguments)
+                return vlm.original_load_model()(folder, lazy=lazy, **arguments)
             raise
 
     def _load_part(
@@ -283,13 +311,13 @@ class patch:  # noqa: N801 - called like a function
         language = found.language
         rows = token_rows(language) if found.stage is None else None
         for layer in found.layers:
-            _set_module(model, layer.name, StreamedSwitch(layer))
+            set_module(model, layer.name, StreamedSwitch(layer))
         guard(model)
         if not lazy:
             _load_trunk(model, config.progress)
         if config.prefetch != "off":
             connect(model, found.layers, config.prefetch_depth, config.prefetch == "on")
-        expert_stream = ExpertStream(found.layers, plan, config, found.model_config)
+        expert_stream = ExpertStream(found.layers, plan, config, found.model_config, found.rows)
         if found.stage is not None:
             wait_on_host(model, found.stage)
             expert_stream.stage = found.stage
@@ -297,20 +325,13 @@ class patch:  # noqa: N801 - called like a function
         run_ahead = expert_stream.run_ahead
         if run_ahead is not None:
             run_ahead.watch(model)
-        passes = Passes(expert_stream, run_ahead.step if run_ahead else None)
-        passes.install(language, PassCheck(language, rows))
+        run = run_ahead.step if run_ahead else None
+        step = reading_early(found.rows, language, run)
+        passes = Passes(expert_stream, step, expert_stream.on_pass)
+        passes.install(language, PassCheck(language, rows, pads=found.library == MLX_VLM))
         expert_stream.token_rows = rows
         self.streams.append(expert_stream)
         return expert_stream
-
-
-def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Replace the module at a path such as `model.layers.3.mlp.switch_mlp`."""
-    *parents, last = path.split(".")
-    node: Any = model
-    for part in parents:
-        node = node[int(part)] if isinstance(node, list) else node[part]
-    node[int(last) if isinstance(node, list) else last] = module
 
 
 def _load_trunk(model: nn.Module, progress: bool) -> None:

@@ -18,7 +18,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,7 +29,8 @@ from .._config import StreamConfig
 from .._errors import UnsupportedModelError
 from .._experts.stream import is_streamed, stream
 from .._io.checkpoint import read_header
-from .guards import GUARDS
+from . import vlm
+from .guards import GUARDS, vlm_guard
 from .lazy_load import original_load_model
 from .on_ranks import part_of_repository
 
@@ -46,8 +47,8 @@ class Loader(Protocol):
     def _load_model(self, arguments: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
         """`mlx_lm.utils.load_model` with these arguments and streamed experts."""
 
-    def _load_vlm(self, original: Callable[..., nn.Module], arguments: dict[str, Any]) -> nn.Module:
-        """mlx-vlm's `load_model`, the original, with these arguments and streamed experts."""
+    def _load_vlm(self, arguments: dict[str, Any]) -> nn.Module:
+        """`mlx_vlm.utils.load_model` with these arguments and streamed experts."""
 
 
 _VLM = "mlx_vlm.utils"
@@ -59,11 +60,21 @@ _scoped = 0  # `for_this_thread` blocks under way
 
 
 def install(loader: Loader) -> None:
-    """Let all threads load through `loader`; the last one installed counts."""
+    """Let all threads load through `loader`; the last one installed counts.
+
+    Installed again, it becomes the last one and is still undone by one `remove`.
+    """
     _await_vlm()
     with _lock:
+        if loader in _installed:
+            _installed.remove(loader)
         _installed.append(loader)
         _replace_functions()
+
+
+def is_installed(loader: Loader) -> bool:
+    """Is it installed, and not removed yet?"""
+    return loader in _installed
 
 
 def remove(loader: Loader) -> None:
@@ -151,7 +162,7 @@ class _AfterImport(MetaPathFinder):
 @functools.cache
 def _vlm_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
     """mlx-vlm's `load_model`, and ours. It must be imported: an import here could wait for ever."""
-    original = sys.modules[_VLM].load_model
+    original = vlm.original_load_model()
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -159,9 +170,25 @@ def _vlm_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
         active = _active()
         if active is None:
             return original(*args, **kwargs)
-        return active._load_vlm(original, dict(signature.bind(*args, **kwargs).arguments))
+        return active._load_vlm(dict(signature.bind(*args, **kwargs).arguments))
 
     return original, load_model
+
+
+@functools.cache
+def _vlm_weights() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """mlx-vlm's `load_model_weights`, and ours. A draft model out of its target's own checkpoint is
+    loaded by this function alone.
+    """
+    original = sys.modules[_VLM].load_model_weights
+
+    @functools.wraps(original)
+    def load_model_weights(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        if _active() is not None:
+            vlm.refuse_drafters(model)
+        return cast(nn.Module, original(model, *args, **kwargs))
+
+    return original, load_model_weights
 
 
 @functools.wraps(_original_load_adapters)
@@ -226,6 +253,12 @@ def _sharded_load(
 _after_import = _AfterImport()
 
 
+def _vlm_is_there() -> bool:
+    """Are mlx-vlm's functions defined? Another thread may be importing it."""
+    utils = sys.modules.get(_VLM)
+    return hasattr(utils, "load_model") and hasattr(utils, "save_weights")
+
+
 def _replace_functions() -> None:
     """Put our functions, or the original ones, into every module that has imported them."""
     patched = bool(_installed or _scoped)
@@ -234,7 +267,8 @@ def _replace_functions() -> None:
     elif not patched and _after_import in sys.meta_path:
         sys.meta_path.remove(_after_import)
     for original, ours in (
-        *([_vlm_functions()] if hasattr(sys.modules.get(_VLM), "load_model") else []),
+        *([_vlm_functions(), vlm_guard()] if _vlm_is_there() else []),
+        *([_vlm_weights()] if hasattr(sys.modules.get(_VLM), "load_model_weights") else []),
         (original_load_model, _load_model),
         (_original_load_adapters, _load_adapters),
         *GUARDS,

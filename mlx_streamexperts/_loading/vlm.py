@@ -8,61 +8,159 @@ this module imports it only in functions.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .._errors import CheckpointError, StreamError
-from .._hooks import swapped_in_thread
-from .._io.checkpoint import MOVED, shard_files
+from .._errors import CheckpointError, StreamError, UnsupportedModelError
+from .._experts.layer import Traits
+from .._hooks import intercept, swapped_in_thread
+from .._io.checkpoint import MOVED, read_model_config, shard_files
 from .._io.files import allow_open
-from .lazy_load import LoadRecord, recording_stacks
+from .lazy_load import MLX_VLM, LoadRecord, recording_stacks
 
 # Expert modules that compute every (token, expert) row on its own, from their switch linears alone.
 _SWITCHES = (
     ("switch_layers", "SwitchGLU"),
     ("switch_layers", "SwitchMLP"),
+    ("deepseek_v41.language", "DeepseekV41SwitchGLU"),
     ("hy_v4.fused_switch_glu", "FusedSwitchGLU"),
     ("laguna.language", "LagunaPackedSwitchGLU"),
     ("minimax_m3_vl.language", "MiniMaxPackedSwitchGLU"),
     ("diffusion_gemma.language", "Experts"),
+    ("inkling.language", "InklingSwitchGLU"),
+    ("openai_privacy_filter.openai_privacy_filter", "Experts"),
 )
-_PROJECTIONS = (("switch_layers", "SwitchLinear"), ("switch_layers", "QuantizedSwitchLinear"))
+_PROJECTIONS = (
+    ("mlx_vlm.models.switch_layers", "SwitchLinear"),
+    ("mlx_vlm.models.switch_layers", "QuantizedSwitchLinear"),
+    ("mlx_vlm.quantization.nvfp4", "ScaledQuantizedSwitchLinear"),
+)
 Classes = tuple[type[nn.Module], ...]
 
 
 @cache
 def expert_classes() -> tuple[Classes, Classes]:
     """mlx-vlm's expert modules, and the switch linears that they own."""
-    return tuple(_class(*n) for n in _SWITCHES), tuple(_class(*n) for n in _PROJECTIONS)
+    switches = tuple(_class(f"mlx_vlm.models.{module}", name) for module, name in _SWITCHES)
+    return switches, tuple(_class(*names) for names in _PROJECTIONS)
 
 
 def _class(module: str, name: str) -> type[nn.Module]:
-    kind: type[nn.Module] = getattr(importlib.import_module(f"mlx_vlm.models.{module}"), name)
+    kind: type[nn.Module] = getattr(importlib.import_module(module), name)
     return kind
 
 
+def refuse_drafters(model: nn.Module) -> None:
+    """Refuse a model of mlx-vlm that only drafts for others, if it has experts.
+
+    Raises:
+        UnsupportedModelError: it has.
+    """
+    if not type(model).__module__.startswith("mlx_vlm.speculative.drafters."):
+        return
+    _, projections = expert_classes()
+    for path, module in model.named_modules():
+        if isinstance(module, projections):
+            raise UnsupportedModelError(
+                f"{type(model).__module__.split('.')[3]}: this draft model has experts of its own "
+                f"({path}), which mlx-vlm would load in whole: generate without a draft model"
+            )
+
+
+def require(folder: Path) -> Any:
+    """The module `mlx_vlm.utils`, for this model.
+
+    Raises:
+        StreamError: mlx-vlm is not installed.
+    """
+    try:
+        return importlib.import_module("mlx_vlm.utils")
+    except ModuleNotFoundError as e:
+        if (e.name or "").partition(".")[0] != "mlx_vlm":
+            raise
+        raise StreamError(
+            f"{folder}: this model loads through mlx-vlm, which is not installed: "
+            "pip install 'mlx-streamexperts[vlm]'"
+        ) from e
+
+
+@cache
+def original_load_model() -> Callable[..., nn.Module]:
+    """mlx-vlm's own `load_model`, which patching.py asks for before it replaces that.
+
+    `mlx_vlm.utils` must be imported: an import here could wait for ever.
+    """
+    load: Callable[..., nn.Module] = sys.modules["mlx_vlm.utils"].load_model
+    return load
+
+
+def _refuse_drafts(language: nn.Module, folder: Path) -> None:
+    """Let Gemma 4's check of drafts raise: mlx-vlm 0.7.10 leaves the experts out of it."""
+    kind: Any = type(language)
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("speculative_verify"):
+            raise UnsupportedModelError(
+                f"{folder}: mlx-vlm's check of a draft (exact_speculative_verify in config.json) "
+                "computes this model without its experts: generate without a draft model"
+            )
+        return kind.__call__(self, *args, **kwargs)
+
+    intercept(language, call)
+
+
+def traits(switch: nn.Module) -> Traits:
+    """What sets an expert module of mlx-vlm apart.
+
+    - `SwitchGLU` runs a few tokens one by one, with the kernels of decoding.
+    - Inkling's has two scales for each expert beside its projections, unless all are 1. It finds
+      that out once, from the whole tables: a few numbers are evaluated here.
+    - MiniMax M3's has the shared expert in its last row.
+    """
+    kind = type(switch).__name__
+    if kind == "SwitchGLU":
+        linear = importlib.import_module("mlx_vlm.models.linear")
+        return Traits(tokenwise=linear.tokenwise, most=linear.DECODE_BLOCK_SIZE)
+    if kind == "InklingSwitchGLU" and not cast(Any, switch).scales_trivial():
+        own = tuple(name for name, value in switch.items() if isinstance(value, mx.array))
+        return Traits(own_tables=own)
+    if kind == "MiniMaxPackedSwitchGLU":
+        return Traits(pinned=(switch["down_proj"].weight.shape[0] - 1,))
+    return Traits()
+
+
 def load_recorded(
-    load: Callable[..., nn.Module], folder: Path, arguments: dict[str, Any]
+    folder: Path, arguments: dict[str, Any]
 ) -> tuple[nn.Module, dict[str, Any], LoadRecord]:
     """Run mlx-vlm's `load_model` lazily and record where its arrays come from.
 
     Args:
-        load: mlx-vlm's own `load_model`.
         folder: the model folder.
         arguments: further arguments of `load_model`.
 
     Raises:
         CheckpointError: mlx-vlm cannot load the checkpoint.
-        StreamError: the checkpoint has more files than this process may open.
+        UnsupportedModelError: the checkpoint brings model code, and `arguments` do not trust it.
+        StreamError: mlx-vlm is not installed, or the checkpoint has more files than this process
+            may open.
     """
+    utils = require(folder)
+    load = original_load_model()
     allow_open(len(shard_files(folder)), str(folder))  # MLX holds each open until it is read
-    utils: Any = importlib.import_module("mlx_vlm.utils")
-    record = LoadRecord()
+    # mlx-vlm runs such a file without asking; so would `doctor`, on whatever it is shown.
+    file = read_model_config(folder).get("model_file")
+    if file is not None and not arguments.get("trust_remote_code"):
+        raise UnsupportedModelError(
+            f"{folder}: its config.json names model code to run, {file}. If you trust it, pass "
+            "trust_remote_code=True (--trust-remote-code)"
+        )
+    record = LoadRecord(library=MLX_VLM)
     files: dict[str, list[str]] = {}  # names in each shard
 
     def load_shard(path: str) -> dict[str, mx.array]:
@@ -98,5 +196,8 @@ def load_recorded(
     record.sanitize = sanitize
     language = getattr(model, "language_model", None)
     record.language = language if isinstance(language, nn.Module) else model
+    if getattr(getattr(record.language, "config", None), "exact_speculative_verify", False):
+        _refuse_drafts(record.language, folder)
     record.switches, record.projections = expert_classes()
+    record.traits = traits
     return model, utils.load_config(folder), record

@@ -1,6 +1,6 @@
 """Divides a memory budget, from sizes alone, before anything is allocated.
 
-    memory = trunk + expert cache + KV cache + work space + the process itself
+    memory = trunk + expert cache + row cache + KV cache + work space + the process itself
 
 Trunk and experts are exact sums over the checkpoint. KV cache and work space are upper estimates
 from the graph of the model's own forward pass (footprint.py). Attention needs work space for each
@@ -74,6 +74,8 @@ class Plan:
         context_stated: `context_tokens` is a limit that the user set.
         pass_bytes: work space for dividing passes if several machines share the model: the least of
             all ranks. Else 0.
+        tables: tables looked up by token that stay on the drive; not part of `trunk`.
+        row_cache: memory for rows of them. It is not MLX's.
         resident_share: fraction of all expert bytes that fits into the cache, 0 to 1.
     """
 
@@ -101,6 +103,8 @@ class Plan:
     reserve: int = 0
     others: int = field(default=0, compare=False)
     context_stated: bool = False
+    tables: int = 0
+    row_cache: int = 0
 
     @property
     def longest_context(self) -> int:
@@ -130,8 +134,8 @@ class Plan:
 
     @property
     def mlx_bound(self) -> int:
-        """The part of `bound` that is MLX's: all but the process itself."""
-        return self.bound - min(self.bound // _PROCESS_SHARE, _PROCESS_BYTES)
+        """The part of `bound` that is MLX's: all but the process itself and the row cache."""
+        return self.bound - min(self.bound // _PROCESS_SHARE, _PROCESS_BYTES) - self.row_cache
 
     def as_dict(self) -> dict[str, Any]:
         """The figures as JSON values."""
@@ -213,9 +217,11 @@ class Plan:
         bound = "" if self.memory is None else f"{format_size(self.memory)} = "
         return (
             f"{bound}trunk {format_size(self.trunk)} + expert cache {format_size(self.cache)} + "
-            f"KV {format_size(self.kv)} + work space {format_size(self.work)}; "
+            + (f"row cache {format_size(self.row_cache)} + " if self.tables else "")
+            + f"KV {format_size(self.kv)} + work space {format_size(self.work)}; "
             f"{self.resident_share:.0%} of {format_size(self.experts)} of experts resident, "
             f"{min(self.slots)} to {max(self.slots)} slots a layer"
+            + (f"; {format_size(self.tables)} of tables stay on the drive" if self.tables else "")
         )
 
 
@@ -228,12 +234,16 @@ class Sizes:
         looked_up: part of the trunk of which a token reads one row (an input embedding).
         disk: the checkpoint's tensors, used or not.
         conversion: bytes that `convert` must write before the model can be streamed, or 0.
+        tables: tables of which rows are streamed; no part of the trunk.
+        row_cache: memory for those rows.
     """
 
     trunk: int
     looked_up: int
     disk: int
     conversion: int = 0
+    tables: int = 0
+    row_cache: int = 0
 
 
 def divide(
@@ -264,14 +274,14 @@ def divide(
     reserve = held + (0 if config.reserve is None else parse_size(config.reserve))
     process = min(memory // _PROCESS_SHARE, _PROCESS_BYTES)
     fewest = sum(n.minimum * n.expert_bytes for n in layers)
-    room = memory - process - sizes.trunk - kv - reserve
+    room = memory - process - sizes.trunk - sizes.row_cache - kv - reserve
     longest = min(config.prefill_tokens or context, context)
     least_work = footprint.work(min(_LEAST_PREFILL_TOKENS, longest), context)
     most_work = footprint.work(longest, context)
     share = room // _PREFILL_SHARE + footprint.unfinished
     work = max(least_work, min(most_work, share, room - fewest))
-    fixed = sizes.trunk + kv + work + reserve
-    parts = _parts(sizes.trunk, kv, work, reserve - held, held)
+    fixed = sizes.trunk + sizes.row_cache + kv + work + reserve
+    parts = _parts(sizes.trunk, kv, work, reserve - held, held, sizes.row_cache)
     least = _with_process(fixed - work + least_work + fewest)
     bound = memory
     if config.cache is not None:
@@ -321,6 +331,8 @@ def divide(
         footprint=footprint,
         reserve=reserve,
         context_stated=config.context_tokens is not None,
+        tables=sizes.tables,
+        row_cache=sizes.row_cache,
     )
 
 
@@ -387,7 +399,7 @@ def check_resize(plan: Plan, cache: int, reserve: int, others: int) -> int:
     Raises:
         BudgetError: it would break the promise; the message states the smallest sufficient memory.
     """
-    fixed = plan.trunk + plan.kv + plan.work + max(reserve, others)
+    fixed = plan.trunk + plan.row_cache + plan.kv + plan.work + max(reserve, others)
     needed = _with_process(fixed + cache)
     if plan.memory is None:
         return max(plan.bound, needed)
@@ -406,10 +418,11 @@ def _with_process(nbytes: int) -> int:
     return min(nbytes + _PROCESS_BYTES, -(-nbytes * _PROCESS_SHARE // (_PROCESS_SHARE - 1)))
 
 
-def _parts(trunk: int, kv: int, work: int, reserve: int, held: int) -> str:
+def _parts(trunk: int, kv: int, work: int, reserve: int, held: int, rows: int) -> str:
     return (
         f"the trunk ({format_size(trunk)}), KV cache ({format_size(kv)}), "
         f"work space ({format_size(work)})"
+        + (f", the row cache ({format_size(rows)})" if rows else "")
         + (f", the reserve ({format_size(reserve)})" if reserve else "")
         + (
             f", the other streamed models of this process ({format_size(held)}: free or resize "

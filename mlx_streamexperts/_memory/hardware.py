@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from .._config import parse_size
@@ -20,6 +21,9 @@ class Machine:
         drive_latency: seconds of one such read with nothing else in flight.
         sync_seconds: cost of reading one layer's router indices from the device.
         layer_seconds: cost of launching one layer's kernels, whatever they read.
+        drive_share: part of `drive_rate` that reads of experts may reach: low, high. (1, 1) for a
+            measured rate.
+        sync_share: part of `sync_seconds` that the best case counts. 1 for a measured time.
     """
 
     name: str
@@ -29,35 +33,102 @@ class Machine:
     drive_latency: float = 100e-6
     sync_seconds: float = 500e-6
     layer_seconds: float = 250e-6
+    drive_share: tuple[float, float] = (1.0, 1.0)
+    sync_share: float = 1.0
 
 
-# Memory and its bandwidth: Apple's specifications. Drive rates: 17.5 GB/s is flash-moe's own
-# measurement; the others are reviewers' sequential figures and the weakest numbers here. The 0.5 ms
-# a sync and layer: boyle counts 50 ms a token at 60 layers on an M5 Max, less with shorter queues.
-# The 0.25 ms of a layer's launches: what streamlx's 33.3 tokens/s of Qwen3.6-35B-A3B, wholly
-# resident on a 120 GB/s M4 Air, leave after the time of its bytes.
+# GB/s of memory by Apple's specifications. The chips with two figures: see `_SLOWER`.
+_MEMORY_GB_S: dict[str, tuple[int, ...]] = {
+    "": (68, 100, 100, 120, 153),
+    "Pro": (200, 200, 150, 273, 307),
+    "Max": (400, 400, 400, 546, 614),
+    "Ultra": (800, 800, 819),
+}
+_SLOWER = {("M3 Max", 36): 300, ("M3 Max", 96): 300, ("M4 Max", 36): 410, ("M5 Max", 36): 460}
+
+# GB/s of the drive, one basis for every Mac: sequential reads as reviewers measure them with
+# Blackmagic's disk test, on drives of 1 TB or more. M2 2.8, M1 Pro 5.8, M2 Pro 5.4, M3 Max as M1
+# Max, M4 2.0 to 2.8, M5 6.3, M5 Max 13.6 and 86 % more than M4 Max. Small drives reach half.
+# Projects' own figures are not used: they may include the page cache (17.5 GB/s of an M3 Max).
+_DRIVE_GB_S: dict[str, tuple[float, ...]] = {
+    "": (2.7, 2.7, 2.7, 2.7, 6.3),
+    "Pro": (5.4, 5.4, 5.4, 7.0, 13.0),
+    "Max": (5.4, 5.4, 5.4, 7.0, 13.0),
+    "Ultra": (5.4, 5.4, 5.4),
+}
+
+
+DRIVE_SHARE = (0.75, 1.1)
+"""Of a drive's sequential rate, what reads of experts reach. Decoding here reached 0.75 to 0.92 of
+what a drive of a stated rate allows; the same Mac's drives differ by their size."""
+
+
+def apple_machine(chip: str, memory_gb: int) -> Machine:
+    """A Mac by its specification.
+
+    The 0.5 ms of a sync is a guess between machines: boyle counts 50 ms a token at 60 layers on an
+    M5 Max, but its 15.5 tokens/s of Qwen3-235B there leave at most 0.4 ms a layer. The 0.25 ms of a
+    layer's launches is what streamlx's 33.3 tokens/s of Qwen3.6-35B-A3B, wholly resident on a 120
+    GB/s M4 Air, leave after the time of its bytes.
+
+    Args:
+        chip: "M4", "M4 Max" and so on.
+        memory_gb: its memory in GB.
+
+    Raises:
+        KeyError, IndexError: there is no such chip.
+    """
+    generation, _, kind = chip.partition(" ")
+    number = int(generation[1:]) - 1
+    if number < 0:
+        raise IndexError(chip)
+    rate = _SLOWER.get((chip, memory_gb), _MEMORY_GB_S[kind][number])
+    drive = _DRIVE_GB_S[kind][number]
+    name = f"{chip} {memory_gb} GB"
+    return Machine(
+        name, memory_gb * 10**9, rate * 1e9, drive * 1e9, drive_share=DRIVE_SHARE, sync_share=0.5
+    )
+
+
 NAMED_MACHINES: dict[str, Machine] = {
     m.name: m
     for m in (
-        Machine("M2 Max 96 GB", 96 * 10**9, 400e9, 6.0e9),
-        Machine("M4 Max 128 GB", 128 * 10**9, 546e9, 7.0e9),
-        Machine("M3 Max 48 GB", 48 * 10**9, 400e9, 17.5e9),
-        Machine("M5 Max 128 GB", 128 * 10**9, 614e9, 13.0e9, sync_seconds=800e-6),
-        Machine("iPhone class 12 GB", 12 * 10**9, 77e9, 2.0e9, drive_latency=200e-6),
+        apple_machine("M2 Max", 96),
+        apple_machine("M4 Max", 128),
+        apple_machine("M3 Max", 48),
+        apple_machine("M5 Max", 128),
+        apple_machine("M4", 32),
+        apple_machine("M4 Pro", 64),
+        Machine("iPhone class 12 GB", 12 * 10**9, 77e9, 2.0e9, 200e-6, drive_share=DRIVE_SHARE),
     )
 }
-"""Machines that others have published results on; figures from their specifications."""
+"""Machines that others have published results on, and two smaller Macs; by specification."""
 
 
 def named_machine(name: str) -> Machine:
-    """One of `NAMED_MACHINES`.
+    """One of `NAMED_MACHINES`, or any Mac: "M4 Max 128 GB", spelled loosely ("m4max 128").
 
     Raises:
-        StreamError: no machine has that name.
+        StreamError: no machine has that name, or it lacks the memory.
     """
-    if name not in NAMED_MACHINES:
-        raise StreamError(f"unknown machine {name!r}: choose of {', '.join(NAMED_MACHINES)}")
-    return NAMED_MACHINES[name]
+    if name in NAMED_MACHINES:
+        return NAMED_MACHINES[name]
+    form = r"(?:apple )?m(\d)[ -]?(pro|max|ultra)?(?:[ ,/-]*(\d+) ?(?:gb?|gib)?)?"
+    match = re.fullmatch(form, " ".join(name.lower().split()))
+    if match is None:
+        raise StreamError(
+            f"unknown machine {name!r}: write a chip and its memory, as in 'M4 Max 128 GB'; "
+            f"or choose of {', '.join(NAMED_MACHINES)}"
+        )
+    chip = f"M{match[1]} {(match[2] or '').title()}".strip()
+    if match[3] is None:
+        raise StreamError(f"{name!r}: how much memory? Write for example '{chip} 64 GB'")
+    try:
+        if not 8 <= (memory := int(match[3])) <= 1024:
+            raise StreamError(f"{name!r}: no Mac has {memory} GB of memory")
+        return apple_machine(chip, memory)
+    except (KeyError, IndexError) as e:
+        raise StreamError(f"{name!r}: no figures of an Apple {chip} are known here") from e
 
 
 def parse_rate(text: str, latency: float) -> tuple[float, float]:

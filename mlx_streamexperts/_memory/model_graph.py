@@ -41,7 +41,9 @@ _CACHED = (16, 32)  # tokens after which caches are measured
 _MARGIN = 1.1  # predicted work space was 0.93 to 1.05 of the measured one, over 57 families
 _FEW = 8
 _ITEM_BYTES = 4  # of an estimate: float32
-_GROWING = (stock.KVCache, stock.RotatingKVCache, stock.ChunkedKVCache)
+# By name: mlx-vlm has classes of its own beside mlx-lm's.
+_GROWING = {"KVCache", "RotatingKVCache", "ChunkedKVCache"}
+_KNOWN = _GROWING | {"ArraysCache", "PoolingCache"}
 
 
 def measure(
@@ -58,6 +60,15 @@ def measure(
         config: the language model's part of config.json.
     """
     try:
+        return _measure(model, switches)
+    except Exception as e:
+        reason = f"{type(e).__name__}: {e}"
+        _log.warning(f"KV cache and work space of this model are estimated: {reason}")
+        return _estimate(switches, config)
+
+
+def _measure(model: nn.Module, switches: Sequence[tuple[nn.Module, int]]) -> Footprint:
+    with _unevaluated():
         layers, logits = _caches(model)
         chunks, contexts = _CHUNKS, _CONTEXTS
         if (
@@ -73,10 +84,6 @@ def measure(
 
         peaks = corners(lambda t: int(_MARGIN * t.peak))
         return Footprint(layers, chunks, contexts, peaks, corners(lambda t: t.total), logits)
-    except Exception as e:
-        reason = f"{type(e).__name__}: {e}"
-        _log.warning(f"KV cache and work space of this model are estimated: {reason}")
-        return _estimate(switches, config)
 
 
 def _estimate(switches: Sequence[tuple[nn.Module, int]], config: dict[str, Any]) -> Footprint:
@@ -142,6 +149,9 @@ def _measured(few: Any, many: Any) -> LayerCache:
     if isinstance(keys := getattr(many, "keys", None), mx.array):  # allocated in steps
         return LayerCache(many.nbytes // keys.shape[2], 0, kept_tokens(many))
     a, b = (sum(x.nbytes for x in _arrays([c])) for c in (few, many))
+    ratio = getattr(many, "ratio", 0)
+    if ratio > _CACHED[1] and (buffer := many.buf_kv) is not None:  # it has pooled nothing yet
+        return LayerCache(-(-buffer.nbytes // ratio**2), b)
     token = -(-(b - a) // (_CACHED[1] - _CACHED[0]))
     return LayerCache(token, max(0, b - _CACHED[1] * token))
 
@@ -208,11 +218,16 @@ def _filled(model: nn.Module, tokens: int, capacity: int) -> list[Any]:
     caches: list[Any] = stock.make_prompt_cache(model)
     if tokens == 0:
         return caches
-    known = all(type(c) in (*_GROWING, stock.ArraysCache) for c in leaves(caches))
+    known = all(type(c).__name__ in _KNOWN for c in leaves(caches))
     # A state's graph may have operations for every token; a few do, since its size is constant.
     model(mx.zeros((1, min(tokens, _FEW) if known else tokens), mx.int32), cache=caches)
     for cache in leaves(caches) if known else ():
-        if type(cache) is stock.ArraysCache or cache.keys is None:
+        kind = type(cache).__name__
+        if kind == "PoolingCache" and cache.buf_kv is not None:
+            like = cache.buf_kv if cache.pooled is None else cache.pooled  # [B, _, D]
+            shape = (like.shape[0], tokens // cache.ratio, like.shape[2])
+            cache.pooled = mx.zeros(shape, like.dtype)
+        if kind not in _GROWING or cache.keys is None:
             continue
         kept = kept_tokens(cache)
         room = whole_steps(capacity) if kept is None else min(tokens, kept)
@@ -221,11 +236,19 @@ def _filled(model: nn.Module, tokens: int, capacity: int) -> list[Any]:
             shape = (*array.shape[:2], room, array.shape[3])
             setattr(cache, name, mx.zeros(shape, array.dtype))
         cache.offset = tokens
-        if isinstance(cache, stock.RotatingKVCache):
+        if kind == "RotatingKVCache":
             cache._idx = room
-        elif isinstance(cache, stock.ChunkedKVCache):
+        elif kind == "ChunkedKVCache":
             cache.start_position = tokens - room
     return caches
+
+
+def _unevaluated() -> AbstractContextManager[None]:
+    """Let a family's own evaluations do nothing, for this thread.
+
+    mlx-vlm's DeepSeek V4 starts each token of a short pass. It would read all experts here.
+    """
+    return swapped_in_thread(mx, eval=lambda *_: None, async_eval=lambda *_: None)
 
 
 def _exportable() -> AbstractContextManager[None]:
@@ -249,13 +272,21 @@ def _standing_in(switches: Sequence[tuple[nn.Module, int]]) -> Iterator[list[mx.
     kinds = [(module, type(module)) for module, _ in switches]
 
     def call_of(inner: int) -> Callable[..., mx.array]:
-        def call(self: nn.Module, x: mx.array, indices: mx.array) -> mx.array:
+        def call(
+            self: Any,
+            x: mx.array,
+            indices: mx.array,
+            weights: Any = None,
+            *shared: Any,
+            **more: Any,
+        ) -> mx.array:
             width = x.shape[-1]
             chosen = mx.sum(x).astype(x.dtype) + mx.sum(indices).astype(x.dtype)
             scratch = mx.zeros(4 * indices.size * (width + inner), x.dtype) + chosen
             y = mx.zeros((*indices.shape, width), x.dtype) + mx.sum(scratch)
             results.append(y)
-            return y
+            # mlx-vlm's SwitchGLU adds shared experts; they are added to a streamed layer's result.
+            return self._combine(y, weights, *shared, **more) if shared else y
 
         return call
 

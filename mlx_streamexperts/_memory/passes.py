@@ -10,15 +10,32 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import cache as stock
 
+from .._errors import PassStoppedError
 from .._hooks import Check, Pass, intercept, intercept_passes, logits_of
+from .._listeners import Listeners
 from .footprint import allocated, leaves, tokens_in
 from .process_memory import Holder, bytes_over_bound
+from .rewind import Rewind
+
+
+class PassListener(Protocol):
+    """Hears of a model's passes."""
+
+    def begin_pass(self, tokens: int, rewind: Rewind) -> None:
+        """A pass, or a chunk of one, begins.
+
+        Args:
+            tokens: of all its sequences together.
+            rewind: tells whether the pass may be ended by an exception (`possible`).
+        """
+
+    def end_pass(self) -> None:
+        """It has ended, and its result is used."""
 
 
 class Passes:
@@ -27,15 +44,20 @@ class Passes:
     Args:
         holder: Holds the model's memory.
         run: Runs a pass that fits; None calls the model.
+        listeners: Hear of passes. While there are any, an exception leaves the KV caches as they
+            were before the pass, if that is possible.
     """
 
     def __init__(
         self,
         holder: Holder,
         run: Callable[[Callable[[], Any], int, Any], Any] | None = None,
+        listeners: Listeners[PassListener] | None = None,
     ) -> None:
         self._holder, self._run = holder, run
-        self._local = threading.local()  # .dividing: this thread is inside a divided pass
+        self._listeners = Listeners[PassListener]() if listeners is None else listeners
+        # .dividing: this thread is inside a divided pass; .rewind: how its pass can be taken back
+        self._local = threading.local()
 
     def install(self, model: nn.Module, check: Check) -> None:
         """Route the model's passes through `step`.
@@ -72,7 +94,22 @@ class Passes:
 
         Raises:
             BudgetError: it does not fit beside the fewest experts that the model works with.
+            PassStoppedError: a listener has ended it.
         """
+        if not self._listeners.now:
+            return self._in_chunks(whole)
+        rewind = self._local.rewind = Rewind(whole.caches, whole.tokens)
+        try:
+            return self._in_chunks(whole)
+        except BaseException as e:
+            rewind.undo()
+            if isinstance(e, PassStoppedError):
+                rewind.settle()
+            raise
+        finally:
+            self._local.rewind = None
+
+    def _in_chunks(self, whole: Pass) -> Any:
         caches = whole.caches
         past, quantized = context(caches), is_quantized(caches)
         added = allocated(caches, whole.tokens) if caches else 0
@@ -112,9 +149,15 @@ class Passes:
     def _run_one(self, one: Pass, past: int, quantized: bool, added: int) -> Any:
         """Run a pass undivided; the arguments are those of `_make_room`."""
         self._make_room(one, one.tokens, past + one.tokens, quantized, added)
-        if self._run is None:
-            return one()
-        return self._run(one, one.sequences * one.tokens, one.caches)
+        tokens = one.sequences * one.tokens
+        rewind: Any = getattr(self._local, "rewind", None)
+        listeners = self._listeners.now if rewind is not None else ()
+        for listener in listeners:
+            listener.begin_pass(tokens, rewind)
+        result = one() if self._run is None else self._run(one, tokens, one.caches)
+        for listener in listeners:
+            listener.end_pass()
+        return result
 
     def _make_room(self, one: Pass, tokens: int, end: int, quantized: bool, added: int) -> None:
         """Let the expert cache give up slots until a pass fits.
@@ -128,6 +171,10 @@ class Passes:
         """
         plan, past = self._holder.plan, end - tokens
         needed = plan.pass_bytes_of(tokens, past, one.sequences, quantized, added)
+        rewind: Any = getattr(self._local, "rewind", None)
+        kept = rewind.kept_bytes if rewind is not None else 0
+        if kept and bytes_over_bound(mx.get_active_memory() + needed + kept) > 0:
+            rewind.drop()  # what was promised counts for more than a pass that can be ended
         if bytes_over_bound(mx.get_active_memory() + needed) > 0:
             mx.eval([c.state for c in one.caches or ()])  # pending work frees memory as it ends
             self._holder.make_room(needed, end, one.sequences)
@@ -145,5 +192,8 @@ def context(caches: Sequence[Any] | None) -> int:
 
 
 def is_quantized(caches: Sequence[Any] | None) -> bool:
-    """Are keys and values quantized? Then mlx-lm's attention has no fused kernel."""
-    return any(isinstance(c, stock.QuantizedKVCache) for c in leaves(caches or ()))
+    """Are keys and values quantized? Then attention has no fused kernel.
+
+    By name: mlx-vlm has several such classes of its own.
+    """
+    return any("Quant" in type(c).__name__ for c in leaves(caches or ()))

@@ -85,7 +85,7 @@ def check_address_space(plan: Plan, threads: int) -> None:
         StreamError: the limit is too small; the message states both sizes.
     """
     left = address_space_left()
-    needed = plan.trunk + plan.cache + plan.kv + plan.work
+    needed = plan.trunk + plan.cache + plan.row_cache + plan.kv + plan.work
     needed += _MAPPED_BYTES + threads * _MAPPED_BY_THREAD
     if left is not None and left < needed:
         raise StreamError(

@@ -28,7 +28,7 @@ from mlx_lm.convert import MODEL_CONVERSION_DTYPES, QUANT_RECIPES
 from mlx_lm.utils import save_config
 
 from .._cli.options import add_output_arguments, failed
-from .._config import format_size, parse_size
+from .._config import StreamConfig, format_size, parse_size
 from .._errors import CheckpointError, StreamError
 from .._io.checkpoint import (
     CONVERSION,
@@ -42,6 +42,7 @@ from .._io.checkpoint import (
 )
 from .._io.moved import refuse_moved
 from .._io.output import check_not_written, exclusive, sync_folder, write_json
+from .._loading.libraries import require_mlx_lm
 from .._loading.load import resolve
 from .._progress import progress_bar
 from ._rewrite import Options, Rewrite
@@ -91,6 +92,13 @@ def convert(
     check_not_written(source, "converting it")
     check_model_folder(source)
     refuse_moved(source, "converting it")
+    require_mlx_lm(
+        source,
+        StreamConfig(),
+        "convert",
+        "An MLX conversion (mlx-community) streams as it is. mlx_vlm.convert writes one, on a "
+        "machine that holds the model",
+    )
     checkpoint = read_checkpoint(source)
     _check_single_experts(checkpoint)
     state = _state(checkpoint, options, shard_bytes)

@@ -1,7 +1,8 @@
 """Will a model run on this machine, how fast, and what limits it? From headers, before loading.
 
-python -m mlx_streamexperts.doctor --model mlx-community/Kimi-K2.5 --memory 96GB
-python -m mlx_streamexperts.doctor --model ./my-model --machine "M4 Max 128 GB"
+python -m mlx_streamexperts.doctor                          which models suit this machine?
+python -m mlx_streamexperts.doctor --model mlx-community/Kimi-K2.5
+python -m mlx_streamexperts.doctor --model ./my-model --machine "m4 max 128" --drive 7GB/s
 python -m mlx_streamexperts.doctor --selftest
 
 From a Hub repository only headers are fetched (a few megabytes), never weights. Speeds are
@@ -20,9 +21,16 @@ from .._cli.options import failed, make_parser
 from .._config import from_arguments
 from .._errors import BudgetError, StreamError
 from .._memory.hardware import NAMED_MACHINES
-from ._examination import Examination, RanksExamination, examine, examine_ranks, rank_files
+from ._examination import (
+    Examination,
+    RanksExamination,
+    examine,
+    examine_machines,
+    examine_ranks,
+    rank_files,
+)
 from ._selftest import Finding, as_dict, describe_device, finding_lines, selftest
-from ._text import lines
+from ._text import lines, machine_lines
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -33,8 +41,13 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "--machine",
         action="append",
         metavar="NAME",
-        help="predict for this machine instead of measuring this one (repeatable; or 'all'): "
-        + ", ".join(NAMED_MACHINES),
+        help="predict for this Mac instead of measuring this machine: a chip and its memory, such "
+        "as 'm4 max 128' (repeatable; or 'all' for " + ", ".join(NAMED_MACHINES) + ")",
+    )
+    parser.add_argument(
+        "--drive",
+        metavar="RATE",
+        help="take the drive to give this rate, such as 7GB/s, or 7GB/s:100us with a latency",
     )
     parser.add_argument(
         "--prompt-tokens",
@@ -85,10 +98,18 @@ def main(argv: list[str] | None = None) -> int:
         if args.ranks > 1 and args.files is not None:
             print("\n".join(rank_files(args)))
             return 0
+        if args.model is None and args.ranks == 1 and args.trace is None:
+            machines = examine_machines(args)
+            print(
+                json.dumps([m.as_dict() for m in machines], indent=1)
+                if args.json
+                else "\n".join(machine_lines(machines))
+            )
+            return 0
         found: Examination | RanksExamination
         found = examine_ranks(args) if args.ranks > 1 else examine(args)
     except BudgetError as e:
-        print(f"does not fit: {e}", file=sys.stderr)
+        print(f"{args.model or 'the model'}: does not fit: {e}", file=sys.stderr)
         return 2
     except StreamError as e:
         return failed(e)

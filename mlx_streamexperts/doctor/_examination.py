@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .._analysis.catalogue import KNOWN_MODELS
 from .._analysis.machines import Link, RankPlan, other_files, plan_ranks, predict_ranks
 from .._analysis.measure import DriveRate, drive_rates, layer_seconds, memory_rate, sync_seconds
 from .._analysis.predict import (
@@ -24,7 +25,7 @@ from .._analysis.predict import (
     predict,
     replayed_hit_rate,
 )
-from .._config import StreamConfig, from_arguments
+from .._config import StreamConfig, from_arguments, parse_size
 from .._errors import BudgetError, StreamError
 from .._experts.bank import in_place_works
 from .._experts.stream import expert_files
@@ -32,12 +33,11 @@ from .._io.files import direct_works
 from .._io.hub import headers_only
 from .._loading.demo import demo_model
 from .._loading.discover import DiscoveredModel, discover
-from .._memory.budget import Plan, check_device
-from .._memory.hardware import NAMED_MACHINES, Machine, parse_rate
-from .._osinfo import apple_limit, device_limit, device_memory_bytes, free_disk_bytes
+from .._memory.budget import Plan, check_device, default_memory
+from .._memory.hardware import NAMED_MACHINES, Machine, named_machine, parse_rate
+from .._osinfo import apple_budget, apple_limit, device_limit, device_memory_bytes, free_disk_bytes
 
 _DEPTHS = (1, 4, 8, 16)
-_MEMORY_SHARE = 0.75  # of a named machine's memory, if no budget is stated
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,7 @@ def examine(args: argparse.Namespace) -> Examination:
     name = args.model or str(demo_model())
     if args.model is None:
         print(f"No --model given: examining the demonstration model {name}", file=sys.stderr)
-    named = list(NAMED_MACHINES) if "all" in (args.machine or ()) else args.machine or []
-    machines = _named_machines(named)
+    machines = [_with_drive(m, args.drive) for m in _named_machines(_names(args))]
     with headers_only(name) as (folder, downloaded):
         found = _discover(folder, config, args)
         if machines:
@@ -122,16 +121,86 @@ def examine(args: argparse.Namespace) -> Examination:
         plan = found.plan(config)
         check_device(plan, device_limit(plan.bound), config.oversubscribe)
         here, measured = _measure(found, downloaded)
+        here = _with_drive(here, args.drive)
         verdict = _verdict(plan, here, config, args)
         return Examination(name, [verdict], measured, downloaded, free_disk_bytes(folder))
+
+
+@dataclass(frozen=True)
+class Suited:
+    """A model of the catalogue on a machine: its resident share and prediction."""
+
+    name: str
+    repo: str
+    disk: int
+    resident_share: float
+    prediction: Prediction
+
+
+@dataclass(frozen=True)
+class MachineExamination:
+    """A machine, and which well-known models suit it (`doctor` without a model)."""
+
+    machine: Machine
+    budget: int  # bytes
+    suited: list[Suited]  # fastest first
+    too_large: list[str]
+    measured: Measured | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON object that `--json` prints."""
+        return asdict(self)
+
+
+def examine_machines(args: argparse.Namespace) -> list[MachineExamination]:
+    """Judge well-known models on this machine, or on those that `--machine` names.
+
+    Raises:
+        StreamError: an option is wrong.
+    """
+    config, measured = from_arguments(args), None
+    machines = _named_machines(_names(args))
+    if not machines:
+        with headers_only(str(demo_model())) as (folder, downloaded):
+            here, measured = _measure(_discover(folder, config, args), downloaded)
+            machines = [here]
+    found = []
+    for machine in (_with_drive(m, args.drive) for m in machines):
+        budget = apple_budget(machine.memory) if measured is None else default_memory()
+        if config.memory is not None:
+            budget = parse_size(config.memory)
+        suited, too_large = [], []
+        for model in KNOWN_MODELS:
+            try:
+                plan = model.plan(budget)
+            except BudgetError:
+                too_large.append(model.name)
+                continue
+            speed = predict(plan, machine, args.prompt_tokens)
+            suited.append(Suited(model.name, model.repo, model.disk, plan.resident_share, speed))
+        suited.sort(key=lambda s: -s.prediction.tokens_per_s.likely)
+        found.append(MachineExamination(machine, budget, suited, too_large, measured))
+    return found
+
+
+def _names(args: argparse.Namespace) -> list[str]:
+    return list(NAMED_MACHINES) if "all" in (args.machine or ()) else args.machine or []
+
+
+def _with_drive(machine: Machine, drive: str | None) -> Machine:
+    """The machine with the drive that `--drive` states, if it does: its rate is taken as it is."""
+    if drive is None:
+        return machine
+    rate, latency = parse_rate(drive, machine.drive_latency)
+    return replace(machine, drive_rate=rate, drive_latency=latency, drive_share=(1.0, 1.0))
 
 
 def _on_machine(
     found: DiscoveredModel, config: StreamConfig, machine: Machine, args: argparse.Namespace
 ) -> Verdict | DoesNotFit:
-    """Predict for a machine that is not here, with most of its memory if none is stated."""
+    """Predict for a machine that is not here, by default with all that its GPU can hold."""
     if config.memory is None and config.cache is None:
-        config = replace(config, memory=int(_MEMORY_SHARE * machine.memory))
+        config = replace(config, memory=apple_budget(machine.memory))
     try:
         plan = found.plan(config)
         check_device(plan, apple_limit(machine.memory, plan.bound), config.oversubscribe)
@@ -164,7 +233,10 @@ def _measure(found: DiscoveredModel, downloaded: bool) -> tuple[Machine, Measure
     # A miss reads each part by itself, unless they lie side by side.
     read_bytes = max(4096, expert_bytes // len(found.layers[0].tensors))
     direct = downloaded and direct_works(Path(files[0][0]))
+    if downloaded:
+        print(f"Measuring the drive at {len(_DEPTHS)} depths ...", file=sys.stderr, flush=True)
     rates = drive_rates(files, read_bytes, _DEPTHS, direct) if downloaded else []
+    print("Measuring memory and the device ...", file=sys.stderr, flush=True)
     best = max(rates, key=lambda r: r.rate, default=None)
     machine = Machine(
         name="this machine",
@@ -248,16 +320,12 @@ def _divide(
             f"{len(machines)} machines for {args.ranks} ranks: give --machine once for all ranks, "
             "or once for each"
         )
-    memories = [int(_MEMORY_SHARE * m.memory) for m in machines]
+    memories = [apple_budget(m.memory) for m in machines]
     return name, machines, plan_ranks(name, args.ranks, config, args.trust_remote_code, memories)
 
 
 def _named_machines(names: list[str]) -> list[Machine]:
-    if unknown := [m for m in names if m not in NAMED_MACHINES]:
-        raise StreamError(
-            f"unknown machine {unknown[0]!r}: choose from {', '.join(NAMED_MACHINES)}"
-        )
-    return [NAMED_MACHINES[m] for m in names]
+    return [named_machine(m) for m in names]
 
 
 def _discover(folder: Path, config: StreamConfig, args: argparse.Namespace) -> DiscoveredModel:

@@ -74,6 +74,8 @@ def ways_left(stated: StreamConfig) -> dict[str, StreamConfig]:
         ways["experts run as they arrive"] = every["asked, in lots"]
     if stated.bypass_page_cache != "off" and direct_works(_shards(demo_model())[0]):
         ways["past the page cache"] = replace(every["asked"], bypass_page_cache="on")
+    if stated.keep_awake != "off":
+        ways["kept awake"] = replace(every["asked"], keep_awake="on")
     if stated.run_ahead != "off" and stated.in_place != "off":
         ways["run-ahead forced"] = every["run ahead"]
     return ways

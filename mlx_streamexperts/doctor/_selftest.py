@@ -25,11 +25,11 @@ from ._selfchecks import Lab, Outcome, ways_left, while_computing, written_bytes
 
 _KEPT = (
     "in_place", "bypass_page_cache", "run_ahead", "prefetch", "overlap", "policy", "threads",
-    "read_size",
+    "read_size", "keep_awake",
 )  # fmt: skip
 """Options that are tested as stated."""
 
-_SAFER = ("run_ahead", "prefetch", "overlap", "bypass_page_cache", "in_place")
+_SAFER = ("run_ahead", "prefetch", "keep_awake", "overlap", "bypass_page_cache", "in_place")
 """Options that may avoid a fault when they are off, the cheapest first."""
 
 

@@ -2,33 +2,172 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
+from .._analysis.catalogue import KNOWN_MODELS
 from .._analysis.machines import report_lines
-from .._analysis.predict import Range
+from .._analysis.predict import Range, predict
 from .._config import format_size
+from .._errors import BudgetError
 from .._memory.hardware import Machine
-from ._examination import DoesNotFit, Examination, Measured, RanksExamination, Verdict
+from ._examination import (
+    DoesNotFit,
+    Examination,
+    MachineExamination,
+    Measured,
+    RanksExamination,
+    Verdict,
+)
 
 
 def lines(found: Examination | RanksExamination) -> Iterator[str]:
-    """The report."""
-    yield f"Model: {found.model}"
+    """The report: of each machine the verdict first."""
     if isinstance(found, RanksExamination):
+        yield f"Model: {found.model}"
         yield from report_lines(
             found.ranks, found.machines, found.link, found.prompt_tokens, found.hits
         )
         return
-    if found.measured is not None:
-        yield from _measured(found.measured, found.machines[0].machine)
-        yield f"Free disk: {format_size(found.free_disk)}"
-    for verdict in found.machines:
-        yield ""
-        yield f"{verdict.machine.name} ({format_size(verdict.machine.memory)})"
+    for i, verdict in enumerate(found.machines):
+        if i:
+            yield ""
         if isinstance(verdict, DoesNotFit):
-            yield f"  does not fit: {verdict.reason}"
+            yield f"{found.model} on {verdict.machine.name}: does not fit. {verdict.reason}"
+            continue
+        yield headline(found.model, verdict, found.downloaded)
+        yield f"  Type: {command(found.model, verdict, found.downloaded)}"
+        yield f"  {limit(verdict)}"
+        yield f"  What would help most: {help_most(verdict)}"
+        if found.measured is None:
+            yield assumed(verdict.machine)
+        yield from _verdict(verdict)
+    if found.measured is not None:
+        yield ""
+        yield from _measured(found.measured, verdict.machine)
+        yield f"Free disk: {format_size(found.free_disk)}"
+
+
+_MBIT_100 = 12.5e6  # bytes/s
+
+
+def headline(model: str, verdict: Verdict, downloaded: bool = False) -> str:
+    """The verdict in one line."""
+    p, plan = verdict.prediction, verdict.plan
+    rate = p.tokens_per_s.likely
+    how = next(
+        words
+        for least, words in ((10, "runs well"), (3, "runs"), (0.5, "runs, slowly"),
+                             (0, "runs, very slowly"))
+        if rate >= least
+    )  # fmt: skip
+    seconds = plan.disk / _MBIT_100
+    time = f"{seconds / 3600:.0f} h" if seconds > 5400 else f"{max(1, seconds / 60):.0f} min"
+    size = "" if downloaded else f", {format_size(plan.disk)} to download ({time} at 100 Mbit/s)"
+    first = f"{p.first_token.likely:.3g} s"
+    return (
+        f"{model} on {verdict.machine.name}: {how}. About {rate:.2g} tokens/s "
+        f"({p.tokens_per_s.low:.2g} to {p.tokens_per_s.high:.2g}), first token of "
+        f"{p.prompt_tokens} after {first}{size}."
+    )
+
+
+def command(model: str, verdict: Verdict, downloaded: bool = False) -> str:
+    """What to type next: of a repository that is not here, the download first."""
+    plan, quoted = verdict.plan, shlex.quote(model)
+    download = "" if downloaded or Path(model).exists() else f"hf download {quoted} && "
+    if plan.conversion:
+        return f"{download}streamexperts convert --model {quoted} --out converted"
+    memory = "" if plan.memory is None else f" --memory {plan.memory // 10**6}MB"
+    return f"{download}streamexperts chat --model {quoted}{memory.replace('000MB', 'GB')}"
+
+
+def limit(verdict: Verdict) -> str:
+    """What limits the speed, in plain words."""
+    plan, p = verdict.plan, verdict.prediction
+    if p.limit == "drive":
+        missed = (1 - p.hit_rate.likely) * plan.cold_bytes_per_token
+        return (
+            f"The drive limits it: memory holds {plan.resident_share:.0%} of the experts, so a "
+            f"token reads {format_size(missed)} from the drive."
+        )
+    if p.limit == "memory bandwidth":
+        return (
+            "Memory bandwidth limits it: each token reads "
+            f"{format_size(plan.active_bytes_per_token)} of weights from memory."
+        )
+    return "Waiting limits it: each layer asks the device which experts it chose."
+
+
+def help_most(verdict: Verdict) -> str:
+    """The change that would raise the speed most, as far as arithmetic can tell."""
+    plan, machine, p = verdict.plan, verdict.machine, verdict.prediction
+    if p.limit != "drive":
+        return "a smaller model or fewer bits; a faster drive would not."
+    half = replace(
+        plan,
+        experts=plan.experts // 2,
+        cache=min(plan.cache, plan.experts // 2),
+        slots=tuple(min(2 * s, n) for s, n in zip(plan.slots, plan.layer_experts, strict=True)),
+        active_bytes_per_token=plan.active_bytes_per_token - plan.cold_bytes_per_token // 2,
+        cold_bytes_per_token=plan.cold_bytes_per_token // 2,
+    )
+    fast = replace(machine, drive_rate=2 * machine.drive_rate)
+    ways = {
+        "half the bits for experts": predict(half, machine).tokens_per_s.likely,
+        "a drive twice as fast": predict(plan, fast).tokens_per_s.likely,
+    }
+    told = [f"{way}: about {rate:.2g} tokens/s" for way, rate in ways.items()]
+    for model in KNOWN_MODELS:  # largest first
+        try:
+            rate = predict(model.plan(plan.bound), machine).tokens_per_s.likely
+        except BudgetError:
+            continue
+        if model.disk < plan.disk and rate > max(10.0, p.tokens_per_s.likely):
+            told.append(f"another model, {model.name}: about {rate:.2g}")
+            break
+    return "; ".join(told) + "."
+
+
+def assumed(machine: Machine) -> str:
+    """What a prediction for a machine that is not here rests on."""
+    low, high = (share * machine.drive_rate for share in machine.drive_share)
+    drive = f"{format_size(high)}/s"
+    if low < high:
+        drive = f"{format_size(low)}/s to {drive}"
+    return (
+        f"  Assumed, not measured: drive {drive} (--drive states yours), memory "
+        f"{format_size(machine.memory_rate)}/s by specification."
+    )
+
+
+def machine_lines(found: list[MachineExamination]) -> Iterator[str]:
+    """Which models suit each machine."""
+    for i, here in enumerate(found):
+        if i:
+            yield ""
+        best = [s for s in here.suited if s.prediction.tokens_per_s.likely >= 3]
+        count = len(here.suited) + len(here.too_large)
+        yield (
+            f"{here.machine.name}: {format_size(here.machine.memory)} of memory, of which a model "
+            f"may have {format_size(here.budget)}; {len(best)} of {count} well-known models run "
+            "at 3 tokens/s or more."
+        )
+        if here.measured is None:
+            yield assumed(here.machine)
         else:
-            yield from _verdict(verdict)
+            yield from _measured(here.measured, here.machine)
+        for s in here.suited:
+            yield (
+                f"  {s.name:27s} {s.prediction.tokens_per_s.likely:6.2g} tokens/s (predicted), "
+                f"{s.resident_share:4.0%} resident, {s.disk / 1e9:4.0f} GB to download"
+            )
+        if here.too_large:
+            yield f"  too large: {', '.join(here.too_large)}"
+        if best:
+            yield f"  Next: streamexperts doctor --model {best[0].repo}"
 
 
 def _measured(measured: Measured, machine: Machine) -> Iterator[str]:
@@ -56,6 +195,12 @@ def _verdict(verdict: Verdict) -> Iterator[str]:
         f"  smallest memory that works: {format_size(plan.minimum)}; disk needed: "
         f"{format_size(plan.disk)}; cold bytes per token: {format_size(plan.cold_bytes_per_token)}"
     )
+    if plan.tables:
+        yield (
+            f"  {format_size(plan.tables)} of tables that are looked up by token stay on the "
+            f"drive; a cache of {format_size(plan.row_cache)} (--row-cache) keeps the rows used "
+            "last"
+        )
     if plan.conversion:
         yield (
             "  has to be converted first (python -m mlx_streamexperts.convert), which takes "

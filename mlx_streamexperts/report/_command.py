@@ -19,11 +19,11 @@ from pathlib import Path
 
 from .._cli.options import failed, make_parser, stream_settings
 from .._errors import StreamError
-from ._caveats import caveats
-from ._page import UNFINISHED, check_libraries, write_data, write_page
+from ._page import UNFINISHED, check_libraries, limits, write_data, write_page
 from ._report import SCHEMA, VERSION, Report, as_json, from_json
-from ._study import FULL, QUICK, Settings, make_report
+from ._study import FULL, QUICK, Settings, measure
 
+_INSTEAD = "Use python -m mlx_streamexperts.generate, which prints tokens per second and hit rates"
 _NUMBERS: dict[str, tuple[type, str]] = {
     "sustained": (float, "minutes of decoding on and on"),
     "prompts": (int, "of the shipped prompts (default: all)"),
@@ -89,30 +89,27 @@ def _measured(args: argparse.Namespace) -> Path | None:
 
     A run that ends early leaves a page of what was measured.
     """
-    config, model = stream_settings(args)
+    config, model = stream_settings(args, _INSTEAD)
     assert model is not None
     settings = _settings(args)
     local = args.model is None or Path(args.model).exists()
     name = Path(model).resolve().name if local else args.model  # no path of a user
-    kept: Report | None = None
-
-    def keep(found: Report) -> None:
-        nonlocal kept
-        kept = found  # itself: it gets later parts too
-        write_data(as_json(found), args.out, UNFINISHED)  # lasts, however this process ends
-
+    report: Report | None = None
     try:
-        report = make_report(model, config, settings, name, args.note, keep)
+        for report in measure(model, config, settings, name, args.note):
+            report.limits = limits(report)
+            write_data(as_json(report), args.out, UNFINISHED)  # lasts, however this process ends
     except BaseException as e:
-        if kept is None:
+        if report is None:
             raise
-        kept.limits = list(caveats(kept))
-        write_data(as_json(kept), args.out, UNFINISHED)
-        page = write_page(kept, args.out, UNFINISHED)
-        print(f"Ended while at: {kept.unfinished}. What was measured: {page}", file=sys.stderr)
+        report.limits = limits(report)  # it may have got a part since
+        write_data(as_json(report), args.out, UNFINISHED)
+        page = write_page(report, args.out, UNFINISHED)
+        print(f"Ended while at: {report.unfinished}. What was measured: {page}", file=sys.stderr)
         if isinstance(e, KeyboardInterrupt):
             return None
         raise
+    assert report is not None
     write_data(as_json(report), args.out)  # first: the page may fail
     page = write_page(report, args.out)
     for suffix in (".json", ".html"):

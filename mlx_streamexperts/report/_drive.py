@@ -1,8 +1,8 @@
 """The drive: its rates, the reads of generation, and speed behind slower drives.
 
-A slower drive is this one behind a `Throttle`. The curve over the measured points is `predict`'s
-formula with this machine's measured time beside reads. Points of named machines include their
-drive's latency, and so lie a little below it.
+A slower drive is this one behind a `Throttle`. The curve counts what was read behind slower drives,
+wrong prefetches included, and this machine's measured time beside reads. Points of named machines
+include their drive's latency, and so lie a little below it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .._analysis.throttle import slowed
 from .._experts.stream import ExpertStream, expert_files, stream
 from .._io.ranges import ByteRange
 from .._io.reader import DEMAND
-from .._memory.hardware import NAMED_MACHINES, Machine
+from .._memory.hardware import NAMED_MACHINES
 from . import _report as report
 from ._speed import combined, generate
 
@@ -82,27 +82,32 @@ def sensitivity(
     def measured() -> report.Decoding:
         return combined([generate(model, prompt, tokens) for _ in range(repeats)])
 
+    def behind(rate: float, latency: float) -> report.Decoding:
+        with slowed(rate, latency):
+            return measured()
+
     own = measured()
     hits = Range(own.hit_rate, own.hit_rate, own.hit_rate)
-
-    def modelled(rate: float, latency: float) -> float:
-        """`predict`'s tokens/s with all but reads as measured here."""
-        each = own.other_s / max(1, layers)
-        machine = Machine("", 0, math.inf, rate, latency, sync_seconds=0.0, layer_seconds=each)
-        return predict(plan, machine, 1, hits).tokens_per_s.likely
-
-    def behind(rate: float, latency: float) -> report.Throttled:
-        with slowed(rate, latency):
-            found = measured().tokens_per_s
-        stated = None if math.isinf(rate) else rate
-        return report.Throttled(stated, latency, found, modelled(rate, latency))
-
     even = own.read_bytes / own.other_s
     rates = [r for i in range(points) if (r := even * 2.0 ** (2 - i)) < drive] or [drive / 2]
     # A layer's reads share a latency as far as they are in flight together.
     each = own.other_s / max(layers, own.reads / threads)
-    by_rate = [behind(r, 0.0) for r in rates]
-    by_latency = [behind(math.inf, each * 2.0 ** (i - points + 2)) for i in range(points)]
+    latencies = [each * 2.0 ** (i - points + 2) for i in range(points)]
+    slow = [(r, 0.0, behind(r, 0.0)) for r in rates]
+    late = [(math.inf, x, behind(math.inf, x)) for x in latencies]
+    read_bytes = statistics.fmean(d.read_bytes for _, _, d in slow)
+    rounds = statistics.fmean(d.reads for _, _, d in slow + late) / threads
+
+    def modelled(rate: float, latency: float) -> float:
+        return 1 / seconds_behind(own, read_bytes / rate + rounds * latency)
+
+    def points_of(found: list[tuple[float, float, report.Decoding]]) -> list[report.Throttled]:
+        return [
+            report.Throttled(None if math.isinf(r) else r, x, d.tokens_per_s, modelled(r, x))
+            for r, x, d in found
+        ]
+
+    by_rate, by_latency = points_of(slow), points_of(late)
     off = [abs(p.modelled_tokens_per_s / p.tokens_per_s.median - 1) for p in by_rate + by_latency]
     curve = np.geomspace(min(rates) / 2, 40e9, 40).tolist()
     machines = []
@@ -117,3 +122,12 @@ def sensitivity(
         machines=machines,
         median_error_of_model=statistics.median(off) if off else None,
     )
+
+
+def seconds_behind(own: report.Decoding, read_seconds: float) -> float:
+    """A token's seconds if the drive needs `read_seconds` for its reads.
+
+    Reads never take less than on this machine's own drive. What a faster one would save is not
+    claimed. They are as many as behind slower drives: prefetching reads more there, since it pays.
+    """
+    return own.other_s + max(own.wait_s, read_seconds)

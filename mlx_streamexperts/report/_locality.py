@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -35,8 +35,8 @@ def locality(
     joined = replace(traces[0], name="all, one after another", layers=layers)
     machine = next(iter(NAMED_MACHINES.values()))  # any will do: only counts are used
     together = simulate([joined], shares, list(dict.fromkeys(("lru", policy, BEST))), machine).rows
+    mine = [r for r in together if r.policy == policy]
     alone = simulate(traces, shares, [policy], machine).rows
-    names = [f.name for f in fields(report.CacheRow)]
     prompts = [
         report.PromptRow(int(r.trace), r.share, r.hit_rate) for r in alone if r.trace != "all"
     ]
@@ -45,12 +45,8 @@ def locality(
         caches=report.Caches(
             policy=policy,
             shares=list(shares),
-            by_policy=[report.CacheRow(**{k: getattr(r, k) for k in names}) for r in together],
-            by_layer=[
-                report.LayerRow(r.share, list(r.layer_hit_rates))
-                for r in together
-                if r.policy == policy
-            ],
+            by_policy=[report.from_json(report.CacheRow, vars(r)) for r in together],
+            by_layer=[report.LayerRow(r.share, list(r.layer_hit_rates)) for r in mine],
             by_prompt_alone=prompts,
         ),
         by_kind=by_kind(prompts, kinds),

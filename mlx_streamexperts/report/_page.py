@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import re
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .._analysis.plots import pyplot
+from .._analysis.replay import BEST
 from .._config import format_size
 from .._errors import StreamError
 from .._io.output import whole, write_json
-from ._panels import COLOURS, PANELS, STYLE, NotMeasured, Panel
+from ._panels import COLOURS, PANELS, STYLE, Panel, alike, quarter
+from ._power import counted
 from ._report import Report
 
-_TEMPLATE = Path(__file__).parent.parent / "data" / "report.html"
+DATA = Path(__file__).parent.parent / "data"
 # Those with panels, and their titles; the method comes before, the limits after.
 SECTIONS = {
     "speed": "Speed",
@@ -36,7 +40,7 @@ def check_libraries() -> None:
         StreamError: matplotlib or Jinja is missing.
     """
     pyplot()
-    _template()
+    _templates()
 
 
 def write_page(report: Report, folder: Path, name: str = "report") -> Path:
@@ -71,25 +75,36 @@ def _into(folder: Path) -> Iterator[None]:
 
 def render(report: Report) -> str:
     """The page's HTML."""
-    panels = [(p, *draw(p, report)) for p in PANELS]
-    return str(
-        _template().render(report=report, sections=SECTIONS, panels=panels, size=format_size)
-    )
+    panels = [(p, answer(p, report), draw(p, report, answer(p, report))) for p in PANELS]
+    page = _templates().get_template("report.html")
+    return str(page.render(report=report, sections=SECTIONS, panels=panels))
 
 
-def draw(panel: Panel, report: Report) -> tuple[str, str]:
-    """A panel's sentence and its SVG, which is empty if there is nothing to draw."""
+def answer(panel: Panel, report: Report) -> str:
+    """A panel's sentence, as markup."""
+    if (part := panel.part(report)) is None:
+        return "Not measured: the run ended before."
+    text = getattr(_answers(), panel.key)(part, report)
+    return type(text)(" ".join(text.split()))
+
+
+def limits(report: Report) -> list[str]:
+    """What a run, whole or not, could not measure: the last section of its page, as plain text."""
+    return [str(x.unescape()) for x in _answers().limits(report).splitlines() if x.strip()]
+
+
+def draw(panel: Panel, report: Report, label: str = "") -> str:
+    """A panel's SVG, described by `label`; empty if there is nothing to draw."""
+    if (part := panel.part(report)) is None:
+        return ""
     with pyplot().rc_context(STYLE):  # until it is saved: that makes ticks and texts
         figure, axes = pyplot().subplots(figsize=(4.5, panel.height), layout="constrained")
-        try:
-            sentence = panel.answer(report, axes)
-        except NotMeasured:
-            sentence = "Not measured: the run ended before."
+        panel.draw(axes, part, report)
         if axes.get_legend_handles_labels()[0]:  # above the axes, where it hides no point
             axes.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
-        drawn = svg(figure, panel.key, sentence) if axes.has_data() else ""
+        drawn = svg(figure, panel.key, label) if axes.has_data() else ""
     pyplot().close(figure)
-    return sentence, drawn
+    return drawn
 
 
 def svg(figure: Any, key: str, label: str) -> str:
@@ -108,11 +123,26 @@ def svg(figure: Any, key: str, label: str) -> str:
     return Markup(text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1))
 
 
-def _template() -> Any:
+@functools.cache
+def _templates() -> Any:
+    """Jinja's environment of the page and of its sentences."""
     try:
-        from jinja2 import Environment, StrictUndefined
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError as e:
         raise StreamError("pages need jinja2: pip install 'mlx-streamexperts[report]'") from e
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters["g"] = lambda x, digits=3: f"{x:.{digits}g}"
-    return environment.from_string(_TEMPLATE.read_text())
+    found = Environment(
+        loader=FileSystemLoader(DATA), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    found.filters |= {
+        "g": lambda x, digits=3: f"{x:.{digits}g}",
+        "share": lambda x: f"{100 * x:.0f} %",
+        "ms": lambda seconds: f"{1e3 * seconds:.2g}",
+        "median": lambda values: statistics.median(values),
+        "size": format_size, "quarter": quarter, "alike": alike, "counted": counted,
+    }  # fmt: skip
+    found.globals |= {"size": format_size, "best": BEST}
+    return found
+
+
+def _answers() -> Any:
+    return _templates().get_template("report-answers.html").module

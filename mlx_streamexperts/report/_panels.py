@@ -1,7 +1,7 @@
-"""The panels of a report's page: each is a question, its figure, and the sentence that answers it.
+"""The panels of a report's page: each is a question, the part of the report that answers it, and a
+figure of that part. The answering sentences are in data/report-answers.html.
 
-One function a panel: it draws onto matplotlib axes and returns the sentence. One that draws nothing
-has nothing to show, and its sentence says why.
+One function a panel: it draws a part onto matplotlib axes, or nothing if there is nothing to show.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, TypeVar
 
 from .._analysis.measure import DriveRate
 from .._analysis.plots import pyplot
 from .._analysis.replay import BEST
-from .._config import format_size
-from ._power import counted
-from ._report import Exactness, Quality, Repeats, Report
+from . import _report as report
+from ._report import Quality, Repeats, Report
 
 # Stand-ins for colours, and the page's own (light or dark), which replace them.
 TEXT, SOFT, LINE = "#0a0b01", "#0a0b02", "#0a0b03"
@@ -36,47 +36,47 @@ _POINTS: dict[str, Any] = {"label": "measured, throttled", "linestyle": "none"}
 T = TypeVar("T")
 
 
-class NotMeasured(Exception):  # noqa: N818
-    """The run ended before this part."""
-
-
 @dataclass(frozen=True)
 class Panel:
-    key: str  # in the page's links
-    section: str  # of the report: "speed", "ssd" and so on
+    key: str  # in the page's links, and the name of the sentence's macro
+    path: str  # of the part in the report: "speed.by_prompt" and so on
     question: str
-    answer: Callable[[Report, Any], str]  # draws, returns the sentence; may raise `NotMeasured`
+    draw: Callable[[Any, Any, Report], None]  # axes, the part, and the whole
     height: float  # inches
+
+    @property
+    def section(self) -> str:
+        return self.path.partition(".")[0]
+
+    def part(self, whole: Report) -> Any:
+        """The part that it shows; None if the run ended before."""
+        return reduce(lambda x, name: x and getattr(x, name), self.path.split("."), whole)
 
 
 PANELS: list[Panel] = []
 
 
-def _panel(section: str, question: str, height: float = 2.7) -> Callable[[Any], None]:
-    return lambda f: PANELS.append(Panel(f.__name__[1:], section, question, f, height))
+def _panel(path: str, question: str, height: float = 2.7) -> Callable[[Any], None]:
+    return lambda f: PANELS.append(Panel(f.__name__[1:], path, question, f, height))
 
 
-def _need(part: T | None) -> T:
-    if part is None:
-        raise NotMeasured
-    return part
+def quarter(rows: Sequence[T]) -> T:
+    """The row whose resident share is nearest to a quarter."""
+    return min(rows, key=lambda r: abs(r.share - 0.25))  # type: ignore[attr-defined]
 
 
-def _share(x: float) -> str:
-    return f"{100 * x:.0f} %"
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.2g}"
+def alike(whole: Report) -> dict[str, float]:
+    """Mean cosine of the expert use of two requests, by whether they are of one task."""
+    assert whole.locality is not None
+    prompts, cosines = whole.method.prompts, dict[str, list[float]]()
+    for i, j in itertools.combinations(range(len(prompts)), 2):
+        kind = "one task" if prompts[i].task == prompts[j].task else "different tasks"
+        cosines.setdefault(kind, []).append(whole.locality.request_overlap[i][j])
+    return {kind: statistics.fmean(found) for kind, found in sorted(cosines.items(), reverse=True)}
 
 
 def _percent(values: Iterable[float]) -> list[float]:
     return [100 * x for x in values]
-
-
-def _quarter(rows: Sequence[T]) -> T:
-    """The row whose resident share is nearest to a quarter."""
-    return min(rows, key=lambda r: abs(r.share - 0.25))  # type: ignore[attr-defined]
 
 
 def _errors(rows: Sequence[Repeats]) -> list[list[float]]:
@@ -119,157 +119,85 @@ def _scale(axes: Any, axis: str, scale: str, **how: Any) -> None:
     getattr(axes, f"{axis}axis").set_minor_formatter(lambda value, _: "")
 
 
-@_panel("speed", "How fast, and how much does it vary by prompt?", 3.2)
-def _by_prompt(r: Report, axes: Any) -> str:
-    rows = sorted(_need(r.speed.by_prompt), key=lambda p: -p.tokens_per_s.median)
-    names, rates = [p.name for p in rows], [p.tokens_per_s for p in rows]
+@_panel("speed.by_prompt", "How fast, and how much does it vary by prompt?", 3.2)
+def _by_prompt(axes: Any, found: list[report.PromptSpeed], _: Report) -> None:
+    rows = sorted(found, key=lambda p: -p.tokens_per_s.median)
+    rates = [p.tokens_per_s for p in rows]
     style = {"xerr": _errors(rates), "ecolor": TEXT, "capsize": 2, "height": 0.7}
-    _bars(axes, names, [x.median for x in rates], 0, **style)
+    _bars(axes, [p.name for p in rows], [x.median for x in rates], 0, **style)
     axes.set_xlabel("tokens/s: median, lowest, highest")
-    found, fast, slow = _need(r.speed.tokens_per_s), rows[0], rows[-1]
-    inner = statistics.median((x.high - x.low) / x.median for x in rates)
-    spread = f"Repeats of one prompt differ by {_share(inner)}."
-    if len(rates[0].values) == 1:
-        spread = "Each was measured once: how much repeats differ is unknown."
-    return (
-        f"{found.median:.3g} tokens/s at the median prompt with {_share(r.method.resident_share)} "
-        f"of the experts resident; from {found.low:.3g} ({slow.name}, {_share(slow.hit_rate)} "
-        f"hits) to {found.high:.3g} ({fast.name}, {_share(fast.hit_rate)} hits). {spread}"
-    )
 
 
-@_panel("speed", "Does it stay that fast?")
-def _sustained(r: Report, axes: Any) -> str:
-    run = _need(r.speed.sustained)
-    rate = run.tokens_per_s
+@_panel("speed.sustained", "Does it stay that fast?")
+def _sustained(axes: Any, run: report.Sustained, _: Report) -> None:
+    middle = run.tokens_per_s.median
     axes.plot([w.at_s for w in run.windows], [w.tokens_per_s for w in run.windows], color=SERIES[0])
-    axes.axhline(rate.median, color=SOFT, linewidth=0.8, label="median")
-    axes.axhline(0.8 * rate.median, color=SERIES[2], linestyle=":", label="80 %: below is a dip")
+    axes.axhline(middle, color=SOFT, linewidth=0.8, label="median")
+    axes.axhline(0.8 * middle, color=SERIES[2], linestyle=":", label="80 %: below is a dip")
     axes.set(ylim=(0, None), xlabel="seconds", ylabel=f"tokens/s in {run.window_s:g} s")
-    drift = "too few windows to tell a drift"
-    if run.drift is not None:
-        drift = f"the last third runs {100 * run.drift:+.1f} % against the first"
-    dips = f"{run.dips} of {len(run.windows)} windows are dips" if run.dips else "no dips"
-    return (
-        f"{rate.median:.3g} tokens/s over {run.seconds:.0f} s without a pause ({rate.low:.3g} to "
-        f"{rate.high:.3g} in windows of {run.window_s:.2g} s): {drift}, {dips}. Prompts took "
-        f"{_share(1 - run.decode_s / run.seconds)} of the time and are not in the rates."
-        + (" It was interrupted." if run.interrupted else "")
-    )
 
 
-@_panel("speed", "How long until the first token?")
-def _first_token(r: Report, axes: Any) -> str:
-    rows, cold = _need(r.speed.by_prompt_length), r.speed.cold_start
+@_panel("speed.by_prompt_length", "How long until the first token?")
+def _first_token(axes: Any, rows: list[report.LengthSpeed], _: Report) -> None:
     axes.set(xscale="log", xlabel="tokens of the prompt", ylabel="seconds to the first token")
     _medians(axes, [p.prompt_tokens for p in rows], [p.seconds for p in rows])
-    dropped = "as the page cache had them (this system cannot drop them)"
-    if cold.page_cache_dropped:
-        dropped = "dropped from the page cache before"
-    compiled = "" if "cpu" in r.method.machine.mlx_device else ", compiling for the device included"
-    first, last = rows[0], rows[-1]
-    return (
-        f"{first.seconds.median:.3g} s for {first.prompt_tokens} tokens, "
-        f"{last.seconds.median:.3g} s for {last.prompt_tokens}. From a cold start, with the files "
-        f"{dropped}: {cold.load_s:.3g} s to load and {cold.first_token_s:.3g} s to the first token "
-        f"of {cold.prompt_tokens}, once{compiled}."
-    )
 
 
-@_panel("speed", "Does a longer context cost speed?")
-def _context(r: Report, axes: Any) -> str:
-    rows = _need(r.speed.by_prompt_length)
-    x, rates = [p.prompt_tokens for p in rows], [p.tokens_per_s for p in rows]
+@_panel("speed.by_prompt_length", "Does a longer context cost speed?")
+def _context(axes: Any, rows: list[report.LengthSpeed], _: Report) -> None:
     axes.set(xscale="log", xlabel="tokens of context", ylabel="tokens/s")
-    _medians(axes, x, rates, 1)
-    change = rates[-1].median / rates[0].median - 1
-    return (
-        f"{rates[-1].median:.3g} tokens/s after {x[-1]} tokens, {100 * change:+.0f} % against "
-        f"{x[0]}; other text, so other experts too."
-    )
+    _medians(axes, [p.prompt_tokens for p in rows], [p.tokens_per_s for p in rows], 1)
 
 
-@_panel("speed", "What do several sequences at once reach?")
-def _batch(r: Report, axes: Any) -> str:
-    rows = _need(r.speed.by_batch)
+@_panel("speed.by_batch", "What do several sequences at once reach?")
+def _batch(axes: Any, rows: list[report.BatchSpeed], _: Report) -> None:
     axes.set(xlabel="sequences at once", ylabel="tokens/s of all together")
     _medians(axes, [b.batch for b in rows], [b.tokens_per_s for b in rows], 2)
-    best = max(rows, key=lambda b: b.tokens_per_s.median)
-    rate, one = best.tokens_per_s.median, rows[0].tokens_per_s.median
-    return (
-        f"Most with {best.batch} at once: {rate:.3g} tokens/s, {rate / one:.2g} times one "
-        f"sequence; each then gets {rate / best.batch:.3g}."
-    )
 
 
 def _by_size(
-    r: Report, axes: Any, label: str, value: Callable[[DriveRate], float]
-) -> tuple[list[DriveRate], str]:
-    """Draw rates of the drive; returns them, and how its reads used the page cache."""
-    ssd = _need(r.ssd)
-    rows = _need(ssd.rates)
+    axes: Any, rows: list[DriveRate], label: str, value: Callable[[DriveRate], float]
+) -> None:
     sizes = sorted({x.read_bytes / 1024 for x in rows})
     depths = sorted({x.depth for x in rows})
-    series = {f"{n} in flight": [value(x) for x in rows if x.depth == n] for n in depths}
-    _lines(axes, sizes, series)
+    _lines(
+        axes, sizes, {f"{n} in flight": [value(x) for x in rows if x.depth == n] for n in depths}
+    )
     axes.set(xlabel="KiB of one read", ylabel=label)
     axes.set_xscale("log", base=2)
     apart = (n for a, n in itertools.pairwise([0, *sizes]) if n > 1.5 * a)  # no two on one spot
     _ticks(axes.xaxis, [round(n) for n in apart])
     axes.tick_params("x", rotation=45)
-    return rows, f"{'past' if ssd.bypasses_page_cache else 'through'} the page cache"
 
 
-@_panel("ssd", "What does the drive give?")
-def _bandwidth(r: Report, axes: Any) -> str:
-    rows, how = _by_size(r, axes, "GB/s", lambda x: x.rate / 1e9)
+@_panel("ssd.rates", "What does the drive give?")
+def _bandwidth(axes: Any, rows: list[DriveRate], _: Report) -> None:
+    _by_size(axes, rows, "GB/s", lambda x: x.rate / 1e9)
     axes.set_ylim(0)
-    best = max(rows, key=lambda x: x.rate)
-    return (
-        f"Up to {format_size(best.rate)}/s, with {best.depth} reads of {best.read_bytes >> 10} KiB "
-        f"in flight, at random places of the model's own files, {how}."
-    )
 
 
-@_panel("ssd", "How long does a read take?")
-def _latency(r: Report, axes: Any) -> str:
-    rows, how = _by_size(r, axes, "median milliseconds", lambda x: 1e3 * x.latency)
+@_panel("ssd.rates", "How long does a read take?")
+def _latency(axes: Any, rows: list[DriveRate], _: Report) -> None:
+    _by_size(axes, rows, "median milliseconds", lambda x: 1e3 * x.latency)
     _scale(axes, "y", "log")
-    alone = [x for x in rows if x.depth == 1]
-    small, large = alone[0], alone[-1]
-    return (
-        f"{_ms(small.latency)} ms for {small.read_bytes >> 10} KiB and {_ms(large.latency)} ms for "
-        f"{large.read_bytes >> 10} KiB one at a time, {how}; 99 of 100 within "
-        f"{_ms(small.latency_p99)} and {_ms(large.latency_p99)} ms."
-    )
 
 
-@_panel("ssd", "What reads does generation make?")
-def _reads(r: Report, axes: Any) -> str:
-    found = _need(_need(r.ssd).in_generation)
-    if not found.reads:
-        return "Generation made no reads."
-    at = {p.percentile: p for p in found.percentiles}
-    read, queued = ([1e3 * getattr(p, k) for p in at.values()] for k in ("latency_s", "queued_s"))
-    _lines(axes, list(at), {"read": read, "queued before": queued})
-    axes.set(xlabel="percentile", ylabel="milliseconds")
-    _scale(axes, "y", "symlog", linthresh=0.01)
-    return (
-        f"{found.reads} reads, of {format_size(at[50].bytes)} at the median and "
-        f"{format_size(at[100].bytes)} at most, {at[50].depth:.0f} in flight "
-        f"({at[99].depth:.0f} at the 99th percentile); each took {_ms(at[50].latency_s)} ms, one "
-        f"in a hundred {_ms(at[99].latency_s)} ms or more. {_share(found.ahead / found.reads)} "
-        "were prefetches."
-    )
+@_panel("ssd.in_generation", "What reads does generation make?")
+def _reads(axes: Any, found: report.Reads, _: Report) -> None:
+    if rows := found.percentiles:
+        series = {"read": [1e3 * p.latency_s for p in rows]}
+        series["queued before"] = [1e3 * p.queued_s for p in rows]
+        _lines(axes, [p.percentile for p in rows], series)
+        axes.set(xlabel="percentile", ylabel="milliseconds")
+        _scale(axes, "y", "symlog", linthresh=0.01)
 
 
-@_panel("ssd", "What would a slower or faster drive give?", 3.0)
-def _by_rate(r: Report, axes: Any) -> str:
-    found = _need(_need(r.ssd).sensitivity)
+@_panel("ssd.sensitivity", "What would a slower or faster drive give?", 3.0)
+def _by_rate(axes: Any, found: report.Sensitivity, _: Report) -> None:
     x = [p.bytes_per_s / 1e9 for p in found.curve]
     axes.plot(x, [p.tokens_per_s for p in found.curve], color=SOFT, label="modelled")
-    rates = [p.bytes_per_s or 0.0 for p in found.by_rate]
-    _medians(axes, [x / 1e9 for x in rates], [p.tokens_per_s for p in found.by_rate], **_POINTS)
+    x = [(p.bytes_per_s or 0.0) / 1e9 for p in found.by_rate]
+    _medians(axes, x, [p.tokens_per_s for p in found.by_rate], **_POINTS)
     label = "named machines (predicted)"
     for i, m in enumerate(sorted(found.machines, key=lambda m: m.bytes_per_s)):
         place = m.bytes_per_s / 1e9, m.this_compute_tokens_per_s
@@ -280,57 +208,29 @@ def _by_rate(r: Report, axes: Any) -> str:
         axes.annotate(name, place, xytext=(0, y), textcoords="offset points", **style)
     _scale(axes, "x", "log")
     axes.set(ylim=(0, 1.35 * axes.get_ylim()[1]), xlabel="drive, GB/s", ylabel="tokens/s")
-    own, slow = found.unthrottled, min(found.by_rate, key=lambda p: p.bytes_per_s or 0.0)
-    gain = m.this_compute_tokens_per_s / own.tokens_per_s.median - 1  # of the fastest drive
-    return (
-        f"{own.tokens_per_s.median:.3g} tokens/s unthrottled, one text again and again, "
-        f"{_share(own.wait_s / own.token_s)} of the time waiting for reads; "
-        f"{slow.tokens_per_s.median:.3g} behind {format_size(slow.bytes_per_s or 0.0)}/s. Modelled "
-        "as the measured time beside reads, plus read bytes over rate: predicted for the drive of "
-        f"{m.name} ({format_size(m.bytes_per_s)}/s) {100 * gain:+.0f} %, on this processor."
-    )
 
 
-@_panel("ssd", "What does a read's latency cost?", 3.0)
-def _by_latency(r: Report, axes: Any) -> str:
-    found = _need(_need(r.ssd).sensitivity)
+@_panel("ssd.sensitivity", "What does a read's latency cost?", 3.0)
+def _by_latency(axes: Any, found: report.Sensitivity, _: Report) -> None:
     rows = found.by_latency
     x = [float(f"{1e3 * p.latency_s:.2g}") for p in rows]
     axes.plot(x, [p.modelled_tokens_per_s for p in rows], color=SOFT, label="modelled")
     axes.set(xscale="log", xlabel="milliseconds added to each read", ylabel="tokens/s")
     _medians(axes, x, [p.tokens_per_s for p in rows], **_POINTS)
-    middle, error = rows[len(rows) // 2], found.median_error_of_model or 0.0
-    loss = 1 - middle.tokens_per_s.median / found.unthrottled.tokens_per_s.median
-    return (
-        f"{_ms(middle.latency_s)} ms more on each read cost {_share(loss)} of the speed. The "
-        "model counts one latency for each layer with a miss, and more if its reads exceed those "
-        f"in flight; it is off by {_share(error)} at the median of both series."
-    )
 
 
-@_panel("locality", "How many experts must be resident?")
-def _policies(r: Report, axes: Any) -> str:
-    found = _need(r.locality).caches
+@_panel("locality.caches", "How many experts must be resident?")
+def _policies(axes: Any, found: report.Caches, _: Report) -> None:
     series: dict[str, list[float]] = {}
     for c in found.by_policy:
         name = f"{c.policy} (optimum)" if c.policy == BEST else c.policy
         series.setdefault(name, []).append(100 * c.hit_rate)
     _lines(axes, _percent(found.shares), series)
     axes.set(ylim=(0, 100), xlabel="resident experts, %", ylabel="hit rate, %")
-    share = _quarter(found.by_policy).share
-    at = {c.policy: _share(c.hit_rate) for c in found.by_policy if c.share == share}
-    others = ", ".join(f"{p} {v}" for p, v in at.items() if p not in (found.policy, BEST))
-    return (
-        f"With {_share(share)} resident {found.policy} hits {at[found.policy]}"
-        + (f" ({others})" if others else "")
-        + f"; no policy could exceed {at[BEST]} (Belady's optimum). Replayed from "
-        f"{_need(r.locality).tokens} recorded tokens, prompts one after another."
-    )
 
 
-@_panel("locality", "Which misses could a better cache save?")
-def _misses(r: Report, axes: Any) -> str:
-    found = _need(r.locality).caches
+@_panel("locality.caches", "Which misses could a better cache save?")
+def _misses(axes: Any, found: report.Caches, _: Report) -> None:
     rows = [c for c in found.by_policy if c.policy == found.policy]
     names = [f"{100 * c.share:g}" for c in rows]
     uses = [(c.hits + c.compulsory + c.capacity) / 100 for c in rows]
@@ -340,17 +240,10 @@ def _misses(r: Report, axes: Any) -> str:
     axes.bar(names, again, bottom=first, color=SERIES[2], label="capacity: evicted before")
     axes.grid(axis="x", visible=False)
     axes.set(xlabel="resident experts, %", ylabel="misses, % of uses")
-    row = _quarter(rows)
-    part = row.compulsory / max(1, row.compulsory + row.capacity)
-    return (
-        f"With {_share(row.share)} resident, {_share(part)} of all misses are first uses, which no "
-        "cache saves (longer runs have relatively fewer); evictions cause the rest."
-    )
 
 
-@_panel("locality", "Are all layers alike?")
-def _layers(r: Report, axes: Any) -> str:
-    rows = _need(r.locality).caches.by_layer
+@_panel("locality.caches.by_layer", "Are all layers alike?")
+def _layers(axes: Any, rows: list[report.LayerRow], _: Report) -> None:
     layers = range(len(rows[0].hit_rates))
     series = {f"{row.share:.1%} resident": _percent(row.hit_rates) for row in rows[: len(SERIES)]}
     _lines(axes, layers, series)
@@ -358,18 +251,11 @@ def _layers(r: Report, axes: Any) -> str:
         line.set_marker("")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(ylim=(0, 100), xlabel="expert layer", ylabel="hit rate, %")
-    row = _quarter(rows)
-    low, high = (f(layers, key=row.hit_rates.__getitem__) for f in (min, max))
-    return (
-        f"With {_share(row.share)} resident, hits go from {_share(row.hit_rates[low])} in expert "
-        f"layer {low} to {_share(row.hit_rates[high])} in layer {high}."
-    )
 
 
-@_panel("locality", "Does the hit rate depend on task and prompt?")
-def _alone(r: Report, axes: Any) -> str:
-    found, prompts = _need(r.locality), r.method.prompts
-    rows, last = found.caches.by_prompt_alone, len(SERIES) - 1
+@_panel("locality.caches.by_prompt_alone", "Does the hit rate depend on task and prompt?")
+def _alone(axes: Any, rows: list[report.PromptRow], whole: Report) -> None:
+    prompts, last = whole.method.prompts, len(SERIES) - 1
     tasks = list(dict.fromkeys(p.task for p in prompts))
     for i, task in enumerate(tasks[: last + 1]):
         mine = [x for x in rows if min(last, tasks.index(prompts[x.prompt].task)) == i]
@@ -378,187 +264,83 @@ def _alone(r: Report, axes: Any) -> str:
         style = {"color": SERIES[i], "alpha": 0.7, "markersize": 3.5}
         axes.plot(x, y, _MARKERS[i], label=label, **style)
     axes.set(ylim=(0, 100), xlabel="resident experts, %", ylabel="hit rate of one prompt, %")
-    share = _quarter(rows).share
-    order = sorted((x for x in rows if x.share == share), key=lambda x: x.hit_rate)
-    low, high = (f"{_share(x.hit_rate)} ({prompts[x.prompt].name})" for x in (order[0], order[-1]))
-    return (
-        f"Each prompt by itself from an empty cache, {_share(share)} resident: from {low} to "
-        f"{high}; standard deviation over prompts {100 * found.by_kind.deviation:.1f} points."
-    )
 
 
-@_panel("locality", "How soon is an expert used again?")
-def _reuse(r: Report, axes: Any) -> str:
-    found = _need(r.locality).reuse
+@_panel("locality.reuse", "How soon is an expert used again?")
+def _reuse(axes: Any, found: report.Reuse, _: Report) -> None:
     axes.plot(_percent(found.shares), _percent(found.uses), color=SERIES[0])
     axes.axhline(100 * (1 - found.first_uses), color=SOFT, linestyle=":", label="all but first")
     axes.set(ylim=(0, 100), ylabel="uses, %")
     axes.set_xlabel("other experts used in between, % of the layer's")
-    quarter = found.uses[found.shares.index(0.25)]
-    return (
-        f"{_share(quarter)} of a token's expert uses come before a quarter of the layer's other "
-        f"experts were used; {_share(found.first_uses)} are first uses."
-    )
 
 
-@_panel("locality", "Do neighbouring tokens share experts?")
-def _tokens(r: Report, axes: Any) -> str:
-    rows = _need(r.locality).token_overlap
-    if not rows:
-        return "Too few tokens were generated to tell."
-    x, first, last = [o.lag for o in rows], rows[0], rows[-1]
-    axes.plot(x, _percent(o.shared for o in rows), "o-", color=SERIES[0], label="measured")
-    axes.plot(x, _percent(o.by_chance for o in rows), ":", color=SOFT, label="by chance")
-    axes.set_xscale("log", base=2)
-    _ticks(axes.xaxis, x)
-    axes.set(ylim=(0, None), xlabel="tokens apart", ylabel="experts in common, %")
-    return (
-        f"A token shares {_share(first.shared)} of its experts with the one before (by chance "
-        f"{_share(first.by_chance)}) and {_share(last.shared)} with the one {last.lag} before."
-    )
+@_panel("locality.token_overlap", "Do neighbouring tokens share experts?")
+def _tokens(axes: Any, rows: list[report.Overlap], _: Report) -> None:
+    if rows:
+        x = [o.lag for o in rows]
+        axes.plot(x, _percent(o.shared for o in rows), "o-", color=SERIES[0], label="measured")
+        axes.plot(x, _percent(o.by_chance for o in rows), ":", color=SOFT, label="by chance")
+        axes.set_xscale("log", base=2)
+        _ticks(axes.xaxis, x)
+        axes.set(ylim=(0, None), xlabel="tokens apart", ylabel="experts in common, %")
 
 
-@_panel("locality", "Do requests share experts?", 3.6)
-def _requests(r: Report, axes: Any) -> str:
-    matrix, prompts = _need(r.locality).request_overlap, r.method.prompts
-    square, count = pyplot().Rectangle, len(prompts)
+@_panel("locality.request_overlap", "Do requests share experts?", 3.6)
+def _requests(axes: Any, matrix: list[list[float]], whole: Report) -> None:
+    square, count = pyplot().Rectangle, len(matrix)
     for i, j in itertools.product(range(count), repeat=2):
         colour = (SERIES[0], round(max(0.0, matrix[i][j]), 2))
         axes.add_patch(square((j, i), 1, 1, facecolor=colour))
     axes.set(xlim=(0, count), ylim=(count, 0), aspect="equal")
     ticks = [i + 0.5 for i in range(count)]
-    axes.set_yticks(ticks, [p.name for p in prompts], fontsize=7)
+    axes.set_yticks(ticks, [p.name for p in whole.method.prompts], fontsize=7)
     axes.set_xticks(ticks, range(1, count + 1), fontsize=7)
     axes.grid(visible=False)
-    alike: dict[bool, list[float]] = {True: [], False: []}
-    for i, j in itertools.combinations(range(count), 2):
-        alike[prompts[i].task == prompts[j].task].append(matrix[i][j])
-    kinds = ((alike[True], "one task"), (alike[False], "different tasks"))
-    means = [f"{statistics.fmean(x):.2f} between requests of {kind}" for x, kind in kinds if x]
-    if not means:
-        return "One request alone has nothing to be compared with."
-    return (
-        f"Cosine of how often each expert is used: {', '.join(means)} (1: the same experts equally "
-        "often; columns are in the order of rows)."
-    )
-
-
-def _no_sensor(r: Report, what: str, heat: bool) -> str:
-    missing = _need(r.power).missing
-    kinds = [k for k in missing if k == "NVML" or heat == (k == "temperature")]
-    why = "; ".join(f"{k}: {missing[k]}" for k in kinds)
-    return f"Not measured, and not guessed: no {what} can be read here ({why})."
 
 
 @_panel("power", "How much power does it take?")
-def _watts(r: Report, axes: Any) -> str:
-    found = _need(r.power)
-    if found.joules_per_token is None:
-        return _no_sensor(r, "energy counter", heat=False)
+def _watts(axes: Any, found: report.Power, _: Report) -> None:
     names, both = found.sources, {"at rest": found.watts_at_rest, "decoding": found.watts}
-    for i, (label, watts) in enumerate(both.items()):
+    for i, (label, watts) in enumerate(both.items() if names else ()):
         places, values = [j + 0.4 * i for j in range(len(names))], [watts.get(n, 0) for n in names]
         axes.barh(places, values, 0.38, color=SERIES[i], label=label)
     axes.set_yticks([j + 0.2 for j in range(len(names))], names)
     axes.set_xlabel("watts")
-    rest, total = (sum(counted(watts).values()) for watts in both.values())
-    return (
-        f"{found.joules_per_token:.3g} J a token, prompts' energy included; {total:.3g} W while "
-        f"decoding, {rest:.3g} W at rest, of {', '.join(sorted(counted(found.watts)))} alone."
-    )
 
 
 @_panel("power", "How hot does it get?")
-def _heat(r: Report, axes: Any) -> str:
-    found, windows = _need(r.power), _need(r.speed.sustained).windows
-    if not found.celsius_after:
-        return _no_sensor(r, "temperature", heat=True)
-    for i, name in enumerate(list(windows[0].celsius)[: len(SERIES)]):
+def _heat(axes: Any, _: report.Power, whole: Report) -> None:
+    windows = whole.speed.sustained.windows if whole.speed.sustained else []
+    for i, name in enumerate([k for w in windows[:1] for k in w.celsius][: len(SERIES)]):
         degrees = [w.celsius.get(name) for w in windows]
         axes.plot([w.at_s for w in windows], degrees, color=SERIES[i], label=name)
         axes.set(xlabel="seconds", ylabel="°C")
-    before, after = found.celsius_before, found.celsius_after
-    parts = [f"{k} {before[k]:.0f} to {v:.0f} °C" for k, v in after.items() if k in before]
-    parts = parts or [f"{k} {v:.0f} °C at the end" for k, v in after.items()]
-    throttled = f"clocks were held down in {found.throttled_windows} windows"
-    if not found.tells_throttling:
-        throttled = "nothing here tells whether clocks were held down"
-    return f"{', '.join(parts)} over the sustained run; {throttled}."
 
 
-def _judged(r: Report, axes: Any, key: str, number: int, label: str, scale: float = 1) -> Quality:
+def _judged(axes: Any, found: Quality, key: str, number: int, label: str, scale: int = 1) -> bool:
     """Draw streamed and the lossy what-ifs, if they were compared with stock."""
-    found = _need(r.quality)
-    if found.streamed is not None:
-        values = [scale * getattr(x, key) for x in (found.streamed, *found.lossy)]
-        _bars(axes, ["streamed", *(f"{x.name}*" for x in found.lossy)], values, number)
-        axes.set_xlabel(label)
-    return found
+    if found.streamed is None:
+        return False
+    values = [scale * getattr(x, key) for x in (found.streamed, *found.lossy)]
+    _bars(axes, ["streamed", *(f"{x.name}*" for x in found.lossy)], values, number)
+    axes.set_xlabel(label)
+    return True
 
 
 @_panel("quality", "Is streaming exact, and what do shortcuts change?")
-def _kl(r: Report, axes: Any) -> str:
-    found = _judged(r, axes, "kl_nats", 2, "nats of KL divergence from stock, a token")
-    if found.streamed is None:
-        return found.not_measured
-    _scale(axes, "x", "symlog", linthresh=1e-3)
-    text = f"Streamed logits of {found.streamed.tokens} tokens, whole and one by one, are "
-    if found.streamed.identical:
-        text += "the same bits as stock."
-    elif found.exactness is None:  # an older report
-        text += f"off by {found.streamed.largest_difference:.3g} at most."
-    else:
-        text = _exact(found.exactness)
-    if not found.lossy:
-        return f"{text} No lossy what-if fits this model."
-    least, most = (f(found.lossy, key=lambda x: x.kl_nats) for f in (min, max))
-    return (
-        f"{text} Lossy what-ifs (*), which the package does not offer, move the predictions by "
-        f"{least.kl_nats:.2g} ({least.name}) to {most.kl_nats:.2g} nats ({most.name})."
-    )
-
-
-def _exact(seen: Exactness) -> str:
-    apart, bound = seen.prompts_difference, f"{100 * seen.prompts_bound:.2g} %"
-    why = f"this device sums in another order there (allowed: {bound})."
-    if apart > seen.prompts_bound:
-        why = (
-            f"MORE than the {bound} that another order of sums explains, unless a router that "
-            "wavered between two experts took the other."
-        )
-    held = seen.decoded_identical and apart <= seen.prompts_bound
-    return (
-        f"Decoded one by one, streamed logits of {seen.decoded_tokens} tokens are "
-        f"{'the same bits as' if seen.decoded_identical else 'NOT the same as'} stock. Those of "
-        f"whole prompts differ by at most {100 * apart:.2g} % of the largest logit: {why}"
-        + ("" if held else " See doctor --selftest.")
-    )
+def _kl(axes: Any, found: Quality, _: Report) -> None:
+    if _judged(axes, found, "kl_nats", 2, "nats of KL divergence from stock, a token"):
+        _scale(axes, "x", "symlog", linthresh=1e-3)
 
 
 @_panel("quality", "How well is text predicted?")
-def _perplexity(r: Report, axes: Any) -> str:
-    found = _judged(r, axes, "perplexity", 0, "perplexity (dotted: stock)")
-    if found.stock is None or found.streamed is None:
-        return f"{found.streamed_perplexity:.4g} streamed; stock was not measured."
-    stock = found.stock.perplexity
-    axes.axvline(stock, color=TEXT, linestyle=":")
-    changes = [f" {x.name}*: {100 * (x.perplexity / stock - 1):+.1f} %." for x in found.lossy]
-    text = f"{found.streamed.perplexity:.4g} streamed, {stock:.4g} stock, on the prompts."
-    return text + "".join(changes)
+def _perplexity(axes: Any, found: Quality, _: Report) -> None:
+    if _judged(axes, found, "perplexity", 0, "perplexity (dotted: stock)") and found.stock:
+        axes.axvline(found.stock.perplexity, color=TEXT, linestyle=":")
 
 
 @_panel("quality", "Are answers still right?")
-def _score(r: Report, axes: Any) -> str:
-    found = _judged(r, axes, "task_score", 1, "right answers, % (dotted: by chance)", 100)
-    count = found.task_items
-    wide = (found.task_score * count + 2) / (count + 4)  # Agresti and Coull: all right is not ± 0
-    error = (wide * (1 - wide) / (count + 4)) ** 0.5
-    text = (
-        f"Of {count} two-way choices {_share(found.task_score)} right, streamed (standard error "
-        f"{_share(error)}: only large losses show)."
-    )
-    if found.stock is None:
-        return text
-    axes.axvline(50, color=SOFT, linestyle=":")
-    axes.set_xlim(0, 100)
-    return f"{text} Stock: {_share(found.stock.task_score)}."
+def _score(axes: Any, found: Quality, _: Report) -> None:
+    if _judged(axes, found, "task_score", 1, "right answers, % (dotted: by chance)", 100):
+        axes.axvline(50, color=SOFT, linestyle=":")
+        axes.set_xlim(0, 100)

@@ -207,16 +207,17 @@ def _requantized(model: nn.Module, bits: int) -> list[tuple[nn.Module, str, nn.M
 
 def _smaller(table: nn.Module, bits: int) -> nn.Module | None:
     """A table in fewer bits, affine, groups of 64; a quantized one is dequantized first."""
-    whole = table.weight  # [E, out, in]
+    whole = table
     if isinstance(table, QuantizedSwitchLinear):
         if table.bits <= bits or table.mode != "affine":
             return None
-        whole = mx.dequantize(whole, table.scales, table.biases, table.group_size, table.bits)
-    if whole.shape[-1] % 64:
+        whole = SwitchLinear(1, 1, 1, bias=False)
+        packed = table.weight, table.scales, table.biases
+        whole.weight = mx.dequantize(*packed, table.group_size, table.bits)  # [E, out, in]
+        if "bias" in table:
+            whole.bias = table.bias
+    if whole.weight.shape[-1] % 64:
         return None
-    small = QuantizedSwitchLinear(64, 64, 1, False, 64, bits)
-    small.weight, small.scales, small.biases = mx.quantize(whole, 64, bits)
-    if "bias" in table:
-        small.bias = table.bias
+    small = whole.to_quantized(64, bits)
     mx.eval(small.parameters())
     return small

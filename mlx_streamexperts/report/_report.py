@@ -45,6 +45,11 @@ class Spread(Record):
     low: float  #: lowest
     high: float  #: highest
 
+    @property
+    def width(self) -> float:
+        """Highest less lowest, as a share of the median."""
+        return (self.high - self.low) / self.median
+
 
 class Repeats(Spread):
     values: list[float]  #: each, in order
@@ -201,12 +206,15 @@ class Reads(Record):
     ahead: int  #: prefetches among them
     percentiles: list[Percentile]  #: 1 to 100
 
+    def at(self, percentile: int) -> Percentile:
+        return next(p for p in self.percentiles if p.percentile == percentile)
+
 
 class Throttled(Record):
     bytes_per_s: float | None  #: of the throttle; null: this machine's own
     latency_s: float  #: added to each read
     tokens_per_s: Repeats  #: measured
-    modelled_tokens_per_s: float  #: by the formula of predict.py, all but reads as measured
+    modelled_tokens_per_s: float  #: all but reads as measured on this machine's own drive
 
 
 class CurvePoint(Record):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,17 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
+from .._closing import Closing
 from .._config import DEFAULT_CONTEXT, StreamConfig, format_size
 from .._errors import StreamError
-from .._experts.stream import stream
+from .._experts.stream import ExpertStream, stream
 from .._experts.trace import read_trace
 from .._loading.combinations import batches
 from .._loading.load import load, plan
 from .._osinfo import drop_page_cache
-from .._progress import progress_bar
+from .._progress import Clock, progress_bar
 from . import _drive as drive
 from . import _speed as speed
-from ._caveats import caveats
 from ._locality import locality
 from ._method import load_average, method
 from ._power import counted, find_sensors
@@ -31,7 +31,7 @@ from ._prompts import Prompt, report_choices, report_prompts
 from ._quality import Exam, quality
 from ._report import SCHEMA, VERSION, ColdStart, Drive, Power, Repeats, Report, Settings, Speed
 
-_STEPS = 11
+_STEPS = 10
 _LOGITS_BYTES = 256 << 20  # of all prompts: a vocabulary of 150,000 has 0.6 MB a token
 _STEADY_SHARE = 0.25  # of the experts, if no budget is stated and all would fit
 
@@ -43,15 +43,15 @@ FULL = Settings(
 )  # fmt: skip
 
 
-def make_report(
-    folder: str, config: StreamConfig, settings: Settings, name: str, note: str = "",
-    keep: Callable[[Report], None] = lambda report: None,
-) -> Report:  # fmt: skip
-    """Measure everything.
+def measure(
+    folder: str, config: StreamConfig, settings: Settings, name: str, note: str = ""
+) -> Iterator[Report]:
+    """Measure everything; yields the report before each part, as if the run ended there.
+
+    It is the same object each time: parts are added to it, and at its end it is whole.
 
     Args:
         name: of the model, on the page.
-        keep: called before each part with the report so far, as if the run ended there.
 
     Raises:
         StreamError: the model cannot be streamed, or nothing of it would be with this budget.
@@ -59,39 +59,70 @@ def make_report(
     needed = settings.prompt_tokens + max(settings.tokens, speed.SUSTAINED_TOKENS)
     if (config.context_tokens or DEFAULT_CONTEXT) < needed:
         raise StreamError(f"a report needs --context-tokens {needed} or more: prompt and reply")
+    shown = config.progress
     config = replace(config, progress=False) if not sys.stderr.isatty() else config
     config = with_something_to_stream(folder, config)
     load, begin = load_average(), time.perf_counter()
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-    def at(step: str) -> None:
-        report.unfinished, report.seconds = step, time.perf_counter() - begin
-        report.limits = list(caveats(report))
-
-    def step(name: str) -> None:
-        bar.set_postfix_str(name)
-        bar.update(1)
-        at(name)
-        keep(report)
-
-    with progress_bar("Report", config.progress, _STEPS, unit="step") as bar:
-        bar.set_postfix_str("loading")
+    with _Step(shown) as begun:
+        begun.begin("loading")
         model, tokenizer, cold = _cold_start(folder, config)
-        bar.update(1)
+        begun.reads_of(stream(model))
         prompts = _cut(report_prompts(tokenizer, settings.prompts), settings.prompt_tokens)
         how = method(Path(folder), name, stream(model), settings, prompts, load)
         report = Report(SCHEMA, VERSION, created, note, "", 0.0, how, Speed(cold))
         with stream(model):
-            _measure(model, tokenizer, prompts, report, step)
-            step("quality")
+            for step in _measure(model, tokenizer, prompts, report):
+                begun.begin(step)
+                report.unfinished, report.seconds = step, time.perf_counter() - begin
+                yield report
             width = int(model(mx.array([[0]])).shape[-1])
             prompts = _cut(prompts, max(8, _LOGITS_BYTES // (4 * width * len(prompts))))
             exam = Exam(prompts, report_choices(tokenizer, settings.items), settings.alone)
             own = exam.ask(model)
         del model  # room for the stock model
         report.quality = quality(Path(folder), how.model, own, exam, settings.bits)
-    at("")
-    return report
+    report.unfinished, report.seconds = "", time.perf_counter() - begin
+    yield report
+
+
+class _Step(Closing):
+    """Shows the step under way, the time, and bytes read: a step may take minutes.
+
+    A terminal gets a bar that moves every second, a file or a pipe a line now and then.
+    """
+
+    def __init__(self, shown: bool) -> None:
+        terminal = sys.stderr.isatty()
+        self._name, self._begin = "", time.perf_counter()
+        self._stream: ExpertStream | None = None
+        self._lines = shown and not terminal
+        self._bar = progress_bar("Report", shown and terminal, _STEPS, unit="step")
+        self._clock = Clock(self._show, 1.0 if terminal else 30.0) if shown else None
+
+    def begin(self, name: str) -> None:
+        """The next step begins."""
+        self._bar.update(bool(self._name))
+        self._name = name
+        self._show()
+
+    def reads_of(self, expert_stream: ExpertStream) -> None:
+        """Show this stream's reads."""
+        self._stream = expert_stream
+
+    def close(self) -> None:
+        if self._clock is not None:
+            self._clock.close()
+        self._bar.close()
+
+    def _show(self) -> None:
+        text = self._name
+        if self._stream is not None:
+            text += f", {format_size(self._stream.reader.stats.bytes)} read"
+        self._bar.set_postfix_str(text)
+        if self._lines:
+            seconds = time.perf_counter() - self._begin
+            print(f"Report: {text}, {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
 def _cut(prompts: list[Prompt], tokens: int) -> list[Prompt]:
@@ -136,51 +167,50 @@ def batch_sizes(model: Any, settings: Settings) -> list[int]:
     return [n for n in settings.batches if n == 1 or n * each <= room]
 
 
-def _measure(
-    model: Any, tokenizer: Any, prompts: list[Prompt], report: Report, step: Callable[[str], None]
-) -> None:
-    """Measure everything but quality, and fill the report with it."""
+def _measure(model: Any, tokenizer: Any, prompts: list[Prompt], report: Report) -> Iterator[str]:
+    """Measure everything but quality, and fill the report with it; yields each step's name."""
     experts, s, found = stream(model), report.method.settings, report.speed
 
     def generate_all() -> None:
         for p in prompts:
             speed.generate(model, p.tokens, s.tokens)
 
-    step("warming up")
+    yield "warming up"
     generate_all()
     with tempfile.TemporaryDirectory() as traces:
-        step("decoding")
+        yield "decoding"
         rows = speed.by_prompt(model, prompts, s.tokens, s.repeats, Path(traces))
         recorded = [read_trace(Path(traces) / f"{i}.jsonl") for i in range(len(prompts))]
     found.by_prompt = rows
     found.tokens_per_s = Repeats.of([r.tokens_per_s.median for r in rows])
-    step("first tokens")
+    yield "first tokens"
     text = [t for p in report_prompts(tokenizer) for t in p.tokens]
     lengths = [n for n in s.lengths if n + 16 <= experts.plan.context_tokens]
     text *= max(lengths) // len(text) + 1
     found.by_prompt_length = speed.first_tokens(model, text, lengths, s.repeats)
-    step("batches")
+    yield "batches"
     sizes = batch_sizes(model, s)
     found.by_batch = speed.batches(model, tokenizer, prompts, sizes, s.tokens, s.repeats)
 
     ssd = report.ssd = Drive(experts.bypasses_page_cache)
-    step("the drive")
+    yield "the drive"
     ssd.rates = drive.rates_by_size(experts, s.depths, s.seconds)
-    step("reads of generation")
+    yield "reads of generation"
     log = drive.ReadLog()
     experts.reader.on_read.add(log.note)
     generate_all()
     experts.reader.on_read.remove(log.note)
     ssd.in_generation = log.summary()
-    step("slower drives")
+    yield "slower drives"
     best = max(r.rate for r in ssd.rates)
     one = prompts[len(prompts) // 2].tokens  # for every drive: only the drive differs
     ssd.sensitivity = drive.sensitivity(model, one, s.tokens, s.repeats, best, s.points)
 
-    step("locality")
+    yield "locality"
     report.locality = locality(recorded, s.shares, experts.config.policy, prompts)
-    step("decoding on and on")
+    yield "decoding on and on"
     _sustained(model, prompts, report)
+    yield "quality"
 
 
 def _sustained(model: Any, prompts: list[Prompt], report: Report) -> None:

@@ -27,13 +27,20 @@ import mlx.core as mx
 from mlx_lm import server as stock
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-from .._cli.options import failed, make_parser, stream_settings
+from .._cli.options import (
+    add_prefix_arguments,
+    check_prefix_arguments,
+    failed,
+    make_parser,
+    stream_settings,
+)
 from .._config import StreamConfig, parse_size
 from .._errors import StreamError
 from .._hooks import swapped
 from .._io.files import room_for_clients
 from .._loading.combinations import Options, check_options
 from .._loading.load import patch, plan, resolve
+from ._audience import Audience
 from ._generation import GenerationThread, top_logprobs
 from ._http import Handler, is_loopback
 from ._kv_admission import AdmittedBatch, BoundedPromptCache, KVAdmission
@@ -48,12 +55,16 @@ _FULL = (
     b'{"error": {"message": "too many connections; try again later", "type": "server_error", '
     b'"param": null, "code": "overloaded"}}'
 )
+_INSTEAD = (
+    "mlx-vlm has a server of its own: python -m mlx_streamexperts.run mlx_vlm.server --model ..."
+)
 _KEY_VARIABLE = "STREAMEXPERTS_API_KEY"
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """mlx-lm's options and ours."""
     parser = make_parser(_stock_parser(), "python -m mlx_streamexperts.server", __doc__)
+    add_prefix_arguments(parser)
     group = parser.add_argument_group("serving")
     group.add_argument(
         "--also-serve",
@@ -94,7 +105,8 @@ def main(argv: list[str] | None = None) -> int:
     args = setup_arg_parser().parse_args(argv)
     try:
         args.max_body = parse_size(args.max_body)
-        config, model = stream_settings(args)
+        check_prefix_arguments(args)
+        config, model = stream_settings(args, _INSTEAD)
         assert model is not None
         served = _served(args.model, model, args.also_serve)
         aliases = dict(zip([args.model or model, *args.also_serve], served.values(), strict=True))
@@ -126,10 +138,12 @@ def _serve(args: argparse.Namespace, served: dict[str, str], aliases: dict[str, 
     logging.basicConfig(level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s")
     admission = KVAdmission()
     provider = ModelProvider(args, served, aliases, admission)
-    prompt_cache = BoundedPromptCache(admission, args.prompt_cache_size)
-    parts = {"BatchGenerator": partial(AdmittedBatch, admission=admission)}
+    prompt_cache = BoundedPromptCache(admission, args.prompt_cache_size, provider=provider)
+    audience = Audience()
+    batch = partial(AdmittedBatch, admission=admission, audience=audience)
+    parts = {"BatchGenerator": batch}
     with swapped(stock, _format_top_logprobs=top_logprobs, **parts):
-        generator = GenerationThread(provider, prompt_cache, RequestCounters())
+        generator = GenerationThread(provider, prompt_cache, RequestCounters(), audience)
         if mx.distributed.init().rank() > 0:
             generator.join()
             return

@@ -14,16 +14,23 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from queue import Queue
+from dataclasses import replace
+from queue import Empty, Queue
 from typing import Any, NoReturn
 
 import mlx.core as mx
 from mlx_lm import server as stock
 
+from .._errors import PassStoppedError
+from .._progress import Progress
+from ._audience import Audience
 from ._kv_admission import KVAdmission
 from ._models import ModelProvider
 from ._refusals import BadRequestError, ClientGone, Refused, Started, generation_failed
 from ._request_counters import RequestCounters
+
+_ALIVE_SECONDS = 1.0
+_ALIVE = (-1, -1)  # in the place of mlx-lm's (tokens done, tokens in all)
 
 
 class GenerationThread(stock.ResponseGenerator):
@@ -34,14 +41,20 @@ class GenerationThread(stock.ResponseGenerator):
         counters: of requests and tokens.
         ready: set once the default model is loaded, or has failed to load.
         failure: the error if it has.
-        stopping: the server is being stopped; running requests end at their next token.
+        stopping: the server is being stopped; the pass under way ends, and its requests with it.
+        audience: who waits for the pass under way.
     """
 
     model_provider: ModelProvider
 
     def __init__(
-        self, provider: ModelProvider, prompt_cache: Any, counters: RequestCounters
+        self,
+        provider: ModelProvider,
+        prompt_cache: Any,
+        counters: RequestCounters,
+        audience: Audience,
     ) -> None:
+        self.audience = audience
         self.counters, self.admission = counters, provider.admission
         self.ready = threading.Event()
         self.failure: BaseException | None = None
@@ -51,6 +64,7 @@ class GenerationThread(stock.ResponseGenerator):
         self._replies: dict[Any, Client] = {}  # of running requests, by their queue
         self._tokenized: dict[int, Any] = {}  # by id of the request
         self.admission.save_cache = self._save_cache
+        provider.should_stop = self._should_stop
         super().__init__(provider, prompt_cache)
 
     def register(self, request: Any, client: Client) -> None:
@@ -73,6 +87,8 @@ class GenerationThread(stock.ResponseGenerator):
             while not self._stop:
                 try:
                     super()._generate()
+                except PassStoppedError:  # the server is being stopped
+                    self._fail_all(ClientGone())
                 except Exception as e:
                     logging.exception("a batch failed, and its requests with it")
                     self._fail_all(e.with_traceback(None))  # the frames hold the batch
@@ -126,7 +142,51 @@ class GenerationThread(stock.ResponseGenerator):
             self._waiting = item
             return None
         self._replies[reply] = client
-        return item
+        self.audience.latest = client
+        return _Reply(reply, client), request, args
+
+    def _should_stop(self) -> bool:
+        """Shall the pass under way end? Ranks must decide alike, so theirs run to the end."""
+        return not self._is_distributed and (self.stopping or self.audience.has_left())
+
+    def progress(self, client: Client | None = None) -> Progress | None:
+        """How far the prompts under way are.
+
+        Args:
+            client: whose prompt; all of them together if None.
+
+        Returns:
+            None if no prompt is under way.
+        """
+        follower = self.model_provider.follower
+        running = [c for c in list(self._replies.values()) if c.prompt is not None]
+        asked = running if client is None else [c for c in running if c is client]
+        if follower is None or not asked:
+            return None
+        now, (part, _) = follower.now(), follower.pass_tokens_done()
+        done = total = 0
+        for c in asked:
+            of = c.prompt or (0, 0)
+            done += min(of[1], of[0] + part // len(running))
+            total += of[1]
+        begin, before = min(c.began for c in asked)
+        read = max(0, now.read_bytes - before)
+        return replace(
+            now, tokens=done, total=total, read_bytes=read, seconds=time.perf_counter() - begin
+        )
+
+    def _await_response(self, response_queue: Any) -> Any:
+        """The next response; `_ALIVE` after a second without one, once the prompt is taken."""
+        if not getattr(response_queue, "began", False):
+            response = super()._await_response(response_queue)
+            response_queue.began = True
+            return response
+        try:
+            return response_queue.get(timeout=_ALIVE_SECONDS)
+        except Empty:
+            if not self.generation_available():
+                raise RuntimeError("generation thread died") from None
+            return _ALIVE
 
     def _count_tokens(self, request: Any, args: Any) -> int:
         """Tokens of prompt and reply. mlx-lm's own `_tokenize` call later gets the same result."""
@@ -196,8 +256,26 @@ class GenerationThread(stock.ResponseGenerator):
     def _serve_single(self, request: Any, *rest: Any) -> None:
         reply, asked, args = request
         client = self._clients.get(id(asked))
-        super()._serve_single((_SingleReply(reply, client, self.admission), asked, args), *rest)
+        single = _SingleReply(reply, client, self.admission)
+        with self.audience.waiting([client]):
+            super()._serve_single((single, asked, args), *rest)
         restore_random_state()
+
+
+class _Reply:
+    """The reply queue of a request; its client sees how far the prompt is."""
+
+    def __init__(self, reply: Queue[Any], client: Client) -> None:
+        self._reply, self._client = reply, client
+
+    def put(self, item: Any) -> None:
+        if isinstance(item, stock.GenerationContext):
+            self._client.begin(item)
+        elif isinstance(item, tuple):
+            self._client.prompt = item
+        else:
+            self._client.prompt = None
+        self._reply.put(ClientGone() if isinstance(item, PassStoppedError) else item)
 
 
 class _SingleReply:
@@ -210,7 +288,7 @@ class _SingleReply:
         if item is None:
             self._admission.withdraw()  # its KV cache goes to the prompt cache now
         if isinstance(item, tuple) and self._client is not None and self._client.gone():
-            raise ClientGone
+            raise ClientGone  # before the next chunk
         self._reply.put(item)
 
 
@@ -219,11 +297,28 @@ class Client:
 
     Attributes:
         ended: nobody waits for the reply any more.
+        context: mlx-lm's `GenerationContext` of the reply; None before there is one.
+        prompt: tokens of the prompt that were done after its last pass, and in all; None before
+            and after.
+        began: when the prompt began, and the bytes read until then.
+        keep_alive: called about once a second while the client waits for a token.
     """
 
     def __init__(self, generator: GenerationThread, connection: socket.socket) -> None:
         self.generator, self._connection = generator, connection
         self.ended = False
+        self.context: Any = None
+        self.prompt: tuple[int, int] | None = None
+        self.began = 0.0, 0
+        self.keep_alive: Callable[[Progress | None], None] | None = None
+
+    def begin(self, context: Any) -> None:
+        """The prompt is taken."""
+        follower = self.generator.model_provider.follower
+        self.context = context
+        self.prompt = 0, len(context.prompt) - max(0, context.prompt_cache_count)
+        read = 0 if follower is None else follower.now().read_bytes
+        self.began = time.perf_counter(), read
 
     @property
     def cli_args(self) -> argparse.Namespace:
@@ -261,8 +356,10 @@ class Client:
         def progress(done: int, total: int) -> None:
             if self.gone():
                 raise ClientGone
-            if progress_callback is not None:
-                progress_callback(done, total)
+            if done >= 0:
+                logging.info(f"Prompt processing progress: {done}/{total}")
+            if self.keep_alive is not None:
+                self.keep_alive(self.generator.progress(self))
 
         # Always the same name for a model: mlx-lm's batches take requests of one name only.
         args.model.model = self.generator.model_provider.served[args.model.model]

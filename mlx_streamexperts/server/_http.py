@@ -27,6 +27,7 @@ from urllib.parse import unquote, urlsplit
 from mlx_lm import server as stock
 
 from .._errors import StreamError
+from .._progress import Progress
 from ._generation import Client, GenerationThread
 from ._metrics import live, prometheus
 from ._refusals import ClientGone, Refused, Started, generation_failed
@@ -291,6 +292,8 @@ class Handler(stock.APIHandler):
 
     def handle_completion(self, request: Any, stop_words: list[str]) -> None:
         """Generate a reply and send it. mlx-lm's own part ends with `Started`."""
+        if self.stream:
+            self.response_generator.keep_alive = self._keep_alive
         try:
             super().handle_completion(request, [])  # mlx-lm would match stop strings by token
         except Started as started:
@@ -353,6 +356,12 @@ class Handler(stock.APIHandler):
 
     def _event(self, event: dict[str, Any]) -> None:
         self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+        self.wfile.flush()
+
+    def _keep_alive(self, progress: Progress | None) -> None:
+        """Send a comment, which clients of event streams skip: how far the prompt is."""
+        text = "" if progress is None else f" {progress.tokens}/{progress.total} ({progress})"
+        self.wfile.write(f": keepalive{text}\n\n".encode())
         self.wfile.flush()
 
     def _send_models(self, name: str) -> None:

@@ -9,7 +9,7 @@ waits, and kept caches give way to running requests. Only the generation thread 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
@@ -17,12 +17,16 @@ from mlx_lm.models.cache import (
     ArraysCache,
     LRUPromptCache,
     can_trim_prompt_cache,
+    make_prompt_cache,
     trim_prompt_cache,
 )
 
+from .._errors import PassStoppedError
 from .._loading.combinations import trims
 from .._memory.budget import Plan
 from .._memory.footprint import STEP
+from .._prefixes.remembered import PrefixCache
+from ._audience import Audience, Waiting
 
 # Logits, their logarithms and the sampler's copies, of this step and the next, in float32.
 _LOGIT_BYTES = 24
@@ -122,18 +126,43 @@ class KVAdmission:
 
 
 class AdmittedBatch(BatchGenerator):
-    """mlx-lm's batch; reports its sequences to `KVAdmission` and takes chunks of planned length."""
+    """mlx-lm's batch; reports its sequences to `KVAdmission` and takes chunks of planned length.
 
-    def __init__(self, model: Any, admission: KVAdmission, **options: Any) -> None:
+    A pass over prompts whose clients have all left ends at once. The other sequences go on.
+    """
+
+    def __init__(
+        self, model: Any, admission: KVAdmission, audience: Audience, **options: Any
+    ) -> None:
         super().__init__(model, **options)
-        self._admission = admission
+        self._admission, self._audience = admission, audience
+        self._clients: dict[int, Waiting | None] = {}  # by sequence id
+        self._left: set[int] = set()  # sequences whose prompt was ended
+        self._run_prompts = self._prompt_batch.prompt
+        self._prompt_batch.prompt = self._prompts  # of this one object, which mlx-lm keeps
         self._stated_step = self.prefill_step_size
         admission.finish_all()
 
     def insert_segments(self, *args: Any, **options: Any) -> Any:
         uids = super().insert_segments(*args, **options)
         self._admission.start(uids)
+        self._clients.update(dict.fromkeys(uids, self._audience.latest))
         return uids
+
+    def _prompts(self, tokens: list[list[int]]) -> None:
+        """Run a chunk of every prompt; note the sequences if nobody waits for any of them."""
+        uids = list(self._prompt_batch.uids)
+        clients = [self._clients.get(uid) for uid in uids]
+        try:
+            with self._audience.waiting(clients):
+                self._run_prompts(tokens)
+        except PassStoppedError:
+            if not all(c is not None and c.gone() for c in clients):
+                raise
+            for client in clients:
+                if client is not None and client.context is not None:
+                    client.context.stop()  # mlx-lm's loop then forgets the request
+            self._left.update(uids)
 
     def remove(self, uids: Any, *args: Any, **options: Any) -> Any:
         save = self._admission.save_cache
@@ -144,6 +173,8 @@ class AdmittedBatch(BatchGenerator):
                     save(list(self._generation_batch.tokens[i]), cache)
         removed = super().remove(uids, *args, **options)
         self._admission.finish(uids)
+        for uid in uids:
+            self._clients.pop(uid, None)
         return removed
 
     def next(self) -> Any:
@@ -151,9 +182,15 @@ class AdmittedBatch(BatchGenerator):
         prompts = min(waiting, self.prefill_batch_size)
         self.prefill_step_size = self._admission.chunk_tokens(self._stated_step, prompts)
         prompt_responses, responses = super().next()
+        if self._left:  # before anybody keeps their caches, which lack the tokens of that pass
+            self.remove(list(self._left))
+            self._left.clear()
         if sequences := len(self._generation_batch):
             self._admission.measure(self._generation_batch.prompt_cache, sequences)
-        self._admission.finish(r.uid for r in responses if r.finish_reason is not None)
+        ended = [r.uid for r in responses if r.finish_reason is not None]
+        self._admission.finish(ended)
+        for uid in ended:
+            self._clients.pop(uid, None)
         return prompt_responses, responses
 
 
@@ -163,17 +200,45 @@ def constant_bytes(caches: list[Any]) -> int:
     return sum(c.nbytes for c in inner if isinstance(c, ArraysCache))
 
 
-class BoundedPromptCache(LRUPromptCache):
-    """mlx-lm's cache of earlier prompts and replies, within what running requests leave."""
+class Remembering(Protocol):
+    """The models' provider.
 
-    def __init__(self, admission: KVAdmission, *args: Any, **options: Any) -> None:
+    Attributes:
+        model: the loaded one.
+        prefixes: its prompts on the drive; None if none are kept.
+    """
+
+    model: Any
+    prefixes: PrefixCache | None
+
+
+class BoundedPromptCache(LRUPromptCache):
+    """mlx-lm's cache of earlier prompts and replies, within what running requests leave.
+
+    With a prefix cache, what is not in memory is looked for on the drive, and everything that comes
+    in goes there too.
+    """
+
+    def __init__(
+        self,
+        admission: KVAdmission,
+        *args: Any,
+        provider: Remembering | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(*args, **options)
-        self._admission = admission
+        self._admission, self._provider = admission, provider
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> Any:
         # A fetched cache shares memory with its origin until one of them is written, so fetch
         # first and drop what no longer fits afterwards.
         found, rest = super().fetch_nearest_cache(model, tokens)
+        provider = self._provider
+        if provider is not None and (kept := provider.prefixes) is not None:
+            caches = make_prompt_cache(provider.model)
+            beyond = len(tokens) - len(rest) if found is not None else 0
+            if end := kept.restore(caches, tokens[:-1], beyond=beyond):
+                found, rest = caches, tokens[end:]
         self.trim_to(n_bytes=self._admission.prompt_cache_budget())
         if found is not None and not rest:  # the last token must run, or there are no logits
             if not can_trim_prompt_cache(found):
@@ -188,6 +253,8 @@ class BoundedPromptCache(LRUPromptCache):
         # A cache taken out of a batch is an unevaluated slice: it would keep the KV cache of the
         # whole batch in memory, unseen by any count.
         mx.eval([c.state for c in prompt_cache])
+        if self._provider is not None and self._provider.prefixes is not None:
+            self._provider.prefixes.save(tokens, prompt_cache)
         if not trims(prompt_cache):
             for cache in prompt_cache:
                 cache.is_trimmable = _never

@@ -51,8 +51,15 @@ def live(generator: GenerationThread) -> dict[str, Any]:
         "model": next((n for n in provider.listed if provider.is_loaded(n)), None),
         "traffic": asdict(generator.counters.stats()),
         "memory": memory_bytes(plan),
+        "prompt": None,
         "experts": None,
     }
+    if (now := generator.progress()) is not None:
+        answer["prompt"] = {
+            **asdict(now),
+            "tokens_per_second": now.tokens_per_second,
+            "seconds_left": now.seconds_left,
+        }
     if expert_stream is not None:
         answer["experts"] = {
             **expert_stream.stats().as_dict(),
@@ -123,6 +130,21 @@ class _Collector:
             "generated_tokens_per_second",
             "Tokens per second over the last ten seconds, all clients together",
             t.tokens_per_second,
+        )
+        now = generator.progress()
+        done, total = (now.tokens, now.total or 0) if now else (0, 0)
+        tokens: dict[str, float] = {"done": done, "all": total}
+        yield gauge("prompt_under_way_tokens", "Tokens of prompts under way", tokens, "kind")
+        yield gauge(
+            "prompt_under_way_read_bytes",
+            "Bytes read since the oldest prompt under way began",
+            now.read_bytes if now else 0,
+        )
+        yield gauge(
+            "prompt_under_way_seconds",
+            "Seconds since the oldest prompt under way began, and left by the rate so far",
+            {"past": now.seconds, "left": now.seconds_left or 0.0} if now else {"past": 0.0},
+            "kind",
         )
         yield HistogramMetricFamily(
             _PREFIX + "time_to_first_token_seconds",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import mlx.core as mx
 from mlx_lm import server as stock
 from mlx_lm.models.cache import make_prompt_cache
 
+from .._experts.follower import Follower
 from .._experts.stream import ExpertStream, is_streamed, stream
 from .._loading.combinations import batches
 from .._memory.process_memory import unregister
+from .._prefixes.remembered import PrefixCache
 from ._kv_admission import KVAdmission
 from ._refusals import Refused
 
@@ -33,11 +36,17 @@ class ModelProvider(stock.ModelProvider):
         served: folder by every name that a request may use.
         listed: the names that `/v1/models` lists.
         known_tokens: number of tokens that both the model and its tokenizer know.
+        follower: tells how far the loaded model's pass is; None if no streamed model is loaded.
+        prefixes: the loaded model's prompts on the drive; None without `--prefix-cache`.
+        should_stop: asked while passes run: shall the pass under way end?
     """
 
     model: Any
     tokenizer: Any
     known_tokens = 1
+    follower: Follower | None = None
+    should_stop: Callable[[], bool] | None = None
+    prefixes: PrefixCache | None = None
 
     def __init__(
         self,
@@ -102,6 +111,10 @@ class ModelProvider(stock.ModelProvider):
             rows = expert_stream.token_rows or len(self.tokenizer)
             self.known_tokens = min(rows, len(self.tokenizer))  # either may know more
             self.admission.open(plan, rows)
+            if (folder := self.cli_args.prefix_cache) is not None:
+                nbytes, adapter = self.cli_args.prefix_bytes, args[1] if args[1:] else None
+                self.prefixes = PrefixCache(self.model, folder, nbytes, adapter)
+            self.follower = expert_stream.follow(stop=self.should_stop)
             self.cli_args.prefill_step_size = self._stated_step or plan.prefill_tokens
             logging.info(f"Loaded {args[0]}: {plan}")
 
@@ -113,6 +126,10 @@ class ModelProvider(stock.ModelProvider):
         model, self._last = self._last, None  # mlx-lm forgets it first when its loop ends
         self.reset()
         self.admission.close()
+        self.prefixes = None
+        if self.follower is not None:
+            self.follower.close()
+            self.follower = None
         if model is not None and is_streamed(model):
             expert_stream = stream(model)
             expert_stream.close()

@@ -38,6 +38,7 @@ from ._tuner import Outcome, Record, Run, Tuner
 
 __all__ = ["Ledger", "Outcome", "Run", "Runner", "Tuner", "Workload", "main", "space"]
 
+_INSTEAD = "Use python -m mlx_streamexperts.generate, which prints tokens per second and hit rates"
 _VALUES: Space = {
     CACHE_SHARE: (1.0, 0.85, 0.7, 0.5),
     "bypass_page_cache": ("auto", "on", "off"),
@@ -48,6 +49,7 @@ _VALUES: Space = {
     "policy": ("lrfu", *(p for p in POLICIES if p != "lrfu")),
     "prefetch_depth": (1, 2, 3),
     "run_ahead": ("auto", "off", "on"),
+    "keep_awake": ("auto", "off", "on"),
 }
 """Values of each setting, the default first; likely winners come early."""
 
@@ -84,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = setup_arg_parser().parse_args(argv)
     try:
-        config, model = stream_settings(args)
+        config, model = stream_settings(args, _INSTEAD)
         assert model is not None
         if config.pipeline:
             raise StreamError("tuning is for one machine: leave out --pipeline")
@@ -111,8 +113,10 @@ def space(runner: Runner) -> Space:
     values = {n: v for n, v in _VALUES.items() if getattr(config, option.get(n, n)) is None}
     if not direct_works(Path(expert_files(runner.located.layers)[0])):
         values.pop("bypass_page_cache", None)
-    if mx.default_device() == mx.cpu and "run_ahead" in values:
-        values["run_ahead"] = ("auto", "on")  # auto is off there
+    if mx.default_device() == mx.cpu:
+        values.pop("keep_awake", None)  # there is no GPU to keep awake
+        if "run_ahead" in values:
+            values["run_ahead"] = ("auto", "on")  # auto is off there
     return values
 
 

@@ -29,6 +29,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..bank import numbers
+from ..cpu_streams import called
 from ..foreign_modules import ForeignModules
 from ..layer import ExpertLayer
 from ..refusals import refuse_transforms
@@ -214,8 +215,10 @@ class RunAhead:
                 self._caches = weakref.ref(first)
         return self._observed
 
-    def forward(self, layer: ExpertLayer, x: mx.array, indices: mx.array) -> mx.array:
-        """Run a layer's part of the pass under way: x [..., D], indices [..., K] -> [..., K, D]."""
+    def forward(
+        self, layer: ExpertLayer, x: mx.array, indices: mx.array, weights: mx.array | None
+    ) -> mx.array:
+        """Run a layer's part of the pass under way, as `ExpertLayer.__call__` would."""
         i = self._number[id(layer)]
         state = self._states[i]
         if state.called:
@@ -224,14 +227,14 @@ class RunAhead:
         if state.y is not None:
             return state.y
         if state.arrivals is not None and state.experts is not None:
-            state.y = layer.finish_arrived(x, state.experts, state.arrivals)
+            state.y = layer.finish_arrived(x, state.experts, weights, state.arrivals)
             state.arrivals = None
             return state.y
         if not self._speculate_on[i]:
             self._check()
         if self._speculate_on[i] or self._wrong is not None:
-            return self._speculate(i, x, indices)
-        result = layer.forward_synced(x, indices, predict_next=not self._again)
+            return self._speculate(i, x, indices, weights)
+        result = layer.forward_synced(x, indices, weights, predict_next=not self._again)
         state.y = result.output
         self.stats.synced += 1
         self.policy.record_layers([i], result.missed, self._again)
@@ -316,7 +319,9 @@ class RunAhead:
             return self.policy.lacking_again * (len(self.layers) - first)
         return float(self.policy.lacking[first:].sum())
 
-    def _speculate(self, i: int, x: mx.array, indices: mx.array) -> mx.array:
+    def _speculate(
+        self, i: int, x: mx.array, indices: mx.array, weights: mx.array | None
+    ) -> mx.array:
         """Run a layer with experts mapped to slots on the device."""
         layer, state = self.layers[i], self._states[i]
         start = time.perf_counter()
@@ -326,7 +331,7 @@ class RunAhead:
                 start = layer.record_phase("wait", start)
             slots, absent = self._tables.of(i)  # uint32 [experts] each
             start = layer.record_phase("map", start)
-            y = layer.switch(x, slots[indices])  # [..., K, D]
+            y = called(layer.switch, x, slots[indices], weights)  # [..., K, D]
             if self._masked:  # missing experts contribute zero
                 y = mx.where(absent[indices][..., None] > 0, 0, y)
             state.indices, state.unchecked = indices, layer.slots.bank.track_reader(y)

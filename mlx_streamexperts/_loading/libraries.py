@@ -1,0 +1,81 @@
+"""Chooses the library that loads a model folder: mlx-lm or mlx-vlm.
+
+No weight is read, and no model file that a checkpoint brings is run here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import mlx_lm.utils
+
+from .._config import StreamConfig
+from .._errors import StreamError, UnsupportedModelError
+from .._io.checkpoint import check_model_folder, read_checkpoint, read_model_config
+from .lazy_load import MLX_LM, MLX_VLM, load_recorded
+
+
+def library(folder: Path, config: StreamConfig) -> str:
+    """The library that loads this model: `config.loader`, or the one that can.
+
+    What both libraries can load goes to mlx-lm.
+
+    Args:
+        folder: the model folder; the headers of its weights are enough.
+        config: the options.
+
+    Returns:
+        `MLX_LM` or `MLX_VLM`.
+
+    Raises:
+        CheckpointError: the files are damaged or incomplete.
+    """
+    if config.loader != "auto":
+        return config.loader
+    check_model_folder(folder)
+    model_config = read_model_config(folder)
+    if "model_file" in model_config:  # both would run it; mlx-lm asks for permission first
+        return MLX_LM
+    installed = importlib.util.find_spec("mlx_vlm") is not None
+    try:
+        _, arguments = mlx_lm.utils._get_classes(model_config)
+    except ValueError:  # no such family
+        return MLX_VLM
+    except Exception:  # config.json may hold anything: mlx-lm's loader will say what is wrong
+        return MLX_LM
+    try:
+        arguments.from_dict(model_config)
+    except ValueError:  # DeepSeek V4.1 with engram, for example: mlx-lm has only the rest
+        return MLX_VLM if installed else MLX_LM
+    except Exception:
+        return MLX_LM
+    # mlx-vlm's conversions have this prefix. mlx-lm knows it in the families that mlx-vlm has
+    # with a vision tower, but not all of those have the same tensors.
+    prefixed = any("language_model." in name for name in read_checkpoint(folder).tensors)
+    if prefixed and installed:
+        try:
+            load_recorded(folder, {})
+        except StreamError:
+            return MLX_VLM
+    return MLX_LM
+
+
+def require_mlx_lm(folder: str | Path, config: StreamConfig, what: str, instead: str) -> None:
+    """Refuse models that load through mlx-vlm.
+
+    Args:
+        folder: the model folder.
+        config: the options.
+        what: what works with models of mlx-lm only.
+        instead: a sentence that says what to do instead.
+
+    Raises:
+        UnsupportedModelError: the model loads through mlx-vlm.
+        CheckpointError: the files are damaged or incomplete.
+    """
+    if library(Path(folder), config) == MLX_VLM:
+        raise UnsupportedModelError(
+            f"{folder}: {what} works with models of mlx-lm only, and this one loads through "
+            f"mlx-vlm. {instead}"
+        )

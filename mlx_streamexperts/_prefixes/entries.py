@@ -1,0 +1,224 @@
+"""Files of a folder, each holding the parts of one prefix.
+
+    8 bytes     length of the header
+    header      JSON: format, key, parent, the arrays with their checksums; then its own checksum
+    arrays      one after the other, from multiples of 64
+
+A file is written under another name and renamed, so that kill -9 leaves no half of one. Each array
+has a checksum: after a power failure or a fault of the drive the file is deleted, never used.
+Several processes may share a folder: a file is never changed, and deleting one that another process
+has open does it no harm. No error of the drive goes further than a line in the log.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import mmap
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from .._config import format_size
+
+FORMAT = 1
+SUFFIX = ".prefix"
+KEEP_FREE_BYTES = 2 * 10**9
+"""Left on the drive by whatever is written."""
+
+_UNFINISHED = (".body", ".partial")
+_ALIGN, _STALE_SECONDS, _MOST_HEADER = 64, 3600.0, 1 << 28
+_log = logging.getLogger(__name__)
+
+
+class DamagedError(Exception):
+    """A file is not what was written."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry that was opened, its header checked.
+
+    Attributes:
+        file: the file.
+        header: see above.
+        data: the whole file.
+        start: where arrays begin.
+    """
+
+    file: Path
+    header: dict[str, Any]
+    data: memoryview
+    start: int
+
+    def array(self, name: str) -> mx.array:
+        """An array of the entry.
+
+        Raises:
+            DamagedError: its bytes are not those that were written.
+        """
+        try:
+            at = self.header["arrays"][name]
+            raw = self.data[self.start + at["offset"] :][: at["bytes"]]
+            if hashlib.sha256(raw).hexdigest() != at["sha256"]:
+                raise DamagedError(f"{self.file}: {name} is damaged")
+            flat = mx.array(np.frombuffer(raw, np.uint8))
+            array = flat.view(getattr(mx, at["dtype"])).reshape(at["shape"])
+            mx.eval(array)
+            return array
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise DamagedError(f"{self.file}: {name}: {e!r}") from e
+
+
+class Entries:
+    """The entries of a folder.
+
+    Args:
+        folder: is created, for this user alone.
+        most_bytes: what all files may take; the least recently used go first.
+    """
+
+    def __init__(self, folder: Path, most_bytes: int) -> None:
+        self.folder, self.most_bytes = folder, most_bytes
+        self._count = 0
+
+    def names(self, model: str) -> set[str]:
+        """Names of a model's entries that are there now."""
+        with suppress(OSError):
+            found = os.listdir(self.folder / model)
+            return {f.removesuffix(SUFFIX) for f in found if f.endswith(SUFFIX)}
+        return set()
+
+    def open(self, model: str, name: str) -> Entry | None:
+        """An entry; None if it is not there or damaged. A damaged one is deleted."""
+        file = self.folder / model / (name + SUFFIX)
+        try:
+            with file.open("rb") as f:
+                data = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
+            os.utime(file)  # it was used now
+            length = int.from_bytes(data[:8], "little")
+            raw, digest = data[8 : 8 + length], bytes(data[8 + length : 40 + length])
+            if length > _MOST_HEADER or hashlib.sha256(raw).digest() != digest:
+                raise DamagedError(f"{file}: its header is damaged")
+            header = json.loads(bytes(raw))
+            if (header["format"], header["name"], header["model"]) != (FORMAT, name, model):
+                raise DamagedError(f"{file}: another entry's content")
+            return Entry(file, header, data, _aligned(40 + length))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, DamagedError) as e:
+            self.delete(file, e)
+            return None
+
+    def delete(self, file: Path, why: Exception) -> None:
+        """Delete a damaged entry: its prefix is computed again."""
+        _log.warning(f"{why}: deleted, its prefix is computed again")
+        with suppress(OSError):
+            file.unlink()
+
+    def write(
+        self, model: str, name: str, header: dict[str, Any], arrays: Iterable[tuple[str, mx.array]]
+    ) -> int:
+        """Write an entry, then delete what is too much. A full drive costs this entry only.
+
+        Args:
+            model, name: where it goes.
+            header: what is known besides the arrays.
+            arrays: evaluated one by one.
+
+        Returns:
+            Bytes written; 0 if it could not be written.
+        """
+        file = self.folder / model / (name + SUFFIX)
+        self._count += 1
+        own = f"{os.getpid()}-{threading.get_ident()}-{self._count}"
+        body, partial = (file.with_name(f"{name}.{own}.{k}") for k in ("body", "partial"))
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            file.parent.mkdir(mode=0o700, exist_ok=True)
+            size = self._write(partial, body, {**header, "model": model, "name": name}, arrays)
+            partial.rename(file)
+            self._make_room()
+            return size
+        except OSError as e:
+            _log.warning(f"{file}: not kept: {e.strerror or e}")
+            return 0
+        finally:
+            for left in (body, partial):
+                with suppress(OSError):
+                    left.unlink()
+
+    def _write(
+        self,
+        partial: Path,
+        body: Path,
+        header: dict[str, Any],
+        arrays: Iterable[tuple[str, mx.array]],
+    ) -> int:
+        found: dict[str, Any] = {}
+        offset = 0
+        with body.open("xb") as f:
+            for name, array in arrays:
+                raw = np.array(array.reshape(-1).view(mx.uint8)).data
+                self._check_room(len(raw))
+                f.seek(offset)
+                f.write(raw)
+                found[name] = {
+                    "dtype": str(array.dtype).removeprefix("mlx.core."),
+                    "shape": array.shape,
+                    "offset": offset,
+                    "bytes": len(raw),
+                    "sha256": hashlib.sha256(raw).hexdigest(),
+                }
+                offset = _aligned(offset + len(raw))
+        text = json.dumps({**header, "format": FORMAT, "arrays": found}).encode()
+        start = _aligned(40 + len(text))
+        self._check_room(start + offset)
+        with partial.open("xb") as f, body.open("rb") as g:
+            f.write(len(text).to_bytes(8, "little") + text + hashlib.sha256(text).digest())
+            f.seek(start)
+            shutil.copyfileobj(g, f, 8 << 20)
+        return start + offset
+
+    def _check_room(self, more: int) -> None:
+        """Raise an OSError if the drive would be too full."""
+        free = shutil.disk_usage(self.folder).free
+        if free - more < KEEP_FREE_BYTES:
+            raise OSError(
+                f"{format_size(free)} are free on the drive, and {format_size(KEEP_FREE_BYTES)} "
+                "stay free"
+            )
+
+    def _make_room(self) -> None:
+        """Delete the least recently used entries, and what killed processes left."""
+        entries = []
+        for file, stat in self._files():
+            if file.suffix == SUFFIX:
+                entries.append((stat.st_mtime, stat.st_size, file))
+            elif file.suffix in _UNFINISHED and stat.st_mtime < time.time() - _STALE_SECONDS:
+                file.unlink(missing_ok=True)
+        over = sum(size for _, size, _ in entries) - self.most_bytes
+        for _, size, file in sorted(entries):
+            if over <= 0:
+                break
+            file.unlink(missing_ok=True)
+            over -= size
+
+    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        for file in self.folder.glob("*/*"):
+            with suppress(FileNotFoundError):
+                yield file, file.stat()
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // _ALIGN) * _ALIGN

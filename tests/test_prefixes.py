@@ -1,0 +1,254 @@
+"""Prompts remembered on the drive: the same bits, whatever happens to the folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import families
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+import pytest
+from conftest import QUIET, load_streamed
+from mlx_lm.models.cache import make_prompt_cache
+from serving import serving
+
+from mlx_streamexperts import PrefixCache, chat, demo_model, generate, load, prefill, stream
+from mlx_streamexperts._prefixes import entries, remembered
+
+Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
+CHUNK = 64
+TOKENS = families.token_stream(families.VOCAB, 200, seed=9).tolist()
+
+
+def test_an_example(tmp_path: Path, not_compiled: None) -> None:
+    model, tokenizer = load(str(demo_model()), cache="10MB", config=QUIET)
+    prompt = tokenizer.encode("In the beginning God created the heaven. " * 9)
+    expected = mlx_lm.generate(model, tokenizer, prompt, max_tokens=5)
+    for read in (0, len(prompt) - 1):
+        kept = PrefixCache(model, tmp_path / "prefixes", "1GB")
+        caches, rest = prefill(model, prompt, kept)
+        assert kept.read_tokens == read
+        text = mlx_lm.generate(model, tokenizer, rest, prompt_cache=caches, max_tokens=5)
+        assert text == expected
+
+
+def small_model(checkpoint: Callable[..., Path], family: str = "qwen3_moe") -> nn.Module:
+    return load_streamed(checkpoint(family), 1 << 40, replace(QUIET, prefill_tokens=CHUNK))
+
+
+def logits(model: nn.Module, rest: list[int], caches: list[Any]) -> np.ndarray:
+    return np.array(model(mx.array([rest]), cache=caches).astype(mx.float32))
+
+
+def run(model: nn.Module, kept: PrefixCache, tokens: list[int] = TOKENS) -> np.ndarray:
+    """The logits after a prompt."""
+    caches, rest = prefill(model, tokens, kept)
+    return logits(model, rest, caches)
+
+
+@pytest.fixture
+def model(checkpoint: Callable[..., Path], not_compiled: None) -> nn.Module:
+    return small_model(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["qwen3_next", "gpt_oss", "deepseek_v32", "deepseek_v41", "llama4", "nemotron_h"],
+)
+def test_every_kind_of_cache_comes_back(
+    family: str,
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    not_compiled: None,
+    monkeypatch: Patch,
+) -> None:
+    """Rows, recurrent states, windows, lists, chunks, and a family's own classes."""
+    monkeypatch.setattr(remembered, "SHORTEST", 5)
+    model = small_model(checkpoint, family)
+    with stream(model):
+        first = PrefixCache(model, tmp_path, "1GB")
+        expected = run(model, first)
+        again = PrefixCache(model, tmp_path, "1GB")
+        assert np.array_equal(run(model, again), expected)
+        assert (again.read_tokens, again.written_bytes) == (len(TOKENS) - 1, 0)
+        longer = PrefixCache(model, tmp_path, "1GB")
+        other = [*TOKENS, *TOKENS[:70]]
+        got = run(model, longer, other)
+        assert longer.read_tokens == 3 * CHUNK  # not 199, where only the other prompt ended
+        shutil.rmtree(tmp_path)
+        assert np.array_equal(got, run(model, PrefixCache(model, tmp_path, "1GB"), other))
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*/*"), key=lambda f: int(f.name.partition("-")[0]))
+
+
+def test_only_new_rows_are_written(model: nn.Module, tmp_path: Path) -> None:
+    kept = PrefixCache(model, tmp_path, "1GB")
+    run(model, kept, TOKENS[:193])
+    caches = make_prompt_cache(model)
+    assert kept.restore(caches, TOKENS) == 192
+    one_token = sum(c.keys[..., :1, :].nbytes + c.values[..., :1, :].nbytes for c in caches)
+    assert len(files(tmp_path)) == 3
+    assert kept.written_bytes == sum(f.stat().st_size for f in files(tmp_path))
+    assert kept.written_bytes < 1.2 * one_token * 192
+    assert oct(files(tmp_path)[0].parent.stat().st_mode)[-3:] == "700"
+
+
+@pytest.mark.parametrize("harm", ["bit", "header", "cut", "empty", "foreign", "lost parent"])
+def test_what_is_damaged_is_computed_again(harm: str, model: nn.Module, tmp_path: Path) -> None:
+    expected = run(model, PrefixCache(model, tmp_path, "1GB"))
+    *_, middle, last = files(tmp_path)
+    raw = bytearray(middle.read_bytes())
+    if harm == "bit":
+        raw[-100] ^= 1
+    elif harm == "header":
+        raw[30] ^= 1
+    elif harm == "cut":
+        del raw[-50:]
+    elif harm == "empty":
+        raw.clear()
+    elif harm == "foreign":
+        raw[:] = last.read_bytes()
+    if harm == "lost parent":
+        middle.unlink()
+    else:
+        middle.write_bytes(raw)
+    kept = PrefixCache(model, tmp_path, "1GB")
+    assert np.array_equal(run(model, kept), expected)
+    assert kept.read_tokens == CHUNK
+    assert kept.written_bytes > 0
+    kept = PrefixCache(model, tmp_path, "1GB")
+    assert np.array_equal(run(model, kept), expected)
+    assert kept.read_tokens >= 3 * CHUNK  # it is whole again
+
+
+def test_another_model_or_chunk_has_its_own(
+    model: nn.Module, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    run(model, PrefixCache(model, tmp_path, "1GB"))
+    for other in (
+        load_streamed(checkpoint("qwen3_moe"), 1 << 40, replace(QUIET, prefill_tokens=50)),
+        small_model(checkpoint, "gpt_oss"),
+    ):
+        with stream(other):
+            kept = PrefixCache(other, tmp_path, "1GB")
+            assert kept.restore(make_prompt_cache(other), TOKENS) == 0
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapters.safetensors").write_bytes(b"x")
+    kept = PrefixCache(model, tmp_path, "1GB", str(adapter))
+    assert kept.restore(make_prompt_cache(model), TOKENS) == 0
+
+
+def test_a_full_drive_costs_the_entry_only(
+    model: nn.Module, tmp_path: Path, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = run(model, PrefixCache(model, tmp_path / "a", "1GB"))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(entries.shutil, "disk_usage", lambda _: usage(9, 9, 2 * 10**9))
+    kept = PrefixCache(model, tmp_path / "b", "1GB")
+    assert np.array_equal(run(model, kept), expected)
+    assert kept.written_bytes == 0
+    assert not files(tmp_path / "b")
+    assert "stay free" in caplog.text
+
+
+def test_the_least_recently_used_go_first(model: nn.Module, tmp_path: Path) -> None:
+    kept = PrefixCache(model, tmp_path, "1GB")
+    run(model, kept)
+    for age, file in enumerate(reversed(files(tmp_path))):
+        os.utime(file, (time.time() - 1000 + age,) * 2)
+    left = tmp_path / files(tmp_path)[0].parent.name / "1-a.9-9-9.partial"
+    left.touch()
+    os.utime(left, (0, 0))  # of a process that was killed
+    most = sum(f.stat().st_size for f in files(tmp_path)) + 100
+    kept = PrefixCache(model, tmp_path, most)
+    first = {f.name for f in files(tmp_path)}
+    run(model, kept, TOKENS[::-1][:70])
+    now = {f.name for f in files(tmp_path)}
+    assert sum(f.stat().st_size for f in files(tmp_path)) <= most
+    gone = {int(name.partition("-")[0]) for name in first - now}
+    assert gone and CHUNK not in gone  # a prefix of others is used with them, and stays longest
+    assert not left.exists()
+
+
+KILLED = """
+import sys, os
+from pathlib import Path
+from mlx_streamexperts._prefixes.entries import Entries
+import mlx.core as mx
+kept = Entries(Path(sys.argv[1]), 10**9)
+print("ready", flush=True)
+for i in range(10**6):
+    kept.write("m", f"{i % 50}-x", {"i": i}, [("a", mx.full(300_000, i % 7, mx.bfloat16))])
+"""
+
+
+def test_kill_9_leaves_whole_entries(tmp_path: Path) -> None:
+    """While two processes write the same names."""
+    running = [
+        subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    for process in running:
+        assert process.stdout is not None
+        process.stdout.readline()
+    kept = entries.Entries(tmp_path, 10**9)
+    while len(kept.names("m")) < 20:
+        time.sleep(0.01)
+    for process in running:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    names = kept.names("m")
+    for name in names:
+        entry = kept.open("m", name)
+        assert entry is not None
+        assert entry.array("a").shape == (300_000,)
+    assert kept.names("m") == names  # none was damaged
+
+
+def test_generate_and_chat_use_it(capsys: Capture, tmp_path: Path, not_compiled: None) -> None:
+    text = "In the beginning God created the heaven and the earth. " * 8
+    options = ["--cache", "10MB", "--no-progress", "--prefix-cache", str(tmp_path)]
+    said = []
+    for _ in range(2):
+        assert generate.main(["-p", text, "-m", "6", *options]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0].split("==========")[1] == said[1].split("==========")[1]
+    assert "Prefix cache: 0 tokens from the drive" in said[0]
+    assert ", 0 B written" in said[1]
+    assert generate.main(["-p", "x", *options, "--kv-bits", "4"]) == 1
+    assert "--prefix-cache does not work with --kv-bits" in capsys.readouterr().err
+    assert {"--prefix-cache", "--prefix-bytes"} <= {
+        s for a in chat.setup_arg_parser()._actions for s in a.option_strings
+    }
+
+
+def test_the_server_remembers_after_a_restart(tmp_path: Path, not_compiled: None) -> None:
+    """A prompt that was answered, its reply, and what follows it, are read from the drive."""
+    prompt = "In the beginning God created the heaven and the earth. " * 8
+    options = ["--cache", "10MB", "--prefix-cache", str(tmp_path)]
+    answers = []
+    for _ in range(2):
+        with serving(*options) as running:
+            _, answer = running.post({"prompt": prompt, "max_tokens": 8})
+            usage = answer["usage"]
+            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+            answers.append((answer["choices"][0]["text"], cached))
+            assert usage["prompt_tokens"] > 70
+    assert answers[0][0] == answers[1][0]
+    assert [cached for _, cached in answers] == [0, usage["prompt_tokens"] - 1]
