@@ -15,8 +15,10 @@ import mmap
 import os
 import resource
 import shutil
+import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,6 +31,8 @@ PAGE_BYTES = mmap.PAGESIZE
 
 _MAX_BUFFERS_PER_READ = 512  # IOV_MAX is 1024 on Linux and macOS
 _F_NOCACHE = 48  # <sys/fcntl.h> on macOS
+_F_FULLFSYNC, _F_PUNCHHOLE = 51, 99  # the same
+_KEEP_SIZE_PUNCH_HOLE = 3  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, <linux/falloc.h>
 _OPEN_MAX = 10_240  # <sys/syslimits.h> on macOS
 _UNSTABLE_INODES = {"9p", "afs", "cifs", "smb3", "virtiofs"}  # and all of FUSE
 METAL_SHARE = 0.95
@@ -202,6 +206,76 @@ def drop_page_cache(path: Path) -> bool:
     finally:
         os.close(fd)
     return True
+
+
+def sync_to_drive(fd: int) -> None:
+    """Wait until what was written to a file would survive a power failure.
+
+    macOS's `fsync` leaves it in the drive's own cache.
+    """
+    if sys.platform == "darwin":
+        with suppress(OSError):  # network drives do not have it
+            fcntl.fcntl(fd, _F_FULLFSYNC, 0)
+            return
+    os.fsync(fd)
+
+
+def punch_hole(fd: int, offset: int, nbytes: int) -> int:
+    """Give back the disk space of whole blocks within a part of a file, which then reads as zeros.
+
+    The file keeps its size, and bytes outside of the part never change.
+
+    Args:
+        fd: the file, open for writing.
+        offset, nbytes: the part; blocks that reach out of it stay.
+
+    Returns:
+        The bytes of those blocks.
+
+    Raises:
+        OSError: the file system has no holes.
+    """
+    block = os.fstatvfs(fd).f_frsize
+    begin, end = -(-offset // block) * block, (offset + nbytes) // block * block
+    if end <= begin:
+        return 0
+    if sys.platform == "darwin":
+        fcntl.fcntl(fd, _F_PUNCHHOLE, struct.pack("=IIqq", 0, 0, begin, end - begin))
+        return end - begin
+    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate64", None)
+    if fallocate is None:
+        raise OSError(errno.ENOTSUP, "this system cannot free parts of files")
+    size = ctypes.c_int64
+    if fallocate(fd, _KEEP_SIZE_PUNCH_HOLE, size(begin), size(end - begin)):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return end - begin
+
+
+def holes_work(folder: Path) -> bool:
+    """Does `punch_hole` free the bytes that it should, and no others? Tried on a file in `folder`.
+
+    Raises:
+        OSError: no file can be written there.
+    """
+    with tempfile.TemporaryFile(dir=folder) as f:
+        block = os.fstatvfs(f.fileno()).f_frsize
+        content = os.urandom(64 * block)
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+        before = os.fstat(f.fileno()).st_blocks
+        begin, end = 8 * block + 100, 56 * block - 100
+        try:
+            freed = punch_hole(f.fileno(), begin, end - begin)
+            os.fsync(f.fileno())
+        except OSError:
+            return False
+        inner = slice(9 * block, 55 * block)
+        expected = bytearray(content)
+        expected[inner] = bytes(freed)
+        smaller = before - os.fstat(f.fileno()).st_blocks >= freed // 512 // 2
+        return smaller and os.pread(f.fileno(), len(content) + 1, 0) == expected
 
 
 def total_memory_bytes(root: Path = Path("/")) -> int:

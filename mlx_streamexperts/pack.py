@@ -7,17 +7,29 @@ python -m mlx_streamexperts.generate --model ./my-model --store ./my-model-packe
 The store takes as much disk space as the experts. The checkpoint does not change and is still
 needed: for the trunk, and to check that the store belongs to it. An interrupted run continues where
 it stopped.
+
+python -m mlx_streamexperts.pack --model ./my-model --replace
+python -m mlx_streamexperts.generate --model ./my-model -p "hello"
+python -m mlx_streamexperts.pack --model ./my-model --unpack
+
+With --replace the experts move into the store one layer at a time, and their bytes in the
+checkpoint become free disk space. The model loads from both together, at any time. --unpack moves
+them back, and the files are what they were.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from ._cli.options import add_output_arguments, failed
 from ._config import StreamConfig, format_size
 from ._errors import StreamError
+from ._experts.layer import ExpertLayer
+from ._experts.moving import bring_back, move_experts
 from ._experts.packed_store import verify_store, write_store
+from ._io.moved import read_moved, refuse_moved
 from ._io.output import check_not_written
 from ._loading.demo import demo_model
 from ._loading.discover import discover
@@ -42,20 +54,43 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         help="read a store and compare its checksums; the exit status is 1 if any differs",
     )
     parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="free the experts' bytes in the checkpoint, each layer's when it is in the store and "
+        "was read back from there. Takes the disk space of one layer. --out is then the folder "
+        "`experts` in the model folder by default",
+    )
+    parser.add_argument(
+        "--unpack",
+        action="store_true",
+        help="undo --replace: move the experts back into the checkpoint, and remove the store",
+    )
+    parser.add_argument(
         "--loader",
         choices=("auto", "mlx-lm", "mlx-vlm"),
         default="auto",
         help="the library that will load the model (default: auto)",
     )
-    add_output_arguments(parser, "the store's folder", "another checkpoint")
+    add_output_arguments(parser, "the store's folder", "another checkpoint", required=False)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    args = setup_arg_parser().parse_args(argv)
+    parser = setup_arg_parser()
+    args = parser.parse_args(argv)
+    if args.replace + args.unpack + args.verify > 1:
+        parser.error("--replace, --unpack and --verify exclude each other")
+    if (args.replace or args.unpack) and (args.model is None or args.overwrite):
+        parser.error("--replace and --unpack need --model, and take no --overwrite")
+    if args.unpack and args.out is not None:
+        parser.error("--unpack takes no --out: the model folder says where its experts are")
+    if not (args.out or args.replace or args.unpack):
+        parser.error("--out is needed")
     try:
-        return _verify(args) if args.verify else _pack(args)
+        if args.verify:
+            return _verify(args)
+        return _move(args) if args.replace or args.unpack else _pack(args)
     except StreamError as e:
         return failed(e)
 
@@ -65,14 +100,40 @@ def _pack(args: argparse.Namespace) -> int:
         print(f"No --model given: packing the demonstration model {demo_model()}", file=sys.stderr)
     folder = resolve(args.model or demo_model())
     check_not_written(folder, "packing it")
-    trust = {"trust_remote_code": args.trust_remote_code}
-    layers = discover(folder, StreamConfig(loader=args.loader), trust).layers
-    total = sum(x.experts * x.expert_bytes for x in layers)
+    refuse_moved(folder, "packing it again")
+    layers, total = _layers(folder, args)
     with progress_bar("Packing", args.progress, total) as bar:
         for nbytes in write_store(layers, args.out, args.overwrite):
             bar.update(nbytes)
     print(f"Packed {format_size(total)} of experts in {len(layers)} layers into {args.out}")
     return 0
+
+
+def _move(args: argparse.Namespace) -> int:
+    folder = Path(args.model)
+    if not folder.is_dir():
+        raise StreamError(f"{folder}: is no folder; only a model in a folder of its own can change")
+    layers, total = _layers(folder, args)
+    moved = read_moved(folder)
+    if args.unpack:
+        with progress_bar("Unpacking", args.progress, total) as bar:
+            for nbytes in bring_back(layers, folder):
+                bar.update(nbytes)
+        print(f"Moved {format_size(total)} of experts back into {folder}")
+        return 0
+    store = args.out or (folder / "experts" if moved is None else moved.store)
+    with progress_bar("Moving", args.progress, total) as bar:
+        for nbytes in move_experts(layers, folder, store):
+            bar.update(nbytes)
+    print(f"Moved {format_size(total)} of experts in {len(layers)} layers into {store}")
+    return 0
+
+
+def _layers(folder: Path, args: argparse.Namespace) -> tuple[list[ExpertLayer], int]:
+    """A checkpoint's expert layers, and their bytes."""
+    trust = {"trust_remote_code": args.trust_remote_code}
+    layers = discover(folder, StreamConfig(loader=args.loader), trust, in_shards=True).layers
+    return layers, sum(x.experts * x.expert_bytes for x in layers)
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -26,15 +26,18 @@ _JOIN_SECONDS = 120
 _DEMO_CACHE = "10MB"  # about a quarter of its experts, so that there is something to see
 
 
-def add_output_arguments(parser: argparse.ArgumentParser, out: str, overwritten: str) -> None:
+def add_output_arguments(
+    parser: argparse.ArgumentParser, out: str, overwritten: str, required: bool = True
+) -> None:
     """Add the options that all commands that write a folder share.
 
     Args:
         parser: the parser to extend.
         out: help text of `--out`.
         overwritten: who left the content that `--overwrite` discards, for its help text.
+        required: the command does nothing without `--out`.
     """
-    parser.add_argument("--out", type=Path, required=True, help=out)
+    parser.add_argument("--out", type=Path, required=required, help=out)
     parser.add_argument(
         "--overwrite", action="store_true", help=f"discard what {overwritten} left in --out"
     )

@@ -18,13 +18,15 @@ from typing import Any
 
 from .._errors import CheckpointError, StreamError
 from .._io.checkpoint import file_identity, read_json_object
+from .._io.moved import Moved, read_moved
 from .._io.output import exclusive, sync_folder, write_json
+from .._osinfo import sync_to_drive
 from .layer import ExpertLayer
 from .stream import expert_files
 
 PAGE_BYTES = 16_384
 _FORMAT = 1
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 # The files that packing writes. It deletes no others: the folder may hold a user's files too.
 _LAYER_FILE = re.compile(r"layer-\d{5}\.experts")
 _OURS = re.compile(rf"({_LAYER_FILE.pattern}(\.json)?|manifest\.json)(\.partial)?")
@@ -39,8 +41,16 @@ class Damage:
     file: Path
 
 
+Then = Callable[[ExpertLayer, dict[str, Any]], None]
+"""Called when a layer's file is complete, with the layer and its entry in the manifest."""
+
+
 def write_store(
-    layers: Sequence[ExpertLayer], folder: Path, overwrite: bool = False
+    layers: Sequence[ExpertLayer],
+    folder: Path,
+    overwrite: bool = False,
+    moved: Moved | None = None,
+    then: Then | None = None,
 ) -> Iterator[int]:
     """Pack the experts of `layers`; yields bytes done as it goes, resumed layers included.
 
@@ -50,6 +60,9 @@ def write_store(
         layers: as located in their checkpoint.
         folder: the store's folder; created if needed.
         overwrite: discard another checkpoint's store there.
+        moved: says which layers are only in the store; they are never written again.
+        then: called after each layer. It frees the layer's bytes elsewhere, so that there need not
+            be room for all layers at once.
 
     Raises:
         StreamError: the disk has no room or cannot be written, `folder` holds the store of
@@ -58,7 +71,7 @@ def write_store(
     """
     try:
         with exclusive(folder, "packing"):
-            yield from _write_store(layers, folder, overwrite)
+            yield from _write_store(layers, folder, overwrite, moved, then)
     except OSError as e:
         raise StreamError(
             f"{e.filename or folder}: packing stopped: {e.strerror}; complete layers are "
@@ -66,20 +79,32 @@ def write_store(
         ) from e
 
 
-def _write_store(layers: Sequence[ExpertLayer], folder: Path, overwrite: bool) -> Iterator[int]:
-    source = _source(layers)
-    plans = [_describe(number, layer) for number, layer in enumerate(layers)]
+def _write_store(
+    layers: Sequence[ExpertLayer],
+    folder: Path,
+    overwrite: bool,
+    moved: Moved | None,
+    then: Then | None,
+) -> Iterator[int]:
+    source = source_of(layers)
+    plans = [describe(number, layer) for number, layer in enumerate(layers)]
     if not overwrite:
         _refuse_foreign(folder, source)
-    finished = [None if overwrite else _finished(folder, plan, source) for plan in plans]
-    unfinished = [p for p, done in zip(plans, finished, strict=True) if done is None]
-    redone = {p["file"] for p in unfinished} | {_sidecar(folder, p).name for p in unfinished}
+    done = [None if overwrite else finished(folder, plan, source) for plan in plans]
+    unfinished = [p for p, sums in zip(plans, done, strict=True) if sums is None]
+    for plan in unfinished:
+        if moved is not None and plan["name"] in moved.layers:
+            raise StreamError(
+                f"{folder / plan['file']}: missing or not as it was packed, and the experts of "
+                f"{plan['name']} are nowhere else: bring this folder back, and run again"
+            )
+    redone = {p["file"] for p in unfinished} | {sidecar(folder, p).name for p in unfinished}
     stale = [
         file
         for file in _ours(folder)
         if overwrite or file.name.endswith(".partial") or file.name in redone
     ]
-    needed = sum(map(_file_bytes, unfinished))
+    needed = (sum if then is None else max)([0, *map(file_bytes, unfinished)])
     free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in stale)
     if needed > free:  # before anything is discarded: the old store may be the only one
         raise StreamError(
@@ -88,18 +113,20 @@ def _write_store(layers: Sequence[ExpertLayer], folder: Path, overwrite: bool) -
     for file in stale:
         file.unlink()
     for i, (layer, plan) in enumerate(zip(layers, plans, strict=True)):
-        if finished[i] is None:
+        if done[i] is None:
             yield from _write_layer(layer, plan, folder)
-            write_json(_sidecar(folder, plan), {"source": source, "layer": plan})
+            write_json(sidecar(folder, plan), {"source": source, "layer": plan})
         else:
-            plan["checksums"] = finished[i]
+            plan["checksums"] = done[i]
             yield layer.experts * layer.expert_bytes
+        if then is not None:
+            then(layer, plan)
     write_json(
-        folder / _MANIFEST,
+        folder / MANIFEST,
         {"format": _FORMAT, "page_bytes": PAGE_BYTES, "source": source, "layers": plans},
     )
     for plan in plans:
-        _sidecar(folder, plan).unlink(missing_ok=True)
+        sidecar(folder, plan).unlink(missing_ok=True)
 
 
 def use_store(
@@ -122,9 +149,9 @@ def use_store(
         CheckpointError: it is not a finished store, is damaged, or belongs to another checkpoint.
         StreamError: `verify_reads` needs a library that is not installed.
     """
-    file = folder / _MANIFEST
+    file = folder / MANIFEST
     source, stored = _read_manifest(file)
-    own, numbers = _source(layers), list(range(len(layers)))
+    own, numbers = source_of(layers), list(range(len(layers)))
     if in_part and isinstance(source, dict):
         source = {shard: source[shard] for shard in source if shard in own}
         at = {entry["name"]: number for number, entry in enumerate(stored)}
@@ -133,7 +160,7 @@ def use_store(
     if planning:
         source, own = _headers(source), _headers(own)
     _compare_sources(file, source, own)
-    expected = [_describe(n, layer) for n, layer in zip(numbers, layers, strict=False)]
+    expected = [describe(n, layer) for n, layer in zip(numbers, layers, strict=False)]
     if len(stored) != len(layers):
         raise CheckpointError(f"{file}: does not describe {len(layers)} layers: pack again")
     for layer, mine, theirs in zip(layers, expected, stored, strict=True):
@@ -142,19 +169,45 @@ def use_store(
             raise CheckpointError(
                 f"{file}: {layer.name} is not laid out as this checkpoint's would be: pack again"
             )
-        path = folder / mine["file"]
-        size = path.stat().st_size if path.is_file() else -1
-        if size != _file_bytes(mine):
-            state = "is missing" if size < 0 else f"has {size:,} bytes of {_file_bytes(mine):,}"
-            raise CheckpointError(f"{path} {state}: pack again")
+        check_size(folder, mine, "pack again")
     for layer, mine, theirs in zip(layers, expected, stored, strict=True):
-        files = (str(folder / mine["file"]),) * layer.experts
-        packed = {}
-        for part in mine["parts"]:
-            offsets = range(part["offset"], _file_bytes(mine), mine["stride"])
-            table = layer.tensors[part["name"]].stored
-            packed[part["name"]] = replace(table, files=files, offsets=tuple(offsets))
-        layer.slots.relocate(packed, _read_check(theirs["checksums"]) if verify_reads else None)
+        relocate(layer, mine, folder, read_check(theirs["checksums"]) if verify_reads else None)
+
+
+def check_size(folder: Path, plan: dict[str, Any], advice: str) -> None:
+    """Check that a layer's file is there and has its size.
+
+    Raises:
+        CheckpointError: it is not; the message ends with `advice`.
+    """
+    path, expected = folder / plan["file"], file_bytes(plan)
+    size = path.stat().st_size if path.is_file() else -1
+    if size != expected:
+        state = "is missing" if size < 0 else f"has {size:,} bytes of {expected:,}"
+        raise CheckpointError(f"{path} {state}: {advice}")
+
+
+def relocate(
+    layer: ExpertLayer,
+    plan: dict[str, Any],
+    folder: Path,
+    as_packed: Callable[[int, Sequence[memoryview]], bool] | None = None,
+) -> None:
+    """Read a layer from its file in a store from now on.
+
+    Args:
+        layer: as located in its checkpoint.
+        plan: its entry in the manifest, as `describe` makes it.
+        folder: the store.
+        as_packed: as in `ExpertSlots.relocate`.
+    """
+    files = (str(folder / plan["file"]),) * layer.experts
+    packed = {}
+    for part in plan["parts"]:
+        offsets = range(part["offset"], file_bytes(plan), plan["stride"])
+        table = layer.tensors[part["name"]].stored
+        packed[part["name"]] = replace(table, files=files, offsets=tuple(offsets))
+    layer.slots.relocate(packed, as_packed)
 
 
 def verify_store(folder: Path) -> Iterator[tuple[int, Damage | None]]:
@@ -163,7 +216,7 @@ def verify_store(folder: Path) -> Iterator[tuple[int, Damage | None]]:
     Raises:
         CheckpointError: not a finished store, or a file is missing or cannot be read.
     """
-    for layer in _read_manifest(folder / _MANIFEST)[1]:
+    for layer in _read_manifest(folder / MANIFEST)[1]:
         path, stride, used = folder / layer["file"], layer["stride"], layer["used"]
         try:
             with path.open("rb") as f:
@@ -174,7 +227,7 @@ def verify_store(folder: Path) -> Iterator[tuple[int, Damage | None]]:
                     good = (expert + 1) * stride <= size
                     if good:
                         f.seek(expert * stride)
-                        good = _checksum(f.read(used)) == expected
+                        good = checksum(f.read(used)) == expected
                     yield used, None if good else Damage(layer["name"], expert, path)
         except OSError as e:
             raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
@@ -226,7 +279,7 @@ def _ours(folder: Path) -> list[Path]:
     return sorted(f for f in folder.iterdir() if _OURS.fullmatch(f.name) and not f.is_dir())
 
 
-def _describe(number: int, layer: ExpertLayer) -> dict[str, Any]:
+def describe(number: int, layer: ExpertLayer) -> dict[str, Any]:
     """A layer's entry in the manifest, without the checksums."""
     parts, offset = [], 0
     for name, tensor in layer.tensors.items():
@@ -252,11 +305,11 @@ def _describe(number: int, layer: ExpertLayer) -> dict[str, Any]:
     }
 
 
-def _file_bytes(plan: dict[str, Any]) -> int:
+def file_bytes(plan: dict[str, Any]) -> int:
     return int(plan["experts"] * plan["stride"])
 
 
-def _sidecar(folder: Path, plan: dict[str, Any]) -> Path:
+def sidecar(folder: Path, plan: dict[str, Any]) -> Path:
     """The file that marks a layer's file as complete, until there is a manifest."""
     return folder / f"{plan['file']}.json"
 
@@ -284,11 +337,11 @@ def _write_layer(layer: ExpertLayer, plan: dict[str, Any], folder: Path) -> Iter
                             f"{file}: tensor {stored.names[expert]} ends within expert {expert}"
                         )
                     block[part["offset"] : part["offset"] + part["nbytes"]] = data
-                sums.append(_checksum(memoryview(block)[: plan["used"]]))
+                sums.append(checksum(memoryview(block)[: plan["used"]]))
                 out.write(block)
                 yield layer.expert_bytes
             out.flush()
-            os.fsync(out.fileno())
+            sync_to_drive(out.fileno())
     finally:
         for fd in sources.values():
             os.close(fd)
@@ -297,23 +350,29 @@ def _write_layer(layer: ExpertLayer, plan: dict[str, Any], folder: Path) -> Iter
     plan["checksums"] = sums
 
 
-def _finished(folder: Path, plan: dict[str, Any], source: dict[str, Any]) -> list[str] | None:
-    """Checksums of a layer that an earlier run has packed; None if it has to be packed."""
-    path, sidecar = folder / plan["file"], _sidecar(folder, plan)
-    if not path.is_file() or path.stat().st_size != _file_bytes(plan):
+def finished(folder: Path, plan: dict[str, Any], source: dict[str, Any] | None) -> list[str] | None:
+    """Checksums of a layer that an earlier run has packed; None if it has to be packed.
+
+    Args:
+        folder: the store.
+        plan: the layer, as `describe` makes it.
+        source: the checkpoint, as `source_of` describes it; None accepts any.
+    """
+    path, known_by = folder / plan["file"], sidecar(folder, plan)
+    if not path.is_file() or path.stat().st_size != file_bytes(plan):
         return None
     entries: list[Any]
     try:
-        if sidecar.is_file():
-            known = read_json_object(sidecar, "layer")
+        if known_by.is_file():
+            known = read_json_object(known_by, "layer")
             known_source, entries = known.get("source"), [known.get("layer")]
         else:
-            known_source, entries = _read_manifest(folder / _MANIFEST)
+            known_source, entries = _read_manifest(folder / MANIFEST)
     except CheckpointError:  # it cannot vouch for the file
         return None
     for entry in entries:
         if _as_packed(entry) and plan == {k: entry.get(k) for k in plan}:
-            return entry["checksums"] if known_source == source else None
+            return entry["checksums"] if source in (None, known_source) else None
     return None
 
 
@@ -329,9 +388,12 @@ def _refuse_foreign(folder: Path, source: dict[str, Any]) -> None:
             ) from e
 
 
-def _source(layers: Sequence[ExpertLayer]) -> dict[str, Any]:
+def source_of(layers: Sequence[ExpertLayer]) -> dict[str, Any]:
     """A store's tie to its checkpoint: each shard's size, and digests of header and samples."""
-    return {file.name: file_identity(file) for file in map(Path, expert_files(layers))}
+    files = [Path(file) for file in expert_files(layers)]
+    moved = read_moved(files[0].parent) if files else None
+    identity = file_identity if moved is None else moved.identity
+    return {file.name: identity(file) for file in files}
 
 
 def _headers(source: Any) -> Any:
@@ -368,11 +430,11 @@ def _xxhash() -> Any:
     return xxhash
 
 
-def _checksum(data: bytes | memoryview) -> str:
+def checksum(data: bytes | memoryview) -> str:
     return str(_xxhash().xxh3_64_hexdigest(data))
 
 
-def _read_check(checksums: list[str]) -> Callable[[int, Sequence[memoryview]], bool]:
+def read_check(checksums: list[str]) -> Callable[[int, Sequence[memoryview]], bool]:
     """Returns a check: are an expert's parts, in their order, the bytes that were packed?"""
     xxh3_64 = _xxhash().xxh3_64
 

@@ -36,6 +36,8 @@ _MOST_LAYERS = 1000  # Kimi K2.5 has 61
 _LAYER_COUNT = re.compile(r"(n|num)_(\w+_)?layers?$")
 _SHARDS = "model*.safetensors"
 INDEX = "model.safetensors.index.json"
+MOVED = "model-experts-moved-to-a-packed-store.safetensors"
+"""A note, see moved.py: no shard. Every library that reads shards stops at it."""
 CONVERSION = "convert.json"  # a conversion writes this file first and config.json last
 
 
@@ -176,12 +178,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 def shard_files(folder: Path) -> list[Path]:
     """The files that mlx-lm reads weights from. Like mlx-lm, this treats `folder` as a pattern."""
-    return sorted(Path(f) for f in glob.glob(str(folder / _SHARDS)))
+    found = sorted(Path(f) for f in glob.glob(str(folder / _SHARDS)))
+    return [f for f in found if f.name != MOVED]
 
 
 def is_shard(name: str) -> bool:
     """Does mlx-lm read weights from a file of this name?"""
-    return fnmatch(name, _SHARDS)
+    return fnmatch(name, _SHARDS) and name != MOVED
 
 
 def _no_files(folder: Path, promised: dict[str, str]) -> str:

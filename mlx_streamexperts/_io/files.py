@@ -5,10 +5,12 @@ Many threads read at once. No other module opens weight files for streaming.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
 
@@ -125,6 +127,7 @@ class ShardFiles:
             except OSError as e:
                 raise ExpertReadError(*label(first), first.offset, e.errno) from e
             try:
+                share_lock(known[0])
                 self._check_same(first, known[0])
             except BaseException:
                 os.close(known[0])
@@ -139,6 +142,15 @@ class ShardFiles:
                 raise ExpertReadError(*label(first), first.offset, None, _REPLACED)
         except OSError as e:
             raise ExpertReadError(*label(first), first.offset, e.errno) from e
+
+
+def share_lock(fd: int) -> None:
+    """Keep others from moving a file's bytes elsewhere while it is open here.
+
+    File systems without locks do without.
+    """
+    with suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 def allow_open(count: int, what: str) -> None:

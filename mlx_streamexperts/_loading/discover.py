@@ -23,6 +23,7 @@ from .._distributed.pipeline import Part, Stage, cut
 from .._errors import CheckpointError, StreamError, UnsupportedModelError
 from .._experts.bank import SlotTensor
 from .._experts.layer import ExpertLayer
+from .._experts.moving import use_moved
 from .._experts.packed_store import use_store
 from .._experts.rows import Rows
 from .._experts.slots import ExpertTensor, SmallTable
@@ -34,6 +35,8 @@ from .._io.checkpoint import (
     check_model_folder,
     read_checkpoint,
 )
+from .._io.moved import read_moved
+from .._io.output import check_not_written
 from .._memory.budget import Plan, Sizes, divide, text_config
 from .._memory.footprint import Footprint
 from .._memory.model_graph import copied, measure
@@ -125,6 +128,7 @@ def discover(
     arguments: dict[str, Any],
     as_converted: bool = False,
     part: Part | None = None,
+    in_shards: bool = False,
 ) -> DiscoveredModel:
     """Check the checkpoint, build the model without evaluating it, and find its experts.
 
@@ -137,6 +141,7 @@ def discover(
             of mlx-vlm are not converted.
         part: keep only the layers of this rank. Shards that hold only other ranks' layers may be
             missing.
+        in_shards: locate experts in the shards even if they have moved into a packed store.
 
     Raises:
         CheckpointError: the files are damaged or incomplete.
@@ -178,7 +183,18 @@ def discover(
                 else ""
             )
         )
-    if config.store is not None:
+    moved = None if in_shards else read_moved(folder)
+    if moved is not None:
+        check_not_written(folder, "loading it")
+        use_moved(
+            layers,
+            moved,
+            None if config.store is None else Path(config.store),
+            config.verify_reads,
+            in_part=stage is not None,
+            planning=as_converted,
+        )
+    elif config.store is not None:
         use_store(
             layers,
             Path(config.store),

@@ -32,6 +32,7 @@ from .._experts.layer import Traits
 from .._experts.stream import flatten
 from .._hooks import swapped_in_thread
 from .._io.checkpoint import (
+    MOVED,
     Checkpoint,
     read_checkpoint,
     read_model_config,
@@ -106,7 +107,7 @@ def load_recorded(
         if custom is not None:
             arguments["model_config"] = overrides
             arguments["get_model_classes"] = lambda config: _recording_classes(custom, record)
-        with swapped_in_thread(mx, quantize=_checked_quantize):
+        with swapped_in_thread(mx, quantize=_checked_quantize, load=_load):
             return *original_load_model(folder, True, **arguments), record
     except StreamError:
         raise
@@ -162,7 +163,14 @@ def _quantized_by(folder: Path) -> str | None:
     return None
 
 
-_quantize, _stack = mx.quantize, mx.stack
+_quantize, _stack, _load_array = mx.quantize, mx.stack, mx.load
+
+
+def _load(file: Any, *args: Any, **kwargs: Any) -> Any:
+    """`mx.load`, to which the note of moved experts is a shard without tensors."""
+    if isinstance(file, str | Path) and Path(file).name == MOVED:
+        return {}
+    return _load_array(file, *args, **kwargs)
 
 
 def _checked_quantize(

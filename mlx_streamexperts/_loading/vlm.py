@@ -20,7 +20,7 @@ import mlx.nn as nn
 from .._errors import CheckpointError, StreamError, UnsupportedModelError
 from .._experts.layer import Traits
 from .._hooks import intercept, swapped_in_thread
-from .._io.checkpoint import read_model_config, shard_files
+from .._io.checkpoint import MOVED, read_model_config, shard_files
 from .._io.files import allow_open
 from .lazy_load import MLX_VLM, LoadRecord, recording_stacks
 
@@ -164,7 +164,8 @@ def load_recorded(
     files: dict[str, list[str]] = {}  # names in each shard
 
     def load_shard(path: str) -> dict[str, mx.array]:
-        weights: dict[str, mx.array] = load_original(path)
+        moved = Path(path).name == MOVED  # a note without tensors
+        weights: dict[str, mx.array] = {} if moved else load_original(path)
         files[path] = list(weights)
         record.stored.update(weights)
         return weights

@@ -40,6 +40,7 @@ from .._io.checkpoint import (
     read_checkpoint,
     read_json_object,
 )
+from .._io.moved import refuse_moved
 from .._io.output import check_not_written, exclusive, sync_folder, write_json
 from .._loading.libraries import require_mlx_lm
 from .._loading.load import resolve
@@ -90,6 +91,7 @@ def convert(
         raise StreamError(f"{out}: choose a new folder; the original is never changed")
     check_not_written(source, "converting it")
     check_model_folder(source)
+    refuse_moved(source, "converting it")
     require_mlx_lm(
         source,
         StreamConfig(),

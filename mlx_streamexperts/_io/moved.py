@@ -1,0 +1,110 @@
+"""The note in a model folder whose experts have moved into a packed store.
+
+Its shards have holes where experts were. The note says which layers those are, where the store is,
+and what the shards were. It has the name of a shard and is none: any other library that loads this
+folder stops there with an error that has its name, instead of taking zeros for weights. Some find
+their shards through the index; that is renamed meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .._errors import CheckpointError, StreamError
+from .checkpoint import INDEX, MOVED, file_identity, header_identity, read_json_object
+from .output import sync_folder, write_json
+
+_FORMAT = 1
+_INDEX_ASIDE = f"{INDEX}.aside"
+
+
+@dataclass
+class Moved:
+    """What such a note says.
+
+    Attributes:
+        folder: the model folder.
+        store: the packed store's folder.
+        shards: what `file_identity` said of each shard with experts when it was whole, by name.
+        layers: layers whose experts are only in the store, by name, each with its number in it.
+    """
+
+    folder: Path
+    store: Path
+    shards: dict[str, Any]
+    layers: dict[str, int] = field(default_factory=dict)
+
+    def save(self) -> None:
+        """Write the note; it survives a power failure from then on.
+
+        The store's place is written relative to the model folder if they have one parent, or the
+        store is inside, so that they can be moved together.
+        """
+        folder, store = self.folder.resolve(), self.store.resolve()
+        near = store.is_relative_to(folder.parent)
+        place = os.path.relpath(store, folder) if near else str(store)
+        note = {
+            "about": "The experts of this model are in a packed store; the shards have holes where "
+            "they were. Load it with mlx-streamexperts. To get the shards back: "
+            "python -m mlx_streamexperts.pack --unpack --model <this folder>",
+            "format": _FORMAT,
+            "store": place,
+            "shards": self.shards,
+            "layers": self.layers,
+        }
+        write_json(self.folder / MOVED, note)
+        if (self.folder / INDEX).exists():
+            (self.folder / INDEX).replace(self.folder / _INDEX_ASIDE)
+            sync_folder(self.folder)
+
+    def remove(self) -> None:
+        """Remove the note, because all bytes are back in the shards."""
+        if (self.folder / _INDEX_ASIDE).exists():
+            (self.folder / _INDEX_ASIDE).replace(self.folder / INDEX)
+        (self.folder / MOVED).unlink()
+        sync_folder(self.folder)
+
+    def identity(self, shard: Path) -> dict[str, Any]:
+        """A shard's `file_identity` when it was whole."""
+        known: dict[str, Any] = self.shards.get(shard.name, {})
+        now = header_identity(shard)
+        return known if now == {k: known.get(k) for k in now} else file_identity(shard)
+
+
+def read_moved(folder: Path) -> Moved | None:
+    """The note in a model folder; None if there is none.
+
+    Raises:
+        CheckpointError: it is damaged, or another version wrote it.
+    """
+    file = folder / MOVED
+    if not file.exists():
+        return None
+    note = read_json_object(file, "layers")
+    store, shards, layers = (note.get(k) for k in ("store", "shards", "layers"))
+    if (
+        note.get("format") != _FORMAT
+        or not isinstance(store, str)
+        or not isinstance(shards, dict)
+        or not all(isinstance(known, dict) for known in shards.values())
+        or not isinstance(layers, dict)
+        or not all(type(n) is int and 0 <= n < 100_000 for n in layers.values())
+    ):
+        raise CheckpointError(f"{file}: not a note of format {_FORMAT} about moved experts")
+    return Moved(folder, folder / store, shards, layers)
+
+
+def refuse_moved(folder: Path, doing: str) -> None:
+    """Refuse a folder whose shards have holes.
+
+    Raises:
+        StreamError: its experts are in a packed store.
+    """
+    if (folder / MOVED).exists():
+        raise StreamError(
+            f"{folder}: its experts are in a packed store, and {doing} needs them in the shards: "
+            f"python -m mlx_streamexperts.pack --unpack --model {folder}"
+        )

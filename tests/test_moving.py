@@ -1,0 +1,315 @@
+"""`pack --replace` moves experts layer by layer; killed anywhere, it loses nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import families
+import mlx.core as mx
+import mlx_lm.utils
+import numpy as np
+import pytest
+from conftest import QUIET, load_streamed, smallest_cache
+
+from mlx_streamexperts import CheckpointError, StreamError, pack, stream
+from mlx_streamexperts import _osinfo as platform
+from mlx_streamexperts._experts import moving
+from mlx_streamexperts._io.checkpoint import INDEX, MOVED
+from mlx_streamexperts._io.moved import read_moved
+from mlx_streamexperts.convert import main as convert
+
+TOKENS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose experts are larger than a file system's blocks."""
+    folder = tmp_path_factory.mktemp("original") / "model"
+    return families.build("qwen3_moe", folder, quantize=None)
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "model"))
+
+
+def run(folder: Path, *options: str) -> int:
+    return pack.main(["--model", str(folder), *options, "--no-progress"])
+
+
+def output(folder: Path, **options: object) -> np.ndarray:
+    """Logits, with experts read from files."""
+    model = load_streamed(folder, 1 << 40, replace(QUIET, **options))  # type: ignore[arg-type]
+    with stream(model) as expert_stream:
+        expert_stream.resize(smallest_cache(expert_stream))
+        return np.array(model(TOKENS))
+
+
+def assert_as_it_was(original: Path, folder: Path) -> None:
+    assert sorted(f.name for f in folder.iterdir()) == sorted(f.name for f in original.iterdir())
+    for file in original.iterdir():
+        assert (folder / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def disk_bytes(folder: Path) -> int:
+    return sum(f.stat().st_blocks * 512 for f in folder.rglob("*"))
+
+
+def test_experts_move_and_come_back(
+    original: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected, before = np.array(mlx_lm.utils.load_model(folder)[0](TOKENS)), disk_bytes(folder)
+    for file in folder.glob("model*"):
+        os.utime(file, ns=(1, 1))
+    assert run(folder, "--replace") == 0
+    padding = 2 * 16 * 16384  # blocks of a store are padded to pages
+    assert disk_bytes(folder) < before + padding
+    holes = disk_bytes(folder) - disk_bytes(folder / "experts")
+    assert holes < before // 2
+    assert np.array_equal(output(folder), expected)
+    assert np.array_equal(
+        output(folder, store=str(folder / "experts"), verify_reads=True), expected
+    )
+    # What reads the shards as they are stops at the note, and says where the experts are.
+    with pytest.raises(RuntimeError, match="moved-to-a-packed-store"):
+        mlx_lm.utils.load_model(folder)
+    assert not (folder / INDEX).exists()  # other libraries find shards there
+    assert convert(["--model", str(folder), "--out", str(tmp_path / "converted")]) == 1
+    assert run(folder, "--out", str(tmp_path / "again")) == 1
+    assert capsys.readouterr().err.count("--unpack") == 2
+    # The folder can be moved, and the store alone if one says where it is.
+    elsewhere = folder.rename(tmp_path / "elsewhere")
+    assert np.array_equal(output(elsewhere), expected)
+    apart = (elsewhere / "experts").rename(tmp_path / "apart")
+    with pytest.raises(CheckpointError, match="not there"):
+        output(elsewhere)
+    assert np.array_equal(output(elsewhere, store=str(apart)), expected)
+    apart.rename(elsewhere / "experts")
+    assert run(elsewhere, "--replace") == 0  # nothing left to do
+    assert run(elsewhere, "--unpack") == 0
+    assert_as_it_was(original, elsewhere)
+    assert run(elsewhere, "--unpack") == 1
+    assert "nothing to unpack" in capsys.readouterr().err
+
+
+KILLED = """
+import os, shutil, sys
+from pathlib import Path
+from mlx_streamexperts import StreamConfig
+from mlx_streamexperts import _osinfo as platform
+from mlx_streamexperts._experts import moving
+from mlx_streamexperts._io.checkpoint import MOVED
+from mlx_streamexperts._loading.discover import discover
+
+folder = Path("model")
+STEPS = [(os, "fsync"), (os, "pwrite"), (platform, "punch_hole"), (Path, "replace"),
+         (Path, "unlink")]
+OFTEN = {"pwrite": 25, "punch_hole": 2}  # killed at one in so many
+
+def places(in_shards=False):
+    return discover(folder, StreamConfig(), {}, in_shards=in_shards).layers
+
+def content(layers):
+    found = []
+    for layer in layers:
+        for t in layer.tensors.values():
+            for file, offset in zip(t.stored.files, t.stored.offsets):
+                with open(file, "rb") as f:
+                    f.seek(offset)
+                    found.append(f.read(t.stored.row_bytes))
+    return found
+
+def in_a_fork(run, kill_at=0):
+    child = os.fork()
+    if child == 0:
+        left = kill_at or -1
+        def counted(original):
+            every = OFTEN.get(original.__name__, 1)
+            calls = 0
+            def step(*args, **kwargs):
+                nonlocal left, calls
+                calls += 1
+                left -= calls % every == 0
+                if left == 0:
+                    os.kill(os.getpid(), 9)
+                return original(*args, **kwargs)
+            return step
+        for owner, name in STEPS:
+            setattr(owner, name, counted(getattr(owner, name)))
+        list(run())
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+def killed_at_every_step(run, start):
+    for step in range(1, 1000):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(start, folder)
+        status = in_a_fork(run, step)
+        assert status in (0, 9), status
+        assert content(places()) == expected, step
+        if status == 0:
+            return step - 1
+        if start == "moved" and not (folder / MOVED).exists():
+            continue  # killed after its last step
+        assert in_a_fork(run) == 0, step
+        assert content(places()) == expected, step
+
+shutil.copytree("original", folder)
+expected = content(places())
+layers = places(in_shards=True)
+store = folder / "experts"
+print(killed_at_every_step(lambda: moving.move_experts(layers, folder, store), "original"))
+folder.rename("moved")
+print(killed_at_every_step(lambda: moving.bring_back(layers, folder), "moved"))
+"""
+
+
+def test_killed_at_every_step_it_loads_and_goes_on(folder: Path, original: Path) -> None:
+    folder.rename(folder.with_name("original"))
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED], cwd=folder.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    steps = list(map(int, done.stdout.split()))
+    assert min(steps) > 12, steps
+    assert_as_it_was(original, folder)
+
+
+def test_a_run_that_stops_between_layers_leaves_a_model_in_both_places(
+    original: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    expected, free, layers = output(original), platform.punch_hole, []
+
+    def stop(fd: int, offset: int, nbytes: int) -> int:
+        layers.append(read_moved(folder).layers)  # type: ignore[union-attr]
+        if len(layers[-1]) == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return free(fd, offset, nbytes)
+
+    with monkeypatch.context() as m:
+        m.setattr(platform, "punch_hole", stop)
+        m.setattr(platform, "holes_work", lambda _: True)
+        assert run(folder, "--replace") == 1
+    assert "run again" in capsys.readouterr().err
+    note = read_moved(folder)
+    assert note is not None
+    del note.layers[max(note.layers)]  # the first layer alone has moved
+    note.save()
+    assert np.array_equal(output(folder), expected)
+    store = folder / "experts"
+    assert np.array_equal(output(folder, store=str(store), verify_reads=True), expected)
+    assert run(folder, "--replace", "--out", str(folder / "other")) == 1
+    assert "--out" in capsys.readouterr().err
+    # What is only in the store is not packed again from holes when it is missing there.
+    file = store / "layer-00000.experts"
+    file.rename(folder / "away")
+    assert run(folder, "--replace") == 1
+    assert run(folder, "--unpack") == 1
+    assert capsys.readouterr().err.count("nowhere else") == 2
+    with pytest.raises(CheckpointError, match="nowhere else"):
+        output(folder)
+    (folder / "away").rename(file)
+    assert run(folder, "--unpack") == 0
+    assert_as_it_was(original, folder)
+
+
+def test_bytes_that_read_back_wrong_free_nothing(
+    original: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def flipped(fd: int, buffers: list[memoryview], offset: int) -> int:
+        count = os.preadv(fd, buffers, offset)
+        buffers[0][7] ^= 1
+        return count
+
+    with monkeypatch.context() as m:
+        m.setattr(platform, "read_into", flipped)
+        assert run(folder, "--replace") == 1
+    assert "reads back as other bytes" in capsys.readouterr().err
+    assert not (folder / MOVED).exists()
+    shutil.rmtree(folder / "experts")
+    assert_as_it_was(original, folder)
+
+
+def test_who_may_not_move(
+    original: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = load_streamed(folder, 1 << 40)
+    with stream(model):
+        assert run(folder, "--replace") == 1
+        assert "has this model loaded" in capsys.readouterr().err
+    monkeypatch.setattr(platform, "holes_work", lambda _: False)
+    assert run(folder, "--replace") == 1
+    assert "cannot free parts" in capsys.readouterr().err
+    shard = next(folder.glob("model-*"))
+    blob = shard.rename(folder.parent / "blob")
+    shard.symlink_to(blob)  # as in the Hub's cache
+    assert run(folder, "--replace") == 1
+    assert "is a link" in capsys.readouterr().err
+    blob.replace(shard)
+    assert_as_it_was(original, folder)
+    layers = pack._layers(folder, pack.setup_arg_parser().parse_args([]))[0]
+    with pytest.raises(StreamError, match="share bytes"):
+        moving._check_apart([layers[0], layers[0]])
+    for wrong in (["--unpack", "--replace"], ["--replace", "--overwrite"], []):
+        with pytest.raises(SystemExit):
+            run(folder, *wrong)
+
+
+def test_holes_are_whole_blocks_within_the_range(tmp_path: Path) -> None:
+    assert platform.holes_work(tmp_path)
+    file = tmp_path / "f"
+    file.write_bytes(b"x" * 40_000)
+    with file.open("r+b") as f:
+        assert platform.punch_hole(f.fileno(), 100, 4000) == 0
+        assert platform.punch_hole(f.fileno(), 100, 8192 + 4096) == 8192
+    content = file.read_bytes()
+    assert content == b"x" * 4096 + bytes(8192) + b"x" * (40_000 - 4096 - 8192)
+
+
+@pytest.mark.parametrize("lie", ["frees nothing", "frees too much", "fails"])
+def test_a_file_system_that_does_not_keep_its_word_is_not_trusted(
+    lie: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = platform.punch_hole
+
+    def lying(fd: int, offset: int, nbytes: int) -> int:
+        if lie == "fails":
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        if lie == "frees nothing":
+            return nbytes // 4096 * 4096
+        os.pwrite(fd, bytes(4096), offset - 8192)
+        return free(fd, offset, nbytes)
+
+    monkeypatch.setattr(platform, "punch_hole", lying)
+    assert not platform.holes_work(tmp_path)
+
+
+def test_macs_free_parts_of_files_by_fcntl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, bytes | int]] = []
+    monkeypatch.setattr(platform.sys, "platform", "darwin")
+    monkeypatch.setattr(
+        platform.fcntl, "fcntl", lambda _, kind, value=0: asked.append((kind, value))
+    )
+    with (tmp_path / "f").open("wb") as f:
+        assert platform.punch_hole(f.fileno(), 5, 3 * 4096) == 2 * 4096
+        platform.sync_to_drive(f.fileno())
+    (kind, hole), full = asked
+    assert kind == 99  # F_PUNCHHOLE and struct fpunchhole: flags, reserved, offset, length
+    assert hole == struct.pack("=IIqq", 0, 0, 4096, 8192)
+    assert full == (51, 0)  # F_FULLFSYNC
