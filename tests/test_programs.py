@@ -206,7 +206,8 @@ def test_help_lists_every_program_of_the_installed_mlx_lm(capsys: Capture) -> No
     text = capsys.readouterr().out
     installed = run.programs()
     assert {"mlx_lm.perplexity", "mlx_lm.evaluate", "mlx_lm.cache_prompt"} <= set(installed)
-    assert set(run.REFUSED_PROGRAMS) <= set(installed.values())
+    refused = {name for name in run.REFUSED_PROGRAMS if name.startswith("mlx_lm.")}
+    assert refused <= set(installed.values())
     for name in installed:
         assert re.search(rf"^  {re.escape(name)} +\w", text, re.M), name
 

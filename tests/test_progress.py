@@ -145,6 +145,14 @@ def test_a_terminal_has_one_line_and_a_pipe_some(kind: type[io.StringIO], stream
         assert text.endswith("s\n")
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_works() -> Iterator[None]:
+    """A shell starts its background jobs with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def ctrl_c() -> None:
     signal.raise_signal(signal.SIGINT)
 
