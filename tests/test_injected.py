@@ -79,6 +79,7 @@ class Watched:
 
 @pytest.fixture
 def watched(folder: Path) -> Iterator[Watched]:
+    gc.collect()  # an earlier test's model may hold files until then
     before = leftovers()
     mx.clear_cache()
     made = Watched(folder)

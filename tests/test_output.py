@@ -28,7 +28,7 @@ import sys, time
 from mlx_streamexperts import convert, pack
 from mlx_streamexperts._experts import packed_store
 from mlx_streamexperts.convert import _shards
-_shards.write_at = packed_store._checksum = lambda *arguments: time.sleep(600)
+_shards.write_at = packed_store.checksum = lambda *arguments: time.sleep(600)
 sys.exit({"convert": convert, "pack": pack}[sys.argv[1]].main(sys.argv[2:]))
 """
 
