@@ -23,6 +23,11 @@ from ._examination import (
 )
 
 
+def _rate(value: float) -> str:
+    """Two significant digits, and never an exponent above 1: "0.96", "5.3", "490"."""
+    return f"{value:.2g}" if value < 99.5 else f"{float(f'{value:.2g}'):,.0f}"
+
+
 def lines(found: Examination | RanksExamination) -> Iterator[str]:
     """The report: of each machine the verdict first."""
     if isinstance(found, RanksExamination):
@@ -68,8 +73,8 @@ def headline(model: str, verdict: Verdict, downloaded: bool = False) -> str:
     size = "" if downloaded else f", {format_size(plan.disk)} to download ({time} at 100 Mbit/s)"
     first = f"{p.first_token.likely:.3g} s"
     return (
-        f"{model} on {verdict.machine.name}: {how}. About {rate:.2g} tokens/s "
-        f"({p.tokens_per_s.low:.2g} to {p.tokens_per_s.high:.2g}), first token of "
+        f"{model} on {verdict.machine.name}: {how}. About {_rate(rate)} tokens/s "
+        f"({_rate(p.tokens_per_s.low)} to {_rate(p.tokens_per_s.high)}), first token of "
         f"{p.prompt_tokens} after {first}{size}."
     )
 
@@ -119,14 +124,14 @@ def help_most(verdict: Verdict) -> str:
         "half the bits for experts": predict(half, machine).tokens_per_s.likely,
         "a drive twice as fast": predict(plan, fast).tokens_per_s.likely,
     }
-    told = [f"{way}: about {rate:.2g} tokens/s" for way, rate in ways.items()]
+    told = [f"{way}: about {_rate(rate)} tokens/s" for way, rate in ways.items()]
     for model in KNOWN_MODELS:  # largest first
         try:
             rate = predict(model.plan(plan.bound), machine).tokens_per_s.likely
         except BudgetError:
             continue
         if model.disk < plan.disk and rate > max(10.0, p.tokens_per_s.likely):
-            told.append(f"another model, {model.name}: about {rate:.2g}")
+            told.append(f"another model, {model.name}: about {_rate(rate)}")
             break
     return "; ".join(told) + "."
 
@@ -160,8 +165,9 @@ def machine_lines(found: list[MachineExamination]) -> Iterator[str]:
         else:
             yield from _measured(here.measured, here.machine)
         for s in here.suited:
+            rate = _rate(s.prediction.tokens_per_s.likely)
             yield (
-                f"  {s.name:27s} {s.prediction.tokens_per_s.likely:6.2g} tokens/s (predicted), "
+                f"  {s.name:27s} {rate:>6s} tokens/s (predicted), "
                 f"{s.resident_share:4.0%} resident, {s.disk / 1e9:4.0f} GB to download"
             )
         if here.too_large:
