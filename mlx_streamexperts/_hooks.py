@@ -16,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 Check = Callable[[mx.array | None, Any], None]
 """Checks a pass before it runs, given its token ids [B, L] (None for embeddings) and its caches."""
@@ -106,6 +107,21 @@ def swapped(owner: Any, **values: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(owner, name, value)
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Let nothing within the `with` block take random numbers from the caller.
+
+    A model that is built has random weights. A caller may have set the seed before loading, as
+    mlx_lm.generate does, and its text must not depend on models that we build beside its own.
+    """
+    state: Any = mx.random.state
+    high, low = np.array(state[0]).tolist()
+    try:
+        yield
+    finally:
+        mx.random.seed(high << 32 | low)  # the inverse of mx.random.key
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import mlx_lm
 import mlx_lm.utils
 import numpy as np
 import pytest
+import vlm_families
 
 from mlx_streamexperts import ExpertStream, StreamConfig, demo_model, patch, stream
 from mlx_streamexperts._loading import patching
@@ -62,6 +63,28 @@ def leftovers() -> tuple[list[str], int]:
     """Names of threads (but for the progress bars' own), and the number of open descriptors."""
     names = sorted(t.name for t in threading.enumerate() if t.name != "tqdm_monitor")
     return names, len(os.listdir("/dev/fd"))
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of both libraries with a vision tower and a processor, in 4 bits."""
+    folder = vlm_families.make_vlm_checkpoint(
+        tmp_path_factory.mktemp("s") / "m", "qwen3_vl_moe", bits=4
+    )
+    vlm_families.add_processor(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Files of two pictures."""
+    from PIL import Image
+
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    files = [str(folder / f"{n}.png") for n in range(2)]
+    for file in files:
+        Image.fromarray(rng.integers(0, 255, (56, 84, 3), dtype=np.uint8)).save(file)
+    return files
 
 
 @pytest.fixture

@@ -37,26 +37,6 @@ def vlm_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_vlm_checkpoint(tmp_path_factory.mktemp("step3p7") / "m", "step3p7")
 
 
-@pytest.fixture(scope="module")
-def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A family of both libraries, with a processor."""
-    folder = tmp_path_factory.mktemp("seeing") / "m"
-    make_vlm_checkpoint(folder, "qwen3_vl_moe", bits=4)
-    vlm_families.add_processor(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    from PIL import Image
-
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    files = [str(folder / f"{n}.png") for n in range(2)]
-    for file in files:
-        Image.fromarray(rng.integers(0, 255, (56, 84, 3), dtype=np.uint8)).save(file)
-    return files
-
-
 def test_the_folder_decides(
     checkpoint: Callable[..., Path], vlm_only: Path, seeing: Path, tmp_path: Path
 ) -> None:
@@ -73,6 +53,17 @@ def test_the_folder_decides(
 
 
 @pytest.mark.usefixtures("not_compiled")
+def test_the_choice_takes_no_random_numbers(seeing: Path) -> None:
+    """It may have to try mlx-lm's loader."""
+    drawn = []
+    for choose in (False, True):
+        mx.random.seed(5)
+        if choose:
+            library(seeing, AUTO)
+        drawn.append(mx.random.uniform(shape=(4,)).tolist())
+    assert drawn[0] == drawn[1]
+
+
 def test_load_and_plan_take_a_model_of_mlx_vlm(seeing: Path) -> None:
     stock, stock_processor = vlm.load(str(seeing))
     model, processor = load(str(seeing), cache="400kB", config=VLM)

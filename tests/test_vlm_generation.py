@@ -49,25 +49,6 @@ VLM = StreamConfig(progress=False, loader="mlx-vlm", prefetch="off")
 QUESTION = "<|vision_start|><|image_pad|><|vision_end|>" * 2 + "What is to be seen on these? " * 4
 
 
-@pytest.fixture(scope="module")
-def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with a vision tower and a processor, in 4 bits."""
-    folder = make_vlm_checkpoint(tmp_path_factory.mktemp("s") / "m", "qwen3_vl_moe", bits=4)
-    vlm_families.add_processor(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    from PIL import Image
-
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    files = [str(folder / f"{n}.png") for n in range(2)]
-    for file in files:
-        Image.fromarray(rng.integers(0, 255, (56, 84, 3), dtype=np.uint8)).save(file)
-    return files
-
-
 @pytest.fixture
 def both(seeing: Path) -> Iterator[Callable[..., tuple[Any, Any, Any]]]:
     """The stock model, a streamed one that misses, and their processor."""

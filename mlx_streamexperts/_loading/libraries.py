@@ -12,6 +12,7 @@ import mlx_lm.utils
 
 from .._config import StreamConfig
 from .._errors import StreamError, UnsupportedModelError
+from .._hooks import random_state_kept
 from .._io.checkpoint import check_model_folder, read_checkpoint, read_model_config
 from .lazy_load import MLX_LM, MLX_VLM, load_recorded
 
@@ -55,7 +56,8 @@ def library(folder: Path, config: StreamConfig) -> str:
     prefixed = any("language_model." in name for name in read_checkpoint(folder).tensors)
     if prefixed and installed:
         try:
-            load_recorded(folder, {})
+            with random_state_kept():
+                load_recorded(folder, {})
         except StreamError:
             return MLX_VLM
     return MLX_LM

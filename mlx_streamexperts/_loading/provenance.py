@@ -17,9 +17,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
-from .._hooks import swapped_in_thread
+from .._hooks import random_state_kept, swapped_in_thread
 
 Weights = dict[str, mx.array]
 _RESHAPES = {"Flatten", "Unflatten", "Reshape", "Squeeze", "ExpandDims", "View"}
@@ -125,18 +124,12 @@ def trace(sanitize: Callable[[Weights], Weights], weights: Weights) -> dict[str,
         return list(made.values())
 
     events: list[dict[str, Any]] = []
-    # `sanitize` may build a model, whose initial weights are random. They must take no numbers from
-    # the caller, who may have set the seed before loading, as mlx_lm.generate does.
-    state: Any = mx.random.state
-    high, low = np.array(state[0]).tolist()
     try:
-        # It changes no value, and MLX cannot export it.
-        with swapped_in_thread(mx, contiguous=lambda a, *_, **__: a):
+        # `sanitize` may build a model. `contiguous` changes no value, and MLX cannot export it.
+        with random_state_kept(), swapped_in_thread(mx, contiguous=lambda a, *_, **__: a):
             mx.export_function(events.append, run, *weights.values())
     except Exception:  # model code may raise anything when it looks at a placeholder
         return {}
-    finally:
-        mx.random.seed(high << 32 | low)  # the inverse of mx.random.key
     known: dict[str, Stored | None] = {}
     outputs: list[tuple[str, Any, Any]] = []
     for event in events:
