@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import functools
 import hashlib
 import math
 import mmap
@@ -19,10 +20,11 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -555,16 +557,40 @@ def power_is_scarce() -> bool:
         return False
     if "'Battery Power'" in _output("/usr/bin/pmset", "-g", "batt").partition("\n")[0]:
         return True
-    token, level = ctypes.c_int(), ctypes.c_uint64()
     with suppress(AttributeError, OSError):
-        system = ctypes.CDLL(None)  # OSThermalNotification.h: 0 is nominal
-        name = b"com.apple.system.thermalpressurelevel"
-        if system.notify_register_check(name, ctypes.byref(token)) == 0:
-            try:
-                system.notify_get_state(token, ctypes.byref(level))
-            finally:
-                system.notify_cancel(token)
-    return level.value > 0
+        return _own_thermal_pressure()() > 0
+    return False
+
+
+def thermal_pressure(system: Any) -> Callable[[], int]:
+    """A reader of macOS's thermal pressure; needs no rights (OSThermalNotification.h).
+
+    Args:
+        system: the C library.
+
+    Returns:
+        A function that returns 0 while clocks are not held down, and 1 to 4 as it gets hotter.
+
+    Raises:
+        OSError: macOS does not say; the function raises it too.
+    """
+    token, level = ctypes.c_int(), ctypes.c_uint64()
+
+    def read() -> int:
+        if system.notify_get_state(token, ctypes.byref(level)):
+            raise OSError("macOS does not say")
+        return level.value
+
+    name = b"com.apple.system.thermalpressurelevel"
+    if system.notify_register_check(name, ctypes.byref(token)):
+        raise OSError("macOS does not say")
+    read()
+    return read
+
+
+@functools.cache
+def _own_thermal_pressure() -> Callable[[], int]:
+    return thermal_pressure(ctypes.CDLL(None))
 
 
 def usable_cores() -> int:

@@ -19,7 +19,7 @@ import pytest
 from conftest import QUIET, all_experts, assert_same, demo_tokens, load_streamed, smallest_cache
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_streamexperts import StreamConfig, demo_model, stream
+from mlx_streamexperts import StreamConfig, StreamStats, demo_model, stream
 from mlx_streamexperts._analysis.exactness import prefill_bound, prefill_difference
 from mlx_streamexperts._experts import cpu_streams as lanes
 from mlx_streamexperts._experts.cpu_streams import CpuStreams
@@ -229,12 +229,8 @@ def rows_of_calls(layers: Sequence[ExpertLayer], rule: RowRule) -> list[int]:
     return rows
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
-def test_the_row_count_is_kept_for_backends_that_choose_kernels_by_it(
-    family: str, checkpoint: Callable[..., Path]
-) -> None:
-    """As on a GPU: every kernel sees as many rows as stock's, and the results are the same bits."""
-    folder = checkpoint(family)
+def rows_while_misses_overlap(folder: Path, rule: RowRule) -> tuple[list[int], StreamStats]:
+    """Rows of each kernel call while experts run as others are read; the bits are stock's."""
     tokens = families.token_stream(families.VOCAB, 60, seed=11)
     stock, _ = mlx_lm.utils.load_model(folder)
     expected = families.run(stock, tokens, prefill=4)
@@ -242,13 +238,22 @@ def test_the_row_count_is_kept_for_backends_that_choose_kernels_by_it(
     with stream(model) as expert_stream:
         # Enough for a token, not for the prompt: that goes in waves.
         expert_stream._open((families.TOP_K + 1,) * len(expert_stream.layers))
-        rows = rows_of_calls(expert_stream.layers, RowRule(count=True, padded=True))
-        got = families.run(model, tokens, prefill=4)
-        assert_same(expected, got, family)
+        rows = rows_of_calls(expert_stream.layers, rule)
+        assert_same(expected, families.run(model, tokens, prefill=4), folder.name)
         assert expert_stream.stats().overlapped > 10
-        assert expert_stream.stats().waves > 0
-        top_k = min(rows)
-        assert set(rows) == {top_k, 4 * top_k}
+        return rows, expert_stream.stats()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_the_row_count_is_kept_for_backends_that_choose_kernels_by_it(
+    family: str, checkpoint: Callable[..., Path]
+) -> None:
+    """As on a GPU: every kernel sees as many rows as stock's, and the results are the same bits."""
+    folder = checkpoint(family)
+    rows, stats = rows_while_misses_overlap(folder, RowRule(count=True, padded=True))
+    assert stats.waves > 0
+    top_k = min(rows)
+    assert set(rows) == {top_k, 4 * top_k}
 
 
 def test_on_metal_a_part_of_a_token_has_only_its_own_rows(
@@ -262,15 +267,7 @@ def test_on_metal_a_part_of_a_token_has_only_its_own_rows(
         metal.setattr(mx.metal, "is_available", lambda: True)
         rule = RowRule.of(expert_stream.layers[0].switch)
     assert rule == RowRule(count=True, ratio=True, padded=False)  # quantized, of mlx-lm
-    tokens = families.token_stream(families.VOCAB, 60, seed=11)
-    stock, _ = mlx_lm.utils.load_model(folder)
-    expected = families.run(stock, tokens, prefill=4)
-    model = load_streamed(folder, 1 << 40, StreamConfig(progress=False, overlap="on"))
-    with stream(model) as expert_stream:
-        expert_stream._open((families.TOP_K + 1,) * len(expert_stream.layers))
-        rows = rows_of_calls(expert_stream.layers, rule)
-        assert_same(expected, families.run(model, tokens, prefill=4), "unpadded")
-        assert expert_stream.stats().overlapped > 10
+    rows, _ = rows_while_misses_overlap(folder, rule)
     assert min(rows) < families.TOP_K
 
 

@@ -283,9 +283,6 @@ class System:
         level._obj.value = self.pressure
         return 0
 
-    def notify_cancel(self, token: object) -> int:
-        return 0
-
 
 def test_a_macs_readers_work_as_fast_as_a_user_waits(
     mac: list[list[str]], monkeypatch: pytest.MonkeyPatch
@@ -306,6 +303,7 @@ def test_a_mac_on_battery_or_hot_is_short_of_power(
     source: str, pressure: int, scarce: bool, mac: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(platform.ctypes, "CDLL", lambda _: System(pressure))
+    platform._own_thermal_pressure.cache_clear()
     said = f"Now drawing from '{source}'\n -InternalBattery-0 (id=1)\t80%; discharging\n"
     monkeypatch.setattr(platform, "_output", lambda *command: said)
     assert platform.power_is_scarce() is scarce

@@ -137,9 +137,7 @@ def check_options(
         return
     if mx.distributed.init().size() > 1:  # a rank has only its own part of the model's files
         return
-    if (
-        library(Path(folder), config) == MLX_VLM
-    ):  # it quantizes the caches that it can, layer by layer
+    if library(Path(folder), config) == MLX_VLM:  # it quantizes the caches that it can, by layer
         return
     model = discover(Path(folder), config, {"trust_remote_code": trust_remote_code}).model
     if options.draft_model is not None:

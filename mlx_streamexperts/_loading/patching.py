@@ -256,7 +256,7 @@ _after_import = _AfterImport()
 def _vlm_is_there() -> bool:
     """Are mlx-vlm's functions defined? Another thread may be importing it."""
     utils = sys.modules.get(_VLM)
-    return hasattr(utils, "load_model") and hasattr(utils, "save_weights")
+    return all(hasattr(utils, n) for n in ("load_model", "load_model_weights", "save_weights"))
 
 
 def _replace_functions() -> None:
@@ -267,8 +267,7 @@ def _replace_functions() -> None:
     elif not patched and _after_import in sys.meta_path:
         sys.meta_path.remove(_after_import)
     for original, ours in (
-        *([_vlm_functions(), vlm_guard()] if _vlm_is_there() else []),
-        *([_vlm_weights()] if hasattr(sys.modules.get(_VLM), "load_model_weights") else []),
+        *([_vlm_functions(), _vlm_weights(), vlm_guard()] if _vlm_is_there() else []),
         (original_load_model, _load_model),
         (_original_load_adapters, _load_adapters),
         *GUARDS,

@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .._osinfo import thermal_pressure
+
 POWERCAP = Path("/sys/class/powercap")
 THERMAL = Path("/sys/class/thermal")
 _APPLE_PARTS = {"cpu_total_mj": "CPU", "gpu_mj": "GPU", "dram_mj": "DRAM", "ane_mj": "ANE"}
@@ -113,19 +115,9 @@ def _pressure(sensors: Sensors) -> None:
 
 
 def _thermal_pressure(system: Any) -> Callable[[], str]:
-    """macOS's reading of heat by its C library; needs no rights (OSThermalNotification.h)."""
-    token, level = ctypes.c_int(), ctypes.c_uint64()
-
-    def read() -> str:
-        if system.notify_get_state(token, ctypes.byref(level)):
-            raise OSError("macOS does not say")
-        return _PRESSURES.get(level.value, f"level {level.value}")
-
-    name = b"com.apple.system.thermalpressurelevel"
-    if system.notify_register_check(name, ctypes.byref(token)):
-        raise OSError("macOS does not say")
-    read()
-    return read
+    """macOS's reading of heat in words, by its C library."""
+    read = thermal_pressure(system)
+    return lambda: _PRESSURES.get(level := read(), f"level {level}")
 
 
 def _unwrapped(read: Callable[[], float], wrap: float) -> Callable[[], float]:
