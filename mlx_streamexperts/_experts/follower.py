@@ -61,9 +61,9 @@ class Follower(Closing):
 
     def now(self) -> Progress:
         """How far the prompt is. Any thread may ask."""
-        entered, tokens, count = self._entered, self._pass_tokens, len(self._layers)
-        layer = min(entered, count)  # a run-ahead step calls layers more than once
-        done = self._done + tokens * max(0, layer - 1) // count
+        count = len(self._layers)
+        layer = min(self._entered, count)  # a run-ahead step calls layers more than once
+        done = self._done + self.pass_tokens_done()[0]
         if self._total is not None:
             done = min(done, self._total)  # the reply's passes are no part of the prompt
         read = max(0, self._read_bytes() - self._before)  # `reset` sets the counter to zero

@@ -180,9 +180,8 @@ class RowTable:
 
     def blank(self, ids: mx.array) -> mx.array:
         """An array [..., D] of the size that `look_up` returns, for graphs that nobody runs."""
-        if (
-            self._joined and self.planned
-        ):  # as the stock module: the graph of such a model cannot be exported
+        # As the stock module does: the graph of such a model cannot be exported.
+        if self._joined and self.planned:
             mx.eval(ids)
         like = mx.zeros((*ids.shape, self._width), self._dtype)
         return like + mx.sum(ids).astype(self._dtype)
