@@ -265,7 +265,7 @@ def test_no_room_is_said_before_anything_is_written(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(store.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     arguments = ["--model", str(packed[0]), "--out", str(tmp_path / "full"), "--no-progress"]
     assert pack.main(arguments) == 1
     assert "1,000 are free; nothing was written" in capsys.readouterr().err
@@ -279,7 +279,7 @@ def test_no_room_leaves_what_overwrite_would_discard(
     before = Path(shutil.copytree(out, tmp_path / "before"))
     arguments = ["--model", str(folder), "--out", str(out), "--no-progress", "--overwrite"]
     (out / "layer-00001.experts").unlink()  # so that discarding the rest is not room enough
-    monkeypatch.setattr(store.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     assert pack.main(arguments) == 1
     (before / "layer-00001.experts").unlink()
     assert_stores_equal(before, out)

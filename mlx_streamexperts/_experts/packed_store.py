@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from .._errors import CheckpointError, StreamError
 from .._io.checkpoint import file_identity, read_json_object
 from .._io.moved import Moved, read_moved
 from .._io.output import exclusive, sync_folder, write_json
-from .._osinfo import sync_to_drive
+from .._osinfo import free_disk_bytes, sync_to_drive
 from .layer import ExpertLayer
 from .stream import expert_files
 
@@ -105,7 +104,7 @@ def _write_store(
         if overwrite or file.name.endswith(".partial") or file.name in redone
     ]
     needed = (sum if then is None else max)([0, *map(file_bytes, unfinished)])
-    free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in stale)
+    free = free_disk_bytes(folder) + sum(file.stat().st_size for file in stale)
     if needed > free:  # before anything is discarded: the old store may be the only one
         raise StreamError(
             f"{folder}: packing needs {needed:,} bytes and {free:,} are free; nothing was written"

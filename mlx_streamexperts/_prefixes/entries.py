@@ -30,6 +30,7 @@ import mlx.core as mx
 import numpy as np
 
 from .._config import format_size
+from .._osinfo import free_disk_bytes
 
 FORMAT = 1
 SUFFIX = ".prefix"
@@ -192,7 +193,7 @@ class Entries:
 
     def _check_room(self, more: int) -> None:
         """Raise an OSError if the drive would be too full."""
-        free = shutil.disk_usage(self.folder).free
+        free = free_disk_bytes(self.folder)
         if free - more < KEEP_FREE_BYTES:
             raise OSError(
                 f"{format_size(free)} are free on the drive, and {format_size(KEEP_FREE_BYTES)} "

@@ -44,6 +44,7 @@ from .._io.moved import refuse_moved
 from .._io.output import check_not_written, exclusive, sync_folder, write_json
 from .._loading.libraries import require_mlx_lm
 from .._loading.load import resolve
+from .._osinfo import free_disk_bytes
 from .._progress import progress_bar
 from ._rewrite import Options, Rewrite
 from ._shards import Shard, ShardWriter, lay_out
@@ -260,7 +261,7 @@ def _check_room(out: Path, needed: int, finished: set[str]) -> None:
     # Unfinished shards of an earlier run, and files to be discarded, make room.
     replaced = (f for f in out.glob("model*.safetensors*") if f.name not in finished | {INDEX})
     left = sum(f.stat().st_blocks * 512 for f in replaced)
-    if needed > (free := shutil.disk_usage(existing).free + left):
+    if needed > (free := free_disk_bytes(existing) + left):
         raise StreamError(
             f"{out}: converting needs {format_size(needed)} more and {format_size(free)} are free; "
             "nothing was written"
