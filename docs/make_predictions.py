@@ -130,9 +130,9 @@ test holds this. The range is wide where nobody has published how a model routes
 `python benchmarks/predictions.py` decodes the embedded model behind drives of stated rates and compares with
 the formula, given the hit rate of the run. On 2 shared, busy cores (MLX 0.32.4, CPU backend, 2026-11-28; 25 and
 50 % resident, 25 to 100 MB/s) the likely value was too fast in all six rows: by 18 to 143 %, 37 % at
-the median. All six measured rates lay below their range. Part of that is other work on the machine, part
-are wrong prefetches, which the formula does not count. So expect less than the likely value, and trust
-comparisons more than figures.
+the median. All six measured rates lay below their range. Other work on the machine, and wrong prefetches,
+which the formula does not count, may be the reasons; we have not separated them. Expect less than the likely
+value, and trust comparisons more than figures.
 
 ## What is assumed
 

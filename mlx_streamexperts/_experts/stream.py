@@ -211,7 +211,7 @@ class ExpertStream(Closing):
         Args:
             listener: called with a `Progress` about four times a second while passes run, in the
                 thread that runs them.
-            prompt_tokens: tokens of the prompt, without which nobody knows how much is left.
+            prompt_tokens: tokens of the prompt; None if unknown, and then what is left is too.
             stop: called about ten times a second in that thread. Once it returns True, the pass
                 under way ends with `PassStoppedError`, its KV caches as they were before. A pass
                 whose caches cannot be taken back within the free memory runs to its end.
