@@ -457,6 +457,7 @@ def test_without_xxhash_the_error_says_what_to_install(
     monkeypatch.setitem(sys.modules, "xxhash", None)
     with pytest.raises(StreamError, match=r"mlx-streamexperts\[pack\]"):
         list(store.write_store(layers_of(packed[0]), tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
     config = replace(QUIET, store=str(packed[1]), verify_reads=True)
     with pytest.raises(StreamError, match=r"mlx-streamexperts\[pack\]"):
         load_streamed(packed[0], 1 << 40, config)

@@ -23,7 +23,7 @@ from .._experts.stream import ExpertStream, stream
 from .._experts.timeline import Timeline
 from .._hooks import swapped
 from .._loading.load import patch
-from .._prefixes.remembered import PrefixCache, prefill
+from .._prefixes.remembered import SHORTEST, PrefixCache, prefill
 from .options import add_prefix_arguments, make_parser
 from .prompt_line import prompt_line
 from .stopping import Interrupts, ending
@@ -125,7 +125,10 @@ class Session:
             lines = rows(self.patched.streams, self.timing, self.args.layer_hits)
             if self.kept is not None:
                 read, written = self.kept.read_tokens, format_size(self.kept.written_bytes)
-                lines.append(("Prefix cache", f"{read} tokens from the drive, {written} written"))
+                text = f"{read} tokens from the drive, {written} written"
+                if not (read or self.kept.written_bytes):
+                    text += f" (only {SHORTEST} new tokens or more are kept)"
+                lines.append(("Prefix cache", text))
             lines = of_all_ranks(self.patched.streams[0], lines)
             print_rows(lines, "Expert streaming", file)
 

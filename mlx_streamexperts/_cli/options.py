@@ -153,8 +153,7 @@ def failed(error: Exception, streams: Sequence[ExpertStream] = ()) -> int:
 
 def interrupted() -> int:
     """Say that Ctrl-C has ended the command; returns the exit status."""
-    below = "\n" if sys.stderr.isatty() else ""  # the terminal's own ^C
-    print(f"{below}stopped by Ctrl-C", file=sys.stderr)
+    print("\nstopped by Ctrl-C", file=sys.stderr)  # below the text so far, or the terminal's ^C
     return 130
 
 

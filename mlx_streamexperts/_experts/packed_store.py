@@ -65,9 +65,10 @@ def write_store(
 
     Raises:
         StreamError: the disk has no room or cannot be written, `folder` holds the store of
-            another checkpoint, or another process is writing there.
+            another checkpoint, another process is writing there, or the xxhash library is missing.
         CheckpointError: the source ends early or cannot be read.
     """
+    _xxhash()  # before anything is written
     try:
         with exclusive(folder, "packing"):
             yield from _write_store(layers, folder, overwrite, moved, then)
