@@ -161,6 +161,12 @@ def _of_experts(expert_stream: ExpertStream, timing: Timing) -> list[Row]:
             f"waited {waited:.3f} s{share}",
         ),
     ]
+    if drives := stats.read.drive_bytes:
+        total = max(1, sum(drives.values()))
+        parts = [f"{format_size(n)} ({n / total:.0%}) from {d}" for d, n in drives.items()]
+        if stats.read.moved:
+            parts.append(f"{stats.read.moved} reads moved from a drive that failed or hung")
+        lines.append(("Drives", ", ".join(parts)))
     if (ran := stats.run_ahead).steps:
         lines.append(
             (
