@@ -108,6 +108,8 @@ def main(argv: list[str] | None = None) -> int:
         check_prefix_arguments(args)
         config, model = stream_settings(args, _INSTEAD)
         assert model is not None
+        if config.pressure is None:
+            config = replace(config, pressure="auto")
         served = _served(args.model, model, args.also_serve)
         aliases = dict(zip([args.model or model, *args.also_serve], served.values(), strict=True))
         for other in list(served.values())[1:]:
