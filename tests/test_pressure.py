@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -14,11 +15,13 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import all_experts, assert_same, load_streamed, smallest_cache
+from serving import serving
 
 from mlx_streamexperts import ExpertStream, StreamConfig, StreamError, _osinfo, stream
 from mlx_streamexperts._analysis.exactness import decode, load_stock, random_tokens
 from mlx_streamexperts._cache.expert_map import ExpertCache
 from mlx_streamexperts._experts.pressure import PressureWatch
+from mlx_streamexperts.server import _command as command
 
 PLANNED, MOST = 800, 500
 
@@ -218,6 +221,30 @@ def test_a_stream_watches_only_if_it_is_asked_to(checkpoint: Callable[..., Path]
     assert not watching(StreamConfig(progress=False))
     with pytest.raises(StreamError, match="pressure"):
         StreamConfig(pressure="on")
+
+
+def test_a_server_watches_and_says_what_it_gave() -> None:
+    with serving("--pressure", "auto") as running:
+        s = running.generator.model_provider.expert_stream
+        assert s is not None and s._pressure is not None
+        before = running.text("One day", 4)
+        s.give_back(s.most_given_back)
+        assert running.text("One day", 4) == before
+        metrics = running.request("GET", "/metrics")[2].decode()
+        found = re.search(r"^streamexperts_expert_cache_given_back_bytes (\S+)$", metrics, re.M)
+        assert found is not None and float(found[1]) == s.given_back > 0
+
+
+def test_a_server_watches_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def patched(config: StreamConfig) -> None:
+        asked.append(config.pressure)
+        raise StreamError("that is all")
+
+    monkeypatch.setattr(command, "patch", patched)
+    assert command.main(["--port", "0"]) == 1
+    assert asked == ["auto"]
 
 
 def test_pinned_experts_keep_their_slots() -> None:
