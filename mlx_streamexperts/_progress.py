@@ -68,7 +68,7 @@ class Clock(Closing):
     """Calls a function again and again in a thread of its own, until it is closed.
 
     Args:
-        tick: the function. It must not touch MLX, whose arrays belong to other threads.
+        tick: the function. It must not touch MLX arrays of other threads.
         seconds: between two calls.
     """
 

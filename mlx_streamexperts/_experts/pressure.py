@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+import mlx.core as mx
+
 from .._closing import Closing
 from .._config import format_size
 from .._errors import StreamError
@@ -109,6 +111,9 @@ class PressureWatch(Closing):
         except StreamError as e:
             _log.warning(f"the expert cache keeps its size: {e}")
             return
+        finally:
+            if self._clock is not None:
+                mx.clear_streams()  # of the watch's thread: left over, they make MLX abort at exit
         after, planned = self._holder.given_back, self._holder.planned_cache
         moved = format_size(abs(after - before))
         if after > before:
