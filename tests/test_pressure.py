@@ -197,6 +197,27 @@ def contents(layer: object, expert: int) -> list[bytes]:
     return [bytes(m) for m in layer.slots.bank.destinations(slot)]  # type: ignore[attr-defined]
 
 
+def test_a_change_that_fails_leaves_a_cache_that_works(
+    streamed: tuple[nn.Module, ExpertStream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, s = streamed
+    s.resize(all_experts(s) // 2)
+    s.give_back(s.planned_cache // 2)
+    expected, given = np.array(model(mx.array([[1, 2, 3]]))), s.given_back
+
+    def zeros(shape: tuple[int, ...], *more: object) -> mx.array:
+        if shape[0] > s.plan.slots[-1]:
+            raise MemoryError("[malloc] unable to allocate")
+        return original(shape, *more)
+
+    original = mx.zeros
+    monkeypatch.setattr(mx, "zeros", zeros)
+    with pytest.raises(StreamError, match="no memory"):
+        s.give_back(0)
+    assert s.given_back == given
+    assert np.array_equal(np.array(model(mx.array([[1, 2, 3]]))), expected)
+
+
 def test_memory_never_exceeds_the_planned_cache(checkpoint: Callable[..., Path]) -> None:
     model = load_streamed(checkpoint("qwen3_moe"), 1 << 40)
     with stream(model) as s:

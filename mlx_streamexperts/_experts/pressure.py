@@ -15,7 +15,6 @@ import mlx.core as mx
 
 from .._closing import Closing
 from .._config import format_size
-from .._errors import StreamError
 from .._osinfo import available_memory_bytes, memory_pressure, memory_reserve
 from .._progress import Clock
 
@@ -69,7 +68,10 @@ class PressureWatch(Closing):
         self._reserve = memory_reserve() if reserve is None else reserve
         self._changed = self._short = -_CALM  # when the cache changed, and when memory was short
         self._told = False  # that no more can be given
-        self._clock = Clock(lambda: self.look(time.monotonic()), _PERIOD) if start else None
+        self._clock: Clock | None = None
+        if start:
+            # MLX aborts at exit if a stream of an ended thread is left.
+            self._clock = Clock(lambda: self.look(time.monotonic()), _PERIOD, mx.clear_streams)
 
     def look(self, now: float) -> None:
         """Look at the system once, and give or take slots.
@@ -108,12 +110,9 @@ class PressureWatch(Closing):
         self._changed = now
         try:
             self._holder.give_back(wanted)
-        except StreamError as e:
+        except Exception as e:  # it must not end the watch
             _log.warning(f"the expert cache keeps its size: {e}")
             return
-        finally:
-            if self._clock is not None:
-                mx.clear_streams()  # of the watch's thread: left over, they make MLX abort at exit
         after, planned = self._holder.given_back, self._holder.planned_cache
         moved = format_size(abs(after - before))
         if after > before:

@@ -343,7 +343,7 @@ class ExpertStream(Closing):
             nbytes: bytes, at most `most_given_back`; 0 takes all of it again.
 
         Raises:
-            StreamError: there is no memory to take.
+            StreamError: there is no memory to take; the cache has the size that it had.
         """
         with self._change():
             if self._closed:
@@ -351,7 +351,11 @@ class ExpertStream(Closing):
             planned = self.planned_cache
             slots = share_slots(planned - min(nbytes, self.most_given_back), self.needs())
             taken = sum(n * x.expert_bytes for n, x in zip(slots, self.layers, strict=True))
-            self._open(slots, keep=True)
+            try:
+                self._open(slots, keep=True)
+            except BaseException:
+                self._open(self.plan.slots, keep=True)  # a layer that failed is closed otherwise
+                raise
             # The bound falls too, so that no longer context takes what is given back.
             bound = self.plan.bound + self._given_back - (planned - taken)
             self.plan = replace(self.plan, cache=taken, slots=tuple(slots), bound=bound)
