@@ -24,6 +24,7 @@ from mlx_lm import server as stock
 from .._errors import PassStoppedError
 from .._progress import Progress
 from ._audience import Audience
+from ._context import enough
 from ._kv_admission import KVAdmission
 from ._models import ModelProvider
 from ._refusals import BadRequestError, ClientGone, Refused, Started, generation_failed
@@ -219,7 +220,8 @@ class GenerationThread(stock.ResponseGenerator):
                 raise BadRequestError(
                     f"the prompt has {len(prompt)} tokens, but this server has memory for "
                     f"{len(prompt) + limit} tokens of prompt and reply; shorten it, or start the "
-                    "server with a larger --context-tokens",
+                    f"server with --context-tokens {enough(len(prompt))} (and a larger --memory, "
+                    "if it then says that this is too small)",
                     param,
                 )
             args.max_tokens = min(args.max_tokens, limit)
