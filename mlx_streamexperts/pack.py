@@ -29,6 +29,7 @@ from ._errors import StreamError
 from ._experts.layer import ExpertLayer
 from ._experts.moving import bring_back, move_experts
 from ._experts.packed_store import verify_store, write_store
+from ._experts.stream import refuse_without_experts
 from ._io.moved import read_moved, refuse_moved
 from ._io.output import check_not_written
 from ._loading.demo import demo_model
@@ -133,6 +134,7 @@ def _layers(folder: Path, args: argparse.Namespace) -> tuple[list[ExpertLayer], 
     """A checkpoint's expert layers, and their bytes."""
     trust = {"trust_remote_code": args.trust_remote_code}
     layers = discover(folder, StreamConfig(loader=args.loader), trust, in_shards=True).layers
+    refuse_without_experts(layers, f"{folder}: packing copies experts")
     return layers, sum(x.experts * x.expert_bytes for x in layers)
 
 

@@ -88,7 +88,8 @@ def rows(streams: Sequence[ExpertStream], timing: Timing, layers: bool = False) 
             "Memory",
             f"peak {format_size(mx.get_peak_memory())}"
             + ("" if plan.memory is None else f" of {format_size(plan.memory)}")
-            + f" (trunk {format_size(plan.trunk)}, expert cache {format_size(plan.cache)})",
+            + f" (trunk {format_size(plan.trunk)}"
+            + (f", expert cache {format_size(plan.cache)})" if plan.experts else ")"),
         )
     )
     return lines
@@ -145,6 +146,8 @@ def _rows(stats: RowStats, plan: Plan) -> list[Row]:
 
 def _of_experts(expert_stream: ExpertStream, timing: Timing) -> list[Row]:
     stats, plan = expert_stream.stats(), expert_stream.plan
+    if not expert_stream.layers:
+        return []
     if stats.resident_layers == len(expert_stream.layers):
         return [("Experts", "all resident, nothing was streamed")]
     waited = stats.read.wait_seconds

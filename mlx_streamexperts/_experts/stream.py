@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -69,6 +69,7 @@ class ExpertStream(Closing):
 
     Attributes:
         layers: the expert layers in model order, for diagnosis; not part of the stable interface.
+            None if only tables that are looked up by token are streamed.
         plan: how the budget was divided.
         config: the options in force.
         bypasses_page_cache: whether reads go past the system's page cache.
@@ -146,7 +147,9 @@ class ExpertStream(Closing):
             cache=total,
             read=ReadStats(**asdict(self._reader.stats)),
             layer_hit_rates={x.name: x.cache.stats.hit_rate for x in self.layers},
-            prefetch=PrefetchStats(**{k: sum(p[k] for p in prefetch) for k in prefetch[0]}),
+            prefetch=PrefetchStats(
+                **{f.name: sum(p[f.name] for p in prefetch) for f in fields(PrefetchStats)}
+            ),
             prefetching_layers=sum(
                 x.prefetcher is not None and x.prefetcher.on for x in self.layers
             ),
@@ -187,7 +190,9 @@ class ExpertStream(Closing):
         Raises:
             StreamError: this stream is closed, or another recording into that file is under way.
             OSError: the file cannot be created.
+            UnsupportedModelError: the model has no experts.
         """
+        refuse_without_experts(self.layers, "A trace records which experts were chosen")
         return self._record(lambda: Trace(path, self.layers, self.plan))
 
     def timeline(self, path: str | os.PathLike[str]) -> Timeline:
@@ -203,7 +208,9 @@ class ExpertStream(Closing):
         Raises:
             StreamError: this stream is closed, or another recording into that file is under way.
             OSError: the file cannot be created.
+            UnsupportedModelError: the model has no experts.
         """
+        refuse_without_experts(self.layers, "A timeline records what expert layers wait for")
         return self._record(lambda: Timeline(path, self.layers, self._reader))
 
     def follow(
@@ -243,8 +250,10 @@ class ExpertStream(Closing):
         Raises:
             StreamError: this stream is closed.
             CheckpointError: the checkpoint's files cannot be read.
+            UnsupportedModelError: the model has no experts.
         """
         self._check_open()
+        refuse_without_experts(self.layers, "A hot set holds experts")
         save_hot_set(self.layers, Path(path))
 
     def resize(self, cache: int | str) -> None:
@@ -258,8 +267,10 @@ class ExpertStream(Closing):
                 is held; nothing has changed.
             StreamError: the size is not understood, or this stream is closed.
             ExpertReadError: a layer that is now wholly resident could not be read in.
+            UnsupportedModelError: the model has no experts.
         """
         self._check_open()
+        refuse_without_experts(self.layers, "Only the experts' cache can be resized")
         slots = share_slots(parse_size(cache), self.needs())
         taken = sum(n * x.expert_bytes for n, x in zip(slots, self.layers, strict=True))
         reserve = parse_size(self.config.reserve) if self.config.reserve else 0
@@ -510,7 +521,7 @@ class ExpertStream(Closing):
 
     def _make_keep_awake(self) -> KeepAwake | None:
         wanted = {"auto": on_metal(), "on": True, "off": False}[self.config.keep_awake]
-        if not wanted:
+        if not (wanted and self.layers):
             return None
         if self.config.keep_awake == "on":
             return KeepAwake(len(self.layers), always=True, scarce=lambda: False)
@@ -519,7 +530,7 @@ class ExpertStream(Closing):
     def _make_run_ahead(self) -> RunAhead | None:
         """None if it is off or impossible, or if the host is the device and never waits for it."""
         wanted = {"auto": mx.default_device() != mx.cpu, "on": True, "off": False}
-        if not (wanted[self.config.run_ahead] and self.in_place):
+        if not (wanted[self.config.run_ahead] and self.in_place and self.layers):
             return None
         top_k = max(need.top_k for need in self.needs())
         always = self.config.run_ahead == "on"
@@ -530,7 +541,7 @@ class ExpertStream(Closing):
     def _decide_bypass(self) -> bool:
         if self.config.bypass_page_cache == "off":
             return False
-        files = expert_files(self.layers)
+        files = expert_files(self.layers) or sorted(self._rows.files)
         possible = all(direct_works(Path(f)) for f in files[:1])
         if self.config.bypass_page_cache == "on":
             if not possible:
@@ -586,6 +597,23 @@ def layer_needs(layers: list[ExpertLayer], model_config: dict[str, Any]) -> list
 def expert_files(layers: Sequence[ExpertLayer]) -> list[str]:
     """Every file that holds experts of these layers."""
     return sorted({f for x in layers for t in x.tensors.values() for f in t.stored.files})
+
+
+def refuse_without_experts(layers: Sequence[object], why: str) -> None:
+    """Refuse what makes sense with experts only.
+
+    Args:
+        layers: the model's expert layers, or something for each of them.
+        why: begins the message.
+
+    Raises:
+        UnsupportedModelError: there are none.
+    """
+    if not layers:
+        raise UnsupportedModelError(
+            f"{why}, and this model has none: only its tables that are looked up by token stay on "
+            "the drive"
+        )
 
 
 def unwritten(layers: Sequence[ExpertLayer]) -> bool:
