@@ -22,28 +22,25 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ._cli.options import add_output_arguments, failed
+from ._cli.options import add_output_arguments, describe, ended, failed
 from ._config import StreamConfig, format_size
 from ._errors import StreamError
-from ._experts.layer import ExpertLayer
-from ._experts.moving import bring_back, move_experts
-from ._experts.packed_store import verify_store, write_store
 from ._io.moved import read_moved, refuse_moved
 from ._io.output import check_not_written
-from ._loading.demo import demo_model
-from ._loading.discover import discover
-from ._loading.load import resolve
 from ._progress import progress_bar
+
+if TYPE_CHECKING:
+    from ._experts.layer import ExpertLayer
+
+# Functions import what imports mlx-lm: that takes a second, and `--help` does without.
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The command line's options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mlx_streamexperts.pack",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser()
+    describe(parser, "pack", __doc__)
     parser.add_argument(
         "--model",
         help="model folder or Hugging Face repository. Default: the embedded demonstration model.",
@@ -96,6 +93,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
+    from ._experts.packed_store import write_store
+    from ._loading.demo import demo_model
+    from ._loading.load import resolve
+
     if args.model is None:
         print(f"No --model given: packing the demonstration model {demo_model()}", file=sys.stderr)
     folder = resolve(args.model or demo_model())
@@ -110,6 +111,8 @@ def _pack(args: argparse.Namespace) -> int:
 
 
 def _move(args: argparse.Namespace) -> int:
+    from ._experts.moving import bring_back, move_experts
+
     folder = Path(args.model)
     if not folder.is_dir():
         raise StreamError(f"{folder}: is no folder; only a model in a folder of its own can change")
@@ -131,12 +134,16 @@ def _move(args: argparse.Namespace) -> int:
 
 def _layers(folder: Path, args: argparse.Namespace) -> tuple[list[ExpertLayer], int]:
     """A checkpoint's expert layers, and their bytes."""
+    from ._loading.discover import discover
+
     trust = {"trust_remote_code": args.trust_remote_code}
     layers = discover(folder, StreamConfig(loader=args.loader), trust, in_shards=True).layers
     return layers, sum(x.experts * x.expert_bytes for x in layers)
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from ._experts.packed_store import verify_store
+
     experts, damaged = 0, []
     with progress_bar("Verifying", args.progress) as bar:
         for nbytes, damage in verify_store(args.out):
@@ -153,4 +160,4 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

@@ -18,12 +18,8 @@ from .._hooks import swapped
 from .._loading.demo import demo_model
 from .._loading.lazy_load import MLX_LM, MLX_VLM
 from .._loading.load import library_of
+from .options import MEDIA, add_media_arguments, add_media_options
 
-_MEDIA = {
-    "image": "picture that the prompt is about: file or URL. It may be repeated, and takes several",
-    "audio": "sound that the prompt is about: file or URL",
-    "video": "film that the prompt is about: file or URL",
-}
 # Options of mlx-vlm's generate that load another model beside, or write no text.
 _NOT_STREAMED = {
     "draft_model": "drafts have not been compared with mlx-vlm's own results",
@@ -31,17 +27,6 @@ _NOT_STREAMED = {
     "prefix_cache": "prompts are remembered for models of mlx-lm only",
     "expert_cache_gb": "it is the cache of mlx-vlm's own offloading; --cache is ours",
 }
-
-
-def add_media_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that choose mlx-vlm to a parser of mlx-lm's, for its `--help`."""
-    group = parser.add_argument_group(
-        "pictures, sound and film",
-        "With one of these, or a model that only mlx-vlm has, mlx-vlm's generate runs, with its "
-        "options: --loader mlx-vlm --help shows them",
-        conflict_handler="resolve",  # mlx-lm has --image, for one family
-    )
-    _add_media(group)
 
 
 def needs_mlx_vlm(argv: list[str] | None) -> bool:
@@ -56,7 +41,7 @@ def needs_mlx_vlm(argv: list[str] | None) -> bool:
     parser.add_argument("--model")
     parser.add_argument("--loader", default="auto")
     args, _ = parser.parse_known_args(argv)
-    if seen := [name for name in _MEDIA if getattr(args, name)]:
+    if seen := [name for name in MEDIA if getattr(args, name)]:
         if args.loader == MLX_LM and seen != ["image"]:  # mlx-lm has one family that sees
             raise StreamError(f"--{seen[-1]} needs mlx-vlm: run without --loader mlx-lm")
         return args.loader != MLX_LM
@@ -84,7 +69,7 @@ def generate_program() -> ModuleType:
 
     def setup_arg_parser() -> argparse.ArgumentParser:
         parser = _unparsed(dispatch)
-        _add_media(parser)
+        add_media_options(parser)
         prompt, tokens = parser.get_default("prompt"), parser.get_default("max_tokens")
         parser.add_argument("--prompt", "-p", nargs="+", default=prompt, help="the prompt")
         parser.add_argument(
@@ -129,13 +114,6 @@ def check_generate_options(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None:
             flag = "--" + name.replace("_", "-")
             raise UnsupportedModelError(f"{flag} does not work with models of mlx-vlm: {reason}")
-
-
-def _add_media(parser: argparse._ActionsContainer) -> None:
-    for name, text in _MEDIA.items():
-        parser.add_argument(
-            f"--{name}", nargs="+", action="extend", metavar="FILE", default=None, help=text
-        )
 
 
 def _unparsed(dispatch: Any) -> argparse.ArgumentParser:
