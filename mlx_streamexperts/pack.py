@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--replace and --unpack need --model, and take no --overwrite")
     if args.unpack and args.out is not None:
         parser.error("--unpack takes no --out: the model folder says where its experts are")
-    if not (args.out or args.replace or args.unpack):
+    if not (args.out or args.replace or args.unpack or (args.verify and args.model)):
         parser.error("--out is needed")
     try:
         if args.verify:
@@ -128,7 +128,10 @@ def _move(args: argparse.Namespace) -> int:
     with progress_bar("Moving", args.progress, total) as bar:
         for nbytes in move_experts(layers, folder, store):
             bar.update(nbytes)
-    print(f"Moved {format_size(total)} of experts in {len(layers)} layers into {store}")
+    if moved is not None and moved.layers.keys() >= {x.name for x in layers}:
+        print(f"Nothing to do: all {format_size(total)} of experts are already in {store}")
+    else:
+        print(f"Moved {format_size(total)} of experts in {len(layers)} layers into {store}")
     return 0
 
 
@@ -144,9 +147,15 @@ def _layers(folder: Path, args: argparse.Namespace) -> tuple[list[ExpertLayer], 
 def _verify(args: argparse.Namespace) -> int:
     from ._experts.packed_store import verify_store
 
+    store = args.out
+    if store is None:
+        moved = read_moved(Path(args.model))
+        if moved is None:
+            raise StreamError(f"{args.model}: its experts have not moved; --out names the store")
+        store = moved.store
     experts, damaged = 0, []
     with progress_bar("Verifying", args.progress) as bar:
-        for nbytes, damage in verify_store(args.out):
+        for nbytes, damage in verify_store(store):
             bar.update(nbytes)
             experts += 1
             if damage is not None:

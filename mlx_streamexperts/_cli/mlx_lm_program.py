@@ -166,7 +166,7 @@ def _watched(stock: ModuleType, session: Session, warm_up: int) -> Iterator[None
         timing, before = session.timing, session.timing.total
         bytes_before = streamed.stats().read.bytes
         experts_first = bytes_first = 0
-        first = True
+        first, first_elapsed = True, 0.0
         total = None if len(rest) < 2 or isinstance(rest[1], str) else len(rest[1])
         caught = ending(session.interrupts, streamed, options.get("prompt_cache"))
         shown = prompt_line(streamed, total, streamed.config.progress)
@@ -199,6 +199,10 @@ def _watched(stock: ModuleType, session: Session, warm_up: int) -> Iterator[None
                     timing.chunks += len(streamed.plan.passes(count))
                     bytes_first, experts_first = streamed.stats().read.bytes, experts_read(streamed)
                     timing.prompt_bytes += bytes_first - bytes_before
+                    first_elapsed = elapsed
+                if total is not None and response.prompt_tokens < total:  # the others were kept
+                    response.prompt_tokens = total
+                    response.prompt_tps = total / first_elapsed
                 yield response
                 if reply.asked():
                     break

@@ -6,6 +6,7 @@ true size, so that all code that reads the headers of a local folder can read th
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from .._errors import CheckpointError
 from .checkpoint import MAX_HEADER_BYTES
 
 _HUB_ERRORS: Any = HfHubHTTPError.__bases__  # the HTTP library's: no connection, for example
+_REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # ORG/NAME; everything else is a path
 SMALL_FILES = (".json", ".py", ".jinja", ".txt", ".model", ".tiktoken")
 
 
@@ -35,6 +37,8 @@ def fetching(path_or_hf_repo: str | Path, otherwise: str) -> Iterator[None]:
     Raises:
         CheckpointError: something cannot be fetched.
     """
+    if not _REPOSITORY.fullmatch(str(path_or_hf_repo)) and not Path(path_or_hf_repo).exists():
+        raise CheckpointError(f"{path_or_hf_repo}: there is no such folder")
     try:
         yield
     except (*_HUB_ERRORS, HFValidationError, OSError) as e:
@@ -64,7 +68,7 @@ def headers_only(path_or_hf_repo: str) -> Iterator[tuple[Path, bool]]:
     folder = Path(tempfile.mkdtemp(prefix="mlx-streamexperts-headers-"))
     try:
         with fetching(
-            path_or_hf_repo, "is neither a model folder nor a repository whose headers can be had"
+            path_or_hf_repo, "is neither a model folder nor a repository that can be fetched"
         ):
             _fetch(path_or_hf_repo, folder)
         yield folder, False
