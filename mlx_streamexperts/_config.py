@@ -97,7 +97,8 @@ class StreamConfig:
     memory: float | str | None = _option(
         None,
         "bound for all of MLX's memory: trunk, expert cache, KV cache and work space, for example "
-        "96GB. Default: what the device recommends.",
+        "90GB. Default: most of what the device recommends; without --model, a cache of 10MB "
+        "instead.",
     )
     cache: float | str | None = _option(
         None,

@@ -642,20 +642,3 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _import_mlx_lm() -> None:
-    """Import mlx-lm without letting it set the limits of open files to 2048 and 4096.
-
-    Setting them fails if less is allowed, and lowers the limits of a process that had more.
-    """
-    original = resource.setrlimit
-    resource.setrlimit = lambda *_: None
-    try:
-        import mlx_lm.utils  # noqa: F401
-    finally:
-        resource.setrlimit = original
-    allow_descriptors(2048)
-
-
-_import_mlx_lm()

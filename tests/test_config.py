@@ -22,7 +22,7 @@ import pytest
 
 from mlx_streamexperts import StreamConfig, StreamError, demo_model, generate, load, patch
 from mlx_streamexperts import stream as stream_of
-from mlx_streamexperts._cli.options import following_stock_options
+from mlx_streamexperts._cli.settings import following_stock_options
 from mlx_streamexperts._config import DEFAULTS, SAVED, add_arguments, from_arguments, parse_size
 from mlx_streamexperts._loading.discover import discover
 from mlx_streamexperts._loading.tuned_for import tuned_for

@@ -151,7 +151,7 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
         CheckpointError: there is no such folder, and no such repository can be downloaded.
     """
     with fetching(
-        path_or_hf_repo, "is neither a model folder nor a repository that can be downloaded"
+        path_or_hf_repo, "is neither a model folder nor a repository that can be fetched"
     ):
         return mlx_lm.utils._download(str(path_or_hf_repo), revision=revision)
 

@@ -16,7 +16,14 @@ import mlx.core as mx
 
 from .._analysis.catalogue import KNOWN_MODELS
 from .._analysis.machines import Link, RankPlan, other_files, plan_ranks, predict_ranks
-from .._analysis.measure import DriveRate, drive_rates, layer_seconds, memory_rate, sync_seconds
+from .._analysis.measure import (
+    DriveRate,
+    arithmetic_rate,
+    drive_rates,
+    layer_seconds,
+    memory_rate,
+    sync_seconds,
+)
 from .._analysis.predict import (
     REPORTED,
     Prediction,
@@ -33,7 +40,7 @@ from .._io.files import direct_works
 from .._io.hub import headers_only
 from .._loading.demo import demo_model
 from .._loading.discover import DiscoveredModel, discover
-from .._memory.budget import Plan, check_device, default_memory
+from .._memory.budget import Plan, check_device, default_memory, weight_bits
 from .._memory.hardware import NAMED_MACHINES, Machine, named_machine, parse_rate
 from .._osinfo import apple_budget, apple_limit, device_limit, device_memory_bytes, free_disk_bytes
 
@@ -117,7 +124,9 @@ def examine(args: argparse.Namespace) -> Examination:
     with headers_only(name) as (folder, downloaded):
         found = _discover(folder, config, args)
         if machines:
-            return Examination(name, [_on_machine(found, config, m, args) for m in machines])
+            verdicts = [_on_machine(found, config, m, args) for m in machines]
+            # A repository that is in this machine's cache is still a download for that machine.
+            return Examination(name, verdicts, downloaded=Path(name).exists())
         plan = found.plan(config)
         check_device(plan, device_limit(plan.bound), config.oversubscribe)
         here, measured = _measure(found, downloaded)
@@ -247,6 +256,7 @@ def _measure(found: DiscoveredModel, downloaded: bool) -> tuple[Machine, Measure
         drive_latency=rates[0].latency if rates else 100e-6,
         sync_seconds=sync_seconds(layers=max(1, len(found.layers))),
         layer_seconds=layer_seconds(),
+        arithmetic_rate=arithmetic_rate(weight_bits(found.model_config)),
     )
     return machine, Measured(str(mx.default_device()), in_place_works(), rates, direct)
 

@@ -115,8 +115,10 @@ def limit(verdict: Verdict) -> str:
 def help_most(verdict: Verdict) -> str:
     """The change that would raise the speed most, as far as arithmetic can tell."""
     plan, machine, p = verdict.plan, verdict.machine, verdict.prediction
-    if p.limit != "drive" or not plan.experts:
+    if p.limit == "memory bandwidth" or not plan.experts:
         return "a smaller model or fewer bits; a faster drive would not."
+    if p.limit != "drive":
+        return "a model with fewer layers; neither fewer bits nor a faster drive would."
     half = replace(
         plan,
         experts=plan.experts // 2,
@@ -234,6 +236,10 @@ def _verdict(verdict: Verdict) -> Iterator[str]:
         f"  a token, likely: compute {1e3 * p.compute_seconds:.1f} ms + sync and "
         f"launches {1e3 * p.sync_seconds:.1f} ms + reads {1e3 * p.read_seconds:.1f} ms; "
         f"limited by: {p.limit}"
+    )
+    yield (
+        f"  a prompt of {p.prompt_tokens}, likely: reads {p.prompt_read_seconds:.3g} s + "
+        f"arithmetic {p.prompt_arithmetic_seconds:.3g} s"
     )
     for r in verdict.reported:
         off = p.tokens_per_s.likely / r.tokens_per_s

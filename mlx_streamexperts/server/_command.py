@@ -1,10 +1,4 @@
-"""Serve streamed models over HTTP: mlx_lm.server with all its options, and a memory budget.
-
-python -m mlx_streamexperts.server
-python -m mlx_streamexperts.server --model mlx-community/Kimi-K2.5 --memory 96GB --port 8080
-
-OpenAI's chat and completions at /v1, figures at /metrics (Prometheus), a live page at /.
-"""
+"""The command `server`: _options.py says what it does."""
 
 from __future__ import annotations
 
@@ -20,20 +14,14 @@ from dataclasses import replace
 from functools import partial
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm import server as stock
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-from .._cli.options import (
-    add_prefix_arguments,
-    check_prefix_arguments,
-    failed,
-    make_parser,
-    stream_settings,
-)
+from .._cli.options import check_prefix_arguments, failed
+from .._cli.settings import stream_settings
 from .._config import StreamConfig, parse_size
 from .._errors import StreamError
 from .._hooks import swapped
@@ -46,6 +34,7 @@ from ._generation import GenerationThread, top_logprobs
 from ._http import Handler, is_loopback
 from ._kv_admission import AdmittedBatch, BoundedPromptCache, KVAdmission
 from ._models import ModelProvider
+from ._options import setup_arg_parser
 from ._request_counters import RequestCounters
 
 MOST_CONNECTIONS = 1024
@@ -59,46 +48,6 @@ _FULL = (
 _INSTEAD = (
     "mlx-vlm has a server of its own: python -m mlx_streamexperts.run mlx_vlm.server --model ..."
 )
-_KEY_VARIABLE = "STREAMEXPERTS_API_KEY"
-
-
-def setup_arg_parser() -> argparse.ArgumentParser:
-    """mlx-lm's options and ours."""
-    parser = make_parser(_stock_parser(), "python -m mlx_streamexperts.server", __doc__)
-    add_prefix_arguments(parser)
-    group = parser.add_argument_group("serving")
-    group.add_argument(
-        "--also-serve",
-        action="append",
-        default=[],
-        metavar="MODEL",
-        help="another model folder or repository that requests may name. It replaces the loaded "
-        "model, within the same budget. Can be given more than once",
-    )
-    group.add_argument(
-        "--api-key",
-        default=os.environ.get(_KEY_VARIABLE),
-        help="answer only requests that carry this bearer token. Default: "
-        f"${_KEY_VARIABLE}, which other users of this machine cannot see in the list of processes",
-    )
-    group.add_argument(
-        "--allow-host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="also answer requests whose Host header has this name. Without this option a server "
-        "on a loopback address answers loopback names only, and any other server answers every "
-        "name. Can be given more than once",
-    )
-    group.add_argument(
-        "--max-body", default="16MiB", help="longest request body (default: %(default)s)"
-    )
-    group.add_argument(
-        "--fetch-images",
-        action="store_true",
-        help="let requests make this server fetch images from http(s) URLs, as mlx_lm.server does",
-    )
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -227,26 +176,6 @@ class Server(ThreadingHTTPServer):
         """Stay quiet about connections that broke."""
         if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)
-
-
-class _Built(BaseException):
-    """Ends mlx-lm's `main` when it would parse."""
-
-
-def _stock_parser() -> argparse.ArgumentParser:
-    """mlx-lm's parser, which its `main` builds and keeps to itself."""
-    built: list[argparse.ArgumentParser] = []
-
-    class Parser(argparse.ArgumentParser):
-        def parse_args(self, *args: Any, **options: Any) -> Any:
-            if not built:
-                built.append(self)
-                raise _Built
-            return super().parse_args(*args, **options)
-
-    with swapped(stock, argparse=SimpleNamespace(ArgumentParser=Parser)), suppress(_Built):
-        stock.main()
-    return built[0]
 
 
 @contextmanager

@@ -87,9 +87,7 @@ def prometheus(generator: GenerationThread) -> tuple[bytes, str]:
         from prometheus_client import CollectorRegistry, generate_latest
         from prometheus_client.exposition import CONTENT_TYPE_LATEST
     except ImportError as e:
-        raise Refused(
-            501, "/metrics needs prometheus_client: pip install 'mlx-streamexperts[server]'"
-        ) from e
+        raise Refused(501, "/metrics needs prometheus_client: pip install prometheus_client") from e
     registry = CollectorRegistry()
     registry.register(_Collector(generator))
     return generate_latest(registry), CONTENT_TYPE_LATEST
