@@ -171,6 +171,13 @@ class StreamConfig:
         "not compress or swap them between requests",
         choices=("auto", "off"),
     )
+    pressure: str | None = _option(
+        None,
+        "auto: while the system is short of memory, give expert slots to other programs, layer by "
+        "layer, and take them again after a minute of calm. Never fewer than one token's experts. "
+        "Default: auto in the server, else off",
+        choices=("auto", "off"),
+    )
     reserve: float | str | None = _option(
         None, "part of --memory kept free for other models in this process, for example 4GB"
     )
@@ -234,7 +241,7 @@ class StreamConfig:
     def __post_init__(self) -> None:
         for f in fields(self):
             choices, value = f.metadata.get("choices"), getattr(self, f.name)
-            unstated = value is None and f.metadata.get("tuned")
+            unstated = value is None and f.default is None
             if choices and value not in choices and not unstated:
                 raise StreamError(f"{f.name}={value!r}: choose one of {', '.join(choices)}")
         if self.verify_reads and self.store is None:

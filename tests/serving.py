@@ -24,6 +24,9 @@ from transformers import PreTrainedTokenizerFast
 from mlx_streamexperts.server import _command as server
 from mlx_streamexperts.server._generation import GenerationThread
 
+# A cache that shrinks because this machine is short of memory would change counts.
+_QUIET = ("--log-level", "WARNING", "--no-progress", "--pressure", "off")
+
 
 class Running:
     """A running server, seen from outside (requests) and inside (`generator`)."""
@@ -119,9 +122,7 @@ def serving(*argv: str) -> Iterator[Running]:
     status: list[int] = []
 
     def run() -> None:
-        status.append(
-            server.main(["--port", "0", "--log-level", "WARNING", "--no-progress", *argv])
-        )
+        status.append(server.main(["--port", "0", *_QUIET, *argv]))
         mx.clear_streams()  # of this thread, which planned: with them left, MLX aborts at exit
         begun.put(None)
 

@@ -32,6 +32,7 @@ class StreamStats:
         run_ahead: outcomes of steps that did not wait for every layer's indices.
         rows: rows of tables that are looked up by token; `read` includes their reads.
         beats: pieces of small work that kept the GPU awake; see the option `keep_awake`.
+        given_back: bytes of the planned expert cache that other programs have now; see `pressure`.
     """
 
     cache: CacheStats
@@ -47,6 +48,7 @@ class StreamStats:
     run_ahead: RunAheadStats
     rows: RowStats
     beats: int = 0
+    given_back: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain numbers, for JSON."""

@@ -26,6 +26,7 @@ from .._progress import Progress
 from .._structured.constraint import Constraint
 from .._structured.shape import Shape, ShapeError
 from ._audience import Audience
+from ._context import enough
 from ._kv_admission import KVAdmission
 from ._models import ModelProvider
 from ._refusals import Asked, BadRequestError, ClientGone, Refused, generation_failed
@@ -218,7 +219,8 @@ class GenerationThread(stock.ResponseGenerator):
                 raise BadRequestError(
                     f"the prompt has {len(prompt)} tokens, but this server has memory for "
                     f"{len(prompt) + limit} tokens of prompt and reply; shorten it, or start the "
-                    "server with a larger --context-tokens",
+                    f"server with --context-tokens {enough(len(prompt))} (and a larger --memory, "
+                    "if it then says that this is too small)",
                     param,
                 )
             args.max_tokens = min(args.max_tokens, limit)

@@ -163,6 +163,11 @@ class _Collector:
             return
         s = expert_stream.stats()
         yield gauge(
+            "expert_cache_given_back_bytes",
+            "Part of the planned expert cache that other programs have while memory is short",
+            s.given_back,
+        )
+        yield gauge(
             "layer_hit_rate",
             "Share of needed experts that were resident",
             s.layer_hit_rates,
