@@ -30,7 +30,7 @@ from .._loading.combinations import Options, check_options
 from .._loading.load import patch, plan, resolve
 from ._audience import Audience
 from ._context import ContextChoice, choose_context, start_line
-from ._generation import GenerationThread, top_logprobs
+from ._generation import GenerationThread, logits_processors, top_logprobs
 from ._http import Handler, is_loopback
 from ._kv_admission import AdmittedBatch, BoundedPromptCache, KVAdmission
 from ._models import ModelProvider
@@ -101,7 +101,8 @@ def _serve(
     prompt_cache = BoundedPromptCache(admission, args.prompt_cache_size, provider=provider)
     audience = Audience()
     batch = partial(AdmittedBatch, admission=admission, audience=audience)
-    parts = {"BatchGenerator": batch}
+    processors = partial(logits_processors, make=stock._make_logits_processors)
+    parts = {"BatchGenerator": batch, "_make_logits_processors": processors}
     with swapped(stock, _format_top_logprobs=top_logprobs, **parts):
         generator = GenerationThread(provider, prompt_cache, RequestCounters(), audience)
         if mx.distributed.init().rank() > 0:
