@@ -138,8 +138,10 @@ def _serve(args: argparse.Namespace, served: dict[str, str], aliases: dict[str, 
     logging.basicConfig(level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s")
     admission = KVAdmission()
     provider = ModelProvider(args, served, aliases, admission)
-    prompt_cache = BoundedPromptCache(admission, args.prompt_cache_size, provider=provider)
     audience = Audience()
+    prompt_cache = BoundedPromptCache(
+        admission, args.prompt_cache_size, provider=provider, audience=audience
+    )
     batch = partial(AdmittedBatch, admission=admission, audience=audience)
     parts = {"BatchGenerator": batch}
     with swapped(stock, _format_top_logprobs=top_logprobs, **parts):

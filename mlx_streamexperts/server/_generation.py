@@ -23,7 +23,7 @@ from mlx_lm import server as stock
 
 from .._errors import PassStoppedError
 from .._progress import Progress
-from ._audience import Audience
+from ._audience import Audience, lowest
 from ._kv_admission import KVAdmission
 from ._models import ModelProvider
 from ._refusals import BadRequestError, ClientGone, Refused, Started, generation_failed
@@ -257,6 +257,9 @@ class GenerationThread(stock.ResponseGenerator):
         reply, asked, args = request
         client = self._clients.get(id(asked))
         single = _SingleReply(reply, client, self.admission)
+        expert_stream = self.model_provider.expert_stream
+        if expert_stream is not None and expert_stream.lossy is not None:
+            expert_stream.lossy.use_level(lowest([client]))
         with self.audience.waiting([client]):
             super()._serve_single((single, asked, args), *rest)
         restore_random_state()
@@ -302,7 +305,10 @@ class Client:
             and after.
         began: when the prompt began, and the bytes read until then.
         keep_alive: called about once a second while the client waits for a token.
+        lossy: the level that the request asked for; None for the server's.
     """
+
+    lossy: int | None = None
 
     def __init__(self, generator: GenerationThread, connection: socket.socket) -> None:
         self.generator, self._connection = generator, connection

@@ -220,6 +220,7 @@ _FIELDS: dict[str, Check] = {
     "frequency_penalty": _number(),
     "logit_bias": _logit_bias,
     "logprobs": _logprobs,
+    "lossy": _integer(0, 3),
     "max_completion_tokens": _integer(1),
     "max_tokens": _integer(1),
     "min_p": _number(0, 1),
