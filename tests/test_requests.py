@@ -45,6 +45,7 @@ BAD: dict[str, tuple[Any, ...]] = {
         {" 1": 1}, {"-1": 1}, {"99999999": 1}, {str(2**63): 1}, {"9" * 5000: 1}, {HALF: 1},
     ),
     "logprobs": (-1, 12, 2**63, 1.0, "1", *NOT_FINITE, *STRANGE),
+    "lossy": (*INTEGERS, 1, 4),
     "max_completion_tokens": (*INTEGERS, 0),
     "max_tokens": (*INTEGERS, 0),
     "messages": (

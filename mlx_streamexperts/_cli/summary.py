@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from .._config import format_size
+from .._experts.lossy import last_line
 from .._experts.rows import RowStats
 from .._experts.stream import ExpertStream
 from .._memory.budget import Plan
@@ -92,7 +93,14 @@ def rows(streams: Sequence[ExpertStream], timing: Timing, layers: bool = False) 
             + (f", expert cache {format_size(plan.cache)})" if plan.experts else ")"),
         )
     )
-    return lines
+    return [*lines, *_lossy(first)]
+
+
+def _lossy(expert_stream: ExpertStream) -> list[Row]:
+    """The last line of a lossy run."""
+    if expert_stream.lossy is None:
+        return []
+    return [("Lossy", last_line(expert_stream.lossy))]
 
 
 def of_all_ranks(expert_stream: ExpertStream, lines: list[Row]) -> list[Row]:

@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .._cache.expert_map import CacheStats, LayerNeed, fewest_slots, share_slots
+from .._cache.lossy import LossyStats, Ways
 from .._closing import Closing
 from .._config import StreamConfig, format_size, parse_size
 from .._distributed.pipeline import Stage
@@ -46,6 +47,7 @@ from .follower import Follower
 from .hot_set import read_hot_set, read_in, save_hot_set
 from .keep_awake import KeepAwake
 from .layer import OVERLAPS, PHASES, ExpertLayer
+from .lossy import LossyRun
 from .prefetch import SMALL_EXPERT_BYTES
 from .pressure import PressureWatch
 from .rows import Rows
@@ -80,7 +82,10 @@ class ExpertStream(Closing):
         token_rows: tokens that the model knows; None if its own code does not tell.
         on_pass: hear of the model's passes.
         folder: the checkpoint's; None for a model that did not come from a folder.
+        lossy: what passes leave out; None for a model that was loaded exact.
     """
+
+    lossy: LossyRun | None = None
 
     folder: Path | None = None
 
@@ -162,6 +167,7 @@ class ExpertStream(Closing):
             rows=self._rows.stats(),
             beats=self._keep_awake.beats if self._keep_awake is not None else 0,
             given_back=self._given_back,
+            lossy=self.lossy.stats() if self.lossy is not None else LossyStats(),
         )
 
     def reset(self) -> None:
@@ -171,6 +177,8 @@ class ExpertStream(Closing):
         if self.run_ahead is not None:
             self.run_ahead.stats = RunAheadStats()
         self._rows.reset()
+        if self.lossy is not None:
+            self.lossy.reset()
         self._reader.stats = ReadStats()
         if self._keep_awake is not None:
             self._keep_awake.beats = 0
@@ -188,11 +196,17 @@ class ExpertStream(Closing):
             A context manager. The file exists when it is closed, or this stream is.
 
         Raises:
-            StreamError: this stream is closed, or another recording into that file is under way.
+            StreamError: this stream is closed, another recording into that file is under way, or
+                the model is lossy.
             OSError: the file cannot be created.
             UnsupportedModelError: the model has no experts.
         """
         refuse_without_experts(self.layers, "A trace records which experts were chosen")
+        if self.lossy is not None:
+            raise StreamError(
+                f"{path}: a trace records what routers choose, and this model was loaded with "
+                f"lossy={self.config.lossy!r}, which leaves experts out; load it exact to record"
+            )
         return self._record(lambda: Trace(path, self.layers, self.plan))
 
     def timeline(self, path: str | os.PathLike[str]) -> Timeline:
@@ -531,6 +545,11 @@ class ExpertStream(Closing):
         """None if it is off or impossible, or if the host is the device and never waits for it."""
         wanted = {"auto": mx.default_device() != mx.cpu, "on": True, "off": False}
         if not (wanted[self.config.run_ahead] and self.in_place and self.layers):
+            return None
+        lossy = Ways.parse(self.config.lossy)
+        if lossy is not None and lossy.prefer:  # stand-ins are chosen on the host
+            if self.config.run_ahead == "on":
+                _log.warning("run_ahead does not work with lossy prefer: each router is awaited")
             return None
         top_k = max(need.top_k for need in self.needs())
         always = self.config.run_ahead == "on"

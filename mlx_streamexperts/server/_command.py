@@ -98,8 +98,10 @@ def _serve(
     logging.basicConfig(level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s")
     admission = KVAdmission()
     provider = ModelProvider(args, served, aliases, admission)
-    prompt_cache = BoundedPromptCache(admission, args.prompt_cache_size, provider=provider)
     audience = Audience()
+    prompt_cache = BoundedPromptCache(
+        admission, args.prompt_cache_size, provider=provider, audience=audience
+    )
     batch = partial(AdmittedBatch, admission=admission, audience=audience)
     processors = partial(logits_processors, make=stock._make_logits_processors)
     parts = {"BatchGenerator": batch, "_make_logits_processors": processors}

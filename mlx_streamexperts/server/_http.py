@@ -29,6 +29,7 @@ from urllib.parse import unquote, urlsplit
 
 from mlx_lm import server as stock
 
+from .._cache.lossy import Ways
 from .._errors import StreamError
 from .._progress import Progress
 from ._apis.form import Form, Usage
@@ -181,6 +182,7 @@ class Handler(stock.APIHandler):
                 raise Refused(404, f"there is no resource at {self.path[:200]}", "not_found")
             asked = self._form.request(self._body())
             asked = check_request(asked, self.options.fetch_images, self._form.chat)
+            self.response_generator.lossy = self._lossy(asked.pop("lossy", None))
             body = json.dumps(asked).encode()
             if not counters.begin(MOST_REQUESTS):
                 raise Refused(
@@ -241,6 +243,18 @@ class Handler(stock.APIHandler):
                     "(--allow-host adds names)",
                     "host_not_allowed",
                 )
+
+    def _lossy(self, level: int | None) -> int | None:
+        """The level to answer at; None for the server's own."""
+        stated = Ways.parse(self.options.lossy)
+        if level is None or (stated is None and level == 0):
+            return None
+        if stated is None or not stated.allows(level):
+            has = "exact" if stated is None else f"started with lossy {stated}"
+            raise Refused(
+                400, f"lossy={level} is not allowed: this server is {has}. Ask for 0", param="lossy"
+            )
+        return None if level == stated.level else level
 
     def _authorize(self) -> None:
         """Compare the request's API key with the server's, if that has one."""

@@ -14,6 +14,7 @@ from mlx_lm import server as stock
 from mlx_lm.models.cache import make_prompt_cache
 
 from .._experts.follower import Follower
+from .._experts.lossy import last_line
 from .._experts.stream import ExpertStream, is_streamed, stream
 from .._loading.combinations import batches
 from .._memory.process_memory import unregister
@@ -145,6 +146,8 @@ class ModelProvider(stock.ModelProvider):
             self.follower = None
         if model is not None and is_streamed(model):
             expert_stream = stream(model)
+            if expert_stream.lossy is not None:
+                logging.warning(f"Lossy: {last_line(expert_stream.lossy)}")
             expert_stream.close()
             for module in model.modules():
                 module.clear()
