@@ -351,6 +351,8 @@ class Handler(stock.APIHandler):
         """Send the replies: streamed piece by piece, or whole."""
         form, lock = self._form, threading.Lock()
         clients = [Client(self.generator, self.connection) for _ in choices]
+        for client in clients:
+            client.lossy = self.response_generator.lossy
 
         def send(events: bytes) -> None:
             with lock:
