@@ -8,19 +8,13 @@ Ctrl-C ends a reply and keeps the conversation; a second one ends the chat.
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ._cli.mlx_lm_program import program, program_parser
-from ._cli.options import check_prefix_arguments, failed, stream_settings
-from ._cli.stopping import Interrupts
+from ._cli.options import check_prefix_arguments, ended, failed, program_parser
 from ._errors import StreamError
-from ._hooks import swapped
-
-stock = importlib.import_module("mlx_lm.chat")
 
 _INSTEAD = "mlx-vlm has a chat of its own: python -m mlx_streamexperts.run mlx_vlm.chat --model ..."
 _PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -28,13 +22,19 @@ _PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfo
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """mlx-lm's options and ours."""
-    return program_parser(stock, "chat", __doc__)
+    return program_parser("mlx_lm.chat", "chat", __doc__)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = setup_arg_parser()
     args = parser.parse_args(argv)
+    from mlx_lm import chat as stock  # here: this takes a second
+
+    from ._cli.mlx_lm_program import program
+    from ._cli.settings import stream_settings
+    from ._cli.stopping import Interrupts
+
     try:
         check_prefix_arguments(args)
         config, model = stream_settings(args, _INSTEAD)
@@ -55,6 +55,10 @@ def main(argv: list[str] | None = None) -> int:
 @contextmanager
 def _templates() -> Iterator[None]:
     """Give models without a chat template, which mlx-lm needs, one that adds nothing."""
+    from mlx_lm import chat as stock
+
+    from ._hooks import swapped
+
     original = stock.load
 
     def load(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -70,4 +74,4 @@ def _templates() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

@@ -30,31 +30,25 @@ import argparse
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
-from ._cli.options import add_output_arguments, failed
+from ._cli.options import add_output_arguments, describe, ended, failed
 from ._config import StreamConfig, format_size
 from ._errors import StreamError
-from ._experts.from_hub import begun, receiving
-from ._experts.layer import ExpertLayer
-from ._experts.moving import bring_back, move_experts
-from ._experts.packed_store import verify_store, write_store
-from ._io.hub import fetch_headers, fetching
 from ._io.moved import read_moved, refuse_moved
 from ._io.output import check_not_written
-from ._io.remote import Repository
-from ._loading.demo import demo_model
-from ._loading.discover import discover
-from ._loading.load import resolve
 from ._progress import progress_bar
+
+if TYPE_CHECKING:
+    from ._experts.layer import ExpertLayer
+
+# Functions import what imports mlx-lm: that takes a second, and `--help` does without.
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The command line's options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mlx_streamexperts.pack",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser()
+    describe(parser, "pack", __doc__)
     parser.add_argument(
         "repository",
         nargs="?",
@@ -108,7 +102,8 @@ def main(argv: list[str] | None = None) -> int:
         args.model or args.overwrite or args.replace or args.unpack or args.verify
     ):
         parser.error("a repository is packed with --out alone; --model is for what is here")
-    if not (args.out or args.replace or args.unpack):
+    there = args.out or args.replace or args.unpack or (args.verify and args.model)
+    if not there:
         parser.error("--out is needed")
     try:
         if args.repository:
@@ -121,6 +116,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
+    from ._experts.packed_store import write_store
+    from ._loading.demo import demo_model
+    from ._loading.load import resolve
+
     if args.model is None:
         print(f"No --model given: packing the demonstration model {demo_model()}", file=sys.stderr)
     folder = resolve(args.model or demo_model())
@@ -135,6 +134,10 @@ def _pack(args: argparse.Namespace) -> int:
 
 
 def _pack_repository(args: argparse.Namespace) -> int:
+    from ._experts.from_hub import begun, receiving
+    from ._io.hub import fetch_headers, fetching
+    from ._io.remote import Repository
+
     asked = args.repository
     if Path(asked).exists():
         raise StreamError(f"{asked}: is on this machine: --model {asked}")
@@ -162,6 +165,8 @@ def _pack_repository(args: argparse.Namespace) -> int:
 
 
 def _move(args: argparse.Namespace) -> int:
+    from ._experts.moving import bring_back, move_experts
+
     folder = Path(args.model)
     if not folder.is_dir():
         raise StreamError(f"{folder}: is no folder; only a model in a folder of its own can change")
@@ -177,21 +182,36 @@ def _move(args: argparse.Namespace) -> int:
     with progress_bar("Moving", args.progress, total) as bar:
         for nbytes in move_experts(layers, folder, store):
             bar.update(nbytes)
-    print(f"Moved {format_size(total)} of experts in {len(layers)} layers into {store}")
+    if moved is not None and moved.layers.keys() >= {x.name for x in layers}:
+        print(f"Nothing to do: all {format_size(total)} of experts are already in {store}")
+    else:
+        print(f"Moved {format_size(total)} of experts in {len(layers)} layers into {store}")
     return 0
 
 
 def _layers(folder: Path, args: argparse.Namespace) -> tuple[list[ExpertLayer], int]:
     """A checkpoint's expert layers, and their bytes."""
+    from ._experts.stream import refuse_without_experts
+    from ._loading.discover import discover
+
     trust = {"trust_remote_code": args.trust_remote_code}
     layers = discover(folder, StreamConfig(loader=args.loader), trust, in_shards=True).layers
+    refuse_without_experts(layers, f"{folder}: packing copies experts")
     return layers, sum(x.experts * x.expert_bytes for x in layers)
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from ._experts.packed_store import verify_store
+
+    store = args.out
+    if store is None:
+        moved = read_moved(Path(args.model))
+        if moved is None:
+            raise StreamError(f"{args.model}: its experts have not moved; --out names the store")
+        store = moved.store
     experts, damaged = 0, []
     with progress_bar("Verifying", args.progress) as bar:
-        for nbytes, damage in verify_store(args.out):
+        for nbytes, damage in verify_store(store):
             bar.update(nbytes)
             experts += 1
             if damage is not None:
@@ -205,4 +225,4 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

@@ -21,6 +21,7 @@ from pathlib import Path
 from ._analysis.plots import plot_rates
 from ._analysis.replay import BEST
 from ._analysis.simulation import CANDIDATES, FIRST_CALLS, Report, simulate, with_expert_bytes
+from ._cli.options import describe, ended
 from ._config import parse_size
 from ._errors import StreamError
 from ._experts.trace import read_trace
@@ -42,11 +43,8 @@ def parse_ssd(text: str, machine: Machine) -> Machine:
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The command line's options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mlx_streamexperts.simulate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser()
+    describe(parser, "simulate", __doc__)
     parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE")
     parser.add_argument("--fit", nargs="+", type=Path, default=[], metavar="TRACE")
     parser.add_argument(
@@ -136,4 +134,4 @@ def _lines(report: Report, args: argparse.Namespace) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

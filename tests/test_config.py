@@ -22,7 +22,7 @@ import pytest
 
 from mlx_streamexperts import StreamConfig, StreamError, demo_model, generate, load, patch
 from mlx_streamexperts import stream as stream_of
-from mlx_streamexperts._cli.options import following_stock_options
+from mlx_streamexperts._cli.settings import following_stock_options
 from mlx_streamexperts._config import DEFAULTS, SAVED, add_arguments, from_arguments, parse_size
 from mlx_streamexperts._loading.discover import discover
 from mlx_streamexperts._loading.tuned_for import tuned_for
@@ -172,7 +172,8 @@ def test_a_file_holds_all_that_was_stated(tmp_path: Path) -> None:
         memory=np.float32(8e9), cache=10**9, policy="lru", threads=np.int64(3), read_size=1 << 20,
         bypass_page_cache="on", overlap="off", prefetch="on", prefetch_depth=2, run_ahead="off",
         keep_awake="off", cores=2, context_tokens=64, prefill_tokens=32, reserve="1GB",
-        wired="off", rows="on", row_cache="64MB", in_place="off", about={"model": "demo"},
+        wired="off", pressure="auto", rows="on", row_cache="64MB", in_place="off",
+        about={"model": "demo"},
     )  # fmt: skip
     assert not [n for n in SAVED if getattr(config, n) == getattr(StreamConfig(), n)]
     config.save(tmp_path / "s.json")

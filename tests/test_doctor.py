@@ -213,7 +213,8 @@ def test_the_first_line_is_a_verdict_and_the_second_the_command(
     assert doctor.main(["--model", folder, "--machine", "m4 max 128"]) == 0
     first, second, limit, helps, *_ = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{folder} on M4 Max 128 GB: runs")
-    for word in ("tokens/s (", "first token of 1000 after", "to download", "at 100 Mbit/s"):
+    assert "to download" not in first  # a folder of this machine
+    for word in ("tokens/s (", "first token of 1000 after"):
         assert word in first, word
     assert second == f"  Type: streamexperts chat --model {folder} --memory 91GB"
     assert "limits it" in limit and "help most" in helps

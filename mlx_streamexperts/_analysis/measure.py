@@ -153,6 +153,34 @@ def memory_rate(nbytes: int = 256 << 20, repeats: int = 7) -> float:
     return matrix.nbytes / float(np.median(times))
 
 
+def arithmetic_rate(weight_bits: float, seconds: float = 0.05) -> float:
+    """Operations/s of a product of matrices as a prompt has them, with weights of this many bits.
+
+    Args:
+        weight_bits: with their scales; 16 or more for weights that are not quantized.
+        seconds: the product is made longer until it takes this long.
+    """
+    width, tokens = 1024, 64
+    weight = mx.random.normal((width, width))
+    bits = min((2, 3, 4, 5, 6, 8), key=lambda b: abs(b + 0.5 - weight_bits))
+    packed = mx.quantize(weight, bits=bits) if weight_bits < 16 else None
+
+    def product(x: mx.array) -> mx.array:
+        if packed is None:
+            return x @ weight
+        return mx.quantized_matmul(x, *packed, bits=bits)
+
+    while True:
+        x = mx.random.normal((tokens, width))
+        mx.eval(x, product(x))
+        start = time.perf_counter()
+        mx.eval(product(x), product(x))
+        elapsed = time.perf_counter() - start
+        if elapsed >= seconds or tokens >= 1 << 15:
+            return 4 * tokens * width * width / elapsed
+        tokens *= 2
+
+
 def layer_seconds(layers: int = 20, kernels: int = 25) -> float:
     """Seconds of launching one layer's kernels (about 25 in mlx-lm's decode) on tiny arrays."""
     one = mx.ones((1, 64))

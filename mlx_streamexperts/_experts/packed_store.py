@@ -433,9 +433,7 @@ def _xxhash() -> Any:
     try:
         import xxhash
     except ImportError as e:
-        raise StreamError(
-            "checksums need the xxhash library: pip install 'mlx-streamexperts[pack]'"
-        ) from e
+        raise StreamError("checksums need the xxhash library: pip install xxhash") from e
     return xxhash
 
 

@@ -6,6 +6,7 @@ true size, so that all code that reads the headers of a local folder can read th
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from .._errors import CheckpointError
 from .checkpoint import MAX_HEADER_BYTES, is_shard
 from .remote import HUB_ERRORS, Repository, first_line
 
+_REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w./-]+)?")  # ORG/NAME, @REVISION; else a path
 _HEADER_GUESS = 1 << 20  # a header of a few hundred kilobytes is one request
 SMALL_FILES = (".json", ".jsonl", ".py", ".jinja", ".txt", ".model", ".tiktoken")
 
@@ -34,6 +36,8 @@ def fetching(path_or_hf_repo: str | Path, otherwise: str) -> Iterator[None]:
     Raises:
         CheckpointError: something cannot be fetched.
     """
+    if not _REPOSITORY.fullmatch(str(path_or_hf_repo)) and not Path(path_or_hf_repo).exists():
+        raise CheckpointError(f"{path_or_hf_repo}: there is no such folder")
     try:
         yield
     except (*HUB_ERRORS, HFValidationError, OSError) as e:
@@ -62,7 +66,7 @@ def headers_only(path_or_hf_repo: str) -> Iterator[tuple[Path, bool]]:
     folder = Path(tempfile.mkdtemp(prefix="mlx-streamexperts-headers-"))
     try:
         with fetching(
-            path_or_hf_repo, "is neither a model folder nor a repository whose headers can be had"
+            path_or_hf_repo, "is neither a model folder nor a repository that can be fetched"
         ):
             fetch_headers(Repository(path_or_hf_repo), folder)
         yield folder, False

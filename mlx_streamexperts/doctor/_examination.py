@@ -6,6 +6,7 @@ Reads headers and times a few reads and kernels; it never reads weights otherwis
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,7 @@ from .._analysis.machines import Link, RankPlan, other_files, plan_ranks, predic
 from .._analysis.measure import (
     DriveRate,
     Place,
+    arithmetic_rate,
     expert_rate,
     layer_seconds,
     memory_rate,
@@ -42,7 +44,7 @@ from .._io.files import direct_works
 from .._io.hub import headers_only
 from .._loading.demo import demo_model
 from .._loading.discover import DiscoveredModel, discover
-from .._memory.budget import Plan, check_device, default_memory
+from .._memory.budget import Plan, check_device, default_memory, weight_bits
 from .._memory.hardware import NAMED_MACHINES, Machine, named_machine, parse_rate
 from .._osinfo import apple_budget, apple_limit, device_limit, device_memory_bytes, free_disk_bytes
 
@@ -127,7 +129,9 @@ def examine(args: argparse.Namespace) -> Examination:
     with headers_only(name) as (folder, downloaded):
         found = _discover(folder, config, args)
         if machines:
-            return Examination(name, [_on_machine(found, config, m, args) for m in machines])
+            verdicts = [_on_machine(found, config, m, args) for m in machines]
+            # A repository that is in this machine's cache is still a download for that machine.
+            return Examination(name, verdicts, downloaded=Path(name).exists())
         plan = found.plan(config)
         check_device(plan, device_limit(plan.bound), config.oversubscribe)
         here, measured = _measure(found, downloaded, config, args.drive_seconds)
@@ -265,8 +269,9 @@ def _measure(
         memory_rate=memory_rate(),
         drive_rate=rates[-1].sustained if rates else 5e9,
         drive_latency=rates[0].latency if rates else 100e-6,
-        sync_seconds=sync_seconds(layers=len(found.layers)),
+        sync_seconds=sync_seconds(layers=max(1, len(found.layers))),
         layer_seconds=layer_seconds(),
+        arithmetic_rate=arithmetic_rate(weight_bits(found.model_config)),
     )
     return machine, Measured(str(mx.default_device()), in_place_works(), rates, direct)
 
@@ -276,11 +281,13 @@ def _expert_parts(found: DiscoveredModel, config: StreamConfig) -> list[Place]:
     longest = parse_size(config.with_defaults().read_size)
     rng = np.random.default_rng(0)
     parts: list[Place] = []
-    if unwritten(found.layers):
-        # No file holds experts that are still to be converted: any shard stands for the drive.
-        sizes = [(str(f), f.stat().st_size) for f in found.shards]
-        size = max(x.expert_bytes // len(x.tensors) for x in found.layers)
-        size = max(1, min(size, longest, *(nbytes for _, nbytes in sizes)))
+    if not found.layers or unwritten(found.layers):
+        # Experts that are still to be converted are in no file, and a row is less than a drive's
+        # block. Any part of the files stands for them.
+        names = sorted(found.rows.files) or [str(f) for f in found.shards]
+        sizes = [(f, os.path.getsize(f)) for f in names]
+        size = max((x.expert_bytes // len(x.tensors) for x in found.layers), default=4096)
+        size = max(1, min(max(4096, size), longest, *(nbytes for _, nbytes in sizes)))
         for _ in range(_MEASURED_EXPERTS):
             file, nbytes = sizes[int(rng.integers(len(sizes)))]
             begin = int(rng.integers(nbytes - size + 1))
