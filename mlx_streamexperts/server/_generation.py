@@ -338,9 +338,11 @@ class Client:
         began: when the prompt began, and the bytes read until then.
         keep_alive: called about once a second while the client waits for a token.
         lossy: the level that the request asked for; None for the server's.
+        first_token: seconds from the request to its first token; None before.
     """
 
     lossy: int | None = None
+    first_token: float | None = None
 
     def __init__(self, generator: GenerationThread, connection: socket.socket) -> None:
         self.generator, self._connection = generator, connection
@@ -401,7 +403,7 @@ class Client:
             if self.gone():
                 raise ClientGone
             if done >= 0:
-                logging.info(f"Prompt processing progress: {done}/{total}")
+                logging.debug(f"Prompt processing progress: {done}/{total}")
             if self.keep_alive is not None:
                 self.keep_alive(self.generator.progress(self))
 
@@ -426,7 +428,7 @@ class Client:
             if first:
                 seconds = time.perf_counter() - start
                 counters.prompt(len(context.prompt), max(0, context.prompt_cache_count), seconds)
-                first = False
+                self.first_token, first = seconds, False
             counters.token()
             if self.gone():
                 raise ClientGone
