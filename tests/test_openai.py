@@ -17,6 +17,8 @@ from serving import Running, serving, until
 from mlx_streamexperts import demo_model
 from mlx_streamexperts.server._generation import stock
 
+pytestmark = pytest.mark.usefixtures("compiled")  # so random states reach samplers as for users
+
 PROMPT = demo_texts()[0]
 LENGTH = 24
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
