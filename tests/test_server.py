@@ -23,6 +23,8 @@ from mlx_streamexperts import _osinfo as platform
 from mlx_streamexperts.server import _command as server
 from mlx_streamexperts.server._generation import stock
 
+pytestmark = pytest.mark.usefixtures("compiled")  # so random states reach samplers as for users
+
 LENGTH = 6
 TEMPLATE = (
     "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}"
