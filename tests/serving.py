@@ -51,11 +51,12 @@ class Running:
         finally:
             connection.close()
 
-    def events(self, body: Any, path: str) -> list[tuple[str, Any]]:
+    def events(self, body: Any, path: str, **headers: str) -> list[tuple[str, Any]]:
         """Name and JSON of each event of a streamed answer, which ends as OpenAI's do, or not."""
-        status, headers, answer = self.request("POST", path, json.dumps(body).encode())
+        raw = json.dumps(body).encode()
+        status, sent, answer = self.request("POST", path, raw, **headers)
         assert status == 200, answer
-        assert headers["content-type"] == "text/event-stream"
+        assert sent["content-type"] == "text/event-stream"
         found = []
         for lines in answer.decode().split("\n\n"):
             if not lines or lines.startswith(":"):
@@ -90,6 +91,26 @@ def dictated(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
         return lambda logprobs: mx.array([next(left, 0)])
 
     monkeypatch.setattr(stock, "_make_sampler", make)
+
+
+def prompts(running: Running, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Will hold the text of each prompt from now on."""
+    seen: list[str] = []
+    tokenizer = running.generator.model_provider.tokenizer
+    original = running.generator._prompt
+
+    def noted(*args: Any) -> Any:
+        result = original(*args)
+        seen.append(tokenizer.decode(result[0]))
+        return result
+
+    monkeypatch.setattr(running.generator, "_prompt", noted)
+    return seen
+
+
+def call(name: str, **arguments: Any) -> str:
+    """A tool call in the words of `QWEN_TEMPLATE`."""
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
 
 def letters(folder: Path, words: int) -> Path:

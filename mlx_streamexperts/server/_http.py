@@ -32,6 +32,7 @@ from mlx_lm import server as stock
 from .._cache.lossy import Ways
 from .._errors import StreamError
 from .._progress import Progress
+from ._apis.anthropic import CountForm, MessagesForm
 from ._apis.form import Form, Usage
 from ._apis.openai import ChatForm, TextForm
 from ._choices import interleaved
@@ -54,6 +55,8 @@ FORMS: dict[str, type[Form]] = {
     "/v1/chat/completions": ChatForm,
     "/chat/completions": ChatForm,
     "/v1/completions": TextForm,
+    "/v1/messages": MessagesForm,
+    "/v1/messages/count_tokens": CountForm,
 }
 """The API at each path that generates text."""
 
@@ -340,13 +343,18 @@ class Handler(stock.APIHandler):
         try:
             super().handle_completion(request, [])  # mlx-lm would match stop strings by token
         except Asked as asked:
-            self._answer(self._choices(request, asked.arguments), stop_words)
+            choices = self._choices(request, asked.arguments)
+            if self._form.count(0) is not None:
+                self._send_json(self._form.count(self.generator.count_prompt(*choices[0])))
+            else:
+                self._answer(choices, stop_words)
 
     # Replies
 
     def _choices(self, request: Any, arguments: Any) -> list[tuple[Any, Any]]:
         """The request and mlx-lm's arguments for each reply: `n` to each of the prompts."""
         arguments.shape = shape_of(self.body)
+        arguments.effort = self.body.get("reasoning_effort")
         count = self.body.get("n", 1)
         prompts = [request.prompt] if request.request_type == "chat" else request.prompt
         found = []
