@@ -67,6 +67,7 @@ NOT_OURS = {
 
 SHORTER = {
     "bench": ["-p", "16", "-g", "4", "-n", "1"],
+    "doctor": ["--drive-seconds", "0.01"],
     "generate": ["--max-tokens", "20"],
     "tune": ["--tokens", "4", "--warm-up", "2", "--trials", "1"],
 }

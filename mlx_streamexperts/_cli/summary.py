@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from .._config import format_size
+from .._config import format_size, parse_size
 from .._experts.lossy import last_line
 from .._experts.rows import RowStats
+from .._experts.store_gain import WORTH, how_to_pack, store_gain
 from .._experts.stream import ExpertStream
 from .._memory.budget import Plan
 from .terminal import Row, bar
@@ -152,6 +153,21 @@ def _rows(stats: RowStats, plan: Plan) -> list[Row]:
     ]
 
 
+def _store(expert_stream: ExpertStream, timing: Timing) -> list[Row]:
+    """The line about a packed store, if it would have helped."""
+    folder, stats = expert_stream.folder, expert_stream.stats()
+    if folder is None or not expert_stream.bypasses_page_cache or not timing.total:
+        return []
+    streamed = [x for x in expert_stream.layers if not x.resident]
+    each = store_gain(streamed, parse_size(expert_stream.config.read_size)).saved
+    # What was not waited for cannot be saved, and what was is not all a matter of reads.
+    saved = min(each * stats.cache.misses, stats.read.wait_seconds, 0.9 * timing.total)
+    gain = timing.total / (timing.total - saved) - 1
+    if gain <= WORTH:
+        return []
+    return [("Store", f"would be about {gain:.0%} faster: {how_to_pack(folder)}")]
+
+
 def _of_experts(expert_stream: ExpertStream, timing: Timing) -> list[Row]:
     stats, plan = expert_stream.stats(), expert_stream.plan
     if not expert_stream.layers:
@@ -172,6 +188,7 @@ def _of_experts(expert_stream: ExpertStream, timing: Timing) -> list[Row]:
             f"waited {waited:.3f} s{share}",
         ),
     ]
+    lines += _store(expert_stream, timing)
     if (ran := stats.run_ahead).steps:
         lines.append(
             (
