@@ -1,7 +1,7 @@
 """The options of expert streaming: one list for scripts, command lines and settings files.
 
 An option's name, help, choices and default are stated here and nowhere else. No option but `loader`
-changes a result; `tune` relies on that for the ones marked as tuned.
+and `lossy` changes a result; `tune` relies on that for the ones marked as tuned.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ._cache.expert_map import POLICIES
+from ._cache.lossy import Ways
 from ._errors import StreamError
 from ._io.checkpoint import read_json_object
 from ._io.output import write_json
@@ -67,10 +68,11 @@ _MOST_THREADS = 1024  # more than any drive has use for, less than a system give
 
 _VERSION = 1  # of settings files
 _PER_RUN = (
-    "oversubscribe", "store", "verify_reads", "hot_set", "pipeline", "split", "loader", "progress",
+    "oversubscribe", "store", "verify_reads", "hot_set", "pipeline", "split", "loader", "lossy",
+    "progress",
 )  # fmt: skip
-"""Options that no settings file holds: they name other files or machines, override a refusal, or
-concern one run."""
+"""Options that no settings file holds: they name other files or machines, override a refusal,
+change results, or concern one run."""
 
 
 def _option(default: Any, help: str, **extra: Any) -> Any:
@@ -87,9 +89,9 @@ class StreamConfig:
     """How experts are streamed. Sizes are bytes, or strings such as "24GB" or "24GiB".
 
     Frozen: `dataclasses.replace` makes a changed one. Command lines take the same options: `memory`
-    as `--memory` and so on. None but `loader` changes a result. The options from `policy` to
-    `keep_awake` are None until they are stated, which means the default that the table shows;
-    `with_defaults` fills those in.
+    as `--memory` and so on. None but `loader` and `lossy` changes a result. The options from
+    `policy` to `keep_awake` are None until they are stated, which means the default that the table
+    shows; `with_defaults` fills those in.
 
     Raises:
         StreamError: a value is not understood, or options contradict each other.
@@ -173,6 +175,13 @@ class StreamConfig:
         "not compress or swap them between requests",
         choices=("auto", "off"),
     )
+    pressure: str | None = _option(
+        None,
+        "auto: while the system is short of memory, give expert slots to other programs, layer by "
+        "layer, and take them again after a minute of calm. Never fewer than one token's experts. "
+        "Default: auto in the server, else off",
+        choices=("auto", "off"),
+    )
     reserve: float | str | None = _option(
         None, "part of --memory kept free for other models in this process, for example 4GB"
     )
@@ -203,6 +212,14 @@ class StreamConfig:
         "the library that loads the model, and whose bits the result has. auto: mlx-lm if it can "
         "load the model, else mlx-vlm (extra `vlm`)",
         choices=("auto", "mlx-lm", "mlx-vlm"),
+    )
+    lossy: int | str | None = _option(
+        None,
+        "leave experts out to be faster; results then differ from the model's and depend on what "
+        "is cached. A level from 0 (exact) to 3, or ways: skip=SHARE leaves out missing experts "
+        "below this share of a token's router mass, prefer=SHARE lets resident experts stand in "
+        "for missing ones up to this share, top=COUNT[@FIRST-LAST] keeps the COUNT strongest (in "
+        "these expert layers). Default: 0",
     )
     rows: str = _option(
         "auto",
@@ -236,9 +253,11 @@ class StreamConfig:
     def __post_init__(self) -> None:
         for f in fields(self):
             choices, value = f.metadata.get("choices"), getattr(self, f.name)
-            unstated = value is None and f.metadata.get("tuned")
+            unstated = value is None and f.default is None
             if choices and value not in choices and not unstated:
                 raise StreamError(f"{f.name}={value!r}: choose one of {', '.join(choices)}")
+        if Ways.parse(self.lossy) is not None and self.pipeline:
+            raise StreamError("lossy does not work with several machines; leave pipeline out")
         if self.verify_reads and self.store is None:
             raise StreamError("verify_reads needs a store: a checkpoint has no checksums")
         for name in ("threads", "prefetch_depth", "cores", "context_tokens", "prefill_tokens"):
@@ -271,8 +290,9 @@ class StreamConfig:
         """Read a settings file, as `save` and `mlx_streamexperts.tune` write it.
 
         Such a file may hold every option but `oversubscribe`, `store`, `verify_reads`, `hot_set`,
-        `pipeline`, `split`, `loader` and `progress`: it divides memory and chooses how experts are
-        read. It cannot change a result, run code, name another file or override a refusal.
+        `pipeline`, `split`, `loader`, `lossy` and `progress`: it divides memory and chooses how
+        experts are read. It cannot change a result, run code, name another file or override a
+        refusal.
 
         Args:
             path: the file.

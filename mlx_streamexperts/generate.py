@@ -9,7 +9,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ._cli.options import (
     add_media_arguments,
@@ -32,6 +35,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     """mlx-lm's options and ours."""
     parser = program_parser("mlx_lm.generate", "generate", __doc__)
     add_media_arguments(parser)
+    parser.add_argument(
+        "--json-schema",
+        metavar="FILE",
+        help="hold the reply to the JSON schema in this file (extra `structured`). A model that "
+        "reasons does so first",
+    )
     return parser
 
 
@@ -62,6 +71,8 @@ def main(argv: list[str] | None = None) -> int:
         group = join_ranks()
         if is_vlm:
             args.loader = MLX_VLM
+            if "--json-schema" in (sys.argv if argv is None else argv):
+                raise StreamError("--json-schema works with mlx-lm alone, not with mlx-vlm")
             check_generate_options(args)
         if group.size() > 1:
             _for_several(args)
@@ -71,7 +82,10 @@ def main(argv: list[str] | None = None) -> int:
             if model == str(demo_model()):
                 parser.set_defaults(prompt=DEMO_PROMPT)  # it cannot answer mlx-lm's "hello"
             shown = args.verbose
-            with program(ran, parser, argv, args, config, shows_text=shown) as session:
+            with (
+                program(ran, parser, argv, args, config, shows_text=shown) as session,
+                _held_to(getattr(args, "json_schema", None)),
+            ):
                 streams = session.patched.streams
                 ran.main()
             if args.verbose:
@@ -85,6 +99,43 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return interrupted()
     return 0
+
+
+@contextmanager
+def _held_to(file: str | None) -> Iterator[None]:
+    """Hold mlx-lm's replies to the JSON schema in a file, if there is one, within the block.
+
+    Raises:
+        StreamError: the file is no schema, or one that no grammar can follow.
+    """
+    if file is None:
+        yield
+        return
+    from ._hooks import swapped
+    from ._io.checkpoint import read_json_object
+    from ._structured.constraint import Constraint, Vocabulary
+    from ._structured.shape import Shape, ShapeError
+
+    stock = importlib.import_module("mlx_lm.generate")
+    schema, original = read_json_object(Path(file), "a JSON schema"), stock.generate
+
+    def generate(model: Any, tokenizer: Any, prompt: Any, **options: Any) -> Any:
+        if options.get("draft_model") is not None:
+            raise StreamError("--json-schema does not work with --draft-model")
+        try:
+            shape = Shape(schema, param="--json-schema")
+            constraint = Constraint(Vocabulary(tokenizer), shape, prompt)
+        except ShapeError as e:
+            raise StreamError(f"{e.param} {file} {e}") from e
+        text = original(
+            model, tokenizer, prompt, logits_processors=[constraint.processor()], **options
+        )
+        if constraint.error is not None:
+            raise StreamError(f"the reply could not be held to {file}: {constraint.error}")
+        return text
+
+    with swapped(stock, generate=generate):
+        yield
 
 
 def _for_several(args: argparse.Namespace) -> None:

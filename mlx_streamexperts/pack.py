@@ -12,6 +12,13 @@ python -m mlx_streamexperts.pack --model ./my-model --replace
 python -m mlx_streamexperts.generate --model ./my-model -p "hello"
 python -m mlx_streamexperts.pack --model ./my-model --unpack
 
+python -m mlx_streamexperts.pack mlx-community/Qwen3-30B-A3B-4bit --out ./my-model
+python -m mlx_streamexperts.generate --model ./my-model -p "hello"
+
+A repository of the Hub that is named without --model is packed while it arrives: the checkpoint is
+never on this machine, and the folder is all that is needed to load the model. An interrupted run
+continues where it stopped.
+
 With --replace the experts move into the store one layer at a time, and their bytes in the
 checkpoint become free disk space. The model loads from both together, at any time. --unpack moves
 them back, and the files are what they were.
@@ -22,6 +29,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from ._cli.options import add_output_arguments, describe, ended, failed
@@ -42,8 +50,16 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
     describe(parser, "pack", __doc__)
     parser.add_argument(
+        "repository",
+        nargs="?",
+        help="a Hugging Face repository, if wanted with @ and a branch, tag or commit. It is "
+        "packed into --out by ranged requests, without ever holding the checkpoint. The result is "
+        "a model folder of its own",
+    )
+    parser.add_argument(
         "--model",
-        help="model folder or Hugging Face repository. Default: the embedded demonstration model.",
+        help="model folder, or Hugging Face repository that is downloaded whole first. Default: "
+        "the embedded demonstration model.",
     )
     parser.add_argument(
         "--verify",
@@ -82,9 +98,16 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--replace and --unpack need --model, and take no --overwrite")
     if args.unpack and args.out is not None:
         parser.error("--unpack takes no --out: the model folder says where its experts are")
-    if not (args.out or args.replace or args.unpack or (args.verify and args.model)):
+    if args.repository and (
+        args.model or args.overwrite or args.replace or args.unpack or args.verify
+    ):
+        parser.error("a repository is packed with --out alone; --model is for what is here")
+    there = args.out or args.replace or args.unpack or (args.verify and args.model)
+    if not there:
         parser.error("--out is needed")
     try:
+        if args.repository:
+            return _pack_repository(args)
         if args.verify:
             return _verify(args)
         return _move(args) if args.replace or args.unpack else _pack(args)
@@ -107,6 +130,37 @@ def _pack(args: argparse.Namespace) -> int:
         for nbytes in write_store(layers, args.out, args.overwrite):
             bar.update(nbytes)
     print(f"Packed {format_size(total)} of experts in {len(layers)} layers into {args.out}")
+    return 0
+
+
+def _pack_repository(args: argparse.Namespace) -> int:
+    from ._experts.from_hub import begun, receiving
+    from ._io.hub import fetch_headers, fetching
+    from ._io.remote import Repository
+
+    asked = args.repository
+    if Path(asked).exists():
+        raise StreamError(f"{asked}: is on this machine: --model {asked}")
+    before = begun(args.out, asked)
+    with fetching(asked, "cannot be packed"):
+        name = asked if before is None else f"{asked.partition('@')[0]}@{before['commit']}"
+        repository = Repository(name)
+    with TemporaryDirectory(prefix="mlx-streamexperts-headers-") as temporary:
+        headers = Path(temporary)
+        fetch_headers(repository, headers)
+        try:
+            layers, total = _layers(headers, args)
+        except StreamError as e:  # it names a folder that nobody knows
+            raise StreamError(str(e).replace(temporary, asked)) from e
+        with receiving(repository, asked, layers, headers, args.out) as arriving:
+            with progress_bar("Fetching", args.progress, arriving.total) as bar:
+                for nbytes in arriving.fetch():
+                    bar.update(nbytes)
+            with progress_bar("Verifying", args.progress, arriving.shard_bytes) as bar:
+                for nbytes in arriving.verify():
+                    bar.update(nbytes)
+            arriving.finish()
+    print(f"Packed {asked}, {format_size(total)} of experts in {len(layers)} layers: {args.out}")
     return 0
 
 
@@ -137,10 +191,12 @@ def _move(args: argparse.Namespace) -> int:
 
 def _layers(folder: Path, args: argparse.Namespace) -> tuple[list[ExpertLayer], int]:
     """A checkpoint's expert layers, and their bytes."""
+    from ._experts.stream import refuse_without_experts
     from ._loading.discover import discover
 
     trust = {"trust_remote_code": args.trust_remote_code}
     layers = discover(folder, StreamConfig(loader=args.loader), trust, in_shards=True).layers
+    refuse_without_experts(layers, f"{folder}: packing copies experts")
     return layers, sum(x.experts * x.expert_bytes for x in layers)
 
 

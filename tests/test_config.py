@@ -184,7 +184,8 @@ def test_a_file_holds_all_that_was_stated(tmp_path: Path) -> None:
         memory=np.float32(8e9), cache=10**9, policy="lru", threads=np.int64(3), read_size=1 << 20,
         bypass_page_cache="on", overlap="off", prefetch="on", prefetch_depth=2, run_ahead="off",
         keep_awake="off", cores=2, context_tokens=64, prefill_tokens=32, reserve="1GB",
-        wired="off", rows="on", row_cache="64MB", in_place="off", about={"model": "demo"},
+        wired="off", pressure="auto", rows="on", row_cache="64MB", in_place="off",
+        about={"model": "demo"},
     )  # fmt: skip
     assert not [n for n in SAVED if getattr(config, n) == getattr(StreamConfig(), n)]
     config.save(tmp_path / "s.json")

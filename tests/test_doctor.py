@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import originals
 import pytest
@@ -21,6 +19,7 @@ from mlx_streamexperts._analysis.measure import (
     sync_seconds,
 )
 from mlx_streamexperts._io import hub
+from mlx_streamexperts._io.remote import RemoteFile
 from mlx_streamexperts._memory.hardware import NAMED_MACHINES
 from mlx_streamexperts._osinfo import apple_budget, apple_limit
 from mlx_streamexperts.doctor import _command as doctor
@@ -42,37 +41,25 @@ def test_a_model_is_judged_before_it_is_loaded(checkpoint: Callable[..., Path]) 
 
 
 class FakeHub:
-    """The part of `HfFileSystem` that we use, over a local folder; counts the bytes read."""
+    """A repository that is a local folder; counts the bytes read of shards."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.read_bytes = folder, 0
+        self.folder, self.read_bytes, self.name = folder, 0, "some/repo"
 
-    def ls(self, repo: str, detail: bool) -> list[dict[str, Any]]:
-        if repo != "some/repo":
+    def __call__(self, repo: str) -> FakeHub:
+        if repo != self.name:
             raise FileNotFoundError(f"no repository {repo}")
-        files = [
-            {"name": f"{repo}/{f.name}", "size": f.stat().st_size, "type": "file"}
-            for f in sorted(self.folder.iterdir())
-        ]
-        return [*files, {"name": f"{repo}/original", "size": 0, "type": "directory"}]
+        return self
 
-    def cat_file(self, name: str) -> bytes:
-        return (self.folder / Path(name).name).read_bytes()
+    @property
+    def files(self) -> dict[str, RemoteFile]:
+        return {f.name: RemoteFile(f.stat().st_size, None) for f in self.folder.iterdir()}
 
-    def open(self, name: str, mode: str, block_size: int) -> io.BufferedReader:
-        fake = self
-
-        class Counting(io.FileIO):
-            def readinto(self, buffer: Any) -> int | None:
-                fake.read_bytes += len(buffer)
-                return super().readinto(buffer)
-
-            def read(self, size: int = -1) -> bytes:
-                data = super().read(size)
-                fake.read_bytes += len(data)
-                return data
-
-        return Counting(str(self.folder / Path(name).name))  # type: ignore[return-value]
+    def read(self, name: str, begin: int = 0, end: int | None = None) -> bytes:
+        data = (self.folder / name).read_bytes()[begin:end]
+        if name.endswith(".safetensors"):
+            self.read_bytes += len(data)
+        return data
 
 
 @pytest.fixture
@@ -81,7 +68,8 @@ def fake_hub(
 ) -> FakeHub:
     folder = Path(shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "remote"))
     fake = FakeHub(folder)
-    monkeypatch.setattr(hub, "HfFileSystem", lambda: fake)
+    monkeypatch.setattr(hub, "Repository", fake)
+    monkeypatch.setattr(hub, "_HEADER_GUESS", 4096)
     return fake
 
 

@@ -29,7 +29,7 @@ LAYERS = (
     "_distributed",
     "_experts",
     "_loading",
-    "_prefixes",
+    "_prefixes _structured",
     "_analysis",
     "_cli",
 )

@@ -124,6 +124,7 @@ def predict(
         sync    = streamed layers x sync seconds           (wholly resident layers ask nothing)
                   + layers x layer seconds
         read    = missed bytes / drive rate + layers with a miss x drive latency
+                  + one drive latency if rows of tables are read (their bytes do not count)
         likely  = compute + sync + read                       (reads of a layer wait for its router)
         high    = max(compute + sync, read, launches), optimistic rates: perfect overlap
         low     = the sum with the pessimistic hit rate and rates
@@ -145,7 +146,7 @@ def predict(
     hits = hit_rate or published_hit_rate(plan.model_type, plan.resident_share)
     streamed = [s for s, n in zip(plan.slots, plan.layer_experts, strict=True) if s < n]
     layers = len(streamed)
-    launches = len(plan.slots) * machine.layer_seconds
+    launches = _layers(plan) * machine.layer_seconds
     sync = layers * machine.sync_seconds + launches
     wanted = plan.top_k * layers  # experts of one token that may miss
 
@@ -155,7 +156,7 @@ def predict(
     def read(rate: float, drive_rate: float) -> float:
         missed = (1 - rate) * plan.cold_bytes_per_token * layers / max(1, len(plan.slots))
         stalls = layers * (1 - rate ** (wanted / max(1, layers)))
-        return missed / drive_rate + stalls * machine.drive_latency
+        return missed / drive_rate + (stalls + bool(plan.tables)) * machine.drive_latency
 
     def compute(share: float) -> float:
         return plan.active_bytes_per_token / (machine.memory_rate * share)
@@ -199,6 +200,13 @@ def predict(
         prompt_read_seconds=sweep / drive,
         prompt_arithmetic_seconds=arithmetic,
     )
+
+
+def _layers(plan: Plan) -> int:
+    """Layers with experts; of a model that has none, all of them."""
+    if plan.slots or plan.footprint is None:
+        return len(plan.slots)
+    return len(plan.footprint.layers)
 
 
 def _touched(plan: Plan, tokens: int) -> float:

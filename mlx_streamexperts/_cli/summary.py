@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from .._config import format_size
+from .._experts.lossy import last_line
 from .._experts.rows import RowStats
 from .._experts.stream import ExpertStream
 from .._memory.budget import Plan
@@ -88,10 +89,18 @@ def rows(streams: Sequence[ExpertStream], timing: Timing, layers: bool = False) 
             "Memory",
             f"peak {format_size(mx.get_peak_memory())}"
             + ("" if plan.memory is None else f" of {format_size(plan.memory)}")
-            + f" (trunk {format_size(plan.trunk)}, expert cache {format_size(plan.cache)})",
+            + f" (trunk {format_size(plan.trunk)}"
+            + (f", expert cache {format_size(plan.cache)})" if plan.experts else ")"),
         )
     )
-    return lines
+    return [*lines, *_lossy(first)]
+
+
+def _lossy(expert_stream: ExpertStream) -> list[Row]:
+    """The last line of a lossy run."""
+    if expert_stream.lossy is None:
+        return []
+    return [("Lossy", last_line(expert_stream.lossy))]
 
 
 def of_all_ranks(expert_stream: ExpertStream, lines: list[Row]) -> list[Row]:
@@ -145,5 +154,7 @@ def _rows(stats: RowStats, plan: Plan) -> list[Row]:
 
 def _of_experts(expert_stream: ExpertStream, timing: Timing) -> list[Row]:
     stats, plan = expert_stream.stats(), expert_stream.plan
+    if not expert_stream.layers:
+        return []
     share = f", {stats.read.wait_seconds / timing.total:.0%} of the time" if timing.total else ""
     return stats.lines(f" with {plan.resident_share:.1%} resident", share)

@@ -116,7 +116,7 @@ def move_experts(layers: Sequence[ExpertLayer], folder: Path, store: Path) -> It
                 _check_packed(store / plan["file"], plan)
                 note.layers[layer.name] = numbers[layer.name]
                 note.save()
-            for file, begin, end in _ranges(layer):
+            for file, begin, end in parts_of_files(layer):
                 platform.punch_hole(shards[file], begin, end - begin)
             for fd in shards.values():
                 os.fsync(fd)
@@ -223,7 +223,7 @@ def _locked(layers: Sequence[ExpertLayer], stack: ExitStack) -> dict[str, int]:
     return opened
 
 
-def _ranges(layer: ExpertLayer) -> list[tuple[str, int, int]]:
+def parts_of_files(layer: ExpertLayer) -> list[tuple[str, int, int]]:
     """The parts of files that hold a layer: file, begin, end; neighbours joined."""
     parts = sorted(
         (file, offset, offset + t.stored.row_bytes)
@@ -242,7 +242,7 @@ def _ranges(layer: ExpertLayer) -> list[tuple[str, int, int]]:
 def _check_apart(layers: Sequence[ExpertLayer]) -> None:
     """Refuse layers that share bytes: one's would go while the other still needs them."""
     last = ("", 0, "")
-    for file, begin, end, name in sorted((*r, x.name) for x in layers for r in _ranges(x)):
+    for file, begin, end, name in sorted((*r, x.name) for x in layers for r in parts_of_files(x)):
         if file == last[0] and begin < last[1]:
             raise StreamError(
                 f"{file}: {last[2]} and {name} share bytes; such a checkpoint can be packed, but "

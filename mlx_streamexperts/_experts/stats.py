@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .._cache.expert_map import CacheStats
+from .._cache.lossy import LossyStats
 from .._config import format_size
 from .._io.reader import ReadStats
 from .rows import RowStats
@@ -33,6 +34,8 @@ class StreamStats:
         run_ahead: outcomes of steps that did not wait for every layer's indices.
         rows: rows of tables that are looked up by token; `read` includes their reads.
         beats: pieces of small work that kept the GPU awake; see the option `keep_awake`.
+        given_back: bytes of the planned expert cache that other programs have now; see `pressure`.
+        lossy: experts that lossy passes left out; all zero if the model is exact.
     """
 
     cache: CacheStats
@@ -48,6 +51,8 @@ class StreamStats:
     run_ahead: RunAheadStats
     rows: RowStats
     beats: int = 0
+    given_back: int = 0
+    lossy: LossyStats = field(default_factory=LossyStats)
 
     def __str__(self) -> str:
         """The lines that a command prints at its end."""

@@ -39,6 +39,7 @@ INDEX = "model.safetensors.index.json"
 MOVED = "model-experts-moved-to-a-packed-store.safetensors"
 """A note, see moved.py: no shard. Every library that reads shards stops at it."""
 CONVERSION = "convert.json"  # a conversion writes this file first and config.json last
+PACKING = "packing.json"  # so does packing a repository of the Hub
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +240,8 @@ def check_model_folder(folder: Path) -> None:
     reason = "not a model folder"
     if (folder / CONVERSION).is_file():
         reason = "a conversion into this folder is unfinished; run the same command again to go on"
+    elif (folder / PACKING).is_file():
+        reason = "packing into this folder is unfinished; run the same command again to go on"
     raise CheckpointError(f"{folder / 'config.json'} is missing: {reason}")
 
 

@@ -16,12 +16,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
 
+from .._cache.lossy import Ways
 from .._config import StreamConfig, as_config
 from .._distributed.pipeline import wait_on_host
 from .._distributed.ranks import Ranks
 from .._distributed.watch import Watch
 from .._errors import RankError, StreamError, UnsupportedModelError
 from .._experts.layer import StreamedSwitch
+from .._experts.lossy import LossyRun, first_line
 from .._experts.prefetch import connect
 from .._experts.refusals import guard
 from .._experts.stream import ExpertStream, attach, flatten
@@ -311,8 +313,10 @@ class patch:  # noqa: N801 - called like a function
         model = found.model
         language = found.language
         rows = token_rows(language) if found.stage is None else None
+        ways = Ways.parse(config.lossy)
+        lossy = None if ways is None else LossyRun(ways)
         for layer in found.layers:
-            set_module(model, layer.name, StreamedSwitch(layer))
+            set_module(model, layer.name, lossy.wrap(layer) if lossy else StreamedSwitch(layer))
         guard(model)
         if not lazy:
             _load_trunk(model, config.progress)
@@ -323,6 +327,10 @@ class patch:  # noqa: N801 - called like a function
             wait_on_host(model, found.stage)
             expert_stream.stage = found.stage
         attach(model, expert_stream, language)
+        if lossy is not None:
+            expert_stream.lossy = lossy
+            lossy.try_out(model, language)
+            _log.warning(first_line(lossy.stated))
         run_ahead = expert_stream.run_ahead
         if run_ahead is not None:
             run_ahead.watch(model)

@@ -57,7 +57,7 @@ class Plan:
         work: work space of a forward pass.
         slots: slots of each expert layer, in model order.
         layer_experts: routed experts of each layer.
-        top_k: experts that a router picks for a token.
+        top_k: experts that a router picks for a token; 0 if there are none.
         prefill_tokens: tokens of the longest pass, the first chunk of a prompt.
         context_tokens: tokens that `kv` has room for.
         disk: the checkpoint's tensors.
@@ -77,7 +77,8 @@ class Plan:
         tables: tables looked up by token that stay on the drive; not part of `trunk`.
         row_cache: memory for rows of them. It is not MLX's.
         weight_bits: bits of a weight with its share of scales, as config.json states them.
-        resident_share: fraction of all expert bytes that fits into the cache, 0 to 1.
+        resident_share: fraction of all expert bytes that fits into the cache, 0 to 1; 1 if there
+            are none.
     """
 
     memory: int | None
@@ -117,7 +118,7 @@ class Plan:
 
     @property
     def resident_share(self) -> float:
-        return self.cache / self.experts
+        return self.cache / self.experts if self.experts else 1.0
 
     @property
     def kv_room(self) -> int:
@@ -218,11 +219,16 @@ class Plan:
     def __str__(self) -> str:
         bound = "" if self.memory is None else f"{format_size(self.memory)} = "
         return (
-            f"{bound}trunk {format_size(self.trunk)} + expert cache {format_size(self.cache)} + "
+            f"{bound}trunk {format_size(self.trunk)} + "
+            + (f"expert cache {format_size(self.cache)} + " if self.experts else "")
             + (f"row cache {format_size(self.row_cache)} + " if self.tables else "")
-            + f"KV {format_size(self.kv)} + work space {format_size(self.work)}{self._rest()}; "
-            f"{self.resident_share:.0%} of {format_size(self.experts)} of experts resident, "
-            f"{min(self.slots)} to {max(self.slots)} slots a layer"
+            + f"KV {format_size(self.kv)} + work space {format_size(self.work)}{self._rest()}"
+            + (
+                f"; {self.resident_share:.0%} of {format_size(self.experts)} of experts resident, "
+                f"{min(self.slots)} to {max(self.slots)} slots a layer"
+                if self.experts
+                else ""
+            )
             + (f"; {format_size(self.tables)} of tables stay on the drive" if self.tables else "")
         )
 
@@ -313,9 +319,9 @@ def divide(
     else:
         if memory < least:
             raise BudgetError(
-                f"memory={format_size(memory)} is too small: {parts} and "
-                f"the fewest experts that {len(layers)} layers work with need {least:,} bytes "
-                f"({format_size(least)}). Smaller context_tokens or "
+                f"memory={format_size(memory)} is too small: {parts}"
+                + (f" and the fewest experts that {len(layers)} layers work with" if layers else "")
+                + f" need {least:,} bytes ({format_size(least)}). Smaller context_tokens or "
                 "prefill_tokens need less.",
                 needed_bytes=least,
             )
@@ -333,7 +339,7 @@ def divide(
         work=work,
         slots=tuple(slots),
         layer_experts=tuple(n.experts for n in layers),
-        top_k=max(n.top_k for n in layers),
+        top_k=max((n.top_k for n in layers), default=0),
         prefill_tokens=footprint.longest_chunk(work + spare, 0, longest),
         context_tokens=context,
         disk=sizes.disk,

@@ -66,6 +66,7 @@ class PrefixCache:
             raise StreamError("a prefix cache does not work with several machines; run without it")
         assert expert_stream.folder is not None
         self._entries = Entries(Path(folder), parse_size(nbytes))
+        self._lossy = expert_stream.lossy is not None
         self.chunk = expert_stream.plan.prefill_tokens
         self._identity = _identity(expert_stream.folder, adapter, self.chunk)
         self.read_tokens = self.written_bytes = 0
@@ -97,6 +98,8 @@ class PrefixCache:
     def save(self, tokens: Sequence[int], caches: Sequence[Any]) -> int:
         """Keep what caches hold, if it is not there and long enough.
 
+        A lossy run keeps nothing: an exact one would go on from what it had computed.
+
         Args:
             tokens: all that the caches hold.
             caches: of one sequence.
@@ -106,7 +109,7 @@ class PrefixCache:
         """
         known = self._known(tokens)
         begin, parent = known[-1] if known else (0, None)
-        if len(tokens) - begin < SHORTEST:
+        if self._lossy or len(tokens) - begin < SHORTEST:
             return 0
         try:
             parts = take(caches, begin, len(tokens))

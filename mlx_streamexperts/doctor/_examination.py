@@ -235,12 +235,13 @@ def _verdict(
 
 def _measure(found: DiscoveredModel, downloaded: bool) -> tuple[Machine, Measured]:
     """Measure what decides the speed here; the drive only if the weights are on it."""
-    expert_bytes = max(x.expert_bytes for x in found.layers)
+    expert_bytes = max((x.expert_bytes for x in found.layers), default=0)
     # No file holds experts that are still to be converted: any shard then stands for the drive.
-    names = expert_files(found.layers) or [str(f) for f in found.shards]
+    names = expert_files(found.layers) or sorted(found.rows.files) or [str(f) for f in found.shards]
     files = [(f, Path(f).stat().st_size) for f in names]
     # A miss reads each part by itself, unless they lie side by side.
-    read_bytes = max(4096, expert_bytes // len(found.layers[0].tensors))
+    parts = len(found.layers[0].tensors) if found.layers else 1
+    read_bytes = max(4096, expert_bytes // parts)  # a row is less than a block of the drive
     direct = downloaded and direct_works(Path(files[0][0]))
     if downloaded:
         print(f"Measuring the drive at {len(_DEPTHS)} depths ...", file=sys.stderr, flush=True)
@@ -253,7 +254,7 @@ def _measure(found: DiscoveredModel, downloaded: bool) -> tuple[Machine, Measure
         memory_rate=memory_rate(),
         drive_rate=best.rate if best else 5e9,
         drive_latency=rates[0].latency if rates else 100e-6,
-        sync_seconds=sync_seconds(layers=len(found.layers)),
+        sync_seconds=sync_seconds(layers=max(1, len(found.layers))),
         layer_seconds=layer_seconds(),
         arithmetic_rate=arithmetic_rate(weight_bits(found.model_config)),
     )

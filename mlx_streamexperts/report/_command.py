@@ -11,6 +11,7 @@ from pathlib import Path
 from .._cli.options import failed
 from .._cli.settings import stream_settings
 from .._errors import StreamError
+from .._experts.lossy import refuse_lossy
 from ._options import NUMBERS, setup_arg_parser
 from ._page import UNFINISHED, check_libraries, limits, write_data, write_page
 from ._report import SCHEMA, VERSION, Report, as_json, from_json
@@ -54,6 +55,7 @@ def _measured(args: argparse.Namespace) -> Path | None:
 
     A run that ends early leaves a page of what was measured.
     """
+    refuse_lossy(args.lossy, "a report")
     config, model = stream_settings(args, _INSTEAD)
     assert model is not None
     settings = _settings(args)

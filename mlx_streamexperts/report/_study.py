@@ -16,7 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from .._closing import Closing
 from .._config import DEFAULT_CONTEXT, StreamConfig, format_size
 from .._errors import StreamError
-from .._experts.stream import ExpertStream, stream
+from .._experts.stream import ExpertStream, refuse_without_experts, stream
 from .._experts.trace import read_trace
 from .._loading.combinations import batches
 from .._loading.load import load, plan
@@ -133,9 +133,10 @@ def with_something_to_stream(folder: str, config: StreamConfig) -> StreamConfig:
     """The same options, with a cache for a quarter of the experts if all of them would fit.
 
     Raises:
-        StreamError: the stated budget holds all of them, or is too small.
+        StreamError: the stated budget holds all of them, or is too small, or there are none.
     """
     there = plan(folder, config=config)
+    refuse_without_experts(there.slots, f"{folder}: a report is about streamed experts")
     if there.resident_share < 1:
         return config
     if config.memory is not None or config.cache is not None:

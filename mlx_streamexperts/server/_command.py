@@ -29,7 +29,8 @@ from .._io.files import room_for_clients
 from .._loading.combinations import Options, check_options
 from .._loading.load import patch, plan, resolve
 from ._audience import Audience
-from ._generation import GenerationThread, top_logprobs
+from ._context import ContextChoice, choose_context, start_line
+from ._generation import GenerationThread, logits_processors, top_logprobs
 from ._http import Handler, is_loopback
 from ._kv_admission import AdmittedBatch, BoundedPromptCache, KVAdmission
 from ._models import ModelProvider
@@ -57,12 +58,17 @@ def main(argv: list[str] | None = None) -> int:
         check_prefix_arguments(args)
         config, model = stream_settings(args, _INSTEAD)
         assert model is not None
+        if config.pressure is None:
+            config = replace(config, pressure="auto")
         served = _served(args.model, model, args.also_serve)
         aliases = dict(zip([args.model or model, *args.also_serve], served.values(), strict=True))
         for other in list(served.values())[1:]:
             check_options(other, config, Options.of(args), args.trust_remote_code)
         if len(served) > 1:
             config = _shared_budget(served, config, args.trust_remote_code)
+        choice = choose_context(list(served.values()), config, args.trust_remote_code)
+        if choice is not None:
+            config = replace(config, context_tokens=choice.tokens)
         args.model = model
         if not args.api_key and not is_loopback(args.host):
             print(
@@ -70,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
                 file=sys.stderr,
             )
         with patch(config=config), _interruptible():
-            _serve(args, served, aliases)
+            _serve(args, served, aliases, choice)
     except StreamError as e:
         return failed(e)
     except OSError as e:  # for example the address is in use
@@ -81,16 +87,24 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _serve(args: argparse.Namespace, served: dict[str, str], aliases: dict[str, str]) -> None:
+def _serve(
+    args: argparse.Namespace,
+    served: dict[str, str],
+    aliases: dict[str, str],
+    choice: ContextChoice | None,
+) -> None:
     """What mlx-lm's `main` does once it has parsed, with our parts; returns when it is stopped."""
     maybe_set_recommended_wired_limit()
     logging.basicConfig(level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s")
     admission = KVAdmission()
     provider = ModelProvider(args, served, aliases, admission)
-    prompt_cache = BoundedPromptCache(admission, args.prompt_cache_size, provider=provider)
     audience = Audience()
+    prompt_cache = BoundedPromptCache(
+        admission, args.prompt_cache_size, provider=provider, audience=audience
+    )
     batch = partial(AdmittedBatch, admission=admission, audience=audience)
-    parts = {"BatchGenerator": batch}
+    processors = partial(logits_processors, make=stock._make_logits_processors)
+    parts = {"BatchGenerator": batch, "_make_logits_processors": processors}
     with swapped(stock, _format_top_logprobs=top_logprobs, **parts):
         generator = GenerationThread(provider, prompt_cache, RequestCounters(), audience)
         if mx.distributed.init().rank() > 0:
@@ -100,6 +114,7 @@ def _serve(args: argparse.Namespace, served: dict[str, str], aliases: dict[str, 
             folders = [Path(f) for f in set(served.values())]
             own = {
                 "_generator": generator,
+                "_choice": choice,
                 "connections": room_for_clients(MOST_CONNECTIONS, folders),
             }
             bound = type("Bound", (Server,), own)  # mlx-lm sets the address family on the class
@@ -111,7 +126,8 @@ def _serve(args: argparse.Namespace, served: dict[str, str], aliases: dict[str, 
 class Server(ThreadingHTTPServer):
     """Accepts connections at once, and answers them when the model is loaded."""
 
-    _generator: GenerationThread  # of a subclass
+    _generator: GenerationThread  # of a subclass, as is `_choice`
+    _choice: ContextChoice | None = None
     connections = MOST_CONNECTIONS
     request_queue_size = 128  # clients that may be asking for a connection at one moment
 
@@ -146,7 +162,11 @@ class Server(ThreadingHTTPServer):
                 raise self._generator.failure
             host, port = str(self.server_address[0]), self.server_address[1]
             host = f"[{host}]" if ":" in host else host
-            print(f"Serving at http://{host}:{port}", file=sys.stderr, flush=True)
+            opened = self._generator.model_provider.expert_stream
+            line = start_line(
+                f"http://{host}:{port}", opened.plan if opened else None, self._choice
+            )
+            print(line, file=sys.stderr, flush=True)
             super().serve_forever(poll_interval)
         finally:
             self._generator.stopping = True

@@ -161,6 +161,11 @@ class _Collector:
             return
         s = expert_stream.stats()
         yield gauge(
+            "expert_cache_given_back_bytes",
+            "Part of the planned expert cache that other programs have while memory is short",
+            s.given_back,
+        )
+        yield gauge(
             "layer_hit_rate",
             "Share of needed experts that were resident",
             s.layer_hit_rates,
@@ -199,6 +204,13 @@ class _Collector:
         yield counter("read_ahead_bytes", "Bytes prefetched", s.read.speculative_bytes)
         yield counter(
             "read_delay_seconds", "Time demand reads waited behind prefetches", s.read.delay_seconds
+        )
+        yield counter("lossy_experts_chosen", "Experts chosen in lossy layers", s.lossy.chosen)
+        yield counter("lossy_experts_left_out", "Of those, experts left out", s.lossy.left_out)
+        yield gauge(
+            "lossy_mass_left_out",
+            "Share of the router's mass in lossy layers that was left out",
+            s.lossy.mass_left_out,
         )
         yield counter("layer_seconds", "Time in expert layers, by phase", {**s.seconds}, "phase")
 

@@ -17,6 +17,7 @@ from .._cli.settings import stream_settings
 from .._cli.terminal import Row, print_rows
 from .._config import SAVED, StreamConfig
 from .._errors import StreamError
+from .._experts.lossy import refuse_lossy
 from .._experts.stream import expert_files
 from .._io.files import direct_works
 from .._io.output import exclusive
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config, model = stream_settings(args, _INSTEAD)
         assert model is not None
+        refuse_lossy(config.lossy, "tuning")
         if config.pipeline:
             raise StreamError("tuning is for one machine: leave out --pipeline")
         prompts = read_prompts(args.prompts) if args.prompts else shipped_prompts()
