@@ -110,6 +110,9 @@ def _tune(args: argparse.Namespace, runner: Runner, config: StreamConfig) -> int
 
         def note(record: Record) -> None:
             bar.update(record["phase"] == "search")
+            if record["phase"] == "baseline" and not once:
+                room = f"there is time for about {tuner.candidates} candidates"
+                bar.write(f"The defaults are measured; {room}", file=sys.stderr)
             if record.get("kept"):
                 bar.set_postfix_str(f"{record['ratio']:.3f}x {_said(record['settings'])}")
             if record.get("disqualified"):
@@ -125,6 +128,11 @@ def _tune(args: argparse.Namespace, runner: Runner, config: StreamConfig) -> int
             print(json.dumps(record), flush=True)
             return 0 if record["ratio"] is not None else 1
         print(f"Tuning {runner.plan}; every trial: {ledger}", file=sys.stderr)
+        print(
+            f"It takes at most about {args.time_limit / 60:.3g} minutes (--time-limit); Ctrl-C "
+            "ends it with the best so far",
+            file=sys.stderr,
+        )
         outcome = tuner.tune()
         rows = _rows(outcome)
         if outcome.best:
