@@ -21,6 +21,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from .._analysis.quality import measure, recommendation
 from .._cache.expert_map import POLICIES
 from .._cli.options import failed, make_parser, stream_settings
 from .._cli.terminal import Row, print_rows
@@ -30,6 +31,7 @@ from .._experts.lossy import refuse_lossy
 from .._experts.stream import expert_files
 from .._io.files import direct_works
 from .._io.output import exclusive
+from .._loading.demo import demo_model
 from .._loading.tuned_for import tuned_for
 from .._progress import progress_bar
 from ._ledger import Ledger
@@ -78,6 +80,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the search (default: 0)")
     add("--once", type=settings, metavar="JSON",
         help="run one trial of these settings, print its line and save nothing")  # fmt: skip
+    add("--quality-budget", type=float, metavar="SHARE",
+        help="afterwards, measure lossy settings on the prompts and name the fastest one that "
+        "raises perplexity by at most this (0.01 is 1 %%). Nothing lossy is saved")  # fmt: skip
     add("--dry-run", action="store_true", help="print the values to try, and load nothing")
     add("--trust-remote-code", action="store_true")
     return make_parser(parser, "python -m mlx_streamexperts.tune", __doc__)
@@ -166,8 +171,24 @@ def _tune(args: argparse.Namespace, runner: Runner, config: StreamConfig) -> int
         if outcome.best:
             _save(outcome.best, runner, config, args.out)
             rows += [("Settings", str(args.out)), ("Use", _command(args))]
+        if args.quality_budget is not None:
+            best = outcome.best["settings"] if outcome.best else {}
+            rows.append(("Lossy", _lossy(args, runner, best)))
     print_rows([*rows, ("Ledger", str(ledger))], "Tuning")
     return 0
+
+
+def _lossy(args: argparse.Namespace, runner: Runner, best: Settings) -> str:
+    """What leaving experts out would bring on the prompts, beside the best settings."""
+    model = args.model or str(demo_model())
+    config, texts = runner.applied(best, runner.config), runner.workload.prompts
+    try:
+        found = measure(
+            model, config, texts, prompt=16, items=0, trust=args.trust_remote_code
+        )  # fmt: skip
+        return recommendation(list(found), args.quality_budget)
+    except StreamError as e:
+        return f"not measured: {e}"
 
 
 def _save(best: Record, runner: Runner, config: StreamConfig, out: Path) -> None:
