@@ -11,6 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from .._analysis.quality import measure, recommendation
 from .._cache.expert_map import POLICIES
 from .._cli.options import failed
 from .._cli.settings import stream_settings
@@ -21,6 +22,7 @@ from .._experts.lossy import refuse_lossy
 from .._experts.stream import expert_files
 from .._io.files import direct_works
 from .._io.output import exclusive
+from .._loading.demo import demo_model
 from .._loading.tuned_for import tuned_for
 from .._progress import progress_bar
 from ._ledger import Ledger
@@ -138,8 +140,24 @@ def _tune(args: argparse.Namespace, runner: Runner, config: StreamConfig) -> int
         if outcome.best:
             _save(outcome.best, runner, config, args.out)
             rows += [("Settings", str(args.out)), ("Use", _command(args))]
+        if args.quality_budget is not None:
+            best = outcome.best["settings"] if outcome.best else {}
+            rows.append(("Lossy", _lossy(args, runner, best)))
     print_rows([*rows, ("Ledger", str(ledger))], "Tuning")
     return 0
+
+
+def _lossy(args: argparse.Namespace, runner: Runner, best: Settings) -> str:
+    """What leaving experts out would bring on the prompts, beside the best settings."""
+    model = args.model or str(demo_model())
+    config, texts = runner.applied(best, runner.config), runner.workload.prompts
+    try:
+        found = measure(
+            model, config, texts, prompt=16, items=0, trust=args.trust_remote_code
+        )  # fmt: skip
+        return recommendation(list(found), args.quality_budget)
+    except StreamError as e:
+        return f"not measured: {e}"
 
 
 def _save(best: Record, runner: Runner, config: StreamConfig, out: Path) -> None:
