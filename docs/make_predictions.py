@@ -67,7 +67,8 @@ def row(model: KnownModel, mac: str) -> str:
     ]
     return (
         f"| {mac} | {model.name} | {plan.resident_share:.0%} | {span(p.tokens_per_s)} | "
-        f"{first} | {model.disk / 1e9:.0f} GB | {', '.join(reported)} |\n"
+        f"{first} | {'' if model.exact else 'about '}{model.disk / 1e9:.0f} GB | "
+        f"{', '.join(reported)} |\n"
     )
 
 
@@ -149,7 +150,7 @@ value, and trust comparisons more than figures.
   which take longer.
 
 The formula is in `_analysis/predict.py`. Sizes are in `_analysis/catalogue.py`; those of Kimi K2.5 and
-Qwen3.5-397B are the full-size stand-ins', the others follow from public configurations.
+Qwen3.5-397B are the checkpoints' own, the others ("about") follow from public configurations.
 """  # noqa: E501
 
 

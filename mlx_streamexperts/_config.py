@@ -7,6 +7,7 @@ and `lossy` changes a result; `tune` relies on that for the ones marked as tuned
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import numbers
 import operator
@@ -218,7 +219,8 @@ class StreamConfig:
         "is cached. A level from 0 (exact) to 3, or ways: skip=SHARE leaves out missing experts "
         "below this share of a token's router mass, prefer=SHARE lets resident experts stand in "
         "for missing ones up to this share, top=COUNT[@FIRST-LAST] keeps the COUNT strongest (in "
-        "these expert layers). Default: 0",
+        "these expert layers). python -m mlx_streamexperts.quality measures the price. "
+        "Default: 0",
     )
     rows: str = _option(
         "auto",
@@ -388,6 +390,24 @@ class StreamConfig:
         return replace(self, **own)
 
 
+def as_config(config: StreamConfig | dict[str, Any] | None) -> StreamConfig:
+    """The options that a caller gives, which may be a dict of them.
+
+    Raises:
+        StreamError: there is no such option, or a value is not understood.
+    """
+    if config is None or isinstance(config, StreamConfig):
+        return config or StreamConfig()
+    if not isinstance(config, dict):
+        raise StreamError(f"config must be a StreamConfig or a dict of its options, got {config!r}")
+    names = [f.name for f in fields(StreamConfig)]
+    if unknown := [str(n) for n in config if n not in names]:
+        alike = difflib.get_close_matches(unknown[0], names, n=1)
+        hint = f"did you mean {alike[0]!r}?" if alike else f"the options are {', '.join(names)}"
+        raise StreamError(f"config: there is no option {unknown[0]!r}; {hint}")
+    return StreamConfig(**config)
+
+
 DEFAULTS: dict[str, Any] = {
     f.name: f.metadata["default"] for f in fields(StreamConfig) if "tuned" in f.metadata
 }
@@ -400,7 +420,9 @@ SAVED = tuple(f.name for f in fields(StreamConfig) if f.name not in (*_PER_RUN, 
 
 def _check_size(name: str, size: float | str) -> None:
     try:
-        parse_size(size)
+        nbytes = parse_size(size)
+        if nbytes < 1024 and name in ("memory", "cache"):
+            raise StreamError(f"{size} is a size of {nbytes} bytes: did you mean '{nbytes}GB'?")
     except StreamError as e:
         raise StreamError(f"{name}: {e}") from e
 

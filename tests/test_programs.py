@@ -7,7 +7,9 @@ import io
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -303,3 +305,22 @@ def test_the_summary_tells_drafts_and_reads_per_token() -> None:
         assert rows([expert_stream], Timing())[0][0] == "Experts"
         both = [label for label, _ in rows([expert_stream, expert_stream], Timing())]
         assert both.count("Experts (second model)") == 1
+
+
+@pytest.mark.parametrize(
+    ("thinks", "stated", "room"), [(True, False, 4096), (True, True, 9), (False, False, 9)]
+)
+def test_a_model_that_thinks_gets_room_to_answer(
+    thinks: bool, stated: bool, room: int, monkeypatch: Patch
+) -> None:
+    stock, asked = importlib.import_module("mlx_lm.chat"), []
+
+    def generating(model: object, tokenizer: object, max_tokens: int) -> Iterator[str]:
+        asked.append(max_tokens)
+        yield "text"
+
+    monkeypatch.setattr(stock, "stream_generate", generating)
+    with chat._room_to_think(stated):
+        tokenizer = SimpleNamespace(has_thinking=thinks)
+        assert list(stock.stream_generate(None, tokenizer, max_tokens=9)) == ["text"]
+    assert asked == [room] and stock.stream_generate is generating

@@ -172,43 +172,6 @@ def _of_experts(expert_stream: ExpertStream, timing: Timing) -> list[Row]:
     stats, plan = expert_stream.stats(), expert_stream.plan
     if not expert_stream.layers:
         return []
-    if stats.resident_layers == len(expert_stream.layers):
-        return [("Experts", "all resident, nothing was streamed")]
-    waited = stats.read.wait_seconds
-    share = f", {waited / timing.total:.0%} of the time" if timing.total else ""
-    lines = [
-        (
-            "Experts",
-            f"{stats.cache.hit_rate:.1%} hit rate with {plan.resident_share:.1%} resident "
-            f"({stats.cache.compulsory} first uses, {stats.cache.capacity} misses after eviction)",
-        ),
-        (
-            "Read",
-            f"{format_size(stats.read.bytes)} in {stats.read.reads} reads, "
-            f"waited {waited:.3f} s{share}",
-        ),
-    ]
-    lines += _store(expert_stream, timing)
-    if (ran := stats.run_ahead).steps:
-        lines.append(
-            (
-                "Run-ahead",
-                f"saved {ran.speculated} waits for the device, {ran.synced} were left; "
-                f"{ran.exact_at_once} of {ran.steps} steps exact at once, "
-                f"{ran.passes / ran.steps:.2f} passes per step",
-            )
-        )
-    if stats.prefetch.issued:
-        lines.append(
-            (
-                "Prefetch",
-                f"{stats.prefetch.issued} experts, {stats.cache.prefetched} used "
-                f"({stats.prefetch.late} of them late), {stats.cache.wasted} wasted, "
-                f"{stats.prefetch.cancelled} cancelled; delayed demand reads by "
-                f"{stats.read.delay_seconds:.3f} s; {stats.prefetching_layers} of "
-                f"{len(expert_stream.layers)} layers prefetch",
-            )
-        )
-    if stats.beats:
-        lines.append(("Kept awake", f"by {stats.beats} small matmuls while nothing else ran"))
-    return lines
+    share = f", {stats.read.wait_seconds / timing.total:.0%} of the time" if timing.total else ""
+    lines = stats.lines(f" with {plan.resident_share:.1%} resident", share)
+    return [*lines, *_store(expert_stream, timing)]

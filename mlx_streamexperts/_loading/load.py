@@ -18,7 +18,7 @@ import mlx.nn as nn
 import mlx_lm.utils
 
 from .._cache.lossy import Ways
-from .._config import StreamConfig, parse_size
+from .._config import StreamConfig, as_config, parse_size
 from .._distributed.pipeline import wait_on_host
 from .._distributed.ranks import Ranks
 from .._distributed.watch import Watch
@@ -54,9 +54,9 @@ _TRUNK_STEP_BYTES = 256 << 20
 def load(
     path_or_hf_repo: str,
     *args: Any,
-    memory: int | str | None = None,
-    cache: int | str | None = None,
-    config: StreamConfig | None = None,
+    memory: float | str | None = None,
+    cache: float | str | None = None,
+    config: StreamConfig | dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> tuple[Any, ...]:
     """Load a Mixture-of-Experts model whose experts are streamed from disk.
@@ -67,7 +67,8 @@ def load(
         path_or_hf_repo: model folder or Hugging Face repository, as `mlx_lm.load` takes it.
         memory: bound for all of MLX's memory: bytes, or a string such as "96GB".
         cache: bound for the expert cache alone: bytes, or a string.
-        config: further options; `memory` and `cache` override its own.
+        config: further options, as a `StreamConfig` or a dict of them; `memory` and `cache`
+            override its own.
         *args, **kwargs: any other arguments of `mlx_lm.load`, or of `mlx_vlm.load`.
 
     Returns:
@@ -94,9 +95,9 @@ def load(
 
 def plan(
     path_or_hf_repo: str,
-    memory: int | str | None = None,
-    cache: int | str | None = None,
-    config: StreamConfig | None = None,
+    memory: float | str | None = None,
+    cache: float | str | None = None,
+    config: StreamConfig | dict[str, Any] | None = None,
     trust_remote_code: bool = False,
     machine: str | None = None,
 ) -> Plan:
@@ -191,9 +192,9 @@ class patch:  # noqa: N801 - called like a function
 
     def __init__(
         self,
-        memory: int | str | None = None,
-        cache: int | str | None = None,
-        config: StreamConfig | None = None,
+        memory: float | str | None = None,
+        cache: float | str | None = None,
+        config: StreamConfig | dict[str, Any] | None = None,
     ) -> None:
         self.config = _merged(memory, cache, config)
         self.streams: list[ExpertStream] = []
@@ -377,9 +378,11 @@ def _load_trunk(model: nn.Module, progress: bool) -> None:
 
 
 def _merged(
-    memory: int | str | None, cache: int | str | None, config: StreamConfig | None
+    memory: float | str | None,
+    cache: float | str | None,
+    config: StreamConfig | dict[str, Any] | None,
 ) -> StreamConfig:
     """`config` with the caller's `memory` and `cache`, and with all defaults."""
     stated = {k: v for k, v in (("memory", memory), ("cache", cache)) if v is not None}
-    merged = replace(config or StreamConfig(), **stated)  # type: ignore[arg-type]
+    merged = replace(as_config(config), **stated)  # type: ignore[arg-type]
     return merged.with_defaults()

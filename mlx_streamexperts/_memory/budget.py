@@ -42,7 +42,7 @@ _TOP_K_KEYS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Division of a memory budget over a model. All sizes in bytes.
 
@@ -232,6 +232,9 @@ class Plan:
             + (f"; {format_size(self.tables)} of tables stay on the drive" if self.tables else "")
         )
 
+    def __repr__(self) -> str:
+        return f"<Plan: {self}>"
+
     def _rest(self) -> str:
         """What else a stated budget is for, so that its parts add up."""
         if self.memory is None:
@@ -318,8 +321,8 @@ def divide(
             raise BudgetError(
                 f"memory={format_size(memory)} is too small: {parts}"
                 + (f" and the fewest experts that {len(layers)} layers work with" if layers else "")
-                + f" need {least:,} bytes ({format_size(least)}). Smaller --context-tokens or "
-                "--prefill-tokens need less.",
+                + f" need {least:,} bytes ({format_size(least)}). Smaller context_tokens or "
+                "prefill_tokens need less.",
                 needed_bytes=least,
             )
         cache = memory - fixed - process

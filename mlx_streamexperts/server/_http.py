@@ -32,10 +32,12 @@ from mlx_lm import server as stock
 from .._cache.lossy import Ways
 from .._errors import StreamError
 from .._progress import Progress
+from ._apis.anthropic import CountForm, MessagesForm
 from ._apis.form import Form, Usage
 from ._apis.openai import ChatForm, TextForm
 from ._choices import interleaved
 from ._generation import Client, GenerationThread
+from ._log import Answered, log
 from ._metrics import live, prometheus
 from ._refusals import Asked, ClientGone, Refused, generation_failed
 from ._replies import Piece, Reply
@@ -53,6 +55,8 @@ FORMS: dict[str, type[Form]] = {
     "/v1/chat/completions": ChatForm,
     "/chat/completions": ChatForm,
     "/v1/completions": TextForm,
+    "/v1/messages": MessagesForm,
+    "/v1/messages/count_tokens": CountForm,
 }
 """The API at each path that generates text."""
 
@@ -121,6 +125,7 @@ class Handler(stock.APIHandler):
         self.generator = generator
         self.options = generator.cli_args
         self.began = False  # whether the reply has begun
+        self._answered: Answered | None = None  # the request for text under way
         self.form_path = ""  # of the request, while mlx-lm's handler runs under a path of its own
         view: Any = Client(generator, request)
         super().__init__(view, request, *args, **options)
@@ -142,6 +147,8 @@ class Handler(stock.APIHandler):
                 body, policy = live_page()
                 headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
                 self._send(body, "text/html; charset=utf-8", headers)
+            elif self.path == "/health" and not self.generator.ready.is_set():
+                self._send_json({"status": "loading"}, 503)
             elif self.path == "/health":
                 super().do_GET()
             elif self.path == "/live.json":
@@ -169,7 +176,16 @@ class Handler(stock.APIHandler):
             self._refuse(e)
 
     def do_POST(self) -> None:  # noqa: N802
-        """Check a request for text, then let mlx-lm's handler run it."""
+        """Check a request for text, let mlx-lm's handler run it, and log how it ended."""
+        begin = time.monotonic()
+        self._answered = Answered(self.address_string(), "POST", self.path)
+        self._answered.outcome = self._post()
+        self._answered.seconds = time.monotonic() - begin
+        log(self._answered)
+        self._answered = None
+
+    def _post(self) -> str:
+        """Answer a request for text; returns its outcome, one of `OUTCOMES`."""
         counters = self.generator.counters
         try:
             self._check_host()
@@ -191,11 +207,11 @@ class Handler(stock.APIHandler):
         except Refused as e:
             counters.refused()
             self._refuse(e)
-            return
+            return "refused"
         except (ConnectionError, TimeoutError):
             counters.refused()
             self.close_connection = True
-            return
+            return "refused"
         outcome, rfile = "failed", self.rfile
         try:
             del self.headers["Content-Length"]
@@ -222,6 +238,7 @@ class Handler(stock.APIHandler):
         finally:
             self.rfile, self.path = rfile, self.form_path
             counters.end(outcome)
+        return outcome
 
     # Checks
 
@@ -326,13 +343,18 @@ class Handler(stock.APIHandler):
         try:
             super().handle_completion(request, [])  # mlx-lm would match stop strings by token
         except Asked as asked:
-            self._answer(self._choices(request, asked.arguments), stop_words)
+            choices = self._choices(request, asked.arguments)
+            if self._form.count(0) is not None:
+                self._send_json(self._form.count(self.generator.count_prompt(*choices[0])))
+            else:
+                self._answer(choices, stop_words)
 
     # Replies
 
     def _choices(self, request: Any, arguments: Any) -> list[tuple[Any, Any]]:
         """The request and mlx-lm's arguments for each reply: `n` to each of the prompts."""
         arguments.shape = shape_of(self.body)
+        arguments.effort = self.body.get("reasoning_effort")
         count = self.body.get("n", 1)
         prompts = [request.prompt] if request.request_type == "chat" else request.prompt
         found = []
@@ -391,6 +413,12 @@ class Handler(stock.APIHandler):
         finally:
             for client in clients:
                 client.ended = True
+            if (answered := self._answered) is not None:
+                used = self._usage(replies)
+                answered.prompt_tokens, answered.cached_tokens = used.prompt, used.cached
+                answered.tokens = used.completion
+                seconds = [c.first_token for c in clients if c.first_token is not None]
+                answered.first_token_seconds = min(seconds, default=None)
 
     def _pieces(
         self, client: Client, request: Any, arguments: Any, stops: list[str]
@@ -499,9 +527,11 @@ class Handler(stock.APIHandler):
         self._refuse(Refused(int(code), message or HTTPStatus(code).phrase))
 
     def log_request(self, code: Any = "-", size: Any = "-") -> None:
-        """Log one line per request, but none for paths that are polled."""
-        if self.path not in ("/live.json", "/metrics", "/health"):
-            logging.info(f"{self.address_string()} {self.command or ''} {self.path!r} {int(code)}")
+        """Log a line, but none for paths that are polled, nor before a request for text is over."""
+        if self._answered is not None:
+            self._answered.status = int(code)
+        elif self.path not in ("/live.json", "/metrics", "/health"):
+            log(Answered(self.address_string(), self.command or "", self.path, int(code)))
 
     def log_message(self, format: str, *args: Any) -> None:
         logging.info(format % args)

@@ -13,6 +13,7 @@ import os
 
 from .._cli.options import add_prefix_arguments, make_parser
 from .._cli.stock_parsers import stock_parser
+from ._log import FORMATS
 
 _KEY_VARIABLE = "STREAMEXPERTS_API_KEY"
 
@@ -47,6 +48,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--max-body", default="16MiB", help="longest request body (default: %(default)s)"
+    )
+    group.add_argument(
+        "--log-format",
+        choices=FORMATS,
+        default=FORMATS[0],
+        help="a line of text or of JSON for each request (default: %(default)s)",
     )
     group.add_argument(
         "--fetch-images",

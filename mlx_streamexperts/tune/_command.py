@@ -11,6 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from .._analysis.quality import measure, recommendation
 from .._cache.expert_map import POLICIES
 from .._cli.options import failed
 from .._cli.settings import stream_settings
@@ -21,6 +22,7 @@ from .._experts.lossy import refuse_lossy
 from .._experts.stream import expert_files
 from .._io.files import direct_works
 from .._io.output import exclusive
+from .._loading.demo import demo_model
 from .._loading.tuned_for import tuned_for
 from .._progress import progress_bar
 from ._ledger import Ledger
@@ -118,6 +120,9 @@ def _tune(args: argparse.Namespace, runner: Runner, config: StreamConfig) -> int
 
         def note(record: Record) -> None:
             bar.update(record["phase"] == "search")
+            if record["phase"] == "baseline" and not once:
+                room = f"there is time for about {tuner.candidates} candidates"
+                bar.write(f"The defaults are measured; {room}", file=sys.stderr)
             if record.get("kept"):
                 bar.set_postfix_str(f"{record['ratio']:.3f}x {_said(record['settings'])}")
             if record.get("disqualified"):
@@ -133,13 +138,34 @@ def _tune(args: argparse.Namespace, runner: Runner, config: StreamConfig) -> int
             print(json.dumps(record), flush=True)
             return 0 if record["ratio"] is not None else 1
         print(f"Tuning {runner.plan}; every trial: {ledger}", file=sys.stderr)
+        print(
+            f"It takes at most about {args.time_limit / 60:.3g} minutes (--time-limit); Ctrl-C "
+            "ends it with the best so far",
+            file=sys.stderr,
+        )
         outcome = tuner.tune()
         rows = _rows(outcome)
         if outcome.best:
             _save(outcome.best, runner, config, args.out)
             rows += [("Settings", str(args.out)), ("Use", _command(args))]
+        if args.quality_budget is not None:
+            best = outcome.best["settings"] if outcome.best else {}
+            rows.append(("Lossy", _lossy(args, runner, best)))
     print_rows([*rows, ("Ledger", str(ledger))], "Tuning")
     return 0
+
+
+def _lossy(args: argparse.Namespace, runner: Runner, best: Settings) -> str:
+    """What leaving experts out would bring on the prompts, beside the best settings."""
+    model = args.model or str(demo_model())
+    config, texts = runner.applied(best, runner.config), runner.workload.prompts
+    try:
+        found = measure(
+            model, config, texts, prompt=16, items=0, trust=args.trust_remote_code
+        )  # fmt: skip
+        return recommendation(list(found), args.quality_budget)
+    except StreamError as e:
+        return f"not measured: {e}"
 
 
 def _save(best: Record, runner: Runner, config: StreamConfig, out: Path) -> None:
