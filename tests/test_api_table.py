@@ -18,6 +18,7 @@ MESSAGES = {"messages": [{"role": "user", "content": "a"}]}
 NEEDED: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": MESSAGES,
     "/v1/completions": {"prompt": "a"},
+    "/v1/responses": {"input": "a"},
     "/v1/messages": {**MESSAGES, "max_tokens": 5},
 }
 

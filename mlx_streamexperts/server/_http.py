@@ -34,6 +34,7 @@ from .._progress import Progress
 from ._apis.anthropic import CountForm, MessagesForm
 from ._apis.form import Form, Usage
 from ._apis.openai import ChatForm, TextForm
+from ._apis.responses import ResponsesForm
 from ._choices import interleaved
 from ._generation import Client, GenerationThread
 from ._metrics import live, prometheus
@@ -53,6 +54,7 @@ FORMS: dict[str, type[Form]] = {
     "/v1/chat/completions": ChatForm,
     "/chat/completions": ChatForm,
     "/v1/completions": TextForm,
+    "/v1/responses": ResponsesForm,
     "/v1/messages": MessagesForm,
     "/v1/messages/count_tokens": CountForm,
 }
