@@ -129,13 +129,17 @@ def letters(folder: Path, words: int) -> Path:
 
 
 @contextmanager
-def serving(*argv: str) -> Iterator[Running]:
-    """Run the command at a free port until the block ends; then check that everything is gone."""
+def serving(*argv: str, at_once: bool = False) -> Iterator[Running]:
+    """Run the command at a free port until the block ends; then check that everything is gone.
+
+    The block begins when the model is loaded, or `at_once` when the server accepts connections.
+    """
     begun: queue.Queue[Any] = queue.Queue()
 
     class Told(server.Server):
         def serve_forever(self, poll_interval: float = 0.5) -> None:
-            self._generator.ready.wait()
+            if not at_once:
+                self._generator.ready.wait()
             if self._generator.failure is None:  # else it ends, and nobody could shut it down
                 begun.put(self)
             super().serve_forever(0.05)

@@ -80,7 +80,9 @@ def test_the_line_says_what_a_context_costs() -> None:
     found = plan(demo_model(), config=StreamConfig(memory="120MB", context_tokens=8192))
     line = start_line(url, found, ContextChoice(8192, 0.034))
     assert line.startswith(f"Serving at {url}: {found.resident_share:.0%} of the experts")
-    assert "within 120 MB, 8,192 tokens of context (69.2 MB, 3.4% of the experts less" in line
+    assert (
+        "within 120 MB, room for 8,192 tokens of context (69.2 MB, 3.4% of the experts less" in line
+    )
     assert start_line(url, None, None) == f"Serving at {url}"
     assert "within a cache of" in start_line(url, replace(found, memory=None), None)
 

@@ -14,6 +14,8 @@ from mlx_streamexperts.server._generation import restore_random_state, stock
 from mlx_streamexperts.server._request_checks import CHAT_FIELDS, NO_EFFECT, TEXT_FIELDS
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+pytestmark = pytest.mark.usefixtures("compiled")  # so random states reach samplers as for users
+
 GOOD: dict[str, dict[str, Any]] = {
     CHAT: {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2},
     TEXT: {"prompt": "a", "max_tokens": 2},
@@ -45,6 +47,7 @@ BAD: dict[str, tuple[Any, ...]] = {
         {" 1": 1}, {"-1": 1}, {"99999999": 1}, {str(2**63): 1}, {"9" * 5000: 1}, {HALF: 1},
     ),
     "logprobs": (-1, 12, 2**63, 1.0, "1", *NOT_FINITE, *STRANGE),
+    "lossy": (*INTEGERS, 1, 4),
     "max_completion_tokens": (*INTEGERS, 0),
     "max_tokens": (*INTEGERS, 0),
     "messages": (

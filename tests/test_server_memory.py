@@ -158,7 +158,7 @@ def test_what_cannot_start_says_why_in_a_line(capsys: pytest.CaptureFixture[str]
         (["--memory", "1MB"], "too small"),
         (["--also-serve", str(demo_model())], "already"),
         (["--max-body", "much"], "not a size"),
-        (["--model", "/no/such/folder"], "neither a model folder"),
+        (["--model", "/no/such/folder"], "/no/such/folder: there is no such folder"),
     ):
         assert server.main(["--port", "0", *quiet, *arguments]) == 1
         error = capsys.readouterr().err.splitlines()[-1]

@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .._cache.expert_map import CacheStats, LayerNeed, fewest_slots, share_slots
+from .._cache.lossy import LossyStats, Ways
 from .._closing import Closing
 from .._config import StreamConfig, format_size, parse_size
 from .._distributed.pipeline import Stage
@@ -46,6 +47,7 @@ from .follower import Follower
 from .hot_set import read_hot_set, read_in, save_hot_set
 from .keep_awake import KeepAwake
 from .layer import OVERLAPS, PHASES, ExpertLayer
+from .lossy import LossyRun
 from .prefetch import SMALL_EXPERT_BYTES
 from .pressure import PressureWatch
 from .rows import Rows
@@ -69,6 +71,7 @@ class ExpertStream(Closing):
 
     Attributes:
         layers: the expert layers in model order, for diagnosis; not part of the stable interface.
+            None if only tables that are looked up by token are streamed.
         plan: how the budget was divided.
         config: the options in force.
         bypasses_page_cache: whether reads go past the system's page cache.
@@ -79,7 +82,10 @@ class ExpertStream(Closing):
         token_rows: tokens that the model knows; None if its own code does not tell.
         on_pass: hear of the model's passes.
         folder: the checkpoint's; None for a model that did not come from a folder.
+        lossy: what passes leave out; None for a model that was loaded exact.
     """
+
+    lossy: LossyRun | None = None
 
     folder: Path | None = None
 
@@ -146,7 +152,9 @@ class ExpertStream(Closing):
             cache=total,
             read=ReadStats(**asdict(self._reader.stats)),
             layer_hit_rates={x.name: x.cache.stats.hit_rate for x in self.layers},
-            prefetch=PrefetchStats(**{k: sum(p[k] for p in prefetch) for k in prefetch[0]}),
+            prefetch=PrefetchStats(
+                **{f.name: sum(p[f.name] for p in prefetch) for f in fields(PrefetchStats)}
+            ),
             prefetching_layers=sum(
                 x.prefetcher is not None and x.prefetcher.on for x in self.layers
             ),
@@ -159,6 +167,7 @@ class ExpertStream(Closing):
             rows=self._rows.stats(),
             beats=self._keep_awake.beats if self._keep_awake is not None else 0,
             given_back=self._given_back,
+            lossy=self.lossy.stats() if self.lossy is not None else LossyStats(),
         )
 
     def reset(self) -> None:
@@ -168,6 +177,8 @@ class ExpertStream(Closing):
         if self.run_ahead is not None:
             self.run_ahead.stats = RunAheadStats()
         self._rows.reset()
+        if self.lossy is not None:
+            self.lossy.reset()
         self._reader.stats = ReadStats()
         if self._keep_awake is not None:
             self._keep_awake.beats = 0
@@ -185,9 +196,17 @@ class ExpertStream(Closing):
             A context manager. The file exists when it is closed, or this stream is.
 
         Raises:
-            StreamError: this stream is closed, or another recording into that file is under way.
+            StreamError: this stream is closed, another recording into that file is under way, or
+                the model is lossy.
             OSError: the file cannot be created.
+            UnsupportedModelError: the model has no experts.
         """
+        refuse_without_experts(self.layers, "A trace records which experts were chosen")
+        if self.lossy is not None:
+            raise StreamError(
+                f"{path}: a trace records what routers choose, and this model was loaded with "
+                f"lossy={self.config.lossy!r}, which leaves experts out; load it exact to record"
+            )
         return self._record(lambda: Trace(path, self.layers, self.plan))
 
     def timeline(self, path: str | os.PathLike[str]) -> Timeline:
@@ -203,7 +222,9 @@ class ExpertStream(Closing):
         Raises:
             StreamError: this stream is closed, or another recording into that file is under way.
             OSError: the file cannot be created.
+            UnsupportedModelError: the model has no experts.
         """
+        refuse_without_experts(self.layers, "A timeline records what expert layers wait for")
         return self._record(lambda: Timeline(path, self.layers, self._reader))
 
     def follow(
@@ -243,8 +264,10 @@ class ExpertStream(Closing):
         Raises:
             StreamError: this stream is closed.
             CheckpointError: the checkpoint's files cannot be read.
+            UnsupportedModelError: the model has no experts.
         """
         self._check_open()
+        refuse_without_experts(self.layers, "A hot set holds experts")
         save_hot_set(self.layers, Path(path))
 
     def resize(self, cache: int | str) -> None:
@@ -258,8 +281,10 @@ class ExpertStream(Closing):
                 is held; nothing has changed.
             StreamError: the size is not understood, or this stream is closed.
             ExpertReadError: a layer that is now wholly resident could not be read in.
+            UnsupportedModelError: the model has no experts.
         """
         self._check_open()
+        refuse_without_experts(self.layers, "Only the experts' cache can be resized")
         slots = share_slots(parse_size(cache), self.needs())
         taken = sum(n * x.expert_bytes for n, x in zip(slots, self.layers, strict=True))
         reserve = parse_size(self.config.reserve) if self.config.reserve else 0
@@ -510,7 +535,7 @@ class ExpertStream(Closing):
 
     def _make_keep_awake(self) -> KeepAwake | None:
         wanted = {"auto": on_metal(), "on": True, "off": False}[self.config.keep_awake]
-        if not wanted:
+        if not (wanted and self.layers):
             return None
         if self.config.keep_awake == "on":
             return KeepAwake(len(self.layers), always=True, scarce=lambda: False)
@@ -519,18 +544,24 @@ class ExpertStream(Closing):
     def _make_run_ahead(self) -> RunAhead | None:
         """None if it is off or impossible, or if the host is the device and never waits for it."""
         wanted = {"auto": mx.default_device() != mx.cpu, "on": True, "off": False}
-        if not (wanted[self.config.run_ahead] and self.in_place):
+        if not (wanted[self.config.run_ahead] and self.in_place and self.layers):
+            return None
+        lossy = Ways.parse(self.config.lossy)
+        if lossy is not None and lossy.prefer:  # stand-ins are chosen on the host
+            if self.config.run_ahead == "on":
+                _log.warning("run_ahead does not work with lossy prefer: each router is awaited")
             return None
         top_k = max(need.top_k for need in self.needs())
         always = self.config.run_ahead == "on"
         return RunAhead(
-            self.layers, top_k, self._guard, lambda: self._reader.stats.wait_seconds, always
-        )
+            self.layers, top_k, self._guard, lambda: self._reader.stats.wait_seconds, always,
+            lossy is not None,
+        )  # fmt: skip
 
     def _decide_bypass(self) -> bool:
         if self.config.bypass_page_cache == "off":
             return False
-        files = expert_files(self.layers)
+        files = expert_files(self.layers) or sorted(self._rows.files)
         possible = all(direct_works(Path(f)) for f in files[:1])
         if self.config.bypass_page_cache == "on":
             if not possible:
@@ -586,6 +617,23 @@ def layer_needs(layers: list[ExpertLayer], model_config: dict[str, Any]) -> list
 def expert_files(layers: Sequence[ExpertLayer]) -> list[str]:
     """Every file that holds experts of these layers."""
     return sorted({f for x in layers for t in x.tensors.values() for f in t.stored.files})
+
+
+def refuse_without_experts(layers: Sequence[object], why: str) -> None:
+    """Refuse what makes sense with experts only.
+
+    Args:
+        layers: the model's expert layers, or something for each of them.
+        why: begins the message.
+
+    Raises:
+        UnsupportedModelError: there are none.
+    """
+    if not layers:
+        raise UnsupportedModelError(
+            f"{why}, and this model has none: only its tables that are looked up by token stay on "
+            "the drive"
+        )
 
 
 def unwritten(layers: Sequence[ExpertLayer]) -> bool:

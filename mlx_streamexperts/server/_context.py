@@ -105,7 +105,7 @@ def start_line(url: str, plan: Plan | None, choice: ContextChoice | None) -> str
     budget = f"a cache of {format_size(plan.cache)}"
     if plan.memory is not None:
         budget = format_size(plan.memory)
-    context = f"{plan.longest_context:,} tokens of context"
+    context = f"room for {plan.longest_context:,} tokens of context"
     if choice is not None:
         context += f" ({format_size(plan.kv)}, {choice.cost:.1%} of the experts less in memory)"
     return (

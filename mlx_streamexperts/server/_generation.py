@@ -25,7 +25,7 @@ from .._errors import PassStoppedError, StreamError
 from .._progress import Progress
 from .._structured.constraint import Constraint
 from .._structured.shape import Shape, ShapeError
-from ._audience import Audience
+from ._audience import Audience, lowest
 from ._context import enough
 from ._kv_admission import KVAdmission
 from ._models import ModelProvider
@@ -305,6 +305,9 @@ class GenerationThread(stock.ResponseGenerator):
         reply, asked, args = request
         client = self._clients.get(id(asked))
         single = _SingleReply(reply, client, self.admission)
+        expert_stream = self.model_provider.expert_stream
+        if expert_stream is not None and expert_stream.lossy is not None:
+            expert_stream.lossy.use_level(lowest([client]))
         with self.audience.waiting([client]):
             super()._serve_single((single, asked, args), *rest)
         restore_random_state()
@@ -350,7 +353,12 @@ class Client:
             and after.
         began: when the prompt began, and the bytes read until then.
         keep_alive: called about once a second while the client waits for a token.
+        lossy: the level that the request asked for; None for the server's.
+        first_token: seconds from the request to its first token; None before.
     """
+
+    lossy: int | None = None
+    first_token: float | None = None
 
     def __init__(self, generator: GenerationThread, connection: socket.socket) -> None:
         self.generator, self._connection = generator, connection
@@ -411,7 +419,7 @@ class Client:
             if self.gone():
                 raise ClientGone
             if done >= 0:
-                logging.info(f"Prompt processing progress: {done}/{total}")
+                logging.debug(f"Prompt processing progress: {done}/{total}")
             if self.keep_alive is not None:
                 self.keep_alive(self.generator.progress(self))
 
@@ -436,7 +444,7 @@ class Client:
             if first:
                 seconds = time.perf_counter() - start
                 counters.prompt(len(context.prompt), max(0, context.prompt_cache_count), seconds)
-                first = False
+                self.first_token, first = seconds, False
             counters.token()
             if self.gone():
                 raise ClientGone

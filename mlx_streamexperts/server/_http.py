@@ -29,6 +29,7 @@ from urllib.parse import unquote, urlsplit
 
 from mlx_lm import server as stock
 
+from .._cache.lossy import Ways
 from .._errors import StreamError
 from .._progress import Progress
 from ._apis.anthropic import CountForm, MessagesForm
@@ -38,6 +39,7 @@ from ._apis.openai import ChatForm, TextForm
 from ._apis.responses import ResponsesForm
 from ._choices import interleaved
 from ._generation import Client, GenerationThread
+from ._log import Answered, log
 from ._metrics import live, prometheus
 from ._refusals import Asked, ClientGone, Refused, generation_failed
 from ._replies import Piece, Reply
@@ -127,6 +129,7 @@ class Handler(stock.APIHandler):
         self.generator = generator
         self.options = generator.cli_args
         self.began = False  # whether the reply has begun
+        self._answered: Answered | None = None  # the request for text under way
         self.form_path = ""  # of the request, while mlx-lm's handler runs under a path of its own
         view: Any = Client(generator, request)
         super().__init__(view, request, *args, **options)
@@ -148,6 +151,8 @@ class Handler(stock.APIHandler):
                 body, policy = live_page()
                 headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
                 self._send(body, "text/html; charset=utf-8", headers)
+            elif self.path == "/health" and not self.generator.ready.is_set():
+                self._send_json({"status": "loading"}, 503)
             elif self.path == "/health":
                 super().do_GET()
             elif self.path == "/live.json":
@@ -181,7 +186,16 @@ class Handler(stock.APIHandler):
             self._refuse(e)
 
     def do_POST(self) -> None:  # noqa: N802
-        """Check a request for text, then let mlx-lm's handler run it."""
+        """Check a request for text, let mlx-lm's handler run it, and log how it ended."""
+        begin = time.monotonic()
+        self._answered = Answered(self.address_string(), "POST", self.path)
+        self._answered.outcome = self._post()
+        self._answered.seconds = time.monotonic() - begin
+        log(self._answered)
+        self._answered = None
+
+    def _post(self) -> str:
+        """Answer a request for text; returns its outcome, one of `OUTCOMES`."""
         counters = self.generator.counters
         try:
             self._check_host()
@@ -193,11 +207,12 @@ class Handler(stock.APIHandler):
             if self.path == "/api/show":
                 self._form = OllamaForm(self.system_fingerprint)
                 self._show(self._body())
-                return
+                return ""  # of no text
             if form is None:
                 raise Refused(404, f"there is no resource at {self.path[:200]}", "not_found")
             asked = self._form.request(self._body())
             asked = check_request(asked, self.options.fetch_images, self._form.chat)
+            self.response_generator.lossy = self._lossy(asked.pop("lossy", None))
             body = json.dumps(asked).encode()
             if not counters.begin(MOST_REQUESTS):
                 raise Refused(
@@ -206,16 +221,16 @@ class Handler(stock.APIHandler):
         except Refused as e:
             counters.refused()
             self._refuse(e)
-            return
+            return "refused"
         except (ConnectionError, TimeoutError):
             counters.refused()
             self.close_connection = True
-            return
+            return "refused"
         except Exception as e:
             logging.exception("a request could not be read")
             counters.refused()
             self._refuse(generation_failed(e))
-            return
+            return "refused"
         outcome, rfile = "failed", self.rfile
         try:
             del self.headers["Content-Length"]
@@ -242,6 +257,7 @@ class Handler(stock.APIHandler):
         finally:
             self.rfile, self.path = rfile, self.form_path
             counters.end(outcome)
+        return outcome
 
     # Checks
 
@@ -263,6 +279,18 @@ class Handler(stock.APIHandler):
                     "(--allow-host adds names)",
                     "host_not_allowed",
                 )
+
+    def _lossy(self, level: int | None) -> int | None:
+        """The level to answer at; None for the server's own."""
+        stated = Ways.parse(self.options.lossy)
+        if level is None or (stated is None and level == 0):
+            return None
+        if stated is None or not stated.allows(level):
+            has = "exact" if stated is None else f"started with lossy {stated}"
+            raise Refused(
+                400, f"lossy={level} is not allowed: this server is {has}. Ask for 0", param="lossy"
+            )
+        return None if level == stated.level else level
 
     def _authorize(self) -> None:
         """Compare the request's API key with the server's, if that has one."""
@@ -364,6 +392,8 @@ class Handler(stock.APIHandler):
         """Send the replies: streamed piece by piece, or whole."""
         form, lock = self._form, threading.Lock()
         clients = [Client(self.generator, self.connection) for _ in choices]
+        for client in clients:
+            client.lossy = self.response_generator.lossy
 
         def send(events: bytes) -> None:
             with lock:
@@ -402,6 +432,12 @@ class Handler(stock.APIHandler):
         finally:
             for client in clients:
                 client.ended = True
+            if (answered := self._answered) is not None:
+                used = self._usage(replies)
+                answered.prompt_tokens, answered.cached_tokens = used.prompt, used.cached
+                answered.tokens = used.completion
+                seconds = [c.first_token for c in clients if c.first_token is not None]
+                answered.first_token_seconds = min(seconds, default=None)
 
     def _pieces(
         self, client: Client, request: Any, arguments: Any, stops: list[str]
@@ -518,9 +554,11 @@ class Handler(stock.APIHandler):
         self._refuse(Refused(int(code), message or HTTPStatus(code).phrase))
 
     def log_request(self, code: Any = "-", size: Any = "-") -> None:
-        """Log one line per request, but none for paths that are polled."""
-        if self.path not in ("/live.json", "/metrics", "/health"):
-            logging.info(f"{self.address_string()} {self.command or ''} {self.path!r} {int(code)}")
+        """Log a line, but none for paths that are polled, nor before a request for text is over."""
+        if self._answered is not None:
+            self._answered.status = int(code)
+        elif self.path not in ("/live.json", "/metrics", "/health"):
+            log(Answered(self.address_string(), self.command or "", self.path, int(code)))
 
     def log_message(self, format: str, *args: Any) -> None:
         logging.info(format % args)

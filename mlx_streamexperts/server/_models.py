@@ -14,6 +14,7 @@ from mlx_lm import server as stock
 from mlx_lm.models.cache import make_prompt_cache
 
 from .._experts.follower import Follower
+from .._experts.lossy import last_line
 from .._experts.stream import ExpertStream, is_streamed, stream
 from .._loading.combinations import batches
 from .._memory.process_memory import unregister
@@ -125,8 +126,11 @@ class ModelProvider(stock.ModelProvider):
             self.known_tokens = min(rows, len(self.tokenizer))  # either may know more
             self.admission.open(plan, rows)
             if (folder := self.cli_args.prefix_cache) is not None:
-                nbytes, adapter = self.cli_args.prefix_bytes, args[1] if args[1:] else None
-                self.prefixes = PrefixCache(self.model, folder, nbytes, adapter)
+                cli, adapter = self.cli_args, args[1] if args[1:] else None
+                self.prefixes = PrefixCache(
+                    self.model, folder, cli.prefix_bytes, adapter,
+                    cli.kv_bits, cli.kv_group_size, cli.quantized_kv_start,
+                )  # fmt: skip
             self.follower = expert_stream.follow(stop=self.should_stop)
             self.cli_args.prefill_step_size = self._stated_step or plan.prefill_tokens
             logging.info(f"Loaded {args[0]}: {plan}")
@@ -145,6 +149,8 @@ class ModelProvider(stock.ModelProvider):
             self.follower = None
         if model is not None and is_streamed(model):
             expert_stream = stream(model)
+            if expert_stream.lossy is not None:
+                logging.warning(f"Lossy: {last_line(expert_stream.lossy)}")
             expert_stream.close()
             for module in model.modules():
                 module.clear()

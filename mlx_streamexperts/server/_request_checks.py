@@ -270,6 +270,7 @@ _FIELDS: dict[str, Check] = {
     "frequency_penalty": number(),
     "logit_bias": _logit_bias,
     "logprobs": _logprobs,
+    "lossy": integer(0, 3),
     "max_completion_tokens": integer(1),
     "max_tokens": integer(1),
     "min_p": number(0, 1),
