@@ -98,7 +98,13 @@ class LossyRun:
             switch.stats = LossyStats()
 
     def wrap(self, layer: ExpertLayer) -> LossySwitch:
-        """Make the module that stands for this layer's experts; call it in the model's order."""
+        """Make the module that stands for this layer's experts; call it in the model's order.
+
+        Raises:
+            UnsupportedModelError: the layer has experts that every token uses.
+        """
+        if layer.traits.pinned:
+            raise unsupported(layer, "its shared expert is one of its routed ones")
         made = LossySwitch(layer, self)
         made.use(self.stated.of(len(self.switches)))
         self.switches.append(made)
