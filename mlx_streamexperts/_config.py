@@ -7,6 +7,7 @@ and `lossy` changes a result; `tune` relies on that for the ones marked as tuned
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import numbers
 import operator
@@ -99,7 +100,8 @@ class StreamConfig:
     memory: float | str | None = _option(
         None,
         "bound for all of MLX's memory: trunk, expert cache, KV cache and work space, for example "
-        "96GB. Default: what the device recommends.",
+        "90GB. Default: most of what the device recommends; without --model, a cache of 10MB "
+        "instead.",
     )
     cache: float | str | None = _option(
         None,
@@ -171,6 +173,13 @@ class StreamConfig:
         "auto",
         "on Metal, keep slots and trunk wired as long as the model is loaded, so that macOS does "
         "not compress or swap them between requests",
+        choices=("auto", "off"),
+    )
+    pressure: str | None = _option(
+        None,
+        "auto: while the system is short of memory, give expert slots to other programs, layer by "
+        "layer, and take them again after a minute of calm. Never fewer than one token's experts. "
+        "Default: auto in the server, else off",
         choices=("auto", "off"),
     )
     reserve: float | str | None = _option(
@@ -245,7 +254,7 @@ class StreamConfig:
     def __post_init__(self) -> None:
         for f in fields(self):
             choices, value = f.metadata.get("choices"), getattr(self, f.name)
-            unstated = value is None and f.metadata.get("tuned")
+            unstated = value is None and f.default is None
             if choices and value not in choices and not unstated:
                 raise StreamError(f"{f.name}={value!r}: choose one of {', '.join(choices)}")
         if Ways.parse(self.lossy) is not None and self.pipeline:
@@ -381,6 +390,24 @@ class StreamConfig:
         return replace(self, **own)
 
 
+def as_config(config: StreamConfig | dict[str, Any] | None) -> StreamConfig:
+    """The options that a caller gives, which may be a dict of them.
+
+    Raises:
+        StreamError: there is no such option, or a value is not understood.
+    """
+    if config is None or isinstance(config, StreamConfig):
+        return config or StreamConfig()
+    if not isinstance(config, dict):
+        raise StreamError(f"config must be a StreamConfig or a dict of its options, got {config!r}")
+    names = [f.name for f in fields(StreamConfig)]
+    if unknown := [str(n) for n in config if n not in names]:
+        alike = difflib.get_close_matches(unknown[0], names, n=1)
+        hint = f"did you mean {alike[0]!r}?" if alike else f"the options are {', '.join(names)}"
+        raise StreamError(f"config: there is no option {unknown[0]!r}; {hint}")
+    return StreamConfig(**config)
+
+
 DEFAULTS: dict[str, Any] = {
     f.name: f.metadata["default"] for f in fields(StreamConfig) if "tuned" in f.metadata
 }
@@ -393,7 +420,9 @@ SAVED = tuple(f.name for f in fields(StreamConfig) if f.name not in (*_PER_RUN, 
 
 def _check_size(name: str, size: float | str) -> None:
     try:
-        parse_size(size)
+        nbytes = parse_size(size)
+        if nbytes < 1024 and name in ("memory", "cache"):
+            raise StreamError(f"{size} is a size of {nbytes} bytes: did you mean '{nbytes}GB'?")
     except StreamError as e:
         raise StreamError(f"{name}: {e}") from e
 

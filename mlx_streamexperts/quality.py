@@ -15,13 +15,15 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ._analysis.plots import plot_frontier, pyplot
-from ._analysis.quality import Price, bundled_texts, measure, recommendation
-from ._cli.options import failed, interrupted, make_parser, stream_settings
+from ._cli.options import ended, failed, interrupted, make_parser
 from ._config import format_size
 from ._errors import StreamError
 from ._progress import progress_bar
+
+if TYPE_CHECKING:
+    from ._analysis.quality import Price
 
 _INSTEAD = "Prices are measured with models of mlx-lm"
 _HEAD = (
@@ -53,12 +55,16 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="write all figures to this file")
     add("--plot", type=Path, metavar="FILE", help="draw the frontier: .svg or .png")
     add("--trust-remote-code", action="store_true")
-    return make_parser(parser, "python -m mlx_streamexperts.quality", __doc__)
+    return make_parser(parser, "quality", __doc__)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = setup_arg_parser().parse_args(argv)
+    from ._analysis.plots import plot_frontier, pyplot
+    from ._analysis.quality import bundled_texts, measure, recommendation
+    from ._cli.settings import stream_settings
+
     try:
         if args.lossy is not None:
             raise StreamError("--lossy: name the settings to measure with --try instead")
@@ -120,4 +126,4 @@ def _read(file: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

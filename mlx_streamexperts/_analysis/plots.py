@@ -115,7 +115,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as e:
-        raise StreamError("plots need matplotlib: pip install 'mlx-streamexperts[plots]'") from e
+        raise StreamError("plots need matplotlib: pip install matplotlib") from e
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "mlx-streamexperts"
     import matplotlib.pyplot as plt

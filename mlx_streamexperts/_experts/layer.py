@@ -317,8 +317,9 @@ class ExpertLayer:
         cpu_streams: CpuStreams,
         in_place: bool,
         keep_awake: KeepAwake | None = None,
+        keep: bool = False,
     ) -> None:
-        """Allocate `slots` slots, all empty, and accept calls.
+        """Allocate `slots` slots, all empty unless `keep`, and accept calls.
 
         Args:
             slots: experts that fit.
@@ -329,13 +330,14 @@ class ExpertLayer:
             cpu_streams: runs the matmuls.
             in_place: read straight into MLX's arrays.
             keep_awake: keeps the device awake while a call waits for reads.
+            keep: move the most useful experts to the new slots.
         """
         with self.lock:
             self.closed, self.resident = True, False  # until everything is there
             self.why_closed = "a change of its cache was interrupted; call resize again"
             self._timer, self._guard, self._cpu_streams = timer, guard, cpu_streams
             self._keep_awake = keep_awake
-            self.slots.open(slots, reader, policy, in_place)
+            self.slots.open(slots, reader, policy, in_place, keep)
             if slots < self.experts:
                 for _ in self.fill(self.traits.pinned):
                     pass

@@ -52,8 +52,19 @@ def live(generator: GenerationThread) -> dict[str, Any]:
         "traffic": asdict(generator.counters.stats()),
         "memory": memory_bytes(plan),
         "prompt": None,
+        "prefixes": None,
         "experts": None,
     }
+    if (kept := provider.prefixes) is not None:
+        names = (
+            "read_tokens",
+            "read_bytes",
+            "read_seconds",
+            "written_bytes",
+            "write_seconds",
+            "evicted",
+        )
+        answer["prefixes"] = {name: getattr(kept, name) for name in names}
     if (now := generator.progress()) is not None:
         answer["prompt"] = {
             **asdict(now),
@@ -87,9 +98,7 @@ def prometheus(generator: GenerationThread) -> tuple[bytes, str]:
         from prometheus_client import CollectorRegistry, generate_latest
         from prometheus_client.exposition import CONTENT_TYPE_LATEST
     except ImportError as e:
-        raise Refused(
-            501, "/metrics needs prometheus_client: pip install 'mlx-streamexperts[server]'"
-        ) from e
+        raise Refused(501, "/metrics needs prometheus_client: pip install prometheus_client") from e
     registry = CollectorRegistry()
     registry.register(_Collector(generator))
     return generate_latest(registry), CONTENT_TYPE_LATEST
@@ -162,6 +171,11 @@ class _Collector:
         if expert_stream is None:
             return
         s = expert_stream.stats()
+        yield gauge(
+            "expert_cache_given_back_bytes",
+            "Part of the planned expert cache that other programs have while memory is short",
+            s.given_back,
+        )
         yield gauge(
             "layer_hit_rate",
             "Share of needed experts that were resident",

@@ -40,9 +40,7 @@ class Search:
         try:
             import optuna
         except ImportError as e:
-            raise StreamError(
-                "tuning needs the optuna library: pip install 'mlx-streamexperts[tune]'"
-            ) from e
+            raise StreamError("tuning needs the optuna library: pip install 'optuna>=4,<6'") from e
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         sampler = optuna.samplers.TPESampler(seed=seed)
         self._failed = optuna.trial.TrialState.FAIL

@@ -19,6 +19,7 @@ from ._ledger import Ledger
 from ._search import Search, Settings, Space
 
 _BASELINES = 4  # the first warms up; three more make two pairs that show the noise
+_FEW = 5  # candidates worth a search
 _ROUNDS = 2  # wins that verify a candidate
 _FINALISTS = 3  # candidates that get the chance
 _NOISE_SHARE = 0.9  # of all pairs of baselines differ by less than the noise
@@ -224,11 +225,24 @@ class Tuner:
         took = statistics.median(self._run_seconds)
         return self._clock() - self._began + runs * took <= self._seconds
 
+    @property
+    def candidates(self) -> int:
+        """How many there is time for, as long as runs have taken so far, beside verification."""
+        left = self._seconds - (self._clock() - self._began)
+        return max(0, int(left / statistics.median(self._run_seconds)) // 2 - _ROUNDS)
+
     def _search(self, search: Search) -> str:
         while self._trials is None or len(self._of("search")) < self._trials:
             # A candidate and a baseline, and the runs that verify one.
             if not self._time_for(2 + 2 * _ROUNDS):
-                return "the time is over"
+                if self._of("search"):
+                    return "the time is over"
+                took = statistics.median(self._run_seconds)
+                enough = self._clock() - self._began + (2 * _FEW + 2 * _ROUNDS) * took
+                return (
+                    f"the time is over. A run takes {took:.0f} s here, and a candidate needs two: "
+                    f"--time-limit {math.ceil(enough / 60)}m has room for {_FEW}"
+                )
             if (settings := search.ask()) is None:
                 return "nothing is left to try"
             search.tell(_score(self._try(settings, "search")))
