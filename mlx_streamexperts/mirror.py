@@ -20,21 +20,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ._cli.options import failed, interrupted
+from ._cli.options import describe, ended, failed
 from ._config import StreamConfig, format_size, parse_size
 from ._errors import CheckpointError, StreamError
-from ._experts.packed_store import MANIFEST, check_mirrors, layer_files
-from ._experts.trace import read_trace
 from ._io.checkpoint import read_json_object
 from ._io.mirrors import check_copy, identity
-from ._io.moved import refuse_moved
+from ._io.moved import read_moved
 from ._io.output import check_not_written, exclusive, partial_name, whole
-from ._loading.discover import discover
-from ._loading.load import resolve
 from ._osinfo import drop_page_cache, free_disk_bytes, sync_to_drive
 from ._progress import progress_bar
 
+# Functions import what imports mlx-lm: that takes a second, and `--help` does without.
+
 _CHUNK_BYTES = 8 << 20
+_MANIFEST = "manifest.json"  # `packed_store.MANIFEST`
 
 Parts = list[tuple[str, int, int]]
 """What a file holds: layer, expert, bytes."""
@@ -48,20 +47,19 @@ class _Source:
         folder: where it is.
         files: each file with experts, and what of them it holds.
         is_store: it is a packed store.
+        option: what a load needs besides the mirror.
     """
 
     folder: Path
     files: dict[Path, Parts]
     is_store: bool
+    option: str
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The command line's options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mlx_streamexperts.mirror",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser()
+    describe(parser, "mirror", __doc__)
     parser.add_argument(
         "source", metavar="SOURCE", help="model folder, repository, or packed store"
     )
@@ -95,6 +93,10 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = setup_arg_parser().parse_args(argv)
+    return ended(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         limit = parse_size(args.bytes) if args.bytes else None
         source = _source(args)
@@ -105,18 +107,23 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as e:
         text = f"{e.filename or args.dir}: {e.strerror}; complete copies are kept, run again"
         return failed(StreamError(text))
-    except KeyboardInterrupt:
-        return interrupted()
 
 
 def _source(args: argparse.Namespace) -> _Source:
+    from ._experts.packed_store import layer_files
+    from ._loading.discover import discover
+    from ._loading.load import resolve
+
     folder = Path(args.source)
-    if (folder / MANIFEST).is_file() and not (folder / "config.json").exists():
-        check_not_written(folder, "mirroring it")
-        return _Source(folder, layer_files(folder), True)
-    folder = resolve(args.source)
+    is_store = (folder / _MANIFEST).is_file() and not (folder / "config.json").exists()
+    folder = folder if is_store else resolve(args.source)
     check_not_written(folder, "mirroring it")
-    refuse_moved(folder, "mirroring it (mirror the store instead)")
+    moved = None if is_store else read_moved(folder)
+    if moved is not None:  # its experts are in a store, which a load finds by itself
+        check_not_written(moved.store, "mirroring it")
+        return _Source(moved.store, layer_files(moved.store), True, "")
+    if is_store:
+        return _Source(folder, layer_files(folder), True, f"--store {folder} ")
     found = discover(folder, StreamConfig(), {"trust_remote_code": args.trust_remote_code})
     files: dict[Path, Parts] = {Path(f): [] for f in found.rows.files}
     for layer in found.layers:
@@ -124,7 +131,7 @@ def _source(args: argparse.Namespace) -> _Source:
             for expert, file in enumerate(tensor.stored.files):
                 part = (layer.name, expert, tensor.stored.row_bytes)
                 files.setdefault(Path(file), []).append(part)
-    return _Source(folder, files, False)
+    return _Source(folder, files, False, "")
 
 
 def _mirror(source: _Source, args: argparse.Namespace, limit: int | None) -> int:
@@ -163,10 +170,9 @@ def _mirror(source: _Source, args: argparse.Namespace, limit: int | None) -> int
             _copy(file, args.dir / file.name, bar.update)
     done = [*there, *chosen]
     size = format_size(sum(f.stat().st_size for f in done))
-    option = f"--store {source.folder} " if source.is_store else ""
     print(
-        f"{len(done)} of {len(source.files)} files ({size}) are mirrored. Use: {option}--mirror "
-        f"{args.dir}"
+        f"{len(done)} of {len(source.files)} files ({size}) are mirrored. Use: "
+        f"{source.option}--mirror {args.dir}"
     )
     return 0
 
@@ -211,6 +217,8 @@ def _uses(file: Path) -> Counter[tuple[str, int]]:
             if isinstance(layer, dict) and isinstance(layer.get("experts"), list):
                 uses.update((str(layer.get("name")), e) for e in layer["experts"])
         return uses
+    from ._experts.trace import read_trace
+
     for name, calls in zip(names, read_trace(file).layers, strict=True):
         for experts in calls:
             uses.update((name, int(e)) for e in experts.ravel())
@@ -219,11 +227,13 @@ def _uses(file: Path) -> Counter[tuple[str, int]]:
 
 def _copy_manifest(store: Path, folder: Path) -> None:
     """A store's manifest comes first: without it, and its checksums, no copy counts."""
-    if (folder / MANIFEST).exists():
+    from ._experts.packed_store import check_mirrors
+
+    if (folder / _MANIFEST).exists():
         check_mirrors(store, [str(folder)])
-    if not (folder / MANIFEST).exists() or not any(folder.glob("*.experts")):
-        with whole(folder / MANIFEST) as partial:
-            partial.write_bytes((store / MANIFEST).read_bytes())
+    if not (folder / _MANIFEST).exists() or not any(folder.glob("*.experts")):
+        with whole(folder / _MANIFEST) as partial:
+            partial.write_bytes((store / _MANIFEST).read_bytes())
             with partial.open("rb") as f:
                 sync_to_drive(f.fileno())
 
