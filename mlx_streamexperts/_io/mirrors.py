@@ -117,7 +117,9 @@ class Drive:
         if self.rate and not self.reads and now - self.last > _RECOVERY_SECONDS:
             periods = min(30.0, (now - self.last) / _RECOVERY_SECONDS)
             rate = min(max(self.best, rate), rate * 2**periods)
-        left = max(0.0, self.pending - max(0.0, now - self.since) * rate) if self.reads else 0.0
+        left = 0.0
+        if self.reads:  # since the last one ended, no more than one can have been delivered
+            left = self.pending - min(max(0.0, now - self.since) * rate, self.pending / self.reads)
         return (left + nbytes) / rate
 
 
@@ -179,10 +181,16 @@ class Mirrors:
         piece = max(least, nbytes // _PIECES)
         return min(most, -(-piece // _PIECE_STEP_BYTES) * _PIECE_STEP_BYTES)
 
-    def has_room(self, file: str) -> bool:
-        """Can a read of this file begin without waiting behind too many others?"""
-        up = [d for d in self._holders[file] if not d.down]
-        return not up or any(d.reads < self._depth for d in up)
+    def has_room(self, ranges: Sequence[ByteRange]) -> bool:
+        """Can a read begin now? Not if the drive that it should go to has its number under way.
+
+        It is better to wait for that drive than to choose another one too early.
+        """
+        up = [d for d in self._holders[ranges[0].file] if not d.down]
+        if not up:
+            return True
+        nbytes = ranges[-1].offset + len(ranges[-1].into) - ranges[0].offset
+        return self._best(up, nbytes).reads < self._depth
 
     def read(self, ranges: Sequence[ByteRange]) -> tuple[int, Drive, int]:
         """Read ranges that lie side by side in one file, from one of the drives that hold it.
@@ -259,10 +267,14 @@ class Mirrors:
         up = [d for d in left if not d.down]
         if len(up) < 2:
             return (up or left)[0], True
-        free = [d for d in up if d.reads < self._depth] or up
+        free = [d for d in up if d.reads < self._depth]  # others may have begun since `has_room`
+        return self._best(free or up, nbytes), False
+
+    def _best(self, drives: Sequence[Drive], nbytes: int) -> Drive:
+        """The drive that is expected to end a read of `nbytes` first."""
         now = time.perf_counter()
         unknown = 1.01 * (max(d.rate or 0.0 for d in self.drives) or 1e9)  # first of equals
-        return min(free, key=lambda d: d.expected(nbytes, now, unknown)), False
+        return min(drives, key=lambda d: d.expected(nbytes, now, unknown))
 
     def _begin(self, drive: Drive, file: str, nbytes: int, alone: bool) -> _UnderWay:
         now, patience = time.perf_counter(), _PATIENCE_UNKNOWN_SECONDS
