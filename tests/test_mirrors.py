@@ -318,6 +318,8 @@ def test_a_slow_drive_that_may_have_recovered_is_tried_again() -> None:
         drive.begin(1_000_000, begin)
         drive.end(1_000_000, begin + seconds, True)
     assert drive.rate is not None and drive.rate < 1e4
+    assert drive.expected(1_000_000, drive.last + 1000, 4e6) == pytest.approx(0.25)  # as any
+    drive.total = module._MEASURED_BYTES
     slow = 1_000_000 / drive.rate
     now = drive.last + 1000.0
     assert drive.expected(1_000_000, drive.last, 1.0) == pytest.approx(slow)

@@ -38,6 +38,9 @@ _WINDOW_SECONDS = 0.5
 # A drive that was slow and is not used any more may have recovered: every so many seconds
 # it is taken to be twice as fast, up to the fastest that it ever was.
 _RECOVERY_SECONDS = 0.5
+# Until it has read so much, it may have been slow because the machine was busy, and may recover to be
+# as fast as any: otherwise one read that was held up at the start would rule it out for good.
+_MEASURED_BYTES = 16 << 20
 
 # A read hangs if it takes longer than this, and than so many times what was expected of it.
 _PATIENCE_SECONDS, _PATIENCE_TIMES = 2.0, 20.0
@@ -63,6 +66,7 @@ class Drive:
         pending: bytes of reads under way.
         rate: bytes/s while it was busy, all reads together; None until one has ended.
         best: the highest rate so far.
+        total: bytes that it has read.
         down: it failed, and is not used.
     """
 
@@ -73,6 +77,7 @@ class Drive:
     pending: int = 0
     rate: float | None = None
     best: float = 0.0
+    total: int = 0
     down: bool = False
     since: float = 0.0  # when its last read ended, or when it became busy
     last: float = 0.0  # when its last read began
@@ -98,6 +103,7 @@ class Drive:
         self.pending -= nbytes
         busy, self.since = now - self.since, now
         if delivered:
+            self.total += nbytes
             self.window[0] += nbytes
             self.window[1] += busy
             self.rate = self.window[0] / max(self.window[1], 1e-9)
@@ -116,7 +122,8 @@ class Drive:
         rate = self.rate or unknown
         if self.rate and not self.reads and now - self.last > _RECOVERY_SECONDS:
             periods = min(30.0, (now - self.last) / _RECOVERY_SECONDS)
-            rate = min(max(self.best, rate), rate * 2**periods)
+            most = self.best if self.total >= _MEASURED_BYTES else unknown
+            rate = min(max(most, rate), rate * 2**periods)
         left = 0.0
         if self.reads:  # since the last one ended, no more than one can have been delivered
             left = self.pending - min(max(0.0, now - self.since) * rate, self.pending / self.reads)
