@@ -152,6 +152,12 @@ def test_the_shared_expert_of_minimax_m3_stays_and_is_never_counted(tmp_path: Pa
     assert read == stats.misses * layer.expert_bytes > 0
 
 
+COMPRESSED = {
+    "quantization_config": {
+        "quant_method": "compressed-tensors",
+        "format": "nvfp4-pack-quantized",
+    }
+}
 MODELOPT = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}
 
 
@@ -162,6 +168,7 @@ MODELOPT = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "N
         ("qwen3_5_moe", originals.fused, [], {}),
         ("minimax_m3_vl", originals.minimax_m3, [], {}),  # two ranges of bytes an expert
         ("deepseek_v3", originals.nvfp4, [(), (), ()], MODELOPT),
+        ("deepseek_v3", originals.nvfp4_packed, [(), (), ()], COMPRESSED),
         ("qwen3_5_moe", originals.nvfp4_fused, [(128,), (128,), ()], MODELOPT),
     ],
 )
