@@ -26,6 +26,7 @@ from .._distributed.ranks import Ranks
 from .._distributed.watch import Watch
 from .._errors import BudgetError, CheckpointError, StreamError, UnsupportedModelError
 from .._io.files import allow_open, direct_works
+from .._io.mirrors import find_mirrors
 from .._io.reader import ExpertReader, ReadStats
 from .._listeners import Listeners
 from .._memory.budget import Plan, check_resize, experts_per_token
@@ -110,10 +111,18 @@ class ExpertStream(Closing):
         hot = read_hot_set(layers, Path(config.hot_set)) if config.hot_set else []
         _let_go(layers)
         files = sorted({*expert_files(layers), *self._rows.files})
-        allow_open(len(files), str(Path(files[0]).parent))
-        marks = _marks(files)
+        marks, mirrors = _marks(files), None
+        if config.mirrors:
+            mirrors = find_mirrors(
+                files, config.mirrors, marks, self.bypasses_page_cache, config.threads
+            )
+            for drive in mirrors.drives:
+                if config.bypass_page_cache == "on" and not drive.files.direct:
+                    raise StreamError(_cannot_bypass(drive.folder))
+        copies = mirrors.copies if mirrors is not None else 0
+        allow_open(len(files) + copies, str(Path(files[0]).parent))
         self._reader = ExpertReader(
-            config.threads, parse_size(config.read_size), self.bypasses_page_cache, marks
+            config.threads, parse_size(config.read_size), self.bypasses_page_cache, marks, mirrors
         )
         self.run_ahead: RunAhead | None = None
         self.on_pass = Listeners[PassListener]()
@@ -563,10 +572,7 @@ class ExpertStream(Closing):
         possible = all(direct_works(Path(f)) for f in files[:1])
         if self.config.bypass_page_cache == "on":
             if not possible:
-                raise StreamError(
-                    f"bypass_page_cache='on', but the file system of {files[0]} cannot read past "
-                    "the page cache; use 'auto' or 'off'"
-                )
+                raise StreamError(_cannot_bypass(files[0]))
             return True
         # A page cache competes with the expert cache for memory, as others have measured. If it has
         # room for all experts that are not in slots, it makes misses cheap instead.
@@ -637,6 +643,13 @@ def refuse_without_experts(layers: Sequence[object], why: str) -> None:
 def unwritten(layers: Sequence[ExpertLayer]) -> bool:
     """Are there experts that are in no file, because the checkpoint must be converted first?"""
     return any(not t.stored.files for x in layers for t in x.tensors.values())
+
+
+def _cannot_bypass(file: str) -> str:
+    return (
+        f"bypass_page_cache='on', but the file system of {file} cannot read past the page cache; "
+        "use 'auto' or 'off'"
+    )
 
 
 def _let_go(layers: Sequence[ExpertLayer]) -> None:

@@ -317,7 +317,8 @@ class patch:  # noqa: N801 - called like a function
         lazy: bool,
     ) -> ExpertStream:
         """Put streamed layers in place of the experts, and load the trunk."""
-        check_address_space(plan, config.threads)
+        drives = 1 + len(config.mirrors or ())
+        check_address_space(plan, config.threads * drives)
         model = found.model
         language = found.language
         rows = token_rows(language) if found.stage is None else None
