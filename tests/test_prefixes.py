@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -345,6 +346,8 @@ def test_generate_and_chat_use_it(capsys: Capture, tmp_path: Path, not_compiled:
         said.append(capsys.readouterr().out)
     assert said[0].split("==========")[1] == said[1].split("==========")[1]
     assert "Prefix cache: 0 tokens from the drive" in said[0]
+    counts = [re.search(r"^Prompt: (\d+) tokens", s, re.M)[1] for s in said]  # type: ignore[index]
+    assert counts[0] == counts[1] and int(counts[0]) > 64  # all of it, wherever it came from
     assert ", 0 B written" in said[1]
     assert generate.main(["-p", "x", *options, "--draft-model", "y"]) == 1
     assert "--prefix-cache does not work with --draft-model" in capsys.readouterr().err

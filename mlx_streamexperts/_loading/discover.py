@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .._config import StreamConfig, format_size
+from .._config import StreamConfig
 from .._distributed.pipeline import Part, Stage, cut
 from .._errors import CheckpointError, StreamError, UnsupportedModelError
 from .._experts.bank import SlotTensor
@@ -27,7 +27,7 @@ from .._experts.moving import use_moved
 from .._experts.packed_store import use_store
 from .._experts.rows import Rows
 from .._experts.slots import ExpertTensor, SmallTable
-from .._experts.stream import flatten, layer_needs, unwritten
+from .._experts.stream import flatten, layer_needs, refuse_without_experts, unwritten
 from .._io.checkpoint import (
     Checkpoint,
     ExpertTable,
@@ -61,7 +61,7 @@ class DiscoveredModel:
 
     Attributes:
         model, model_config: results of mlx-lm's `load_model`.
-        layers: the expert layers, in model order.
+        layers: the expert layers, in model order; none if only tables are streamed.
         sizes: bytes of the model's parts.
         item_bytes: bytes of one activation.
         shards: the checkpoint's files.
@@ -145,7 +145,8 @@ def discover(
 
     Raises:
         CheckpointError: the files are damaged or incomplete.
-        UnsupportedModelError: no routed experts, or a layout that cannot be streamed.
+        UnsupportedModelError: neither routed experts nor tables that stream, or a layout that
+            cannot be streamed.
         StreamError: `part` does not suit the model, the process may open too few files, or mlx-vlm
             is needed and not installed.
     """
@@ -168,21 +169,15 @@ def discover(
     rows = Rows()
     if stage is None:
         rows = stream_tables(model, checkpoint, record, config, unplaced)
-    if not layers:
-        if stage is not None:
-            raise UnsupportedModelError(
-                f"{folder}: {stage}: none of these has routed experts; use fewer machines or "
-                "another --split"
-            )
+    if not layers and stage is not None:
         raise UnsupportedModelError(
-            no_experts_message(folder, model, model_config)
-            + (
-                f". Its tables that are looked up by token ({format_size(rows.nbytes)}) stay on "
-                "the drive only beside streamed experts"
-                if rows.tables
-                else ""
-            )
+            f"{folder}: {stage}: none of these has routed experts; use fewer machines or another "
+            "--split"
         )
+    if not layers and not rows.tables:
+        raise UnsupportedModelError(no_experts_message(folder, model, model_config))
+    if not layers and (config.store is not None or config.hot_set is not None):
+        refuse_without_experts(layers, "A packed store and a hot set hold experts")
     moved = None if in_shards else read_moved(folder)
     if moved is not None:
         check_not_written(folder, "loading it")

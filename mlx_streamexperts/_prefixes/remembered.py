@@ -80,6 +80,7 @@ class PrefixCache:
             raise StreamError("a prefix cache does not work with several machines; run without it")
         assert expert_stream.folder is not None
         self._entries = Entries(Path(folder), parse_size(nbytes))
+        self._lossy = expert_stream.lossy is not None
         self.chunk = expert_stream.plan.prefill_tokens
         self._quantized = {
             "kv_bits": kv_bits, "kv_group_size": kv_group_size,
@@ -142,6 +143,8 @@ class PrefixCache:
         It is if it has 64 new tokens, and if writing and reading it takes less time than computing
         them; below 16 MB that is taken for granted.
 
+        A lossy run keeps nothing: an exact one would go on from what it had computed.
+
         Args:
             tokens: all that the caches hold.
             caches: of one sequence.
@@ -150,6 +153,8 @@ class PrefixCache:
         Returns:
             Bytes written.
         """
+        if self._lossy:
+            return 0
         start = time.perf_counter()
         kind, count = kinds(caches), len(tokens)
         found = self._found(tokens, kind, aligned)

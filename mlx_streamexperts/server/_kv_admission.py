@@ -23,12 +23,13 @@ from mlx_lm.models.cache import (
 )
 
 from .._errors import PassStoppedError
+from .._experts.stream import is_streamed, stream
 from .._loading.combinations import trims
 from .._memory.budget import Plan
 from .._memory.footprint import STEP
 from .._prefixes.remembered import PrefixCache
 from .._prefixes.shared import SharedPrompts
-from ._audience import Audience, Waiting
+from ._audience import Audience, Waiting, lowest
 
 # Logits, their logarithms and the sampler's copies, of this step and the next, in float32.
 _LOGIT_BYTES = 24
@@ -145,6 +146,7 @@ class AdmittedBatch(BatchGenerator):
         self._run_prompts = self._prompt_batch.prompt
         self._prompt_batch.prompt = self._prompts  # of this one object, which mlx-lm keeps
         self._stated_step = self.prefill_step_size
+        self._lossy = stream(model).lossy if is_streamed(model) else None
         admission.finish_all()
 
     def insert_segments(self, *args: Any, **options: Any) -> Any:
@@ -188,6 +190,8 @@ class AdmittedBatch(BatchGenerator):
         waiting = len(self._prompt_batch) + len(self._unprocessed_sequences)
         prompts = min(waiting, self.prefill_batch_size)
         self.prefill_step_size = self._admission.chunk_tokens(self._stated_step, prompts)
+        if self._lossy is not None:  # requests share their passes: the most exact one decides
+            self._lossy.use_level(lowest(self._clients.values()))
         prompt_responses, responses = super().next()
         if self._left:  # before anybody keeps their caches, which lack the tokens of that pass
             self.remove(list(self._left))
@@ -223,7 +227,8 @@ class BoundedPromptCache(LRUPromptCache):
     """mlx-lm's cache of earlier prompts and replies, within what running requests leave.
 
     Prompts share the memory of what they begin with. With a prefix cache, what is not in memory is
-    looked for on the drive, and everything that comes in goes there too.
+    looked for on the drive, and everything that comes in goes there too. A request for a lower
+    lossy level than the server's takes nothing from memory, which may come from more lossy passes.
     """
 
     def __init__(
@@ -231,10 +236,12 @@ class BoundedPromptCache(LRUPromptCache):
         admission: KVAdmission,
         *args: Any,
         provider: Remembering | None = None,
+        audience: Audience | None = None,
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
-        self._admission, self._provider, self._shared = admission, provider, SharedPrompts()
+        self._admission, self._provider, self._audience = admission, provider, audience
+        self._shared = SharedPrompts()
 
     @property
     def nbytes(self) -> int:
@@ -243,7 +250,11 @@ class BoundedPromptCache(LRUPromptCache):
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> Any:
         # A fetched cache may share memory with its origin until one of them is written, so fetch
         # first and drop what no longer fits afterwards.
-        found, rest = super().fetch_nearest_cache(model, tokens)
+        latest = None if self._audience is None else self._audience.latest
+        if latest is not None and latest.lossy is not None:
+            found, rest = None, tokens
+        else:
+            found, rest = super().fetch_nearest_cache(model, tokens)
         provider = self._provider
         if provider is not None and (kept := provider.prefixes) is not None:
             caches = make_prompt_cache(provider.model)

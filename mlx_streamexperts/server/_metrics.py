@@ -98,9 +98,7 @@ def prometheus(generator: GenerationThread) -> tuple[bytes, str]:
         from prometheus_client import CollectorRegistry, generate_latest
         from prometheus_client.exposition import CONTENT_TYPE_LATEST
     except ImportError as e:
-        raise Refused(
-            501, "/metrics needs prometheus_client: pip install 'mlx-streamexperts[server]'"
-        ) from e
+        raise Refused(501, "/metrics needs prometheus_client: pip install prometheus_client") from e
     registry = CollectorRegistry()
     registry.register(_Collector(generator))
     return generate_latest(registry), CONTENT_TYPE_LATEST
@@ -174,6 +172,11 @@ class _Collector:
             return
         s = expert_stream.stats()
         yield gauge(
+            "expert_cache_given_back_bytes",
+            "Part of the planned expert cache that other programs have while memory is short",
+            s.given_back,
+        )
+        yield gauge(
             "layer_hit_rate",
             "Share of needed experts that were resident",
             s.layer_hit_rates,
@@ -212,6 +215,13 @@ class _Collector:
         yield counter("read_ahead_bytes", "Bytes prefetched", s.read.speculative_bytes)
         yield counter(
             "read_delay_seconds", "Time demand reads waited behind prefetches", s.read.delay_seconds
+        )
+        yield counter("lossy_experts_chosen", "Experts chosen in lossy layers", s.lossy.chosen)
+        yield counter("lossy_experts_left_out", "Of those, experts left out", s.lossy.left_out)
+        yield gauge(
+            "lossy_mass_left_out",
+            "Share of the router's mass in lossy layers that was left out",
+            s.lossy.mass_left_out,
         )
         yield counter("layer_seconds", "Time in expert layers, by phase", {**s.seconds}, "phase")
 
