@@ -219,7 +219,8 @@ class StreamConfig:
         "is cached. A level from 0 (exact) to 3, or ways: skip=SHARE leaves out missing experts "
         "below this share of a token's router mass, prefer=SHARE lets resident experts stand in "
         "for missing ones up to this share, top=COUNT[@FIRST-LAST] keeps the COUNT strongest (in "
-        "these expert layers). Default: 0",
+        "these expert layers). python -m mlx_streamexperts.quality measures the price. "
+        "Default: 0",
     )
     rows: str = _option(
         "auto",

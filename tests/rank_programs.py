@@ -142,6 +142,7 @@ def texts(folder: str) -> None:
         except ValueError as e:
             refused = str(e)
         model, tokenizer = mlx_lm.utils.sharded_load(folder, group)
+    mx.enable_compile()  # the random state is an input of the compiled sampler
     sampler = make_sampler(temp=1.0)
     drawn = mlx_lm.generate(model, tokenizer, prompt="The", max_tokens=15, sampler=sampler)
     print(json.dumps({"greedy": greedy, "drawn": drawn, "refused": refused}))

@@ -51,11 +51,12 @@ class Running:
         finally:
             connection.close()
 
-    def events(self, body: Any, path: str) -> list[tuple[str, Any]]:
+    def events(self, body: Any, path: str, **headers: str) -> list[tuple[str, Any]]:
         """Name and JSON of each event of a streamed answer, which ends as OpenAI's do, or not."""
-        status, headers, answer = self.request("POST", path, json.dumps(body).encode())
+        raw = json.dumps(body).encode()
+        status, sent, answer = self.request("POST", path, raw, **headers)
         assert status == 200, answer
-        assert headers["content-type"] == "text/event-stream"
+        assert sent["content-type"] == "text/event-stream"
         found = []
         for lines in answer.decode().split("\n\n"):
             if not lines or lines.startswith(":"):
@@ -92,6 +93,26 @@ def dictated(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setattr(stock, "_make_sampler", make)
 
 
+def prompts(running: Running, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Will hold the text of each prompt from now on."""
+    seen: list[str] = []
+    tokenizer = running.generator.model_provider.tokenizer
+    original = running.generator._prompt
+
+    def noted(*args: Any) -> Any:
+        result = original(*args)
+        seen.append(tokenizer.decode(result[0]))
+        return result
+
+    monkeypatch.setattr(running.generator, "_prompt", noted)
+    return seen
+
+
+def call(name: str, **arguments: Any) -> str:
+    """A tool call in the words of `QWEN_TEMPLATE`."""
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+
 def letters(folder: Path, words: int) -> Path:
     """Give a checkpoint a tokenizer of single characters: ASCII, then U+0434 and following."""
     if not (folder / "tokenizer.json").exists():
@@ -108,13 +129,17 @@ def letters(folder: Path, words: int) -> Path:
 
 
 @contextmanager
-def serving(*argv: str) -> Iterator[Running]:
-    """Run the command at a free port until the block ends; then check that everything is gone."""
+def serving(*argv: str, at_once: bool = False) -> Iterator[Running]:
+    """Run the command at a free port until the block ends; then check that everything is gone.
+
+    The block begins when the model is loaded, or `at_once` when the server accepts connections.
+    """
     begun: queue.Queue[Any] = queue.Queue()
 
     class Told(server.Server):
         def serve_forever(self, poll_interval: float = 0.5) -> None:
-            self._generator.ready.wait()
+            if not at_once:
+                self._generator.ready.wait()
             if self._generator.failure is None:  # else it ends, and nobody could shut it down
                 begun.put(self)
             super().serve_forever(0.05)

@@ -69,7 +69,9 @@ NOT_OURS = {
 
 SHORTER = {
     "bench": ["-p", "16", "-g", "4", "-n", "1"],
+    "doctor": ["--drive-seconds", "0.01"],
     "generate": ["--max-tokens", "20"],
+    "quality": ["--tokens", "40", "--window", "40", "--task-items", "1", "--try", "1"],
     "tune": ["--tokens", "4", "--warm-up", "2", "--trials", "1"],
 }
 """What our commands get at their end, where the last of an option counts: less to wait for."""

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import openai
 import pytest
-from serving import Running, chatting, dictated, serving
+from serving import Running, call, chatting, dictated, prompts, serving, until
 
 from mlx_streamexperts._structured import constraint
 from mlx_streamexperts.server._generation import stock
@@ -28,16 +28,12 @@ CITY = {
 }
 AT_ONCE = {"chat_template_kwargs": {"enable_thinking": False}}
 """Random weights never end their reasoning."""
+OSLO, ROME = (call("weather", city=city, days=2) for city in ("Oslo", "Rome"))
 SCHEMA: Any = {"type": "json_schema", "json_schema": {"name": "c", "schema": CITY, "strict": True}}
 
 
 def tool(name: str) -> Any:
     return {"type": "function", "function": {"name": name, "parameters": CITY}}
-
-
-def call(city: str, name: str = "weather") -> str:
-    arguments = {"city": city, "days": 2}
-    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +74,10 @@ def chat(running: Running, **options: Any) -> Any:
 def test_reasoning_text_and_parallel_calls(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dictated(monkeypatch, f"<think>Two.</think>I look.{call('Oslo')}\n{call('Rome')}")
+    dictated(
+        monkeypatch,
+        f"<think>Two.</think>I look.{OSLO}\n{ROME}",
+    )
     message, reason, calls = chat(running, tools=[tool("weather")])
     assert (message.reasoning_content, message.content.strip()) == ("Two.", "I look.")
     assert message.reasoning == message.reasoning_content
@@ -92,15 +91,19 @@ def test_reasoning_text_and_parallel_calls(
 def test_a_call_whose_text_breaks_off_is_text(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dictated(monkeypatch, call("Oslo")[:40])
+    dictated(monkeypatch, OSLO[:40])
     message, reason, calls = chat(running, tools=[tool("weather")])
-    assert (message.content, reason, calls) == (call("Oslo")[:40], "stop", [])
+    assert (message.content, reason, calls) == (
+        OSLO[:40],
+        "stop",
+        [],
+    )
 
 
 def test_a_conversation_with_tools_goes_on(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dictated(monkeypatch, f"<think>Hm.</think>{call('Oslo')}")
+    dictated(monkeypatch, f"<think>Hm.</think>{OSLO}")
     message, _, _ = chat(running, tools=[tool("weather")])
     dictated(monkeypatch, "Sun.")
     seen = prompts(running, monkeypatch)
@@ -109,23 +112,8 @@ def test_a_conversation_with_tools_goes_on(
     developer = {"role": "developer", "content": "Be brief."}
     chat(running, tools=[tool("weather")], messages=[developer, *MESSAGES, said, result])
     assert "system\nBe brief." in seen[0]
-    assert f"<think>\nHm.\n</think>\n\n\n{call('Oslo')}<|im_end|>" in seen[0]
+    assert f"<think>\nHm.\n</think>\n\n\n{OSLO}<|im_end|>" in seen[0]
     assert "<tool_response>\nsunny\n</tool_response>" in seen[0]
-
-
-def prompts(running: Running, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Will hold the text of each prompt from now on."""
-    seen: list[str] = []
-    tokenizer = running.generator.model_provider.tokenizer
-    original = running.generator._prompt
-
-    def noted(*args: Any) -> Any:
-        result = original(*args)
-        seen.append(tokenizer.decode(result[0]))
-        return result
-
-    monkeypatch.setattr(running.generator, "_prompt", noted)
-    return seen
 
 
 @pytest.mark.parametrize("sampled", [{}, {"temperature": 2.0, "seed": 3}])
@@ -276,6 +264,23 @@ def test_choices_are_what_each_is_alone(running: Running) -> None:
     assert reasons == ["length"] * 2
     assert pieces[-1].usage == two.usage.model_copy(update=dict(pieces[-1].usage))
     assert all(p.usage is None for p in pieces[:-1])
+
+
+@pytest.mark.parametrize("alone", [{}, {"seed": 1}])
+def test_a_client_that_leaves_ends_all_its_choices(running: Running, alone: dict[str, int]) -> None:
+    before = running.figures()["traffic"]
+    stream = running.client().completions.create(
+        model="default_model", prompt="a", max_tokens=3000, n=3, stream=True, **alone
+    )
+    for _, _piece in zip(range(4), stream, strict=False):
+        pass
+    stream.close()
+    until(lambda: running.figures()["traffic"]["active"] == 0)
+    until(lambda: not running.generator.admission.running)
+    after = running.figures()["traffic"]
+    assert after["requests"]["cancelled"] == before["requests"]["cancelled"] + 1
+    assert after["tokens"] - before["tokens"] < 3000
+    assert running.text("a", 2)
 
 
 def test_several_prompts_as_text_or_tokens(running: Running) -> None:

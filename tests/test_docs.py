@@ -74,9 +74,6 @@ def test_snippets_run(
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    # A second at each depth, anew at each call, is for figures that somebody reads.
-    quick = functools.partial(examination.drive_rates, seconds=0.01)
-    monkeypatch.setattr(examination, "drive_rates", quick)
     for what, measured in MEASURED.items():
         monkeypatch.setattr(examination, what, measured)
     # A minute of `doctor --selftest`; test_selftest.py and the tests of exactness test more.

@@ -350,7 +350,7 @@ def _python_handles_ctrl_c() -> Iterator[None]:
 
 @pytest.mark.parametrize("happens", [ctrl_c, no_memory])
 def test_an_exception_at_every_step(happens: Callable[[], None], watched: Watched) -> None:
-    """At the first and at the last time that each line of ours runs in a call.
+    """At the last time that each line of ours runs in a call, and for Ctrl-C at the first too.
 
     Lines that leave a `with` or run after an exception are left out: the interpreter looks for
     signals where functions are called and loops go round, not there.
@@ -358,7 +358,8 @@ def test_an_exception_at_every_step(happens: Callable[[], None], watched: Watche
     mx.eval(watched.model(NEXT))
     call = lambda: watched.model(NEXT)  # noqa: E731
     times = Counter(steps(watched, call, OURS, None))
-    places = {(place, n) for place, count in times.items() for n in (1, count)}
+    first = [1] if happens is ctrl_c else []
+    places = {(place, n) for place, count in times.items() for n in (*first, count)}
     assert len(times) > 150
     interrupted = 0
     for place in sorted(places):
@@ -510,7 +511,7 @@ def run_apart(what: str, folder: Path, *arguments: str, **environment: str) -> A
 @pytest.mark.parametrize("run_ahead", ["off", "on"])
 def test_ctrl_c_at_random_moments(run_ahead: str, checkpoint: Callable[..., Path]) -> None:
     """Real signals, about a hundred a second, during calls with misses and prefetches."""
-    counts = run_apart("signals", checkpoint("qwen3_moe"), "3", RUN_AHEAD=run_ahead)
+    counts = run_apart("signals", checkpoint("qwen3_moe"), "1", RUN_AHEAD=run_ahead)
     assert counts["interrupted"] > 20 and counts["calls"] > 0
     assert counts["wrong"] == counts["threads"] == counts["files"] == counts["readers"] == 0
 

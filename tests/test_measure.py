@@ -12,7 +12,8 @@ from conftest import leftovers
 
 from mlx_streamexperts import ExpertReadError
 from mlx_streamexperts import _osinfo as platform
-from mlx_streamexperts._analysis.measure import drive_rates
+from mlx_streamexperts._analysis import measure
+from mlx_streamexperts._analysis.measure import drive_rates, expert_rate
 from mlx_streamexperts._analysis.throttle import slowed
 
 READ = 4096
@@ -73,6 +74,27 @@ def test_a_drive_of_known_rate(file: tuple[str, int]) -> None:
     assert one.latency >= 0.005
     assert one.rate < eight.rate <= 4.1e6
     assert eight.mean_depth >= 7.2
+
+
+def test_a_drive_that_slows_down(file: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prediction counts with what is left after a while; the clock is the drive's own."""
+    parts = [(file[0], 100, 100 + READ), (file[0], 50_000, 50_000 + READ // 2)]
+    now, read = [10.0], set()
+
+    def slower(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        now[0] += 0.01 if now[0] < 12 else 0.04
+        read.add((offset, sum(map(len, buffers))))
+        return sum(map(len, buffers))
+
+    monkeypatch.setattr(platform, "read_into", slower)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    found = expert_rate(parts, 1, direct=False, seconds=4)
+    assert read == {(100, READ), (50_000, READ // 2)}
+    first, _, _, last = found.by_second
+    assert first == pytest.approx(100 * 0.75 * READ, rel=0.02)
+    assert last == pytest.approx(25 * 0.75 * READ, rel=0.05)
+    assert found.sustained == pytest.approx(last, rel=0.05)
+    assert found.sustained < found.rate < first
 
 
 def test_a_file_that_cannot_be_read(file: tuple[str, int], tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from mlx_streamexperts.server._generation import restore_random_state, stock
 from mlx_streamexperts.server._request_checks import CHAT_FIELDS, NO_EFFECT, TEXT_FIELDS
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+pytestmark = pytest.mark.usefixtures("compiled")  # so random states reach samplers as for users
+
 GOOD: dict[str, dict[str, Any]] = {
     CHAT: {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2},
     TEXT: {"prompt": "a", "max_tokens": 2},

@@ -24,6 +24,8 @@ from mlx_streamexperts._cli.stock_parsers import stock_parser
 from mlx_streamexperts.server import _command as server
 from mlx_streamexperts.server._generation import stock
 
+pytestmark = pytest.mark.usefixtures("compiled")  # so random states reach samplers as for users
+
 LENGTH = 6
 TEMPLATE = (
     "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}"

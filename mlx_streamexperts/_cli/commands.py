@@ -7,6 +7,7 @@ COMMANDS = {
     "doctor": "check whether a model will run here, how fast, and what limits it",
     "generate": "generate text: mlx_lm.generate with a memory budget",
     "pack": "store each expert's parts side by side, so that a miss is one read",
+    "quality": "measure what leaving experts out (--lossy) costs and brings on your text",
     "report": "measure how a model runs here and write a page and a JSON file",
     "run": "run any other mlx-lm program with its model streamed",
     "server": "serve models over HTTP: mlx_lm.server with a memory budget",

@@ -70,7 +70,7 @@ class Session:
     def prefixes(self, model: nn.Module, options: dict[str, Any]) -> PrefixCache | None:
         """The prefixes of a generation with these options; None if none are used."""
         folder = getattr(self.args, "prefix_cache", None)
-        others = ("draft_model", "kv_bits", "input_embeddings", "logits_processors")
+        others = ("draft_model", "input_embeddings", "logits_processors")
         if folder is None or any(options.get(name) is not None for name in others):
             return None
         caches = options.get("prompt_cache")
@@ -78,7 +78,9 @@ class Session:
             return None  # a chat goes on
         if self.kept is None:
             adapter = getattr(self.args, "adapter_path", None)
-            self.kept = PrefixCache(model, folder, self.args.prefix_bytes, adapter)
+            names = ("kv_bits", "kv_group_size", "quantized_kv_start")
+            quantized = {n: options[n] for n in names if n in options}
+            self.kept = PrefixCache(model, folder, self.args.prefix_bytes, adapter, **quantized)
         return self.kept
 
     def note_phases(self) -> None:

@@ -93,7 +93,7 @@ def check_prefix_arguments(args: argparse.Namespace) -> None:
     if args.prefix_cache is None:
         return
     parse_size(args.prefix_bytes)
-    for option in ("draft_model", "kv_bits", "prompt_cache_file"):
+    for option in ("draft_model", "prompt_cache_file"):
         if getattr(args, option, None) is not None:
             flag = "--" + option.replace("_", "-")
             raise StreamError(f"--prefix-cache does not work with {flag}; leave one of them out")

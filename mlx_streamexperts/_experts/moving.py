@@ -19,6 +19,7 @@ from typing import Any
 
 from .. import _osinfo as platform
 from .._errors import CheckpointError, StreamError
+from .._io.checkpoint import extents
 from .._io.moved import Moved, read_moved
 from .._io.output import exclusive, write_json
 from .layer import ExpertLayer
@@ -225,18 +226,7 @@ def _locked(layers: Sequence[ExpertLayer], stack: ExitStack) -> dict[str, int]:
 
 def parts_of_files(layer: ExpertLayer) -> list[tuple[str, int, int]]:
     """The parts of files that hold a layer: file, begin, end; neighbours joined."""
-    parts = sorted(
-        (file, offset, offset + t.stored.row_bytes)
-        for t in layer.tensors.values()
-        for file, offset in zip(t.stored.files, t.stored.offsets, strict=True)
-    )
-    joined: list[tuple[str, int, int]] = []
-    for file, begin, end in parts:
-        if joined and joined[-1][0] == file and begin <= joined[-1][2]:
-            joined[-1] = file, joined[-1][1], max(end, joined[-1][2])
-        else:
-            joined.append((file, begin, end))
-    return joined
+    return extents((t.stored for t in layer.tensors.values()), range(layer.experts))
 
 
 def _check_apart(layers: Sequence[ExpertLayer]) -> None:

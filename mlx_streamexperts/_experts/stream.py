@@ -554,8 +554,9 @@ class ExpertStream(Closing):
         top_k = max(need.top_k for need in self.needs())
         always = self.config.run_ahead == "on"
         return RunAhead(
-            self.layers, top_k, self._guard, lambda: self._reader.stats.wait_seconds, always
-        )
+            self.layers, top_k, self._guard, lambda: self._reader.stats.wait_seconds, always,
+            lossy is not None,
+        )  # fmt: skip
 
     def _decide_bypass(self) -> bool:
         if self.config.bypass_page_cache == "off":

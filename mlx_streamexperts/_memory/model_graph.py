@@ -70,7 +70,7 @@ def measure(
 
 
 def _measure(model: nn.Module, switches: Sequence[tuple[nn.Module, int]]) -> Footprint:
-    with _unevaluated():
+    with unevaluated():
         layers, logits = _caches(model)
         chunks, contexts = _CHUNKS, _CONTEXTS
         few, many = (_pass_size(model, switches, n, n).operations for n in _COMPARED)
@@ -243,10 +243,11 @@ def _filled(model: nn.Module, tokens: int, capacity: int) -> list[Any]:
     return caches
 
 
-def _unevaluated() -> AbstractContextManager[None]:
+def unevaluated() -> AbstractContextManager[None]:
     """Let a family's own evaluations do nothing, for this thread.
 
-    mlx-vlm's DeepSeek V4 starts each token of a short pass. It would read all experts here.
+    mlx-vlm's DeepSeek V4 starts each token of a short pass, and its qwen4_exp each layer of a
+    token. They would read all experts here.
     """
     return swapped_in_thread(mx, eval=lambda *_: None, async_eval=lambda *_: None)
 

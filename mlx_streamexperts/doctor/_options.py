@@ -36,6 +36,14 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         help="take the drive to give this rate, such as 7GB/s, or 7GB/s:100us with a latency",
     )
     parser.add_argument(
+        "--drive-seconds",
+        type=float,
+        default=4.0,
+        metavar="N",
+        help="measure the drive so long (default: 4). Many drives slow down when they grow hot, "
+        "after a minute, say",
+    )
+    parser.add_argument(
         "--prompt-tokens",
         type=int,
         default=1000,

@@ -350,7 +350,7 @@ class Exactness(Record):
 
 
 class Quality(Record):
-    package_offers_lossy_options: Literal[False]  #: it has none
+    package_offers_lossy_options: bool  #: off in every report; before `lossy` came, it had none
     streamed_perplexity: float
     tokens: int
     task_score: Share  #: streamed

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
+from .._analysis.quality import bundled_task
 from .._closing import Closing
 from .._config import DEFAULT_CONTEXT, StreamConfig, format_size
 from .._errors import StreamError
@@ -27,7 +28,7 @@ from . import _speed as speed
 from ._locality import locality
 from ._method import load_average, method
 from ._power import counted, find_sensors
-from ._prompts import Prompt, report_choices, report_prompts
+from ._prompts import Prompt, report_prompts
 from ._quality import Exam, quality
 from ._report import SCHEMA, VERSION, ColdStart, Drive, Power, Repeats, Report, Settings, Speed
 
@@ -82,7 +83,7 @@ def measure(
                 yield report
             width = int(model(mx.array([[0]])).shape[-1])
             prompts = _cut(prompts, max(8, _LOGITS_BYTES // (4 * width * len(prompts))))
-            exam = Exam(prompts, report_choices(tokenizer, settings.items), settings.alone)
+            exam = Exam(prompts, bundled_task(tokenizer, settings.items), settings.alone)
             own = exam.ask(model)
         del model  # room for the stock model
         report.quality = quality(Path(folder), how.model, own, exam, settings.bits)

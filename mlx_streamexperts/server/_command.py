@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import signal
 import sys
@@ -33,6 +32,7 @@ from ._context import ContextChoice, choose_context, start_line
 from ._generation import GenerationThread, logits_processors, top_logprobs
 from ._http import Handler, is_loopback
 from ._kv_admission import AdmittedBatch, BoundedPromptCache, KVAdmission
+from ._log import configure
 from ._models import ModelProvider
 from ._options import setup_arg_parser
 from ._request_counters import RequestCounters
@@ -95,7 +95,7 @@ def _serve(
 ) -> None:
     """What mlx-lm's `main` does once it has parsed, with our parts; returns when it is stopped."""
     maybe_set_recommended_wired_limit()
-    logging.basicConfig(level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s")
+    configure(args.log_level, args.log_format)
     admission = KVAdmission()
     provider = ModelProvider(args, served, aliases, admission)
     audience = Audience()
@@ -157,20 +157,25 @@ class Server(ThreadingHTTPServer):
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         try:
-            self._generator.ready.wait()
+            threading.Thread(target=self._when_ready, name="ready", daemon=True).start()
+            super().serve_forever(poll_interval)
             if self._generator.failure is not None:
                 raise self._generator.failure
-            host, port = str(self.server_address[0]), self.server_address[1]
-            host = f"[{host}]" if ":" in host else host
-            opened = self._generator.model_provider.expert_stream
-            line = start_line(
-                f"http://{host}:{port}", opened.plan if opened else None, self._choice
-            )
-            print(line, file=sys.stderr, flush=True)
-            super().serve_forever(poll_interval)
         finally:
             self._generator.stopping = True
             self.server_close()
+
+    def _when_ready(self) -> None:
+        """Tell that the model is loaded; if it could not be, end serving."""
+        self._generator.ready.wait()
+        if self._generator.failure is not None:
+            super().shutdown()
+            return
+        host, port = str(self.server_address[0]), self.server_address[1]
+        host = f"[{host}]" if ":" in host else host
+        opened = self._generator.model_provider.expert_stream
+        plan = opened.plan if opened else None
+        print(start_line(f"http://{host}:{port}", plan, self._choice), file=sys.stderr, flush=True)
 
     def shutdown(self) -> None:
         """Do nothing: mlx-lm calls this after serving has ended, and the original would wait."""

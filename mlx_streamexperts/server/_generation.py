@@ -232,8 +232,8 @@ class GenerationThread(stock.ResponseGenerator):
         """The request's tokens as mlx-lm's `_tokenize` returns them, before any check of them."""
         if isinstance(request.prompt, list):  # of tokens
             return request.prompt, [request.prompt], ["assistant"], "normal", None
-        effort = (args.chat_template_kwargs or {}).get("reasoning_effort")
-        if effort is not None and "reasoning_effort" not in str(tokenizer.chat_template):
+        asks_effort = getattr(args, "effort", None) is not None
+        if asks_effort and "reasoning_effort" not in str(tokenizer.chat_template):
             raise BadRequestError(
                 "reasoning_effort means nothing to this model's template; leave it out",
                 "reasoning_effort",
@@ -242,6 +242,22 @@ class GenerationThread(stock.ResponseGenerator):
             return super()._tokenize(tokenizer, request, args)
         except Exception as e:  # the chat template failed, or does not know a role
             raise BadRequestError(f"the prompt cannot be turned into tokens: {e}") from e
+
+    def count_prompt(self, request: Any, args: Any) -> int:
+        """Tokens of a request's prompt, for a thread that waits for nothing else.
+
+        Raises:
+            Refused: its model is not loaded, or the prompt cannot be turned into tokens.
+        """
+        provider = self.model_provider
+        args.model.model = provider.served[args.model.model]
+        if not provider.is_loaded(args.model.model):
+            message = "the model is not loaded now; send a message, then count"
+            raise Refused(503, message, "not_loaded", "model")
+        try:
+            return len(self._prompt(provider.tokenizer, request, args)[0])
+        except BadRequestError as e:
+            raise Refused(400, str(e), "invalid_request", e.param) from e
 
     def _hold_to_shape(self, args: Any, tokenizer: Any, prompt: list[int]) -> None:
         """Let only those tokens through that keep the reply to the shape that was asked for."""
@@ -338,9 +354,11 @@ class Client:
         began: when the prompt began, and the bytes read until then.
         keep_alive: called about once a second while the client waits for a token.
         lossy: the level that the request asked for; None for the server's.
+        first_token: seconds from the request to its first token; None before.
     """
 
     lossy: int | None = None
+    first_token: float | None = None
 
     def __init__(self, generator: GenerationThread, connection: socket.socket) -> None:
         self.generator, self._connection = generator, connection
@@ -401,7 +419,7 @@ class Client:
             if self.gone():
                 raise ClientGone
             if done >= 0:
-                logging.info(f"Prompt processing progress: {done}/{total}")
+                logging.debug(f"Prompt processing progress: {done}/{total}")
             if self.keep_alive is not None:
                 self.keep_alive(self.generator.progress(self))
 
@@ -426,7 +444,7 @@ class Client:
             if first:
                 seconds = time.perf_counter() - start
                 counters.prompt(len(context.prompt), max(0, context.prompt_cache_count), seconds)
-                first = False
+                self.first_token, first = seconds, False
             counters.token()
             if self.gone():
                 raise ClientGone

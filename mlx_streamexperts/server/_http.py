@@ -1,4 +1,4 @@
-"""The HTTP layer: routes, limits, keys, and replies in OpenAI's form.
+"""The HTTP layer: routes, limits and keys. The forms of requests and replies are in `_apis`.
 
 Requests for text are checked here and then answered through mlx-lm's own handler. Nothing in a
 request ever names a file that is opened.
@@ -32,10 +32,14 @@ from mlx_lm import server as stock
 from .._cache.lossy import Ways
 from .._errors import StreamError
 from .._progress import Progress
+from ._apis.anthropic import CountForm, MessagesForm
 from ._apis.form import Form, Usage
+from ._apis.ollama import VERSION, OllamaForm, show, tags
 from ._apis.openai import ChatForm, TextForm
+from ._apis.responses import ResponsesForm
 from ._choices import interleaved
 from ._generation import Client, GenerationThread
+from ._log import Answered, log
 from ._metrics import live, prometheus
 from ._refusals import Asked, ClientGone, Refused, generation_failed
 from ._replies import Piece, Reply
@@ -53,6 +57,10 @@ FORMS: dict[str, type[Form]] = {
     "/v1/chat/completions": ChatForm,
     "/chat/completions": ChatForm,
     "/v1/completions": TextForm,
+    "/v1/responses": ResponsesForm,
+    "/v1/messages": MessagesForm,
+    "/v1/messages/count_tokens": CountForm,
+    "/api/chat": OllamaForm,
 }
 """The API at each path that generates text."""
 
@@ -121,6 +129,7 @@ class Handler(stock.APIHandler):
         self.generator = generator
         self.options = generator.cli_args
         self.began = False  # whether the reply has begun
+        self._answered: Answered | None = None  # the request for text under way
         self.form_path = ""  # of the request, while mlx-lm's handler runs under a path of its own
         view: Any = Client(generator, request)
         super().__init__(view, request, *args, **options)
@@ -142,6 +151,8 @@ class Handler(stock.APIHandler):
                 body, policy = live_page()
                 headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
                 self._send(body, "text/html; charset=utf-8", headers)
+            elif self.path == "/health" and not self.generator.ready.is_set():
+                self._send_json({"status": "loading"}, 503)
             elif self.path == "/health":
                 super().do_GET()
             elif self.path == "/live.json":
@@ -150,6 +161,12 @@ class Handler(stock.APIHandler):
             elif self.path == "/metrics":
                 self._authorize()
                 self._send(*prometheus(self.generator))
+            elif self.path == "/api/tags":
+                self._authorize()
+                provider = self.generator.model_provider
+                self._send_json(tags({name: provider.served[name] for name in provider.listed}))
+            elif self.path == "/api/version":
+                self._send_json({"version": VERSION})
             elif self.path == "/v1/models" or self.path.startswith("/v1/models/"):
                 self._authorize()
                 self._send_models(unquote(self.path.removeprefix("/v1/models").lstrip("/")))
@@ -169,7 +186,16 @@ class Handler(stock.APIHandler):
             self._refuse(e)
 
     def do_POST(self) -> None:  # noqa: N802
-        """Check a request for text, then let mlx-lm's handler run it."""
+        """Check a request for text, let mlx-lm's handler run it, and log how it ended."""
+        begin = time.monotonic()
+        self._answered = Answered(self.address_string(), "POST", self.path)
+        self._answered.outcome = self._post()
+        self._answered.seconds = time.monotonic() - begin
+        log(self._answered)
+        self._answered = None
+
+    def _post(self) -> str:
+        """Answer a request for text; returns its outcome, one of `OUTCOMES`."""
         counters = self.generator.counters
         try:
             self._check_host()
@@ -178,6 +204,10 @@ class Handler(stock.APIHandler):
             if form is not None:
                 self._form = form(self.system_fingerprint)
             self._authorize()
+            if self.path == "/api/show":
+                self._form = OllamaForm(self.system_fingerprint)
+                self._show(self._body())
+                return ""  # of no text
             if form is None:
                 raise Refused(404, f"there is no resource at {self.path[:200]}", "not_found")
             asked = self._form.request(self._body())
@@ -191,11 +221,16 @@ class Handler(stock.APIHandler):
         except Refused as e:
             counters.refused()
             self._refuse(e)
-            return
+            return "refused"
         except (ConnectionError, TimeoutError):
             counters.refused()
             self.close_connection = True
-            return
+            return "refused"
+        except Exception as e:
+            logging.exception("a request could not be read")
+            counters.refused()
+            self._refuse(generation_failed(e))
+            return "refused"
         outcome, rfile = "failed", self.rfile
         try:
             del self.headers["Content-Length"]
@@ -222,6 +257,7 @@ class Handler(stock.APIHandler):
         finally:
             self.rfile, self.path = rfile, self.form_path
             counters.end(outcome)
+        return outcome
 
     # Checks
 
@@ -326,13 +362,18 @@ class Handler(stock.APIHandler):
         try:
             super().handle_completion(request, [])  # mlx-lm would match stop strings by token
         except Asked as asked:
-            self._answer(self._choices(request, asked.arguments), stop_words)
+            choices = self._choices(request, asked.arguments)
+            if self._form.count(0) is not None:
+                self._send_json(self._form.count(self.generator.count_prompt(*choices[0])))
+            else:
+                self._answer(choices, stop_words)
 
     # Replies
 
     def _choices(self, request: Any, arguments: Any) -> list[tuple[Any, Any]]:
         """The request and mlx-lm's arguments for each reply: `n` to each of the prompts."""
         arguments.shape = shape_of(self.body)
+        arguments.effort = self.body.get("reasoning_effort")
         count = self.body.get("n", 1)
         prompts = [request.prompt] if request.request_type == "chat" else request.prompt
         found = []
@@ -351,6 +392,8 @@ class Handler(stock.APIHandler):
         """Send the replies: streamed piece by piece, or whole."""
         form, lock = self._form, threading.Lock()
         clients = [Client(self.generator, self.connection) for _ in choices]
+        for client in clients:
+            client.lossy = self.response_generator.lossy
 
         def send(events: bytes) -> None:
             with lock:
@@ -389,6 +432,12 @@ class Handler(stock.APIHandler):
         finally:
             for client in clients:
                 client.ended = True
+            if (answered := self._answered) is not None:
+                used = self._usage(replies)
+                answered.prompt_tokens, answered.cached_tokens = used.prompt, used.cached
+                answered.tokens = used.completion
+                seconds = [c.first_token for c in clients if c.first_token is not None]
+                answered.first_token_seconds = min(seconds, default=None)
 
     def _pieces(
         self, client: Client, request: Any, arguments: Any, stops: list[str]
@@ -454,6 +503,14 @@ class Handler(stock.APIHandler):
             raise Refused(404, f"this server has no model {name[:200]!r}", "model_not_found")
         self._send_json(next(m for m in models if m["id"] == name))
 
+    def _show(self, body: dict[str, Any]) -> None:
+        """Answer Ollama's question about a model."""
+        name, provider = str(body.get("model") or body.get("name")), self.generator.model_provider
+        name = name if name in provider.served else name.removesuffix(":latest")
+        provider.check(name, None, "default_model")
+        loaded = provider.is_loaded(name)
+        self._send_json(show(provider.served[name], provider.tokenizer if loaded else None))
+
     def _send(
         self, body: bytes, kind: str, headers: dict[str, str] | None = None, status: int = 200
     ) -> None:
@@ -467,7 +524,7 @@ class Handler(stock.APIHandler):
             **(headers or {}),
         }.items():
             self.send_header(key, value)
-        if self.path.startswith("/v1/") or self.path.startswith("/chat/"):
+        if self.path.startswith(("/v1/", "/chat/", "/api/")):
             self._set_cors_headers()
         self.end_headers()
         if self.command != "HEAD":
@@ -497,9 +554,11 @@ class Handler(stock.APIHandler):
         self._refuse(Refused(int(code), message or HTTPStatus(code).phrase))
 
     def log_request(self, code: Any = "-", size: Any = "-") -> None:
-        """Log one line per request, but none for paths that are polled."""
-        if self.path not in ("/live.json", "/metrics", "/health"):
-            logging.info(f"{self.address_string()} {self.command or ''} {self.path!r} {int(code)}")
+        """Log a line, but none for paths that are polled, nor before a request for text is over."""
+        if self._answered is not None:
+            self._answered.status = int(code)
+        elif self.path not in ("/live.json", "/metrics", "/health"):
+            log(Answered(self.address_string(), self.command or "", self.path, int(code)))
 
     def log_message(self, format: str, *args: Any) -> None:
         logging.info(format % args)

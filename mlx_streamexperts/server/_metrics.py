@@ -52,8 +52,19 @@ def live(generator: GenerationThread) -> dict[str, Any]:
         "traffic": asdict(generator.counters.stats()),
         "memory": memory_bytes(plan),
         "prompt": None,
+        "prefixes": None,
         "experts": None,
     }
+    if (kept := provider.prefixes) is not None:
+        names = (
+            "read_tokens",
+            "read_bytes",
+            "read_seconds",
+            "written_bytes",
+            "write_seconds",
+            "evicted",
+        )
+        answer["prefixes"] = {name: getattr(kept, name) for name in names}
     if (now := generator.progress()) is not None:
         answer["prompt"] = {
             **asdict(now),

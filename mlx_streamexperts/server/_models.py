@@ -126,8 +126,12 @@ class ModelProvider(stock.ModelProvider):
             self.known_tokens = min(rows, len(self.tokenizer))  # either may know more
             self.admission.open(plan, rows)
             if (folder := self.cli_args.prefix_cache) is not None:
-                nbytes, adapter = self.cli_args.prefix_bytes, args[1] if args[1:] else None
-                self.prefixes = PrefixCache(self.model, folder, nbytes, adapter)
+                cli, adapter = self.cli_args, args[1] if args[1:] else None
+                self.prefixes = PrefixCache(
+                    self.model, folder, cli.prefix_bytes, adapter,
+                    cli.kv_bits, cli.kv_group_size, cli.quantized_kv_start,
+                )  # fmt: skip
+                self.admission.computed = self.prefixes.computed
             self.follower = expert_stream.follow(stop=self.should_stop)
             self.cli_args.prefill_step_size = self._stated_step or plan.prefill_tokens
             logging.info(f"Loaded {args[0]}: {plan}")

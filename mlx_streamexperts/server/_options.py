@@ -3,7 +3,8 @@
 python -m mlx_streamexperts.server
 python -m mlx_streamexperts.server --model mlx-community/Kimi-K2.5 --memory 96GB --port 8080
 
-OpenAI's chat and completions at /v1, figures at /metrics (Prometheus), a live page at /.
+OpenAI's and Anthropic's APIs at /v1, Ollama's chat at /api, figures at /metrics (Prometheus), and a
+live page at /.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 
 from .._cli.options import add_prefix_arguments, make_parser
 from .._cli.stock_parsers import stock_parser
+from ._log import FORMATS
 
 _KEY_VARIABLE = "STREAMEXPERTS_API_KEY"
 
@@ -47,6 +49,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--max-body", default="16MiB", help="longest request body (default: %(default)s)"
+    )
+    group.add_argument(
+        "--log-format",
+        choices=FORMATS,
+        default=FORMATS[0],
+        help="a line of text or of JSON for each request (default: %(default)s)",
     )
     group.add_argument(
         "--fetch-images",

@@ -27,8 +27,8 @@ from ._field_checks import (
     number,
     one_of,
     unless,
+    wrong,
 )
-from ._refusals import Refused
 
 MOST_CHOICES = 16
 """Replies that one request may ask for: `n` to each of its prompts."""
@@ -51,20 +51,20 @@ def check_request(body: dict[str, Any], fetch_images: bool, chat: bool) -> dict[
     body = {k: v for k, v in body.items() if v is not None or k == "draft_model"}
     for path, value in _walk(body):
         if isinstance(value, float) and not math.isfinite(value):
-            raise _refused(path, "must be finite")
+            raise wrong(path, "must be finite")
         if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
-            raise _refused(path, "has half of a surrogate pair, for which there are no tokens")
+            raise wrong(path, "has half of a surrogate pair, for which there are no tokens")
     fields = CHAT_FIELDS if chat else TEXT_FIELDS
     for key, value in body.items():
         check = fields.get(key)
         if check is None:
             other = TEXT_FIELDS if chat else CHAT_FIELDS
             where = "this path" if key in other else "this server"
-            raise _refused(key, f"is not a field that {where} knows; leave it out")
+            raise wrong(key, f"is not a field that {where} knows; leave it out")
         if value is not None and (must := check(value)) is not None:
-            raise _refused(key, must)
+            raise wrong(key, must)
     if (needed := "messages" if chat else "prompt") not in body:
-        raise _refused(needed, "is required")
+        raise wrong(needed, "is required")
     return _for_mlx_lm(body, fetch_images)
 
 
@@ -85,12 +85,12 @@ def shape_of(body: dict[str, Any]) -> Shape | None:
             return None
         return Shape(schema, tools if choice == "auto" else (), many, "response_format")
     if not tools:
-        raise _refused("tool_choice", f"is {choice!r}, but there are no tools")
+        raise wrong("tool_choice", f"is {choice!r}, but there are no tools")
     if isinstance(choice, dict):
         name = choice["function"]["name"]
         tools = tuple(t for t in tools if t["function"]["name"] == name)
         if not tools:
-            raise _refused("tool_choice", f"names {name!r}, which is not among the tools")
+            raise wrong("tool_choice", f"names {name!r}, which is not among the tools")
     return Shape(None, tools, many, "tool_choice")
 
 
@@ -107,13 +107,11 @@ def _for_mlx_lm(body: dict[str, Any], fetch_images: bool) -> dict[str, Any]:
     choices = body.get("n", 1) * len(body.get("prompt", [0]))
     if choices > MOST_CHOICES:
         many = "n" if body.get("n", 1) > 1 else "prompt"
-        raise _refused(many, f"asks for {choices} replies; {MOST_CHOICES} are allowed")
+        raise wrong(many, f"asks for {choices} replies; {MOST_CHOICES} are allowed")
     if "messages" in body and not fetch_images:
         for url in _image_urls(body["messages"]):
             if not url.startswith("data:"):
-                raise _refused(
-                    "messages", "images must be data: URLs (--fetch-images allows others)"
-                )
+                raise wrong("messages", "images must be data: URLs (--fetch-images allows others)")
     for key in ("xtc_probability", "xtc_threshold"):
         if key in body:
             body[key] = float(body[key])
@@ -122,10 +120,9 @@ def _for_mlx_lm(body: dict[str, Any], fetch_images: bool) -> dict[str, Any]:
         body["stream_options"] = {"include_usage": bool(options.get("include_usage"))}
     if body.get("tool_choice") == "none":
         body.pop("tools", None)
-    if (effort := body.pop("reasoning_effort", None)) is not None:
-        body["chat_template_kwargs"] = {
-            "reasoning_effort": effort, **body.get("chat_template_kwargs", {})
-        }  # fmt: skip
+    if (effort := body.get("reasoning_effort")) is not None:
+        settings = body.get("chat_template_kwargs", {})
+        body["chat_template_kwargs"] = {"reasoning_effort": effort, **settings}
     logprobs = body.get("logprobs")
     if not isinstance(logprobs, bool | None):  # of completions: how many likeliest tokens to return
         body |= {"logprobs": True, "top_logprobs": logprobs}
@@ -134,11 +131,6 @@ def _for_mlx_lm(body: dict[str, Any], fetch_images: bool) -> dict[str, Any]:
     elif body.get("logprobs"):
         body["top_logprobs"] = 0
     return {k: v for k, v in body.items() if k not in NO_EFFECT}
-
-
-def _refused(path: str, must: str) -> Refused:
-    key = path.partition(".")[0].partition("[")[0]
-    return Refused(400, f"{path} {must}", "invalid_request", key)
 
 
 def _walk(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -340,9 +332,7 @@ def _content(content: Any) -> Any:
         else isinstance(stock._image_url(p), str)
         for p in parts
     ):
-        raise _refused(
-            "messages", "have content that is neither text nor a list of texts and images"
-        )
+        raise wrong("messages", "have content that is neither text nor a list of texts and images")
     images = any(p["type"] != "text" for p in parts)
     return parts if images else "".join(p["text"] for p in parts)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from .._analysis.quality import measure, recommendation
 from .._cache.expert_map import POLICIES
 from .._cli.options import failed
 from .._cli.settings import stream_settings
@@ -21,6 +22,7 @@ from .._experts.lossy import refuse_lossy
 from .._experts.stream import expert_files
 from .._io.files import direct_works
 from .._io.output import exclusive
+from .._loading.demo import demo_model
 from .._loading.tuned_for import tuned_for
 from .._progress import progress_bar
 from ._ledger import Ledger
@@ -86,6 +88,14 @@ def space(runner: Runner) -> Space:
     return values
 
 
+def together(values: Space) -> list[Settings]:
+    """Memory that a smaller expert cache leaves pays only if the page cache may use it."""
+    if "bypass_page_cache" not in values:
+        return []
+    shares = values.get(CACHE_SHARE, ())[1:]
+    return [{CACHE_SHARE: share, "bypass_page_cache": "off"} for share in shares]
+
+
 def _tune(args: argparse.Namespace, runner: Runner, config: StreamConfig) -> int:
     """Search and save. `config` has the options as they were stated."""
     values = space(runner)
@@ -121,7 +131,7 @@ def _tune(args: argparse.Namespace, runner: Runner, config: StreamConfig) -> int
 
         tuner = Tuner(
             runner.run, values, book, args.time_limit, args.trials, seed=args.seed,
-            stock=runner.stock, on_record=note,
+            stock=runner.stock, together=together(values), on_record=note,
         )  # fmt: skip
         if once:
             record = tuner.once(args.once)
@@ -138,8 +148,24 @@ def _tune(args: argparse.Namespace, runner: Runner, config: StreamConfig) -> int
         if outcome.best:
             _save(outcome.best, runner, config, args.out)
             rows += [("Settings", str(args.out)), ("Use", _command(args))]
+        if args.quality_budget is not None:
+            best = outcome.best["settings"] if outcome.best else {}
+            rows.append(("Lossy", _lossy(args, runner, best)))
     print_rows([*rows, ("Ledger", str(ledger))], "Tuning")
     return 0
+
+
+def _lossy(args: argparse.Namespace, runner: Runner, best: Settings) -> str:
+    """What leaving experts out would bring on the prompts, beside the best settings."""
+    model = args.model or str(demo_model())
+    config, texts = runner.applied(best, runner.config), runner.workload.prompts
+    try:
+        found = measure(
+            model, config, texts, prompt=16, items=0, trust=args.trust_remote_code
+        )  # fmt: skip
+        return recommendation(list(found), args.quality_budget)
+    except StreamError as e:
+        return f"not measured: {e}"
 
 
 def _save(best: Record, runner: Runner, config: StreamConfig, out: Path) -> None:

@@ -43,6 +43,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the search (default: 0)")
     add("--once", type=settings, metavar="JSON",
         help="run one trial of these settings, print its line and save nothing")  # fmt: skip
+    add("--quality-budget", type=float, metavar="SHARE",
+        help="afterwards, measure lossy settings on the prompts and name the fastest one that "
+        "raises perplexity by at most this (0.01 is 1 %%). Nothing lossy is saved")  # fmt: skip
     add("--dry-run", action="store_true", help="print the values to try, and load nothing")
     add("--trust-remote-code", action="store_true")
     return make_parser(parser, "tune", __doc__)

@@ -124,6 +124,7 @@ class RunAhead:
         guard: knows which threads call the model.
         waited: returns the seconds waited for reads so far.
         always: speculate on every layer, whatever was measured.
+        lossy: layers may leave experts out.
 
     Attributes:
         thread: the thread whose step is under way, or None.
@@ -138,8 +139,9 @@ class RunAhead:
         guard: ThreadGuard,
         waited: Callable[[], float],
         always: bool,
+        lossy: bool = False,
     ) -> None:
-        self.layers, self.always = list(layers), always
+        self.layers, self.always, self._lossy = list(layers), always, lossy
         self.thread: int | None = None
         self.stats, self.policy = RunAheadStats(), SpeculationPolicy(len(self.layers))
         self._most_tokens = (SORTED_ROWS - 1) // top_k  # of a call that counts as decoding
@@ -368,8 +370,11 @@ class RunAhead:
             if len({x.shape for x in indices}) == 1:
                 # As one array: if memory moves by pages, reading each costs 46 us.
                 indices = [mx.concatenate(indices)]
-            lossy = [s for i in self._unsent if (s := self._states[i].lossy) is not None]
-            mx.async_eval(indices, [s.weights for s in lossy])
+            weights = []
+            if self._lossy:
+                lossy = [self._states[i].lossy for i in self._unsent]
+                weights = [x.weights for x in lossy if x is not None]
+            mx.async_eval(indices, weights)
             self._sent.append((self._unsent, indices))
             self._unsent = []
 
@@ -381,7 +386,7 @@ class RunAhead:
             chosen = [numbers(x) for x in indices]
             if len(chosen) < len(group):
                 chosen = np.split(chosen[0], len(group))
-            for k, i in enumerate(group):
+            for k, i in enumerate(group) if self._lossy else ():
                 if (lossy := self._states[i].lossy) is not None:
                     chosen[k] = lossy.choose(chosen[k], self._tables.present(i))
             start = self.layers[group[0]].record_phase("sync", start)

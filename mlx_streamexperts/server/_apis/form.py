@@ -73,6 +73,10 @@ class Form:
         """A reply that is not streamed."""
         raise NotImplementedError
 
+    def count(self, tokens: int) -> dict[str, Any] | None:
+        """The answer where only the prompt is to be counted; None where a reply is wanted."""
+        return None
+
     def error(self, refused: Refused) -> dict[str, Any]:
         """An error in the place of a reply."""
         raise NotImplementedError
