@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Generator
-from contextlib import suppress
+from contextlib import closing, suppress
 from copy import copy, deepcopy
 from email.message import Message
 from functools import cache
@@ -414,17 +414,18 @@ class Handler(stock.APIHandler):
         replies: dict[int, Reply] = {}
         pieces: list[list[Piece]] = [[] for _ in choices]
         try:
-            for i, item in interleaved(streams):
-                if isinstance(item, Reply):
-                    replies[i] = item
-                    if self.stream and not self.began:
-                        self._set_stream_headers(200)
-                        self.end_headers()
-                        send(form.begin(self._usage(replies)))
-                elif not self.stream:
-                    pieces[i].append(item)
-                elif item:
-                    send(form.piece(i, item))
+            with closing(interleaved(streams)) as parts:
+                for i, item in parts:
+                    if isinstance(item, Reply):
+                        replies[i] = item
+                        if self.stream and not self.began:
+                            self._set_stream_headers(200)
+                            self.end_headers()
+                            send(form.begin(self._usage(replies)))
+                    elif not self.stream:
+                        pieces[i].append(item)
+                    elif item:
+                        send(form.piece(i, item))
             if self.stream:
                 send(form.end(self._usage(replies)))
             else:
