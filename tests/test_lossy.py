@@ -292,7 +292,7 @@ def test_what_must_be_exact_refuses_it_and_what_may_changes_it(tmp_path: Path) -
 
 
 def test_nothing_that_it_computed_is_kept_for_exact_runs(tmp_path: Path) -> None:
-    tokens = demo_tokens(100).tolist()
+    tokens = demo_tokens(70).tolist()
     model, s = demo("skip=0.1", 0.3)
     with s:
         kept = PrefixCache(model, tmp_path / "kept", "1GB")
@@ -304,16 +304,13 @@ def test_nothing_that_it_computed_is_kept_for_exact_runs(tmp_path: Path) -> None
 def test_its_first_and_last_lines_say_so(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    arguments = ["--prompt", "In the beginning", "--max-tokens", "8", "--no-progress"]
+    arguments = ["--prompt", "In the beginning", "--max-tokens", "4", "--no-progress"]
     assert generate.main([*arguments, "--lossy", "2"]) == 0
     assert "lossy: level 2" in caplog.text
     assert "depend on which experts are resident" in caplog.text
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert "level 2" in last
     assert "of the router's mass" in last
-    caplog.clear()
-    assert generate.main(arguments) == 0
-    assert "lossy" not in (caplog.text + capsys.readouterr().out).lower()
 
 
 def test_a_request_may_ask_for_exactness_and_gets_it() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._errors import StreamError
-from .quality import Price, frontier
 from .replay import BEST
 from .simulation import Row
+
+if TYPE_CHECKING:
+    from .quality import Price
 
 _STYLES = ("-o", "-s", "-^", "-D", "-v", "-P", "-X")
 
@@ -63,6 +65,8 @@ def plot_frontier(found: Sequence[Price], file: Path, title: str = "") -> None:
     Raises:
         StreamError: matplotlib is missing, or does not know the kind of file.
     """
+    from .quality import frontier  # here: it imports mlx-lm, which takes a second
+
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
     best = frontier(found)

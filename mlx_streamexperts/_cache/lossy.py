@@ -15,7 +15,7 @@ import numpy as np
 
 from .._errors import StreamError
 
-LEVELS = {1: "skip=0.03", 2: "skip=0.06", 3: "skip=0.1"}
+LEVELS = {1: "skip=0.03", 2: "skip=0.05", 3: "skip=0.08"}
 """What each level stands for; level 0 is exact. docs/lossy.md has their prices on the embedded
 model."""
 
@@ -190,18 +190,21 @@ def keep(
     """
     shape = experts.shape
     chosen = experts.reshape(-1, shape[-1])  # [T, K]
+    stats.chosen += chosen.size
+    stats.tokens += len(chosen)
+    absent = ~here[chosen]  # [T, K]
+    if not (ways.top or absent.any()):
+        return None
     given = weights.reshape(chosen.shape).astype(np.float32)
     total = np.abs(given).sum(-1, keepdims=True)  # [T, 1]
     share = np.abs(given) / np.maximum(total, 1e-30)
-    stats.chosen += chosen.size
-    stats.tokens += len(chosen)
     order = np.argsort(-share, axis=-1, kind="stable")  # [T, K], the strongest first
     rank = np.empty_like(order)
     np.put_along_axis(rank, order, np.arange(shape[-1])[None], -1)
     out = rank >= ways.top if ways.top else np.zeros(chosen.shape, bool)
     stand_ins = np.full(chosen.shape, -1)
     swapped = stand_ins >= 0
-    absent = ~here[chosen] & (rank > 0)
+    absent &= rank > 0
     if (ways.skip or ways.prefer) and absent.any():
         largest = np.zeros(len(here), np.float32)  # each expert's share of any token that keeps it
         np.maximum.at(largest, chosen, np.where(out, 0, np.where(rank == 0, 1, share)))

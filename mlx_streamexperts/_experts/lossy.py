@@ -35,7 +35,7 @@ _SCORES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 """A router's weights by its logits, up to a factor of each token's."""
 
-_AGREES = 0.03  # largest relative difference of weights that come from such a function
+_AGREES = 0.05  # largest relative difference of weights that come from such a function
 
 
 class LossyRun:
@@ -98,14 +98,20 @@ class LossyRun:
             switch.stats = LossyStats()
 
     def wrap(self, layer: ExpertLayer) -> LossySwitch:
-        """Make the module that stands for this layer's experts; call it in the model's order."""
+        """Make the module that stands for this layer's experts; call it in the model's order.
+
+        Raises:
+            UnsupportedModelError: the layer has experts that every token uses.
+        """
+        if layer.traits.pinned:
+            raise unsupported(layer, "its shared expert is one of its routed ones")
         made = LossySwitch(layer, self)
         made.use(self.stated.of(len(self.switches)))
         self.switches.append(made)
         return made
 
     def try_out(self, model: nn.Module, language: nn.Module) -> None:
-        """Build a pass of one token without running an expert: is every router's weight seen?
+        """Build a short pass without running an expert: is every router's weight seen?
 
         Args:
             model: the whole model; blocks are found in it by their experts' paths.
@@ -119,7 +125,7 @@ class LossyRun:
                 switch.listen(gate_of(model, switch.layer))
         self.trying = True
         try:
-            language(mx.array([[0]]))
+            language(mx.arange(8)[None])
             for switch in self.switches:
                 switch.learn()
         except UnsupportedModelError:
@@ -190,15 +196,17 @@ class LossySwitch(StreamedSwitch):
         chosen, weights = (numbers(a) for a in tried)
         found = np.take_along_axis(numbers(logits).reshape(len(chosen), -1), chosen, -1)
         weights = weights / np.abs(weights).sum(-1, keepdims=True)
-        for score in _SCORES.values():
+        errors = {}
+        for name, score in _SCORES.items():
             theirs = score(found.astype(np.float64))
             theirs /= theirs.sum(-1, keepdims=True)
-            if np.abs(weights - theirs).max() <= _AGREES * theirs.max():
-                self._score = score
-                return
-        raise unsupported(
-            self.layer, f"prefer: its weights follow from logits by none of {', '.join(_SCORES)}"
-        )
+            errors[name] = float(np.abs(weights / theirs - 1).max())
+        best = min(errors, key=lambda name: errors[name])
+        if not errors[best] <= _AGREES:
+            raise unsupported(
+                self.layer, f"prefer: its weights come from logits by none of {', '.join(errors)}"
+            )
+        self._score = _SCORES[best]
 
     def __call__(self, x: mx.array, indices: mx.array, weights: mx.array | None = None) -> Any:
         """See `ExpertLayer.__call__`; while lossy, the result still has to be weighted."""

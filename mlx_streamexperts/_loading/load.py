@@ -334,7 +334,11 @@ class patch:  # noqa: N801 - called like a function
         attach(model, expert_stream, language)
         if lossy is not None:
             expert_stream.lossy = lossy
-            lossy.try_out(model, language)
+            try:
+                lossy.try_out(model, language)
+            except BaseException:
+                expert_stream.close()
+                raise
             _log.warning(first_line(lossy.stated))
         run_ahead = expert_stream.run_ahead
         if run_ahead is not None:
