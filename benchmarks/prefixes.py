@@ -183,12 +183,15 @@ def restart(root: Path) -> str:
     seconds: dict[str, list[tuple[float, float]]] = {k: [] for k in kinds}
     moved: dict[str, list[tuple[int, ...]]] = {k: [] for k in kinds}
     parts: list[tuple[float, ...]] = []
+    writing: list[float] = []
     same = True
 
     def ask(server: Server, kind: str, seed: int) -> str:
         before = server.figures()
         clock, used, text = server.ask(messages(seed))
         after = server.figures()
+        if kind == "first":
+            writing.append(after["prefixes"]["write_seconds"])
         seconds[kind].append((clock, used))
         of = [
             (x["experts"]["read"]["bytes"], *((x["prefixes"] or {}).get(n, 0) for n in NAMES))
@@ -240,7 +243,8 @@ def restart(root: Path) -> str:
         + f"\nThe two parts, in a process of their own: {reading:.2f} s ({reading_used:.2f} s of a "
         f"processor) to read the entry of {SYSTEM_TOKENS:,} tokens, dropped from the page cache, "
         f"and {computing:.2f} s ({computing_used:.2f} s) to compute the {NEW_TOKENS} new tokens "
-        f"up to the first of the reply. Medians of {ROUNDS} rounds. All {3 * ROUNDS} replies of "
+        f"up to the first of the reply. Writing took {statistics.median(writing):.2f} s of the "
+        f"first request. Medians of {ROUNDS} rounds. All {3 * ROUNDS} replies of "
         f"{REPLY_TOKENS} tokens are {'the same as' if same else '**not** those of'} without a "
         "cache of prompts.\n"
     )  # fmt: skip

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 keep_limits()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BudgetError",

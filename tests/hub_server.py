@@ -39,6 +39,7 @@ class Hub(ThreadingHTTPServer):
         self.sent: dict[str, int] = {}  # bytes by file
         self.whole: list[str] = []  # files asked for without a range
         self.asked = 0  # ranges of shards
+        self.redirects = False  # send shards from elsewhere, as the Hub does
         self.lie: Callable[[Answer], None] = lambda answer: None
         """Changes the answer to a request for a part of a shard;
         by default it is right."""
@@ -70,6 +71,12 @@ class Handler(BaseHTTPRequestHandler):
         elif re.fullmatch(rf"/api/models/{REPO}/tree/[^/]+/?", path):
             self.answer_json(self.server.entries())
         elif match := re.fullmatch(rf"/{REPO}/resolve/[^/]+/([^/]+)", path):
+            if self.server.redirects and match[1].endswith(".safetensors"):
+                to = {"Location": f"{self.server.url}/elsewhere/{match[1]}", "ETag": '"this"'}
+                self.answer(302, b"", {**to, "X-Linked-Etag": f'"{SHA}"'})
+            else:
+                self.answer_file(self.server.folder / match[1])
+        elif match := re.fullmatch(r"/elsewhere/([^/]+)", path):
             self.answer_file(self.server.folder / match[1])
         else:
             self.send_response(404)

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import openai
 import pytest
-from serving import Running, call, chatting, dictated, prompts, serving
+from serving import Running, call, chatting, dictated, prompts, serving, until
 
 from mlx_streamexperts._structured import constraint
 from mlx_streamexperts.server._generation import stock
@@ -264,6 +264,23 @@ def test_choices_are_what_each_is_alone(running: Running) -> None:
     assert reasons == ["length"] * 2
     assert pieces[-1].usage == two.usage.model_copy(update=dict(pieces[-1].usage))
     assert all(p.usage is None for p in pieces[:-1])
+
+
+@pytest.mark.parametrize("alone", [{}, {"seed": 1}])
+def test_a_client_that_leaves_ends_all_its_choices(running: Running, alone: dict[str, int]) -> None:
+    before = running.figures()["traffic"]
+    stream = running.client().completions.create(
+        model="default_model", prompt="a", max_tokens=3000, n=3, stream=True, **alone
+    )
+    for _, _piece in zip(range(4), stream, strict=False):
+        pass
+    stream.close()
+    until(lambda: running.figures()["traffic"]["active"] == 0)
+    until(lambda: not running.generator.admission.running)
+    after = running.figures()["traffic"]
+    assert after["requests"]["cancelled"] == before["requests"]["cancelled"] + 1
+    assert after["tokens"] - before["tokens"] < 3000
+    assert running.text("a", 2)
 
 
 def test_several_prompts_as_text_or_tokens(running: Running) -> None:

@@ -126,6 +126,8 @@ def test_this_machine_is_measured_and_the_model_judged(
     one, many = report["measured"]["drive"]
     assert (one["depth"], many["depth"]) == (1, 8)  # 8 are the reader's threads
     assert here["machine"]["drive_rate"] == many["rate"]
+    both_ways = report["measured"]["page_cache"] is not None
+    assert both_ways == report["measured"]["page_cache_bypassed"]
     assert report["measured"]["in_place"] is True
     assert doctor.main(options) == 0
     text = capsys.readouterr().out

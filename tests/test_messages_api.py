@@ -12,6 +12,8 @@ import mlx.core as mx
 import pytest
 from serving import Running, call, chatting, dictated, prompts, serving
 
+from mlx_streamexperts._structured import constraint
+
 TOOL: Any = {
     "name": "weather",
     "description": "Tells it.",
@@ -164,6 +166,23 @@ def test_a_call_or_a_format_can_be_required(client: anthropic.Anthropic) -> None
     form: Any = {"format": {"type": "json_schema", "schema": TOOL["input_schema"]}}
     said = message(client, output_config=form, **NOT_THINKING)
     assert json.loads(said.content[0].text)["city"] in ("Oslo", "Rome")
+
+
+def test_an_error_in_a_stream_is_its_last_event(
+    client: anthropic.Anthropic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = constraint.Processor._allowed
+
+    def fails(self: Any, count: int) -> Any:
+        self._constraint.error = "broken"
+        return original(self, count)
+
+    monkeypatch.setattr(constraint.Processor, "_allowed", fails)
+    asked = {**ASKED, "tools": [TOOL], "tool_choice": {"type": "any"}}
+    with pytest.raises(anthropic.APIStatusError, match="broken"):
+        list(client.messages.create(**asked, stream=True))
+    with pytest.raises(anthropic.BadRequestError, match="broken"):
+        client.messages.create(**asked)
 
 
 def test_errors_have_anthropics_form(running: Running, client: anthropic.Anthropic) -> None:

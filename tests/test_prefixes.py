@@ -169,6 +169,21 @@ def test_a_full_drive_costs_the_entry_only(
     assert "stay free" in caplog.text
 
 
+def test_what_costs_more_than_it_saves_is_not_kept(
+    model: nn.Module, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(remembered, "_WEIGHTY", 1)
+    caches = make_prompt_cache(model)
+    model(mx.array([TOKENS]), cache=caches)
+    nbytes = sum(c.nbytes for c in caches)
+    for slow in (True, False):
+        kept = PrefixCache(model, tmp_path, "1GB")
+        kept.computed(len(TOKENS), 1.0)
+        kept._byte_seconds = (0.9 if slow else 0.1) / nbytes  # to write and to read it takes twice
+        assert (kept.save(TOKENS, caches) > 0) is not slow
+    assert kept._byte_seconds != 0.1 / nbytes  # it was measured
+
+
 def lengths(kept: entries.Entries) -> list[int]:
     """Of the entries that are there, in tokens."""
     return sorted(head.end for head in kept.heads("m").values())

@@ -147,6 +147,19 @@ def test_the_best_combination_is_found_and_wins_again(file: Path) -> None:
         assert r["phase"] != "search" or r["kept"] == (r["ratio"] > 1 + r["noise"])
 
 
+def test_what_pays_only_together_is_tried_after_each_alone(file: Path) -> None:
+    pair = {"threads": 4, "policy": "lru"}
+    singles = sum(len(values) - 1 for values in SPACE.values())
+    Machine().tuner(Ledger(file, {}), trials=singles + 1, together=[pair]).tune()
+    tried = [r["settings"] for r in lines(file)[1:] if r["phase"] == "search"]
+    assert tried[singles:] == [pair]
+    space = {"cache_share": (1.0, 0.7, 0.5), "bypass_page_cache": ("auto", "on", "off")}
+    assert tune.together(space) == [
+        {"cache_share": share, "bypass_page_cache": "off"} for share in (0.7, 0.5)
+    ]
+    assert tune.together({"cache_share": (1.0, 0.7)}) == []  # the file system cannot bypass
+
+
 def test_the_defaults_run_before_and_after_every_candidate() -> None:
     machine = Machine()
     machine.tuner(trials=5).tune()

@@ -38,6 +38,8 @@ from .states import NotKeptError, grows, in_batches, kinds, put, take
 SHORTEST = 64
 """Tokens that are worth an entry."""
 
+_WEIGHTY = 16 << 20  # bytes of an entry whose time says something about the drive
+
 _log = logging.getLogger(__name__)
 
 
@@ -88,6 +90,9 @@ class PrefixCache:
         self._identity = _identity(expert_stream.folder, adapter, self.chunk, quantized)
         self.read_tokens = self.read_bytes = self.written_bytes = 0
         self.read_seconds = self.write_seconds = 0.0
+        # Moving averages, None until measured: of a prompt's tokens, and of an entry's bytes.
+        self._token_seconds: float | None = None
+        self._byte_seconds: float | None = None
 
     @property
     def evicted(self) -> int:
@@ -123,8 +128,20 @@ class PrefixCache:
                 return count
         return 0
 
+    def computed(self, tokens: int, seconds: float) -> None:
+        """Note how long tokens of a prompt took: what costs more to keep is not kept.
+
+        Args:
+            tokens: how many.
+            seconds: of all of them.
+        """
+        self._token_seconds = _averaged(self._token_seconds, seconds / max(1, tokens))
+
     def save(self, tokens: Sequence[int], caches: Sequence[Any], aligned: bool = False) -> int:
-        """Keep what caches hold, if it is not there and long enough.
+        """Keep what caches hold, if it is not there, and worth it.
+
+        It is if it has 64 new tokens, and if writing and reading it takes less time than computing
+        them; below 16 MB that is taken for granted.
 
         A lossy run keeps nothing: an exact one would go on from what it had computed.
 
@@ -141,7 +158,8 @@ class PrefixCache:
         start = time.perf_counter()
         kind, count = kinds(caches), len(tokens)
         found = self._found(tokens, kind, aligned)
-        if count - max((n for n, _, _ in found), default=0) < SHORTEST:
+        new = count - max((n for n, _, _ in found), default=0)
+        if new < SHORTEST:
             return 0
         begin, parent = max(((rows, name) for _, rows, name in found if rows), default=(0, None))
         begin = min(begin, count - 1)
@@ -152,7 +170,8 @@ class PrefixCache:
             return 0
         ids = np.asarray(tokens, np.int64)
         arrays = {**parts.rows, **parts.states}
-        if sum(a.nbytes for a in arrays.values()) > self._entries.most_bytes:
+        nbytes = sum(a.nbytes for a in arrays.values())
+        if nbytes > self._entries.most_bytes or self._costs_more(nbytes, new):
             return 0
         all_grow = all(grows(c) for c in leaves(caches))
         head = Head(
@@ -163,8 +182,17 @@ class PrefixCache:
         more = {"caches": parts.plain}
         written = self._entries.write(self._identity, name, head, more, in_batches(arrays))
         self.written_bytes += written
-        self.write_seconds += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.write_seconds += seconds
+        if written >= _WEIGHTY:
+            self._byte_seconds = _averaged(self._byte_seconds, seconds / written)
         return written
+
+    def _costs_more(self, nbytes: int, tokens: int) -> bool:
+        """Would writing and reading take longer than to compute the tokens?"""
+        if nbytes < _WEIGHTY or self._byte_seconds is None or self._token_seconds is None:
+            return False
+        return 2 * nbytes * self._byte_seconds > tokens * self._token_seconds
 
     def _quantize(self, caches: list[Any]) -> None:
         """Quantize caches after a pass, as mlx-lm does."""
@@ -277,14 +305,19 @@ def prefill(
     with mx.stream(generation_stream):
         for stop in (s for s in stops if s > done):
             while done < stop:
-                count = min(step, stop - done)
+                count, start = min(step, stop - done), time.perf_counter()
                 model(mx.array([tokens[done : done + count]]), cache=caches)
                 kept._quantize(caches)
                 mx.eval([c.state for c in caches])
                 mx.clear_cache()
                 done += count
+                kept.computed(count, time.perf_counter() - start)
                 kept.save(tokens[:done], caches, aligned)
     return caches, list(tokens[done:])
+
+
+def _averaged(before: float | None, now: float) -> float:
+    return now if before is None else 0.8 * before + 0.2 * now
 
 
 def _fit(kept: list[str], made: list[str]) -> bool:

@@ -93,6 +93,7 @@ class Measured:
     in_place: bool  # kernels see bytes that were written into arrays
     drive: list[DriveRate]  # empty if the weights are not here
     page_cache_bypassed: bool
+    page_cache: DriveRate | None = None  # the same reads through it, as it is; None if unmeasured
 
 
 @dataclass(frozen=True)
@@ -257,11 +258,14 @@ def _measure(
     parts = _expert_parts(found, config) if downloaded else []
     direct = downloaded and direct_works(Path(parts[0][0]))
     rates: list[DriveRate] = []
+    cached = None
     if downloaded:
         threads = config.with_defaults().threads
         print(f"Measuring the drive for {seconds:g} s ...", file=sys.stderr, flush=True)
         plan = ((1, min(1.0, seconds)), (threads, seconds))
         rates = [expert_rate(parts, depth, direct, time) for depth, time in plan]
+        if direct:
+            cached = expert_rate(parts, threads, False, min(1.0, seconds))
     print("Measuring memory and the device ...", file=sys.stderr, flush=True)
     machine = Machine(
         name="this machine",
@@ -273,7 +277,7 @@ def _measure(
         layer_seconds=layer_seconds(),
         arithmetic_rate=arithmetic_rate(weight_bits(found.model_config)),
     )
-    return machine, Measured(str(mx.default_device()), in_place_works(), rates, direct)
+    return machine, Measured(str(mx.default_device()), in_place_works(), rates, direct, cached)
 
 
 def _expert_parts(found: DiscoveredModel, config: StreamConfig) -> list[Place]:

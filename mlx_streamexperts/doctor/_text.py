@@ -200,6 +200,11 @@ def _measured(measured: Measured, machine: Machine) -> Iterator[str]:
                 f"second, {format_size(r.by_second[-1])}/s in the last; predicted from the second "
                 f"half, {format_size(r.sustained)}/s"
             )
+    if (cached := measured.page_cache) is not None:
+        yield (
+            f"The same reads through the page cache (some may be in it): "
+            f"{format_size(cached.rate)}/s at {cached.depth} in flight"
+        )
     if not measured.drive:
         yield "Drive: not measured, the weights are not here; 5 GB/s assumed"
     yield (

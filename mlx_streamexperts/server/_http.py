@@ -1,4 +1,4 @@
-"""The HTTP layer: routes, limits, keys, and replies in OpenAI's form.
+"""The HTTP layer: routes, limits and keys. The forms of requests and replies are in `_apis`.
 
 Requests for text are checked here and then answered through mlx-lm's own handler. Nothing in a
 request ever names a file that is opened.
@@ -34,7 +34,9 @@ from .._errors import StreamError
 from .._progress import Progress
 from ._apis.anthropic import CountForm, MessagesForm
 from ._apis.form import Form, Usage
+from ._apis.ollama import VERSION, OllamaForm, show, tags
 from ._apis.openai import ChatForm, TextForm
+from ._apis.responses import ResponsesForm
 from ._choices import interleaved
 from ._generation import Client, GenerationThread
 from ._log import Answered, log
@@ -55,8 +57,10 @@ FORMS: dict[str, type[Form]] = {
     "/v1/chat/completions": ChatForm,
     "/chat/completions": ChatForm,
     "/v1/completions": TextForm,
+    "/v1/responses": ResponsesForm,
     "/v1/messages": MessagesForm,
     "/v1/messages/count_tokens": CountForm,
+    "/api/chat": OllamaForm,
 }
 """The API at each path that generates text."""
 
@@ -157,6 +161,12 @@ class Handler(stock.APIHandler):
             elif self.path == "/metrics":
                 self._authorize()
                 self._send(*prometheus(self.generator))
+            elif self.path == "/api/tags":
+                self._authorize()
+                provider = self.generator.model_provider
+                self._send_json(tags({name: provider.served[name] for name in provider.listed}))
+            elif self.path == "/api/version":
+                self._send_json({"version": VERSION})
             elif self.path == "/v1/models" or self.path.startswith("/v1/models/"):
                 self._authorize()
                 self._send_models(unquote(self.path.removeprefix("/v1/models").lstrip("/")))
@@ -194,6 +204,10 @@ class Handler(stock.APIHandler):
             if form is not None:
                 self._form = form(self.system_fingerprint)
             self._authorize()
+            if self.path == "/api/show":
+                self._form = OllamaForm(self.system_fingerprint)
+                self._show(self._body())
+                return ""  # of no text
             if form is None:
                 raise Refused(404, f"there is no resource at {self.path[:200]}", "not_found")
             asked = self._form.request(self._body())
@@ -211,6 +225,11 @@ class Handler(stock.APIHandler):
         except (ConnectionError, TimeoutError):
             counters.refused()
             self.close_connection = True
+            return "refused"
+        except Exception as e:
+            logging.exception("a request could not be read")
+            counters.refused()
+            self._refuse(generation_failed(e))
             return "refused"
         outcome, rfile = "failed", self.rfile
         try:
@@ -484,6 +503,14 @@ class Handler(stock.APIHandler):
             raise Refused(404, f"this server has no model {name[:200]!r}", "model_not_found")
         self._send_json(next(m for m in models if m["id"] == name))
 
+    def _show(self, body: dict[str, Any]) -> None:
+        """Answer Ollama's question about a model."""
+        name, provider = str(body.get("model") or body.get("name")), self.generator.model_provider
+        name = name if name in provider.served else name.removesuffix(":latest")
+        provider.check(name, None, "default_model")
+        loaded = provider.is_loaded(name)
+        self._send_json(show(provider.served[name], provider.tokenizer if loaded else None))
+
     def _send(
         self, body: bytes, kind: str, headers: dict[str, str] | None = None, status: int = 200
     ) -> None:
@@ -497,7 +524,7 @@ class Handler(stock.APIHandler):
             **(headers or {}),
         }.items():
             self.send_header(key, value)
-        if self.path.startswith("/v1/") or self.path.startswith("/chat/"):
+        if self.path.startswith(("/v1/", "/chat/", "/api/")):
             self._set_cors_headers()
         self.end_headers()
         if self.command != "HEAD":

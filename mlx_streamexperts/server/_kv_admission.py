@@ -8,6 +8,7 @@ waits, and kept caches give way to running requests. Only the generation thread 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -45,9 +46,11 @@ class KVAdmission:
         running: tokens of prompt and reply by sequence id of the batch.
         pending: tokens of the request that was admitted last and has not started.
         save_cache: takes the tokens and caches of a sequence that leaves a batch early.
+        computed: hears of tokens of prompts, and the seconds that they took.
     """
 
     save_cache: Callable[[list[int], list[Any]], None] | None = None
+    computed: Callable[[int, float], None] | None = None
 
     def __init__(self) -> None:
         self.plan: Plan | None = None
@@ -63,7 +66,7 @@ class KVAdmission:
 
     def close(self) -> None:
         """Forget the plan: its model is about to be freed."""
-        self.plan = None
+        self.plan = self.computed = None
 
     def admit(self, tokens: int) -> bool:
         """Admit a request of `tokens` tokens (prompt and reply), or return False: it must wait.
@@ -156,9 +159,12 @@ class AdmittedBatch(BatchGenerator):
         """Run a chunk of every prompt; note the sequences if nobody waits for any of them."""
         uids = list(self._prompt_batch.uids)
         clients = [self._clients.get(uid) for uid in uids]
+        start = time.perf_counter()
         try:
             with self._audience.waiting(clients):
                 self._run_prompts(tokens)
+            if self._admission.computed is not None:
+                self._admission.computed(sum(map(len, tokens)), time.perf_counter() - start)
         except PassStoppedError:
             if not all(c is not None and c.gone() for c in clients):
                 raise

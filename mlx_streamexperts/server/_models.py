@@ -131,6 +131,7 @@ class ModelProvider(stock.ModelProvider):
                     self.model, folder, cli.prefix_bytes, adapter,
                     cli.kv_bits, cli.kv_group_size, cli.quantized_kv_start,
                 )  # fmt: skip
+                self.admission.computed = self.prefixes.computed
             self.follower = expert_stream.follow(stop=self.should_stop)
             self.cli_args.prefill_step_size = self._stated_step or plan.prefill_tokens
             logging.info(f"Loaded {args[0]}: {plan}")

@@ -3,7 +3,8 @@
 python -m mlx_streamexperts.server
 python -m mlx_streamexperts.server --model mlx-community/Kimi-K2.5 --memory 96GB --port 8080
 
-OpenAI's chat and completions at /v1, figures at /metrics (Prometheus), a live page at /.
+OpenAI's and Anthropic's APIs at /v1, Ollama's chat at /api, figures at /metrics (Prometheus), and a
+live page at /.
 """
 
 from __future__ import annotations

@@ -88,6 +88,14 @@ def space(runner: Runner) -> Space:
     return values
 
 
+def together(values: Space) -> list[Settings]:
+    """Memory that a smaller expert cache leaves pays only if the page cache may use it."""
+    if "bypass_page_cache" not in values:
+        return []
+    shares = values.get(CACHE_SHARE, ())[1:]
+    return [{CACHE_SHARE: share, "bypass_page_cache": "off"} for share in shares]
+
+
 def _tune(args: argparse.Namespace, runner: Runner, config: StreamConfig) -> int:
     """Search and save. `config` has the options as they were stated."""
     values = space(runner)
@@ -123,7 +131,7 @@ def _tune(args: argparse.Namespace, runner: Runner, config: StreamConfig) -> int
 
         tuner = Tuner(
             runner.run, values, book, args.time_limit, args.trials, seed=args.seed,
-            stock=runner.stock, on_record=note,
+            stock=runner.stock, together=together(values), on_record=note,
         )  # fmt: skip
         if once:
             record = tuner.once(args.once)

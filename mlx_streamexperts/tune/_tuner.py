@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -86,6 +86,7 @@ class Tuner:
         stock: returns digests of mlx-lm's own tokens and logits, or None if the model does not fit
             unstreamed; None for the logits if this device may sum in another order for it.
         seed: of the search.
+        together: settings that may pay only together.
         on_record: called with every record.
         clock: returns seconds.
     """
@@ -99,10 +100,12 @@ class Tuner:
         trials: int | None = None,
         stock: Callable[[], tuple[str, str | None] | None] = lambda: None,
         seed: int = 0,
+        together: Sequence[Settings] = (),
         on_record: Callable[[Record], None] = lambda record: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run, self._space, self._ledger = run, space, ledger
+        self._together = together
         self._seconds, self._trials, self._run_stock, self._seed = seconds, trials, stock, seed
         self._on_record, self._clock, self._began = on_record, clock, clock()
         self._stock: tuple[str, str | None] | None = None
@@ -141,7 +144,8 @@ class Tuner:
         """
         known = [(r["settings"], _score(r)) for r in self._of("search")]
         try:
-            search = Search(self._space, self.changed, known, self._seed + len(known))
+            seed = self._seed + len(known)
+            search = Search(self._space, self.changed, known, seed, self._together)
             self._start(_BASELINES)
             ended = self._search(search)
             best = self._verified()

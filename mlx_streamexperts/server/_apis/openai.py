@@ -52,15 +52,7 @@ class OpenAIForm(Form):
         raise NotImplementedError
 
     def error(self, refused: Refused) -> dict[str, Any]:
-        kind = "invalid_request_error" if refused.status < 500 else "server_error"
-        return {
-            "error": {
-                "message": refused.message,
-                "type": kind,
-                "param": refused.param,
-                "code": refused.code,
-            }
-        }
+        return openai_error(refused)
 
 
 class ChatForm(OpenAIForm):
@@ -115,6 +107,19 @@ class TextForm(OpenAIForm):
         if piece.logprobs is not None:
             written["logprobs"] = completion_logprobs(piece.logprobs)
         return written
+
+
+def openai_error(refused: Refused) -> dict[str, Any]:
+    """An error in OpenAI's form."""
+    kind = "invalid_request_error" if refused.status < 500 else "server_error"
+    return {
+        "error": {
+            "message": refused.message,
+            "type": kind,
+            "param": refused.param,
+            "code": refused.code,
+        }
+    }
 
 
 def _call(call: Call) -> dict[str, Any]:
