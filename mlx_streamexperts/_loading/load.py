@@ -24,7 +24,7 @@ from .._distributed.ranks import Ranks
 from .._distributed.watch import Watch
 from .._errors import RankError, StreamError, UnsupportedModelError
 from .._experts.layer import StreamedSwitch
-from .._experts.lossy import LossyRun, first_line
+from .._experts.lossy import LossyRun, first_line, refuse_lossy
 from .._experts.prefetch import connect
 from .._experts.refusals import guard
 from .._experts.store_gain import WORTH, how_to_pack, store_gain
@@ -292,6 +292,7 @@ class patch:  # noqa: N801 - called like a function
         self, ranks: Ranks, folder: Path, lazy: bool, arguments: dict[str, Any]
     ) -> tuple[nn.Module, dict[str, Any]]:
         """Load one rank's part: every step succeeds on all ranks or on none."""
+        refuse_lossy(self.config.lossy, "a model that several machines share")
         watch = Watch(ranks)
         try:
             found, plan, config = discover_on_ranks(ranks, folder, self.config, arguments)
