@@ -178,9 +178,18 @@ def content_sample(file: Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb", buffering=0) as f:
         size = os.fstat(f.fileno()).st_size
-        for offset, nbytes in ((0, 64 << 10), (size // 2, 4096), (max(0, size - 4096), 4096)):
-            digest.update(os.pread(f.fileno(), nbytes, offset))
-    return digest.hexdigest()[:16]
+        for begin, end in sampled(size):
+            digest.update(os.pread(f.fileno(), end - begin, begin))
+    return digest.hexdigest()[:SAMPLE_DIGITS]
+
+
+SAMPLE_DIGITS = 16
+
+
+def sampled(size: int) -> list[tuple[int, int]]:
+    """The parts, from byte to byte, of a file of `size` bytes that `content_sample` digests."""
+    parts = ((0, 64 << 10), (size // 2, 4096), (max(0, size - 4096), 4096))
+    return [(begin, min(size, begin + nbytes)) for begin, nbytes in parts]
 
 
 def _has_unstable_inodes(device: int, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
@@ -633,20 +642,3 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _import_mlx_lm() -> None:
-    """Import mlx-lm without letting it set the limits of open files to 2048 and 4096.
-
-    Setting them fails if less is allowed, and lowers the limits of a process that had more.
-    """
-    original = resource.setrlimit
-    resource.setrlimit = lambda *_: None
-    try:
-        import mlx_lm.utils  # noqa: F401
-    finally:
-        resource.setrlimit = original
-    allow_descriptors(2048)
-
-
-_import_mlx_lm()

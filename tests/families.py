@@ -570,6 +570,43 @@ FAMILIES: dict[str, dict[str, Any]] = {
     ),
 }
 
+# Without experts: what streams is the table of per-layer embeddings.
+DENSE_FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma3n": {
+        "model_type": "gemma3n",
+        "text_config": {
+            "model_type": "gemma3n_text",
+            "hidden_size": 64,
+            "num_hidden_layers": 4,
+            "intermediate_size": 96,
+            "num_attention_heads": 2,
+            "head_dim": 32,
+            "rms_norm_eps": 1e-6,
+            "vocab_size": VOCAB,
+            "num_key_value_heads": 1,
+            "num_kv_shared_layers": 2,
+            "vocab_size_per_layer_input": VOCAB - 8,
+            "sliding_window": 8,
+            "max_position_embeddings": 1024,
+            "rope_local_base_freq": 10000.0,
+            "rope_theta": 1e6,
+            "final_logit_softcapping": 30.0,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+            "hidden_size_per_layer_input": 32,
+            "altup_num_inputs": 2,
+            "altup_coef_clip": 120.0,
+            "altup_correct_scale": True,
+            "altup_active_idx": 0,
+            "laurel_rank": 8,
+        },
+    },
+    "gemma4_dense": _config(
+        "gemma4_text",
+        _GEMMA4 | {"hidden_size_per_layer_input": 32, "enable_moe_block": False},
+    ),
+}
+
 # Families whose forward pass calls Metal kernels that have no fallback: ``build`` writes them and
 # stock mlx-lm loads them anywhere, but they run on Metal only. In ``FAMILIES`` where they run.
 METAL_FAMILIES: dict[str, dict[str, Any]] = {
@@ -625,7 +662,7 @@ def build(
     shards: int = 2,
 ) -> Path:
     """Write a random checkpoint of ``family`` into ``folder`` and return the folder."""
-    config = copy.deepcopy({**METAL_FAMILIES, **FAMILIES}[family])
+    config = copy.deepcopy({**METAL_FAMILIES, **FAMILIES, **DENSE_FAMILIES}[family])
     model_class, args_class = _get_classes(config)
     # The argument classes write into the dictionaries they are given.
     model = model_class(args_class.from_dict(copy.deepcopy(config)))

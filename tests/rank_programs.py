@@ -5,6 +5,7 @@ Each program prints one JSON line at its end, and lets errors end the process.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -156,7 +157,8 @@ def one_ends(victim: str, how: str) -> None:
         watch.SILENCE_SECONDS, watch.GRACE_SECONDS = 4.0, 1.0
     if how == "loading" and rank() == int(victim):
         on_ranks.discover = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
-    original, steps = generate.stock.generate_step, 0
+    mlx_lm_generate = importlib.import_module("mlx_lm.generate")
+    original, steps = mlx_lm_generate.generate_step, 0
 
     def stepping(*args: Any, **kwargs: Any) -> Any:
         nonlocal steps
@@ -172,7 +174,7 @@ def one_ends(victim: str, how: str) -> None:
                     os.kill(os.getpid(), getattr(signal, how))
             yield answer
 
-    generate.stock.generate_step = stepping
+    mlx_lm_generate.generate_step = stepping
     sys.exit(generate.main(["-m", "50", "--no-progress", "--cache", "5MB"]))
 
 

@@ -17,6 +17,8 @@ from mlx.utils import tree_flatten
 from mlx_streamexperts import CheckpointError, load, patch, plan, stream
 from mlx_streamexperts._experts.stream import expert_files
 from mlx_streamexperts._io.checkpoint import read_checkpoint
+from mlx_streamexperts._loading import discover
+from mlx_streamexperts._memory import model_graph
 from mlx_streamexperts.convert import _command as convert
 from mlx_streamexperts.convert import _shards as shards
 from mlx_streamexperts.convert._rewrite import Options
@@ -24,6 +26,7 @@ from mlx_streamexperts.convert._rewrite import Options
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "fullsize"))
 import check
 import check_convert
+import predict
 import vlm
 import write
 import write_original
@@ -149,6 +152,27 @@ def test_filled_experts_arrive_through_mlx_vlm(
     assert "estimated" not in caplog.text
     with stream(model) as expert_stream:
         assert check.check_experts(expert_stream, tmp_path) == 2
+
+
+def test_the_table_of_macs_is_what_doctor_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KV cache and work space are estimated here, and traced in the README (14 s of a core)."""
+    pytest.importorskip("mlx_vlm.utils", reason="mlx-vlm is not installed: extra `vlm`")
+    monkeypatch.setattr(discover, "measure", lambda _, *given: model_graph._estimate(*given))
+    name = "qwen3.8-flash-next"
+    write.write(name, tmp_path, trunk=False)
+    mine = [line.split("|") for line in predict.rows(tmp_path, name)]
+    written = [
+        x.split("|") for x in predict.README.read_text().splitlines() if f"| {name} | M" in x
+    ]
+    assert [x[2:5] for x in mine] == [x[2:5] for x in written]  # Mac, budget and trunk
+    assert len(written) == len(predict.MACS)
+    for one, other in zip(mine, written, strict=True):
+        shares = [float(x[5].strip(" %")) for x in (one, other)]
+        rates = [float(x[6].split()[0]) for x in (one, other)]
+        assert shares[0] == pytest.approx(shares[1], abs=3)
+        assert rates[0] == pytest.approx(rates[1], rel=0.1)
 
 
 @pytest.mark.parametrize("failing", ["open", "truncate", "fsync"])

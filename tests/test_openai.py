@@ -220,11 +220,10 @@ def test_the_client_gets_what_it_understands(running: Running, text: str) -> Non
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2),
-        ("response_format", {"type": "json_object"}),
+        ("n", 17),
+        ("response_format", {"type": "grammar"}),
         ("tool_choice", "required"),
         ("tool_choice", {"type": "function", "function": {"name": "f"}}),
-        ("parallel_tool_calls", False),
         ("store", True),
         ("reasoning_effort", "low"),
         ("modalities", ["audio"]),

@@ -17,6 +17,7 @@ from typing import Any
 import families
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm.chat as mlx_lm_chat
 import numpy as np
 import pytest
 from conftest import all_experts, load_streamed
@@ -193,7 +194,7 @@ def chatted(
     """
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(t + "\n" for t in turns)))
     said: list[str] = []
-    begin, add = chat.stock.ChatUI.prompt, chat.stock.ChatUI.stream_token
+    begin, add = mlx_lm_chat.ChatUI.prompt, mlx_lm_chat.ChatUI.stream_token
     original, calls = ExpertLayer.account, 0
 
     def prompt(self: Any) -> str:
@@ -215,8 +216,8 @@ def chatted(
         return original(self, experts)
 
     with monkeypatch.context() as m:
-        m.setattr(chat.stock.ChatUI, "prompt", prompt)
-        m.setattr(chat.stock.ChatUI, "stream_token", stream_token)
+        m.setattr(mlx_lm_chat.ChatUI, "prompt", prompt)
+        m.setattr(mlx_lm_chat.ChatUI, "stream_token", stream_token)
         m.setattr(ExpertLayer, "account", account)
         assert chat.main(["-m", "6", *SMALL]) == 0
     return said, capsys.readouterr().err

@@ -27,6 +27,7 @@ from mlx_streamexperts import (
     StreamError,
     TokenError,
     UnsupportedModelError,
+    pack,
     patch,
     plan,
     stream,
@@ -329,14 +330,83 @@ def test_doctor_explains_the_tables(
     assert "looked up by token" not in capsys.readouterr().out
 
 
-def test_tables_without_experts_are_refused_by_name(
+@pytest.mark.usefixtures("not_compiled")
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("family", ["gemma3n", "gemma4_dense"])
+def test_a_model_without_experts_streams_its_tables(
+    family: str, bits: int | None, tmp_path: Path
+) -> None:
+    folder = lm.build(family, tmp_path / "m", quantize=lm.Quantize(bits=4) if bits else None)
+    stock, _ = mlx_lm.utils.load_model(folder)
+    with patch(memory="200MB", config=STREAMED):
+        model, _ = mlx_lm.utils.load_model(folder)
+    tokens = lm.token_stream(lm.VOCAB, 40, 0)
+    assert_same(lm.run(stock, tokens, 30), lm.run(model, tokens, 30), family)
+    s, parameters = stream(model), [a for _, a in tree_flatten(stock.parameters())]
+    assert s.stats().rows.misses > max(t.slots for t in s._rows.tables)
+    assert s.plan.trunk + s.plan.tables == sum(a.nbytes for a in parameters)
+    assert (s.layers, s.plan.experts, s.plan.cache, s.plan.resident_share) == ([], 0, 0, 1.0)
+    assert "expert" not in str(s.plan)
+    assert json.loads(json.dumps(s.stats().as_dict()))["rows"]["misses"] > 0
+    lines = summary.rows([s], summary.Timing())
+    assert [label for label, _ in lines] == ["Rows", "Memory"]
+    assert "expert" not in str(lines)
+
+
+@pytest.mark.usefixtures("not_compiled")
+def test_a_model_of_mlx_vlm_without_experts_streams_its_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in (("hidden_size_per_layer_input", 32), ("enable_moe_block", False)):
-        monkeypatch.setitem(lm.FAMILIES["gemma4_text"], name, value)
-    folder = lm.build("gemma4_text", tmp_path / "m", quantize=None)
-    with pytest.raises(UnsupportedModelError, match="only beside streamed experts"):
-        plan(folder, memory="2GB", config=StreamConfig(rows="on"))
+    utils = pytest.importorskip("mlx_vlm.utils", reason="mlx-vlm is not installed: extra `vlm`")
+    dense = vlm_families.FAMILIES["gemma4_ple"]
+    monkeypatch.setitem(dense.config["text_config"], "enable_moe_block", False)
+    folder = vlm_families.make_vlm_checkpoint(tmp_path / "m", "gemma4_ple", bits=4)
+    stock = utils.load_model(folder)
+    with patch(memory="200MB", config=STREAMED):
+        model = utils.load_model(folder)
+    ids, given = vlm_families.picture("gemma4_ple") or ([], {})
+    tokens = lm.token_stream(vlm_families.TEXT, 40, 0)
+    tokens = np.concatenate([tokens[:2], np.array(ids, tokens.dtype), tokens[2:]])
+    expected = vlm_families.run(stock, tokens, 30, **given)
+    assert_same(expected, vlm_families.run(model, tokens, 30, **given), "gemma4_ple")
+    assert stream(model).layers == []
+    assert stream(model).stats().rows.misses > 0
+
+
+@pytest.mark.usefixtures("not_compiled", "estimated")
+def test_what_needs_experts_is_refused_without_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = lm.build("gemma4_dense", tmp_path / "m")
+    with patch(memory="2GB", config=STREAMED):
+        model, _ = mlx_lm.utils.load_model(folder)
+    s = stream(model)
+    for call in (
+        lambda: s.resize("1MB"),
+        lambda: s.save_hot_set(tmp_path / "hot"),
+        lambda: s.trace(tmp_path / "trace"),
+        lambda: s.timeline(tmp_path / "timeline"),
+        lambda: plan(folder, config=replace(STREAMED, store=tmp_path / "store")),
+        lambda: plan(folder, config=replace(STREAMED, hot_set=tmp_path / "hot")),
+    ):
+        with pytest.raises(UnsupportedModelError, match="this model has none"):
+            call()
+    with pytest.raises(UnsupportedModelError, match="has no routed experts; load it without"):
+        plan(folder, config=replace(STREAMED, rows="off"))
+    with pytest.raises(BudgetError, match=r"the row cache \(.*\) need [\d,]+ bytes"):
+        plan(folder, memory="1MB", config=STREAMED)
+    heard: list[Any] = []
+    with s.follow(heard.append, 3):
+        mx.eval(model(mx.array([[1, 2, 3]]), cache=model.make_cache()))
+    assert (heard[-1].tokens, heard[-1].layers) == (3, 0)
+    machine = ["--machine", "M4 16 GB", "--memory", "2GB", "--rows", "on"]
+    assert doctor.main(["--model", str(folder), *machine]) == 0
+    said = capsys.readouterr().out
+    assert "of tables that are looked up by token stay on the drive" in said
+    assert "no routed experts" in said
+    assert "resident" not in said
+    assert pack.main(["--model", str(folder), "--out", str(tmp_path / "store")]) == 1
+    assert "no routed experts" in capsys.readouterr().err
 
 
 def test_a_model_without_tables_has_no_row_cache(checkpoint: Callable[..., Path]) -> None:

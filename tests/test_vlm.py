@@ -31,6 +31,7 @@ from mlx_streamexperts import StreamConfig, UnsupportedModelError, patch, stream
 from mlx_streamexperts._experts import cpu_streams
 from mlx_streamexperts._experts.split import RowRule
 from mlx_streamexperts._loading import discover
+from mlx_streamexperts._loading.combinations import token_rows
 from mlx_streamexperts._memory import model_graph
 
 utils = pytest.importorskip("mlx_vlm.utils", reason="mlx-vlm is not installed: extra `vlm`")
@@ -151,6 +152,12 @@ def test_the_shared_expert_of_minimax_m3_stays_and_is_never_counted(tmp_path: Pa
     assert read == stats.misses * layer.expert_bytes > 0
 
 
+COMPRESSED = {
+    "quantization_config": {
+        "quant_method": "compressed-tensors",
+        "format": "nvfp4-pack-quantized",
+    }
+}
 MODELOPT = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}
 
 
@@ -161,6 +168,7 @@ MODELOPT = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "N
         ("qwen3_5_moe", originals.fused, [], {}),
         ("minimax_m3_vl", originals.minimax_m3, [], {}),  # two ranges of bytes an expert
         ("deepseek_v3", originals.nvfp4, [(), (), ()], MODELOPT),
+        ("deepseek_v3", originals.nvfp4_packed, [(), (), ()], COMPRESSED),
         ("qwen3_5_moe", originals.nvfp4_fused, [(128,), (128,), ()], MODELOPT),
     ],
 )
@@ -313,6 +321,20 @@ def test_memory_is_planned_from_the_language_models_graph(
     mx.eval(model.language_model(mx.zeros((1, 600), mx.int32), cache=cache).logits)
     held = sum(array.nbytes for _, array in tree_flatten([c.state for c in cache]))
     assert held <= footprint.kv(600) + footprint.state
+
+
+def test_a_family_that_starts_its_layers_itself_reads_nothing_before_it_streams(
+    tmp_path: Path,
+) -> None:
+    """Qwen3.8-Flash-Next would be read whole: its own code evaluates every layer of a token."""
+    folder = make_vlm_checkpoint(tmp_path / "m", "qwen4_exp")
+    language = utils.load_model(folder, lazy=True).language_model
+    mx.synchronize()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    assert token_rows(language) == lm.VOCAB
+    mx.synchronize()
+    assert mx.get_peak_memory() - before < 10_000  # of weights of 4.8 MB
 
 
 def test_a_prompt_longer_than_planned_runs_in_chunks_with_the_same_bits(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ class Follower(Closing):
 
     def pass_tokens_done(self) -> tuple[int, int]:
         """Tokens of the pass under way that are done, by its layers, and all of its tokens."""
-        count, tokens = len(self._layers), self._pass_tokens
+        count, tokens = max(1, len(self._layers)), self._pass_tokens
         return tokens * max(0, min(self._entered, count) - 1) // count, tokens
 
     def begin_pass(self, tokens: int, rewind: Rewind) -> None:

@@ -120,9 +120,17 @@ class PassRunner(Protocol):
     thread: int | None
 
     def forward(
-        self, layer: ExpertLayer, x: mx.array, indices: mx.array, weights: mx.array | None
+        self,
+        layer: ExpertLayer,
+        x: mx.array,
+        indices: mx.array,
+        weights: mx.array | None,
+        lossy: Any = None,
     ) -> mx.array:
-        """Run one layer of that pass; arguments and result as of `ExpertLayer.__call__`."""
+        """Run one layer of that pass; arguments and result as of `ExpertLayer.__call__`.
+
+        `lossy` is a `Weighing` of a layer that may leave experts out, and the result is weighted.
+        """
 
 
 class SyncedForward(NamedTuple):
@@ -293,6 +301,11 @@ class ExpertLayer:
     def use_runner(self, runner: PassRunner) -> None:
         """Hand calls to this runner while it runs a pass in the calling thread."""
         self._runner = runner
+
+    def runner(self) -> PassRunner | None:
+        """The runner whose pass this thread is in."""
+        runner = self._runner
+        return runner if runner and runner.thread == threading.get_ident() else None
 
     def open(
         self,

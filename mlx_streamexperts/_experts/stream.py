@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .._cache.expert_map import CacheStats, LayerNeed, fewest_slots, share_slots
+from .._cache.lossy import LossyStats, Ways
 from .._closing import Closing
 from .._config import StreamConfig, format_size, parse_size
 from .._distributed.pipeline import Stage
@@ -25,6 +26,7 @@ from .._distributed.ranks import Ranks
 from .._distributed.watch import Watch
 from .._errors import BudgetError, CheckpointError, StreamError, UnsupportedModelError
 from .._io.files import allow_open, direct_works
+from .._io.mirrors import find_mirrors
 from .._io.reader import ExpertReader, ReadStats
 from .._listeners import Listeners
 from .._memory.budget import Plan, check_resize, experts_per_token
@@ -46,6 +48,7 @@ from .follower import Follower
 from .hot_set import read_hot_set, read_in, save_hot_set
 from .keep_awake import KeepAwake
 from .layer import OVERLAPS, PHASES, ExpertLayer
+from .lossy import LossyRun
 from .prefetch import SMALL_EXPERT_BYTES
 from .pressure import PressureWatch
 from .rows import Rows
@@ -69,6 +72,7 @@ class ExpertStream(Closing):
 
     Attributes:
         layers: the expert layers in model order, for diagnosis; not part of the stable interface.
+            None if only tables that are looked up by token are streamed.
         plan: how the budget was divided.
         config: the options in force.
         bypasses_page_cache: whether reads go past the system's page cache.
@@ -79,7 +83,10 @@ class ExpertStream(Closing):
         token_rows: tokens that the model knows; None if its own code does not tell.
         on_pass: hear of the model's passes.
         folder: the checkpoint's; None for a model that did not come from a folder.
+        lossy: what passes leave out; None for a model that was loaded exact.
     """
+
+    lossy: LossyRun | None = None
 
     folder: Path | None = None
 
@@ -104,10 +111,18 @@ class ExpertStream(Closing):
         hot = read_hot_set(layers, Path(config.hot_set)) if config.hot_set else []
         _let_go(layers)
         files = sorted({*expert_files(layers), *self._rows.files})
-        allow_open(len(files), str(Path(files[0]).parent))
-        marks = _marks(files)
+        marks, mirrors = _marks(files), None
+        if config.mirrors:
+            mirrors = find_mirrors(
+                files, config.mirrors, marks, self.bypasses_page_cache, config.threads
+            )
+            for drive in mirrors.drives:
+                if config.bypass_page_cache == "on" and not drive.files.direct:
+                    raise StreamError(_cannot_bypass(drive.folder))
+        copies = mirrors.copies if mirrors is not None else 0
+        allow_open(len(files) + copies, str(Path(files[0]).parent))
         self._reader = ExpertReader(
-            config.threads, parse_size(config.read_size), self.bypasses_page_cache, marks
+            config.threads, parse_size(config.read_size), self.bypasses_page_cache, marks, mirrors
         )
         self.run_ahead: RunAhead | None = None
         self.on_pass = Listeners[PassListener]()
@@ -146,7 +161,9 @@ class ExpertStream(Closing):
             cache=total,
             read=ReadStats(**asdict(self._reader.stats)),
             layer_hit_rates={x.name: x.cache.stats.hit_rate for x in self.layers},
-            prefetch=PrefetchStats(**{k: sum(p[k] for p in prefetch) for k in prefetch[0]}),
+            prefetch=PrefetchStats(
+                **{f.name: sum(p[f.name] for p in prefetch) for f in fields(PrefetchStats)}
+            ),
             prefetching_layers=sum(
                 x.prefetcher is not None and x.prefetcher.on for x in self.layers
             ),
@@ -159,6 +176,7 @@ class ExpertStream(Closing):
             rows=self._rows.stats(),
             beats=self._keep_awake.beats if self._keep_awake is not None else 0,
             given_back=self._given_back,
+            lossy=self.lossy.stats() if self.lossy is not None else LossyStats(),
         )
 
     def reset(self) -> None:
@@ -168,6 +186,8 @@ class ExpertStream(Closing):
         if self.run_ahead is not None:
             self.run_ahead.stats = RunAheadStats()
         self._rows.reset()
+        if self.lossy is not None:
+            self.lossy.reset()
         self._reader.stats = ReadStats()
         if self._keep_awake is not None:
             self._keep_awake.beats = 0
@@ -185,9 +205,17 @@ class ExpertStream(Closing):
             A context manager. The file exists when it is closed, or this stream is.
 
         Raises:
-            StreamError: this stream is closed, or another recording into that file is under way.
+            StreamError: this stream is closed, another recording into that file is under way, or
+                the model is lossy.
             OSError: the file cannot be created.
+            UnsupportedModelError: the model has no experts.
         """
+        refuse_without_experts(self.layers, "A trace records which experts were chosen")
+        if self.lossy is not None:
+            raise StreamError(
+                f"{path}: a trace records what routers choose, and this model was loaded with "
+                f"lossy={self.config.lossy!r}, which leaves experts out; load it exact to record"
+            )
         return self._record(lambda: Trace(path, self.layers, self.plan))
 
     def timeline(self, path: str | os.PathLike[str]) -> Timeline:
@@ -203,7 +231,9 @@ class ExpertStream(Closing):
         Raises:
             StreamError: this stream is closed, or another recording into that file is under way.
             OSError: the file cannot be created.
+            UnsupportedModelError: the model has no experts.
         """
+        refuse_without_experts(self.layers, "A timeline records what expert layers wait for")
         return self._record(lambda: Timeline(path, self.layers, self._reader))
 
     def follow(
@@ -243,8 +273,10 @@ class ExpertStream(Closing):
         Raises:
             StreamError: this stream is closed.
             CheckpointError: the checkpoint's files cannot be read.
+            UnsupportedModelError: the model has no experts.
         """
         self._check_open()
+        refuse_without_experts(self.layers, "A hot set holds experts")
         save_hot_set(self.layers, Path(path))
 
     def resize(self, cache: int | str) -> None:
@@ -258,8 +290,10 @@ class ExpertStream(Closing):
                 is held; nothing has changed.
             StreamError: the size is not understood, or this stream is closed.
             ExpertReadError: a layer that is now wholly resident could not be read in.
+            UnsupportedModelError: the model has no experts.
         """
         self._check_open()
+        refuse_without_experts(self.layers, "Only the experts' cache can be resized")
         slots = share_slots(parse_size(cache), self.needs())
         taken = sum(n * x.expert_bytes for n, x in zip(slots, self.layers, strict=True))
         reserve = parse_size(self.config.reserve) if self.config.reserve else 0
@@ -272,13 +306,13 @@ class ExpertStream(Closing):
             self._given_back = 0
             hold_limits(self, self.plan, self.config.wired == "auto")
 
-    def make_room(self, needed: int, context: int, sequences: int) -> None:
-        """Shrink the expert cache until a pass fits that was not planned for.
+    def make_room(self, needed: int, what: str, instead: str) -> None:
+        """Shrink the expert cache until something fits that was not planned for.
 
         Args:
-            needed: bytes that the pass takes.
-            context: tokens of each sequence after it.
-            sequences: of the batch.
+            needed: bytes that it takes.
+            what: what it is, for messages.
+            instead: what the user may do to need less.
 
         Raises:
             BudgetError: it does not fit beside the smallest expert cache that works.
@@ -295,23 +329,21 @@ class ExpertStream(Closing):
             if has - over < least:
                 enough = self.plan.bound + over - (has - least)
                 raise BudgetError(
-                    f"{sequences} x {context:,} tokens of context do not fit: a forward pass needs "
-                    f"{format_size(needed)} beside the {format_size(active)} that MLX holds within "
-                    f"{format_size(self.plan.bound)}, and the expert cache can give no more than "
-                    f"{format_size(has - least)}. Load with at "
-                    f"least memory={enough:,} bytes ({format_size(enough)}), or shorten the "
-                    "context, the batch, or what else is kept (prompt caches, logits)",
+                    f"{what} does not fit: it needs {format_size(needed)} beside the "
+                    f"{format_size(active)} that MLX holds within {format_size(self.plan.bound)}, "
+                    f"and the expert cache can give no more than {format_size(has - least)}. Load "
+                    f"with at least memory={enough:,} bytes ({format_size(enough)}), or {instead}, "
+                    "or keep less besides (prompt caches, logits)",
                     needed_bytes=enough,
                 )
             # A cache that shrinks starts empty, so it shrinks by a lot at once.
             slots = share_slots(max(least, has - max(over, has // _GIVES)), needs)
             taken = sum(n * x.expert_bytes for n, x in zip(slots, self.layers, strict=True))
             _log.warning(
-                f"a forward pass for {sequences} x {context:,} tokens of context needs "
-                f"{format_size(needed)} beside the {format_size(active)} that MLX holds, more than "
-                f"was planned: the expert cache gives {format_size(has - taken)} and keeps "
-                f"{format_size(taken)}. A larger context_tokens plans for longer contexts and for "
-                "batches, a reserve for other arrays"
+                f"{what} needs {format_size(needed)} beside the {format_size(active)} that MLX "
+                f"holds, more than was planned: the expert cache gives {format_size(has - taken)} "
+                f"and keeps {format_size(taken)}. A larger context_tokens plans for longer "
+                "contexts and for batches, a reserve for other arrays"
             )
             self._open(slots)
             self.plan = replace(self.plan, cache=taken, slots=tuple(slots))
@@ -510,7 +542,7 @@ class ExpertStream(Closing):
 
     def _make_keep_awake(self) -> KeepAwake | None:
         wanted = {"auto": on_metal(), "on": True, "off": False}[self.config.keep_awake]
-        if not wanted:
+        if not (wanted and self.layers):
             return None
         if self.config.keep_awake == "on":
             return KeepAwake(len(self.layers), always=True, scarce=lambda: False)
@@ -519,25 +551,28 @@ class ExpertStream(Closing):
     def _make_run_ahead(self) -> RunAhead | None:
         """None if it is off or impossible, or if the host is the device and never waits for it."""
         wanted = {"auto": mx.default_device() != mx.cpu, "on": True, "off": False}
-        if not (wanted[self.config.run_ahead] and self.in_place):
+        if not (wanted[self.config.run_ahead] and self.in_place and self.layers):
+            return None
+        lossy = Ways.parse(self.config.lossy)
+        if lossy is not None and lossy.prefer:  # stand-ins are chosen on the host
+            if self.config.run_ahead == "on":
+                _log.warning("run_ahead does not work with lossy prefer: each router is awaited")
             return None
         top_k = max(need.top_k for need in self.needs())
         always = self.config.run_ahead == "on"
         return RunAhead(
-            self.layers, top_k, self._guard, lambda: self._reader.stats.wait_seconds, always
-        )
+            self.layers, top_k, self._guard, lambda: self._reader.stats.wait_seconds, always,
+            lossy is not None,
+        )  # fmt: skip
 
     def _decide_bypass(self) -> bool:
         if self.config.bypass_page_cache == "off":
             return False
-        files = expert_files(self.layers)
+        files = expert_files(self.layers) or sorted(self._rows.files)
         possible = all(direct_works(Path(f)) for f in files[:1])
         if self.config.bypass_page_cache == "on":
             if not possible:
-                raise StreamError(
-                    f"bypass_page_cache='on', but the file system of {files[0]} cannot read past "
-                    "the page cache; use 'auto' or 'off'"
-                )
+                raise StreamError(_cannot_bypass(files[0]))
             return True
         # A page cache competes with the expert cache for memory, as others have measured. If it has
         # room for all experts that are not in slots, it makes misses cheap instead.
@@ -588,9 +623,33 @@ def expert_files(layers: Sequence[ExpertLayer]) -> list[str]:
     return sorted({f for x in layers for t in x.tensors.values() for f in t.stored.files})
 
 
+def refuse_without_experts(layers: Sequence[object], why: str) -> None:
+    """Refuse what makes sense with experts only.
+
+    Args:
+        layers: the model's expert layers, or something for each of them.
+        why: begins the message.
+
+    Raises:
+        UnsupportedModelError: there are none.
+    """
+    if not layers:
+        raise UnsupportedModelError(
+            f"{why}, and this model has none: only its tables that are looked up by token stay on "
+            "the drive"
+        )
+
+
 def unwritten(layers: Sequence[ExpertLayer]) -> bool:
     """Are there experts that are in no file, because the checkpoint must be converted first?"""
     return any(not t.stored.files for x in layers for t in x.tensors.values())
+
+
+def _cannot_bypass(file: str) -> str:
+    return (
+        f"bypass_page_cache='on', but the file system of {file} cannot read past the page cache; "
+        "use 'auto' or 'off'"
+    )
 
 
 def _let_go(layers: Sequence[ExpertLayer]) -> None:

@@ -32,6 +32,7 @@ from .._config import StreamConfig
 from .._errors import TokenError, UnsupportedModelError
 from .._experts.refusals import refuse_transforms
 from .._hooks import logits_of
+from .._memory.model_graph import unevaluated
 from .discover import discover
 from .lazy_load import MLX_VLM, original_load_model
 from .libraries import library
@@ -150,7 +151,7 @@ def check_options(
 def _check_drafts(model: nn.Module, caches: list[Any]) -> None:
     if not drafts(caches):
         raise UnsupportedModelError(
-            f"--draft-model (draft_model=) does not work with {family(model)}: rejected draft "
+            f"draft_model (--draft-model) does not work with {family(model)}: rejected draft "
             f"tokens cannot be removed from its cache ({_names(caches)}); run without it"
         )
 
@@ -287,7 +288,8 @@ _SPECULATIVE = frozenset(_code(speculative_generate_step.__code__))
 
 def _pass(model: Any, caches: list[Any], tokens: int) -> mx.array:
     """Logits [1, tokens, vocabulary] of a pass, not evaluated."""
-    return logits_of(model(mx.zeros((1, tokens), mx.int32), cache=caches))
+    with unevaluated():
+        return logits_of(model(mx.zeros((1, tokens), mx.int32), cache=caches))
 
 
 def _leaves(caches: Iterable[Any]) -> Iterator[Any]:

@@ -18,16 +18,16 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .._config import StreamConfig, format_size
+from .._config import StreamConfig
 from .._distributed.pipeline import Part, Stage, cut
 from .._errors import CheckpointError, StreamError, UnsupportedModelError
 from .._experts.bank import SlotTensor
 from .._experts.layer import ExpertLayer
 from .._experts.moving import use_moved
-from .._experts.packed_store import use_store
+from .._experts.packed_store import check_mirrors, use_store
 from .._experts.rows import Rows
 from .._experts.slots import ExpertTensor, SmallTable
-from .._experts.stream import flatten, layer_needs, unwritten
+from .._experts.stream import flatten, layer_needs, refuse_without_experts, unwritten
 from .._io.checkpoint import (
     Checkpoint,
     ExpertTable,
@@ -61,7 +61,7 @@ class DiscoveredModel:
 
     Attributes:
         model, model_config: results of mlx-lm's `load_model`.
-        layers: the expert layers, in model order.
+        layers: the expert layers, in model order; none if only tables are streamed.
         sizes: bytes of the model's parts.
         item_bytes: bytes of one activation.
         shards: the checkpoint's files.
@@ -145,7 +145,8 @@ def discover(
 
     Raises:
         CheckpointError: the files are damaged or incomplete.
-        UnsupportedModelError: no routed experts, or a layout that cannot be streamed.
+        UnsupportedModelError: neither routed experts nor tables that stream, or a layout that
+            cannot be streamed.
         StreamError: `part` does not suit the model, the process may open too few files, or mlx-vlm
             is needed and not installed.
     """
@@ -168,21 +169,15 @@ def discover(
     rows = Rows()
     if stage is None:
         rows = stream_tables(model, checkpoint, record, config, unplaced)
-    if not layers:
-        if stage is not None:
-            raise UnsupportedModelError(
-                f"{folder}: {stage}: none of these has routed experts; use fewer machines or "
-                "another --split"
-            )
+    if not layers and stage is not None:
         raise UnsupportedModelError(
-            no_experts_message(folder, model, model_config)
-            + (
-                f". Its tables that are looked up by token ({format_size(rows.nbytes)}) stay on "
-                "the drive only beside streamed experts"
-                if rows.tables
-                else ""
-            )
+            f"{folder}: {stage}: none of these has routed experts; use fewer machines or another "
+            "--split"
         )
+    if not layers and not rows.tables:
+        raise UnsupportedModelError(no_experts_message(folder, model, model_config))
+    if not layers and (config.store is not None or config.hot_set is not None):
+        refuse_without_experts(layers, "A packed store and a hot set hold experts")
     moved = None if in_shards else read_moved(folder)
     if moved is not None:
         check_not_written(folder, "loading it")
@@ -202,6 +197,9 @@ def discover(
             in_part=stage is not None,
             planning=as_converted,
         )
+    store = config.store or (moved.store if moved is not None else None)
+    if config.mirrors and store is not None and not as_converted:
+        check_mirrors(Path(store), config.mirrors)
     expert_bytes = sum(x.experts * x.expert_bytes for x in layers)
     parameters = [array for _, array in flatten(model)]
     small = sum(t.rows.nbytes for x in layers for t in x.slots.small.values())

@@ -20,10 +20,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
-from mlx_lm.models import cache as stock
 
 from .._hooks import intercept, logits_of, swapped_in_thread
-from .footprint import Footprint, LayerCache, kept_tokens, leaves, whole_steps
+from .footprint import FLOOR_BYTES, Footprint, LayerCache, kept_tokens, leaves, whole_steps
 from .peak import VIEWS, evaluation_order, peak_bytes
 
 _log = logging.getLogger(__name__)
@@ -37,6 +36,9 @@ _CONTEXTS = (512, 1 << 15)
 # at the end of a long context, so that attention still shows.
 _LOOPED_CHUNKS = (2, 24)
 _LOOPED_CONTEXTS = (512, 1 << 21)
+# Passes whose numbers of operations tell such a graph. From 9 tokens on mlx-vlm runs them together;
+# an operation more or less, for padding, is no loop.
+_COMPARED = (16, 32)
 _CACHED = (16, 32)  # tokens after which caches are measured
 _MARGIN = 1.1  # predicted work space was 0.93 to 1.05 of the measured one, over 57 families
 _FEW = 8
@@ -56,7 +58,7 @@ def measure(
 
     Args:
         model: a model of mlx-lm, its weights evaluated or not.
-        switches: its expert modules, each with the width of an expert's hidden layer.
+        switches: its expert modules, each with the width of an expert's hidden layer; may be none.
         config: the language model's part of config.json.
     """
     try:
@@ -68,18 +70,16 @@ def measure(
 
 
 def _measure(model: nn.Module, switches: Sequence[tuple[nn.Module, int]]) -> Footprint:
-    with _unevaluated():
+    with unevaluated():
         layers, logits = _caches(model)
         chunks, contexts = _CHUNKS, _CONTEXTS
-        if (
-            _pass_size(model, switches, 3, 3).operations
-            != _pass_size(model, switches, 4, 4).operations
-        ):
+        few, many = (_pass_size(model, switches, n, n).operations for n in _COMPARED)
+        if many - few >= _COMPARED[1] - _COMPARED[0]:
             chunks, contexts = _LOOPED_CHUNKS, _LOOPED_CONTEXTS
-        few, many = ([_pass_size(model, switches, c, n) for n in contexts] for c in chunks)
+        low, high = ([_pass_size(model, switches, c, n) for n in contexts] for c in chunks)
 
         def corners(of: Callable[[_PassSize], int]) -> tuple[tuple[int, int], tuple[int, int]]:
-            (a, b), (c, d) = (of(few[0]), of(few[1])), (of(many[0]), of(many[1]))
+            (a, b), (c, d) = (of(low[0]), of(low[1])), (of(high[0]), of(high[1]))
             return (a, max(a, b)), (c, max(c, d))
 
         peaks = corners(lambda t: int(_MARGIN * t.peak))
@@ -133,7 +133,7 @@ def _caches(model: nn.Module) -> tuple[tuple[tuple[LayerCache, ...], ...], int]:
     found, logits = [], 0
     for tokens in _CACHED:
         fresh = copied(model)
-        caches: list[Any] = stock.make_prompt_cache(fresh)
+        caches = _empty_caches(fresh)
         result = logits_of(fresh(mx.zeros((1, tokens), mx.int32), cache=caches))
         logits = result.nbytes // tokens
         found.append(caches)
@@ -187,6 +187,50 @@ def _pass_size(
     switches = [(memo[id(module)], width) for module, width in switches]
     weights: dict[str, Any] = dict(tree_flatten(model.parameters()))
     cached = {f"cache {i:06}": a for i, a in enumerate(_arrays(caches))}
+
+    def run(tokens: mx.array, **arrays: mx.array) -> list[mx.array]:
+        model.update(tree_unflatten([(k, arrays[k]) for k in weights]))
+        _exchange(caches, [arrays[k] for k in cached])
+        with _standing_in(switches) if switches else _noted(model) as results:
+            logits = logits_of(model(tokens, cache=caches))
+        return [*_arrays(caches), logits if chunk == 2 else results[-1]]
+
+    return _graph_size(run, (mx.zeros((1, chunk), mx.int32),), {**weights, **cached}, set(cached))
+
+
+def work_of(
+    run: Callable[[dict[str, mx.array]], list[mx.array]], given: dict[str, mx.array]
+) -> tuple[int, int]:
+    """Memory that a computation takes beside its input, in bytes; it is not run.
+
+    Args:
+        run: returns the results, given arrays like those of `given` of which it may read no number.
+        given: arrays of its input by name.
+
+    Returns:
+        The peak with one operation running at a time, and the size of all results together.
+
+    Raises:
+        Exception: `run` does, or MLX cannot export one of its operations.
+    """
+    names = {f"input {i:06}": name for i, name in enumerate(given)}
+    arrays = {key: given[name] for key, name in names.items()}
+    with unevaluated():
+        size = _graph_size(lambda **a: run({names[k]: a[k] for k in a}), (), arrays, set())
+    return int(_MARGIN * size.peak) + FLOOR_BYTES, size.total
+
+
+def _graph_size(
+    run: Callable[..., list[mx.array]],
+    args: tuple[mx.array, ...],
+    arrays: dict[str, mx.array],
+    freed: set[str],
+) -> _PassSize:
+    """Size of the graph that `run(*args, **arrays)` builds.
+
+    Args:
+        freed: names of `arrays` that are freed after their last use.
+    """
     nodes: list[dict[str, Any]] = []
     outputs: list[str] = []
     held: list[str] = []
@@ -197,17 +241,10 @@ def _pass_size(
         elif found["type"] == "outputs":
             outputs.extend(n for n, _, _ in found["outputs"])
         elif found["type"] == "keyword_inputs":
-            held.extend(n for key, n in found["keywords"] if key in cached)
-
-    def run(tokens: mx.array, **arrays: mx.array) -> list[mx.array]:
-        model.update(tree_unflatten([(k, arrays[k]) for k in weights]))
-        _exchange(caches, [arrays[k] for k in cached])
-        with _standing_in(switches) as results:
-            logits = logits_of(model(tokens, cache=caches))
-        return [*_arrays(caches), logits if chunk == 2 else results[-1]]
+            held.extend(n for key, n in found["keywords"] if key in freed)
 
     with _exportable():
-        mx.export_function(note, run, (mx.zeros((1, chunk), mx.int32),), {**weights, **cached})
+        mx.export_function(note, run, args, arrays)
     results = (r for node in nodes if node["name"] not in VIEWS for r in node["outputs"])
     total = sum(math.prod(shape) * dtype.size for _, shape, dtype in results)
     return _PassSize(peak_bytes(evaluation_order(nodes, outputs), outputs, held), total, len(nodes))
@@ -215,7 +252,7 @@ def _pass_size(
 
 def _filled(model: nn.Module, tokens: int, capacity: int) -> list[Any]:
     """Caches with `tokens` tokens and room for `capacity`; nothing of them is evaluated."""
-    caches: list[Any] = stock.make_prompt_cache(model)
+    caches = _empty_caches(model)
     if tokens == 0:
         return caches
     known = all(type(c).__name__ in _KNOWN for c in leaves(caches))
@@ -243,10 +280,11 @@ def _filled(model: nn.Module, tokens: int, capacity: int) -> list[Any]:
     return caches
 
 
-def _unevaluated() -> AbstractContextManager[None]:
+def unevaluated() -> AbstractContextManager[None]:
     """Let a family's own evaluations do nothing, for this thread.
 
-    mlx-vlm's DeepSeek V4 starts each token of a short pass. It would read all experts here.
+    mlx-vlm's DeepSeek V4 starts each token of a short pass, and its qwen4_exp each layer of a
+    token. They would read all experts here.
     """
     return swapped_in_thread(mx, eval=lambda *_: None, async_eval=lambda *_: None)
 
@@ -259,6 +297,25 @@ def _exportable() -> AbstractContextManager[None]:
         to_fp8=lambda a, *_, **__: mx.abs(a).astype(mx.uint8),
         from_fp8=lambda a, dtype=mx.bfloat16, **__: a.astype(dtype),
     )
+
+
+@contextmanager
+def _noted(model: nn.Module) -> Iterator[list[mx.array]]:
+    """Yields the results of the last layer of a model without experts."""
+    results: list[mx.array] = []
+    last = model.layers[-1]
+    kind: Any = type(last)
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = kind.__call__(self, *args, **kwargs)
+        results.append(result if isinstance(result, mx.array) else result[0])
+        return result
+
+    intercept(last, call)
+    try:
+        yield results
+    finally:
+        last.__class__ = kind
 
 
 @contextmanager
@@ -297,3 +354,11 @@ def _standing_in(switches: Sequence[tuple[nn.Module, int]]) -> Iterator[list[mx.
     finally:
         for module, kind in kinds:
             module.__class__ = kind
+
+
+def _empty_caches(model: nn.Module) -> list[Any]:
+    """A model's empty KV caches."""
+    from mlx_lm.models.cache import make_prompt_cache  # here: plans from sizes alone do without
+
+    made: list[Any] = make_prompt_cache(model)
+    return made

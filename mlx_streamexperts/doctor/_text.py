@@ -92,6 +92,8 @@ def command(model: str, verdict: Verdict, downloaded: bool = False) -> str:
 def limit(verdict: Verdict) -> str:
     """What limits the speed, in plain words."""
     plan, p = verdict.plan, verdict.prediction
+    if p.limit == "drive" and not plan.experts:
+        return "The drive limits it: each token waits for its rows of tables on the drive."
     if p.limit == "drive":
         missed = (1 - p.hit_rate.likely) * plan.cold_bytes_per_token
         return (
@@ -103,14 +105,20 @@ def limit(verdict: Verdict) -> str:
             "Memory bandwidth limits it: each token reads "
             f"{format_size(plan.active_bytes_per_token)} of weights from memory."
         )
+    if not plan.experts:
+        return (
+            "Waiting limits it: starting a layer's work on the device takes longer than the work."
+        )
     return "Waiting limits it: each layer asks the device which experts it chose."
 
 
 def help_most(verdict: Verdict) -> str:
     """The change that would raise the speed most, as far as arithmetic can tell."""
     plan, machine, p = verdict.plan, verdict.machine, verdict.prediction
-    if p.limit != "drive":
+    if p.limit == "memory bandwidth" or not plan.experts:
         return "a smaller model or fewer bits; a faster drive would not."
+    if p.limit != "drive":
+        return "a model with fewer layers; neither fewer bits nor a faster drive would."
     half = replace(
         plan,
         experts=plan.experts // 2,
@@ -186,6 +194,17 @@ def _measured(measured: Measured, machine: Machine) -> Iterator[str]:
             f"{format_size(r.read_bytes)} in flight ({r.mean_depth:.1f} on average), "
             f"{1e3 * r.latency:.2f} ms each"
         )
+        if len(r.by_second) > 1:
+            yield (
+                f"  over {len(r.by_second)} s: {format_size(r.by_second[0])}/s in the first "
+                f"second, {format_size(r.by_second[-1])}/s in the last; predicted from the second "
+                f"half, {format_size(r.sustained)}/s"
+            )
+    if (cached := measured.page_cache) is not None:
+        yield (
+            f"The same reads through the page cache (some may be in it): "
+            f"{format_size(cached.rate)}/s at {cached.depth} in flight"
+        )
     if not measured.drive:
         yield "Drive: not measured, the weights are not here; 5 GB/s assumed"
     yield (
@@ -199,7 +218,12 @@ def _verdict(verdict: Verdict) -> Iterator[str]:
     yield f"  plan: {plan}"
     yield (
         f"  smallest memory that works: {format_size(plan.minimum)}; disk needed: "
-        f"{format_size(plan.disk)}; cold bytes per token: {format_size(plan.cold_bytes_per_token)}"
+        f"{format_size(plan.disk)}"
+        + (
+            f"; cold bytes per token: {format_size(plan.cold_bytes_per_token)}"
+            if plan.experts
+            else "; no routed experts"
+        )
     )
     if plan.tables:
         yield (
@@ -213,7 +237,8 @@ def _verdict(verdict: Verdict) -> Iterator[str]:
             f"{format_size(plan.conversion)} of disk beside the original; all here is for the "
             "result"
         )
-    yield f"  expected hit rate: {_range(p.hit_rate, '.0%')} ({verdict.hit_rate_from})"
+    if plan.experts:
+        yield f"  expected hit rate: {_range(p.hit_rate, '.0%')} ({verdict.hit_rate_from})"
     yield (
         f"  predicted decode: {_range(p.tokens_per_s, '.3g')} tokens/s; first token of "
         f"{p.prompt_tokens} after {_range(p.first_token, '.3g')} s"
@@ -222,6 +247,10 @@ def _verdict(verdict: Verdict) -> Iterator[str]:
         f"  a token, likely: compute {1e3 * p.compute_seconds:.1f} ms + sync and "
         f"launches {1e3 * p.sync_seconds:.1f} ms + reads {1e3 * p.read_seconds:.1f} ms; "
         f"limited by: {p.limit}"
+    )
+    yield (
+        f"  a prompt of {p.prompt_tokens}, likely: reads {p.prompt_read_seconds:.3g} s + "
+        f"arithmetic {p.prompt_arithmetic_seconds:.3g} s"
     )
     for r in verdict.reported:
         off = p.tokens_per_s.likely / r.tokens_per_s

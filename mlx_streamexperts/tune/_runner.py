@@ -23,7 +23,7 @@ from .._cache.expert_map import fewest_slots
 from .._config import StreamConfig, parse_size
 from .._errors import StreamError
 from .._experts.bank import numbers
-from .._experts.stream import expert_files, stream
+from .._experts.stream import expert_files, refuse_without_experts, stream
 from .._loading.demo import demo_model
 from .._loading.discover import DiscoveredModel, discover
 from .._loading.lazy_load import original_load_model
@@ -82,6 +82,7 @@ class Runner:
         self.config = replace(config, progress=False, about=None)
         self._trust: dict[str, Any] = {"trust_remote_code": trust}
         self.located: DiscoveredModel = discover(folder, self.config, self._trust)
+        refuse_without_experts(self.located.layers, f"{folder}: tuning is about reading experts")
         self.plan = self.located.plan(self.config, held_bytes())
         if self.plan.memory is not None:  # the same in every run, whatever is free by then
             self.config = replace(self.config, memory=self.plan.memory)
