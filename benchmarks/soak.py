@@ -263,7 +263,7 @@ class Server:
             if self._process.poll() is not None:
                 raise RuntimeError(log.read_text())
             lines = [x for x in log.read_text().splitlines() if x.startswith("Serving at ")]
-            self.url = lines[0].split()[-1] if lines else ""
+            self.url = lines[0].split()[2].rstrip(":") if lines else ""
 
     def figures(self) -> dict[str, Any]:
         connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=60)

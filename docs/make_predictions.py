@@ -59,8 +59,7 @@ def row(model: KnownModel, mac: str) -> str:
     except BudgetError:
         return ""
     p = predict(plan, machine)
-    # Arithmetic is not modelled, so a prompt that hardly reads has no prediction.
-    first = span(p.first_token) + " s" if plan.resident_share < 0.9 else "not predicted"
+    first = span(p.first_token) + " s"
     reported = [
         f"{r.tokens_per_s}"
         for r in REPORTED
@@ -68,7 +67,8 @@ def row(model: KnownModel, mac: str) -> str:
     ]
     return (
         f"| {mac} | {model.name} | {plan.resident_share:.0%} | {span(p.tokens_per_s)} | "
-        f"{first} | {model.disk / 1e9:.0f} GB | {', '.join(reported)} |\n"
+        f"{first} | {'' if model.exact else 'about '}{model.disk / 1e9:.0f} GB | "
+        f"{', '.join(reported)} |\n"
     )
 
 
@@ -144,11 +144,13 @@ value, and trust comparisons more than figures.
 - *Waiting for a router.* 0.5 ms a layer, half of that at best.
 - *Hit rate.* LRU curves that boyle published for three models. Another model gets their mean, and 0.1 more on
   both sides of their range.
-- *Not in it.* Run-ahead and right prefetches, which help; wrong prefetches, and a prompt limited by
-  arithmetic, which take longer.
+- *Arithmetic of a prompt.* Two operations for each weight that a token uses. Prompts are taken to reach 0.3 to
+  0.7 of the GPU's float32 rate by specification (M4 Max 18.4 Tflop/s); an M5 counts as four M4, as Apple states.
+- *Not in it.* Run-ahead and right prefetches, which help; wrong prefetches, and attention over long contexts,
+  which take longer.
 
 The formula is in `_analysis/predict.py`. Sizes are in `_analysis/catalogue.py`; those of Kimi K2.5 and
-Qwen3.5-397B are the full-size stand-ins', the others follow from public configurations.
+Qwen3.5-397B are the checkpoints' own, the others ("about") follow from public configurations.
 """  # noqa: E501
 
 

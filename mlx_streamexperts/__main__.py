@@ -46,8 +46,12 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"did you mean {alike[0]}?" if alike else f"commands: {', '.join(COMMANDS)}"
         print(f"error: there is no command {name!r}; {hint}", file=sys.stderr)
         return 2
-    status = importlib.import_module(f"{__package__}.{name}").main(rest)
-    return int(status or 0)
+    try:
+        from ._cli.options import ended
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C", file=sys.stderr)
+        return 130
+    return ended(lambda: int(importlib.import_module(f"{__package__}.{name}").main(rest) or 0))
 
 
 if __name__ == "__main__":

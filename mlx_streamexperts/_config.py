@@ -1,21 +1,24 @@
 """The options of expert streaming: one list for scripts, command lines and settings files.
 
 An option's name, help, choices and default are stated here and nowhere else. No option but `loader`
-changes a result; `tune` relies on that for the ones marked as tuned.
+and `lossy` changes a result; `tune` relies on that for the ones marked as tuned.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import numbers
 import operator
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ._cache.expert_map import POLICIES
+from ._cache.lossy import Ways
 from ._errors import StreamError
 from ._io.checkpoint import read_json_object
 from ._io.output import write_json
@@ -66,10 +69,12 @@ _MOST_THREADS = 1024  # more than any drive has use for, less than a system give
 
 _VERSION = 1  # of settings files
 _PER_RUN = (
-    "oversubscribe", "store", "verify_reads", "hot_set", "pipeline", "split", "loader", "progress",
+    "oversubscribe", "store", "mirrors", "verify_reads", "hot_set", "pipeline", "split", "loader",
+    "lossy",
+    "progress",
 )  # fmt: skip
-"""Options that no settings file holds: they name other files or machines, override a refusal, or
-concern one run."""
+"""Options that no settings file holds: they name other files or machines, override a refusal,
+change results, or concern one run."""
 
 
 def _option(default: Any, help: str, **extra: Any) -> Any:
@@ -86,9 +91,9 @@ class StreamConfig:
     """How experts are streamed. Sizes are bytes, or strings such as "24GB" or "24GiB".
 
     Frozen: `dataclasses.replace` makes a changed one. Command lines take the same options: `memory`
-    as `--memory` and so on. None but `loader` changes a result. The options from `policy` to
-    `keep_awake` are None until they are stated, which means the default that the table shows;
-    `with_defaults` fills those in.
+    as `--memory` and so on. None but `loader` and `lossy` changes a result. The options from
+    `policy` to `keep_awake` are None until they are stated, which means the default that the table
+    shows; `with_defaults` fills those in.
 
     Raises:
         StreamError: a value is not understood, or options contradict each other.
@@ -97,7 +102,8 @@ class StreamConfig:
     memory: float | str | None = _option(
         None,
         "bound for all of MLX's memory: trunk, expert cache, KV cache and work space, for example "
-        "96GB. Default: what the device recommends.",
+        "90GB. Default: most of what the device recommends; without --model, a cache of 10MB "
+        "instead.",
     )
     cache: float | str | None = _option(
         None,
@@ -171,6 +177,13 @@ class StreamConfig:
         "not compress or swap them between requests",
         choices=("auto", "off"),
     )
+    pressure: str | None = _option(
+        None,
+        "auto: while the system is short of memory, give expert slots to other programs, layer by "
+        "layer, and take them again after a minute of calm. Never fewer than one token's experts. "
+        "Default: auto in the server, else off",
+        choices=("auto", "off"),
+    )
     reserve: float | str | None = _option(
         None, "part of --memory kept free for other models in this process, for example 4GB"
     )
@@ -178,6 +191,14 @@ class StreamConfig:
         None,
         "folder made by mlx_streamexperts.pack: experts are read from it, each in one read up to "
         "--read-size",
+    )
+    mirrors: Sequence[str] | None = _option(
+        None,
+        "folder on another drive with copies of the files that experts are read from, or of some "
+        "of them: the shards, or with --store the store's files. Reads go to the drive that is "
+        "expected to finish first. Can be stated several times. streamexperts mirror makes such a "
+        "folder",
+        flag="--mirror",
     )
     verify_reads: bool = _option(
         False, "compare the checksum of each expert read from --store; a difference is an error"
@@ -201,6 +222,15 @@ class StreamConfig:
         "the library that loads the model, and whose bits the result has. auto: mlx-lm if it can "
         "load the model, else mlx-vlm (extra `vlm`)",
         choices=("auto", "mlx-lm", "mlx-vlm"),
+    )
+    lossy: int | str | None = _option(
+        None,
+        "leave experts out to be faster; results then differ from the model's and depend on what "
+        "is cached. A level from 0 (exact) to 3, or ways: skip=SHARE leaves out missing experts "
+        "below this share of a token's router mass, prefer=SHARE lets resident experts stand in "
+        "for missing ones up to this share, top=COUNT[@FIRST-LAST] keeps the COUNT strongest (in "
+        "these expert layers). python -m mlx_streamexperts.quality measures the price. "
+        "Default: 0",
     )
     rows: str = _option(
         "auto",
@@ -234,11 +264,17 @@ class StreamConfig:
     def __post_init__(self) -> None:
         for f in fields(self):
             choices, value = f.metadata.get("choices"), getattr(self, f.name)
-            unstated = value is None and f.metadata.get("tuned")
+            unstated = value is None and f.default is None
             if choices and value not in choices and not unstated:
                 raise StreamError(f"{f.name}={value!r}: choose one of {', '.join(choices)}")
+        if Ways.parse(self.lossy) is not None and self.pipeline:
+            raise StreamError("lossy does not work with several machines; leave pipeline out")
         if self.verify_reads and self.store is None:
             raise StreamError("verify_reads needs a store: a checkpoint has no checksums")
+        if isinstance(self.mirrors, str | Path):
+            raise StreamError(f"mirrors must be a list of folders, got {self.mirrors!r}")
+        if self.mirrors is not None:  # hashable, as all options are
+            object.__setattr__(self, "mirrors", tuple(map(str, self.mirrors)) or None)
         for name in ("threads", "prefetch_depth", "cores", "context_tokens", "prefill_tokens"):
             if (count := getattr(self, name)) is None:
                 continue
@@ -268,9 +304,10 @@ class StreamConfig:
     def load(cls, path: str | Path) -> StreamConfig:
         """Read a settings file, as `save` and `mlx_streamexperts.tune` write it.
 
-        Such a file may hold every option but `oversubscribe`, `store`, `verify_reads`, `hot_set`,
-        `pipeline`, `split`, `loader` and `progress`: it divides memory and chooses how experts are
-        read. It cannot change a result, run code, name another file or override a refusal.
+        Such a file may hold every option but `oversubscribe`, `store`, `mirrors`, `verify_reads`,
+        `hot_set`, `pipeline`, `split`, `loader`, `lossy` and `progress`: it divides memory and
+        chooses how experts are read. It cannot change a result, run code, name another file or
+        override a refusal.
 
         Args:
             path: the file.
@@ -364,7 +401,27 @@ class StreamConfig:
         for name in ("store", "hot_set"):
             if (value := getattr(self, name)) is not None:
                 own[name] = value.replace("{rank}", str(rank))
+        if self.mirrors is not None:
+            own["mirrors"] = [m.replace("{rank}", str(rank)) for m in self.mirrors]
         return replace(self, **own)
+
+
+def as_config(config: StreamConfig | dict[str, Any] | None) -> StreamConfig:
+    """The options that a caller gives, which may be a dict of them.
+
+    Raises:
+        StreamError: there is no such option, or a value is not understood.
+    """
+    if config is None or isinstance(config, StreamConfig):
+        return config or StreamConfig()
+    if not isinstance(config, dict):
+        raise StreamError(f"config must be a StreamConfig or a dict of its options, got {config!r}")
+    names = [f.name for f in fields(StreamConfig)]
+    if unknown := [str(n) for n in config if n not in names]:
+        alike = difflib.get_close_matches(unknown[0], names, n=1)
+        hint = f"did you mean {alike[0]!r}?" if alike else f"the options are {', '.join(names)}"
+        raise StreamError(f"config: there is no option {unknown[0]!r}; {hint}")
+    return StreamConfig(**config)
 
 
 DEFAULTS: dict[str, Any] = {
@@ -379,7 +436,9 @@ SAVED = tuple(f.name for f in fields(StreamConfig) if f.name not in (*_PER_RUN, 
 
 def _check_size(name: str, size: float | str) -> None:
     try:
-        parse_size(size)
+        nbytes = parse_size(size)
+        if nbytes < 1024 and name in ("memory", "cache"):
+            raise StreamError(f"{size} is a size of {nbytes} bytes: did you mean '{nbytes}GB'?")
     except StreamError as e:
         raise StreamError(f"{name}: {e}") from e
 
@@ -393,7 +452,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for f in fields(StreamConfig):
         if f.name == "about":
             continue
-        flag, text, default = _flag(f.name), f.metadata["help"], f.metadata["default"]
+        flag = f.metadata.get("flag", _flag(f.name))
+        text, default = f.metadata["help"], f.metadata["default"]
         if default is not None and not isinstance(default, bool):
             text += f" (default: {default})"
         number = "type" in f.metadata or type(default) is int
@@ -401,6 +461,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if f.name == "progress":
             flag, kind = "--no-progress", {"action": "store_false", "dest": "progress"}
             text = "show no progress, neither of loading nor of prompts"
+        elif f.name == "mirrors":
+            kind = {"action": "append", "metavar": "DIR", "dest": f.name}
         elif default is False:
             kind = {"action": "store_true"}
         if "choices" in f.metadata:

@@ -39,6 +39,7 @@ _OPEN_MAX = 10_240  # <sys/syslimits.h> on macOS
 _UNSTABLE_INODES = {"9p", "afs", "cifs", "smb3", "virtiofs"}  # and all of FUSE
 METAL_SHARE = 0.95
 """Above this share of the recommended working set MLX frees its unused buffers all the time."""
+_STALLED_PERCENT = 10.0  # of ten seconds, in which some program stood still for memory
 _QOS_USER_INITIATED = 0x19  # <sys/qos.h> on macOS
 _LEAST_FOR_SYSTEM, _MOST_FOR_SYSTEM = 2 << 30, 8 << 30  # left to macOS beside a GPU's memory
 
@@ -177,9 +178,18 @@ def content_sample(file: Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb", buffering=0) as f:
         size = os.fstat(f.fileno()).st_size
-        for offset, nbytes in ((0, 64 << 10), (size // 2, 4096), (max(0, size - 4096), 4096)):
-            digest.update(os.pread(f.fileno(), nbytes, offset))
-    return digest.hexdigest()[:16]
+        for begin, end in sampled(size):
+            digest.update(os.pread(f.fileno(), end - begin, begin))
+    return digest.hexdigest()[:SAMPLE_DIGITS]
+
+
+SAMPLE_DIGITS = 16
+
+
+def sampled(size: int) -> list[tuple[int, int]]:
+    """The parts, from byte to byte, of a file of `size` bytes that `content_sample` digests."""
+    parts = ((0, 64 << 10), (size // 2, 4096), (max(0, size - 4096), 4096))
+    return [(begin, min(size, begin + nbytes)) for begin, nbytes in parts]
 
 
 def _has_unstable_inodes(device: int, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
@@ -472,6 +482,40 @@ def available_memory_bytes() -> int:
     return total_memory_bytes() // 2
 
 
+def memory_reserve() -> int:
+    """Memory that should stay available for other programs, in bytes: a twentieth, 4 GB at most."""
+    return min(4 << 30, total_memory_bytes() // 20)
+
+
+def memory_pressure(root: Path = Path("/")) -> int:
+    """How short of memory the system is: 0 not at all, 1 short, 2 critically.
+
+    macOS says so itself (kern.memorystatus_vm_pressure_level: 1 normal, 2 warning, 4 critical).
+    On Linux memory is short while less than `memory_reserve` is available or programs stood still
+    for memory a tenth of the last ten seconds (PSI), critically if less than half of that is left.
+
+    Args:
+        root: where `/proc` is.
+    """
+    if sys.platform == "darwin":
+        return {2: 1, 4: 2}.get(_sysctl_number(b"kern.memorystatus_vm_pressure_level"), 0)
+    available, reserve = available_memory_bytes(), memory_reserve()
+    if available < reserve:
+        return 2 if available < reserve // 2 else 1
+    with suppress(OSError, ValueError):  # a kernel without PSI, or with it switched off
+        some = (root / "proc/pressure/memory").read_text().split(maxsplit=2)[1]
+        return int(float(some.removeprefix("avg10=")) >= _STALLED_PERCENT)
+    return 0
+
+
+def _sysctl_number(name: bytes) -> int:
+    """A 32-bit number of macOS's `sysctlbyname`; 0 if it does not have it."""
+    value, size = ctypes.c_int(), ctypes.c_size_t(ctypes.sizeof(ctypes.c_int))
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).sysctlbyname(name, ctypes.byref(value), ctypes.byref(size), None, 0)
+    return value.value
+
+
 def device_memory_bytes(held: int = 0) -> int:
     """Memory that MLX's default device can use, in bytes.
 
@@ -598,20 +642,3 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _import_mlx_lm() -> None:
-    """Import mlx-lm without letting it set the limits of open files to 2048 and 4096.
-
-    Setting them fails if less is allowed, and lowers the limits of a process that had more.
-    """
-    original = resource.setrlimit
-    resource.setrlimit = lambda *_: None
-    try:
-        import mlx_lm.utils  # noqa: F401
-    finally:
-        resource.setrlimit = original
-    allow_descriptors(2048)
-
-
-_import_mlx_lm()

@@ -68,12 +68,15 @@ class Clock(Closing):
     """Calls a function again and again in a thread of its own, until it is closed.
 
     Args:
-        tick: the function. It must not touch MLX, whose arrays belong to other threads.
+        tick: the function. It must not touch MLX arrays of other threads.
         seconds: between two calls.
+        end: called in the thread when it ends.
     """
 
-    def __init__(self, tick: Callable[[], None], seconds: float) -> None:
-        self._tick, self._seconds = tick, seconds
+    def __init__(
+        self, tick: Callable[[], None], seconds: float, end: Callable[[], None] | None = None
+    ) -> None:
+        self._tick, self._seconds, self._end = tick, seconds, end
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
         self._thread.start()
@@ -81,6 +84,8 @@ class Clock(Closing):
     def _run(self) -> None:
         while not self._over.wait(self._seconds):
             self._tick()
+        if self._end is not None:
+            self._end()
 
     def close(self) -> None:
         """Stop, and wait for a call that is under way."""

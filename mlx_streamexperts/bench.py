@@ -11,29 +11,30 @@ nothing about real use.
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from dataclasses import replace
 
-from ._cli.mlx_lm_program import program, program_parser
-from ._cli.options import failed, interrupted, stream_settings
+from ._cli.options import ended, failed, interrupted, program_parser
 from ._config import StreamConfig
 from ._errors import StreamError
-
-stock = importlib.import_module("mlx_lm.benchmark")
 
 _INSTEAD = "python -m mlx_streamexperts.generate prints tokens per second too"
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """mlx-lm's options and ours."""
-    return program_parser(stock, "bench", __doc__)
+    return program_parser("mlx_lm.benchmark", "bench", __doc__)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = setup_arg_parser()
     args = parser.parse_args(argv)
+    from mlx_lm import benchmark as stock  # here: this takes a second
+
+    from ._cli.mlx_lm_program import program
+    from ._cli.settings import stream_settings
+
     try:
         config, model = stream_settings(args, _INSTEAD)
         parser.set_defaults(model=model)
@@ -57,4 +58,4 @@ def _with_room(config: StreamConfig, args: argparse.Namespace) -> StreamConfig:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

@@ -12,6 +12,13 @@ python -m mlx_streamexperts.pack --model ./my-model --replace
 python -m mlx_streamexperts.generate --model ./my-model -p "hello"
 python -m mlx_streamexperts.pack --model ./my-model --unpack
 
+python -m mlx_streamexperts.pack mlx-community/Qwen3-30B-A3B-4bit --out ./my-model
+python -m mlx_streamexperts.generate --model ./my-model -p "hello"
+
+A repository of the Hub that is named without --model is packed while it arrives: the checkpoint is
+never on this machine, and the folder is all that is needed to load the model. An interrupted run
+continues where it stopped.
+
 With --replace the experts move into the store one layer at a time, and their bytes in the
 checkpoint become free disk space. The model loads from both together, at any time. --unpack moves
 them back, and the files are what they were.
@@ -22,32 +29,37 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
-from ._cli.options import add_output_arguments, failed
+from ._cli.options import add_output_arguments, describe, ended, failed
 from ._config import StreamConfig, format_size
 from ._errors import StreamError
-from ._experts.layer import ExpertLayer
-from ._experts.moving import bring_back, move_experts
-from ._experts.packed_store import verify_store, write_store
-from ._experts.stream import refuse_without_experts
 from ._io.moved import read_moved, refuse_moved
 from ._io.output import check_not_written
-from ._loading.demo import demo_model
-from ._loading.discover import discover
-from ._loading.load import resolve
 from ._progress import progress_bar
+
+if TYPE_CHECKING:
+    from ._experts.layer import ExpertLayer
+
+# Functions import what imports mlx-lm: that takes a second, and `--help` does without.
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The command line's options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mlx_streamexperts.pack",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = argparse.ArgumentParser()
+    describe(parser, "pack", __doc__)
+    parser.add_argument(
+        "repository",
+        nargs="?",
+        help="a Hugging Face repository, if wanted with @ and a branch, tag or commit. It is "
+        "packed into --out by ranged requests, without ever holding the checkpoint. The result is "
+        "a model folder of its own",
     )
     parser.add_argument(
         "--model",
-        help="model folder or Hugging Face repository. Default: the embedded demonstration model.",
+        help="model folder, or Hugging Face repository that is downloaded whole first. Default: "
+        "the embedded demonstration model.",
     )
     parser.add_argument(
         "--verify",
@@ -86,9 +98,16 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--replace and --unpack need --model, and take no --overwrite")
     if args.unpack and args.out is not None:
         parser.error("--unpack takes no --out: the model folder says where its experts are")
-    if not (args.out or args.replace or args.unpack):
+    if args.repository and (
+        args.model or args.overwrite or args.replace or args.unpack or args.verify
+    ):
+        parser.error("a repository is packed with --out alone; --model is for what is here")
+    there = args.out or args.replace or args.unpack or (args.verify and args.model)
+    if not there:
         parser.error("--out is needed")
     try:
+        if args.repository:
+            return _pack_repository(args)
         if args.verify:
             return _verify(args)
         return _move(args) if args.replace or args.unpack else _pack(args)
@@ -97,6 +116,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
+    from ._experts.packed_store import write_store
+    from ._loading.demo import demo_model
+    from ._loading.load import resolve
+
     if args.model is None:
         print(f"No --model given: packing the demonstration model {demo_model()}", file=sys.stderr)
     folder = resolve(args.model or demo_model())
@@ -110,7 +133,40 @@ def _pack(args: argparse.Namespace) -> int:
     return 0
 
 
+def _pack_repository(args: argparse.Namespace) -> int:
+    from ._experts.from_hub import begun, receiving
+    from ._io.hub import fetch_headers, fetching
+    from ._io.remote import Repository
+
+    asked = args.repository
+    if Path(asked).exists():
+        raise StreamError(f"{asked}: is on this machine: --model {asked}")
+    before = begun(args.out, asked)
+    with fetching(asked, "cannot be packed"):
+        name = asked if before is None else f"{asked.partition('@')[0]}@{before['commit']}"
+        repository = Repository(name)
+    with TemporaryDirectory(prefix="mlx-streamexperts-headers-") as temporary:
+        headers = Path(temporary)
+        fetch_headers(repository, headers)
+        try:
+            layers, total = _layers(headers, args)
+        except StreamError as e:  # it names a folder that nobody knows
+            raise StreamError(str(e).replace(temporary, asked)) from e
+        with receiving(repository, asked, layers, headers, args.out) as arriving:
+            with progress_bar("Fetching", args.progress, arriving.total) as bar:
+                for nbytes in arriving.fetch():
+                    bar.update(nbytes)
+            with progress_bar("Verifying", args.progress, arriving.shard_bytes) as bar:
+                for nbytes in arriving.verify():
+                    bar.update(nbytes)
+            arriving.finish()
+    print(f"Packed {asked}, {format_size(total)} of experts in {len(layers)} layers: {args.out}")
+    return 0
+
+
 def _move(args: argparse.Namespace) -> int:
+    from ._experts.moving import bring_back, move_experts
+
     folder = Path(args.model)
     if not folder.is_dir():
         raise StreamError(f"{folder}: is no folder; only a model in a folder of its own can change")
@@ -126,12 +182,18 @@ def _move(args: argparse.Namespace) -> int:
     with progress_bar("Moving", args.progress, total) as bar:
         for nbytes in move_experts(layers, folder, store):
             bar.update(nbytes)
-    print(f"Moved {format_size(total)} of experts in {len(layers)} layers into {store}")
+    if moved is not None and moved.layers.keys() >= {x.name for x in layers}:
+        print(f"Nothing to do: all {format_size(total)} of experts are already in {store}")
+    else:
+        print(f"Moved {format_size(total)} of experts in {len(layers)} layers into {store}")
     return 0
 
 
 def _layers(folder: Path, args: argparse.Namespace) -> tuple[list[ExpertLayer], int]:
     """A checkpoint's expert layers, and their bytes."""
+    from ._experts.stream import refuse_without_experts
+    from ._loading.discover import discover
+
     trust = {"trust_remote_code": args.trust_remote_code}
     layers = discover(folder, StreamConfig(loader=args.loader), trust, in_shards=True).layers
     refuse_without_experts(layers, f"{folder}: packing copies experts")
@@ -139,9 +201,17 @@ def _layers(folder: Path, args: argparse.Namespace) -> tuple[list[ExpertLayer], 
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from ._experts.packed_store import verify_store
+
+    store = args.out
+    if store is None:
+        moved = read_moved(Path(args.model))
+        if moved is None:
+            raise StreamError(f"{args.model}: its experts have not moved; --out names the store")
+        store = moved.store
     experts, damaged = 0, []
     with progress_bar("Verifying", args.progress) as bar:
-        for nbytes, damage in verify_store(args.out):
+        for nbytes, damage in verify_store(store):
             bar.update(nbytes)
             experts += 1
             if damage is not None:
@@ -155,4 +225,4 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

@@ -22,18 +22,18 @@ from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._cli.commands import COMMANDS
-from ._cli.mlx_lm_program import Session, add_report_arguments
-from ._cli.options import failed, following_stock_options
+from ._cli.options import add_report_arguments, as_called, describe, ended, failed
 from ._config import StreamConfig, add_arguments, from_arguments
 from ._errors import StreamError
-from ._experts.stream import ExpertStream
 from ._hooks import swapped
-from ._loading.combinations import Options, check_options
-from ._loading.guards import REFUSED_PROGRAMS, check_program
-from ._loading.load import patch, resolve
+from ._loading.programs import REFUSED_PROGRAMS, check_program
+
+if TYPE_CHECKING:
+    from ._cli.mlx_lm_program import Session
+    from ._experts.stream import ExpertStream
 
 _NO_MODEL = ("mlx_lm.manage", "mlx_lm.share", "mlx_lm.upload")
 _OURS = {
@@ -45,13 +45,11 @@ _OURS = {
 def setup_arg_parser() -> argparse.ArgumentParser:
     """Our options, a program, and its arguments."""
     parser = argparse.ArgumentParser(
-        prog="python -m mlx_streamexperts.run",
         usage="%(prog)s [options] PROGRAM [arguments of the program]",
-        description=__doc__,
-        epilog=_known(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=as_called(_known()),
         allow_abbrev=False,
     )
+    describe(parser, "run", __doc__)
     parser.add_argument("program", metavar="PROGRAM", help="module or file to run")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     add_arguments(parser)
@@ -62,10 +60,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the program's exit status, 1 if it was refused."""
     args = setup_arg_parser().parse_args(argv)
+    from ._cli.mlx_lm_program import Session  # here: this takes a second
+
     try:
         module, run = find_program(args.program, args.arguments)
         check_program(module, args.arguments)
-        patched = _RecordedPatch(_config(args))
+        patched = _recorded_patch(_config(args))
         session = patched.session = Session(args, patched)
         command = swapped(sys, argv=[module, *args.arguments])
         with patched, session.recordings, command:
@@ -153,6 +153,10 @@ def _is_program(spec: ModuleSpec) -> bool:
 
 def _config(args: argparse.Namespace) -> StreamConfig:
     """Our options, with the settings that the program's own options imply."""
+    from ._cli.settings import following_stock_options
+    from ._loading.combinations import Options, check_options
+    from ._loading.load import resolve
+
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--prefill-step-size", type=int)
     parser.add_argument("--max-kv-size", type=int)
@@ -176,18 +180,20 @@ def _bits(text: str) -> float:
     return float(text) if "." in text else int(text)
 
 
-class _RecordedPatch(patch):
+def _recorded_patch(config: StreamConfig) -> Any:
     """A patch that starts recording once the first streamed model is loaded."""
+    from ._loading.load import patch
 
-    def __init__(self, config: StreamConfig) -> None:
-        super().__init__(config=config)
-        self.session: Session | None = None
+    class RecordedPatch(patch):
+        session: Session | None = None
 
-    def _stream_experts(self, *args: Any) -> ExpertStream:
-        expert_stream = super()._stream_experts(*args)
-        if self.session is not None:
-            self.session.record(expert_stream)
-        return expert_stream
+        def _stream_experts(self, *args: Any) -> ExpertStream:
+            expert_stream = super()._stream_experts(*args)
+            if self.session is not None:
+                self.session.record(expert_stream)
+            return expert_stream
+
+    return RecordedPatch(config=config)
 
 
 def _status(end: SystemExit) -> int:
@@ -221,4 +227,4 @@ def _known() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

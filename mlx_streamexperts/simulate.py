@@ -15,16 +15,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from ._analysis.plots import plot_rates
 from ._analysis.replay import BEST
 from ._analysis.simulation import CANDIDATES, FIRST_CALLS, Report, simulate, with_expert_bytes
-from ._config import parse_size
+from ._cli.options import describe, ended
+from ._config import format_size, parse_size
 from ._errors import StreamError
 from ._experts.trace import read_trace
-from ._memory.hardware import NAMED_MACHINES, Machine, parse_rate
+from ._memory.hardware import NAMED_MACHINES as NAMED_MACHINES
+from ._memory.hardware import Machine, named_machine, parse_rate
 
 _DEFAULT_POLICIES = ("lru", "s3fifo", "lfu", "lrfu", BEST)
 _DEFAULT_SHARES = "0.125,0.25,0.375,0.5,0.75"
@@ -37,16 +40,13 @@ def parse_ssd(text: str, machine: Machine) -> Machine:
         StreamError: the text has another form.
     """
     rate, latency = parse_rate(text, machine.drive_latency)
-    return replace(machine, drive_rate=rate, drive_latency=latency)
+    return replace(machine, drive_rate=rate, drive_latency=latency, drive_share=(1.0, 1.0))
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The command line's options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mlx_streamexperts.simulate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser()
+    describe(parser, "simulate", __doc__)
     parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE")
     parser.add_argument("--fit", nargs="+", type=Path, default=[], metavar="TRACE")
     parser.add_argument(
@@ -60,9 +60,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--machine",
         default="M4 Max 128 GB",
-        choices=tuple(NAMED_MACHINES),
         metavar="NAME",
-        help=f"to predict tokens/s for, of {', '.join(NAMED_MACHINES)} (default: %(default)s)",
+        help="to predict tokens/s for: a chip and its memory (default: %(default)s)",
     )
     parser.add_argument("--ssd", help="another drive: bytes/s and latency, e.g. 7GB/s:100us")
     parser.add_argument("--expert-bytes", help="pretend that an expert has this size, e.g. 6.75MB")
@@ -76,9 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = setup_arg_parser().parse_args(argv)
     try:
-        machine = NAMED_MACHINES[args.machine]
-        if args.ssd:
-            machine = parse_ssd(args.ssd, machine)
+        machine = _machine(args)
         traces, fit = ([read_trace(p) for p in paths] for paths in (args.traces, args.fit))
         if args.expert_bytes:
             size = parse_size(args.expert_bytes)
@@ -98,6 +95,34 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _machine(args: argparse.Namespace) -> Machine:
+    """The machine that tokens/s are predicted for."""
+    machine = named_machine(args.machine)
+    return parse_ssd(args.ssd, machine) if args.ssd else machine
+
+
+def _conclusion(report: Report) -> Iterator[str]:
+    """What the replay of each trace says: the best policy, and what more memory would bring."""
+    for name in dict.fromkeys(r.trace for r in report.rows):
+        yield ""
+        rows = [r for r in report.rows if r.trace == name and r.policy != BEST]
+        shares = sorted({r.share for r in rows})
+        best = {s: max((r for r in rows if r.share == s), key=lambda r: r.hit_rate) for s in shares}
+        for share, row in best.items():
+            worst = min((r for r in rows if r.share == share), key=lambda r: r.hit_rate)
+            yield (
+                f"{name}: with {share:.1%} resident the best is {row.policy} ({row.hit_rate:.1%} "
+                f"hits; {worst.policy} has {worst.hit_rate:.1%})."
+            )
+        if len(shares) > 1:
+            first, last = best[shares[0]], best[shares[-1]]
+            fewer = first.missed_per_token - last.missed_per_token
+            yield (
+                f"From {first.share:.1%} to {last.share:.1%} resident saves {fewer:.1f} of the "
+                f"{first.missed_per_token:.1f} experts that a token reads from the drive."
+            )
+
+
 def _shares(text: str) -> list[float]:
     try:
         shares = [float(x) for x in text.split(",")]
@@ -110,8 +135,11 @@ def _shares(text: str) -> list[float]:
 
 def _lines(report: Report, args: argparse.Namespace) -> list[str]:
     """The report for people."""
+    machine = _machine(args)
+    low, high = (share * machine.drive_rate for share in machine.drive_share)
+    drive = format_size(high) if low == high else f"{format_size(low)} to {format_size(high)}"
     head = f"{'share':>6s}  {'policy':8s} {'division':8s}"
-    lines = []
+    lines = [f"Tokens/s are predicted for {machine.name}, drive {drive}/s (--machine, --ssd)"]
     for name in dict.fromkeys(r.trace for r in report.rows):
         lines += ["", name, f"{head} {'hits':>7s} {'compuls.':>9s} {'capacity':>9s} "]
         lines[-1] += f"{'decode hits':>11s} {'missed/token':>12s} {'tokens/s':>9s} (predicted)"
@@ -132,8 +160,9 @@ def _lines(report: Report, args: argparse.Namespace) -> list[str]:
             f"{w.share:6.1%}  {w.trace:24s} {w.read} read, {w.cold} -> {w.hot}, "
             f"{w.cold_calls} -> {w.hot_calls}"
         )
+    lines += _conclusion(report)
     return lines
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

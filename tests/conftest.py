@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import vlm_families
 from mlx_streamexperts import ExpertStream, StreamConfig, demo_model, patch, stream
 from mlx_streamexperts._loading import patching
 from mlx_streamexperts._loading.lazy_load import original_load_model
+from mlx_streamexperts._memory import process_memory
 
 QUIET = StreamConfig(progress=False, prefetch="off")
 """Without guesses, whose reads come by chance: counts are exact. test_prefetch.py turns them on."""
@@ -87,12 +89,46 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return files
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full",
+        action="store_true",
+        help="run the tests that are marked `full` too, and let MLX compile its functions",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: one of many choices; only --full tries them all")
+    # On a CPU MLX has g++ compile each function for each layout: 0.45 s each, and 280 of them in
+    # these tests. Two processes that compile the same one at once may load half a library.
+    if mx.default_device() == mx.cpu and not config.getoption("--full"):
+        mx.disable_compile()
+        os.environ["MLX_DISABLE_COMPILE"] = "1"  # for processes that tests start
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--full"):
+        chosen = [x for x in items if x.get_closest_marker("full") is None]
+        config.hook.pytest_deselected(items=[x for x in items if x not in set(chosen)])
+        items[:] = chosen
+
+
+@pytest.fixture
+def compiled() -> Iterator[None]:
+    """With MLX's functions compiled, as users have them."""
+    yield from _compiling(True)
+
+
 @pytest.fixture
 def not_compiled() -> Iterator[None]:
-    """Compiling for a CPU takes longer than a test of a tiny model does."""
-    mx.disable_compile()
+    """Not even with --full: compiling for a CPU takes longer than a test of a tiny model does."""
+    yield from _compiling(False)
+
+
+def _compiling(wanted: bool) -> Iterator[None]:
+    mx.enable_compile() if wanted else mx.disable_compile()
     yield
-    mx.enable_compile()
+    mx.disable_compile() if "MLX_DISABLE_COMPILE" in os.environ else mx.enable_compile()
 
 
 @pytest.fixture(scope="session")
@@ -134,9 +170,21 @@ def remove_patches() -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _mlx_lm_as_it_was() -> Iterator[None]:
-    """No file leaves mlx-lm patched: what follows in this process would not be stock."""
+def _mlx_lm_as_it_was(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No file leaves mlx-lm patched: what follows in this process would not be stock.
+
+    Nor a streamed model: even a closed one takes its part of what later ones are promised.
+    """
+    if not request.session.testsfailed:  # the traceback of a failed test may hold one
+        end = time.monotonic() + 60
+        while process_memory.held_bytes() and time.monotonic() < end:
+            time.sleep(0.01)  # a thread that holds it is about to end
+        assert not process_memory._registered, f"left by {_files[-1:]}, or before"
+    _files.append(request.node.name)
     yield
     assert not patching._installed
     assert not patching._scoped
     assert mlx_lm.utils.load_model is original_load_model
+
+
+_files: list[str] = []  # that this process has run

@@ -5,6 +5,7 @@ Each program prints one JSON line at its end, and lets errors end the process.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -141,6 +142,7 @@ def texts(folder: str) -> None:
         except ValueError as e:
             refused = str(e)
         model, tokenizer = mlx_lm.utils.sharded_load(folder, group)
+    mx.enable_compile()  # the random state is an input of the compiled sampler
     sampler = make_sampler(temp=1.0)
     drawn = mlx_lm.generate(model, tokenizer, prompt="The", max_tokens=15, sampler=sampler)
     print(json.dumps({"greedy": greedy, "drawn": drawn, "refused": refused}))
@@ -155,7 +157,8 @@ def one_ends(victim: str, how: str) -> None:
         watch.SILENCE_SECONDS, watch.GRACE_SECONDS = 4.0, 1.0
     if how == "loading" and rank() == int(victim):
         on_ranks.discover = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
-    original, steps = generate.stock.generate_step, 0
+    mlx_lm_generate = importlib.import_module("mlx_lm.generate")
+    original, steps = mlx_lm_generate.generate_step, 0
 
     def stepping(*args: Any, **kwargs: Any) -> Any:
         nonlocal steps
@@ -171,7 +174,7 @@ def one_ends(victim: str, how: str) -> None:
                     os.kill(os.getpid(), getattr(signal, how))
             yield answer
 
-    generate.stock.generate_step = stepping
+    mlx_lm_generate.generate_step = stepping
     sys.exit(generate.main(["-m", "50", "--no-progress", "--cache", "5MB"]))
 
 

@@ -16,11 +16,16 @@ from unittest import mock
 
 import mlx.core as mx
 import openai
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+import pytest
+from mlx_lm import server as stock
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mlx_streamexperts.server import _command as server
 from mlx_streamexperts.server._generation import GenerationThread
+
+# A cache that shrinks because this machine is short of memory would change counts.
+_QUIET = ("--log-level", "WARNING", "--no-progress", "--pressure", "off")
 
 
 class Running:
@@ -46,6 +51,22 @@ class Running:
         finally:
             connection.close()
 
+    def events(self, body: Any, path: str, **headers: str) -> list[tuple[str, Any]]:
+        """Name and JSON of each event of a streamed answer, which ends as OpenAI's do, or not."""
+        raw = json.dumps(body).encode()
+        status, sent, answer = self.request("POST", path, raw, **headers)
+        assert status == 200, answer
+        assert sent["content-type"] == "text/event-stream"
+        found = []
+        for lines in answer.decode().split("\n\n"):
+            if not lines or lines.startswith(":"):
+                continue
+            *name, data = lines.split("\n")
+            if data != "data: [DONE]":
+                named = name[0].removeprefix("event: ") if name else ""
+                found.append((named, json.loads(data.removeprefix("data: "))))
+        return found
+
     def post(self, body: Any, path: str = "/v1/completions") -> tuple[int, Any]:
         """Status and JSON of the answer to a JSON body (or to bytes as they are)."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -59,6 +80,37 @@ class Running:
 
     def figures(self) -> dict[str, Any]:
         return json.loads(self.request("GET", "/live.json")[2])
+
+
+def dictated(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Let the server's model say this text, token for token, to whatever it is asked."""
+
+    def make(args: Any, tokenizer: Any) -> Any:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        left = iter([*ids, next(iter(tokenizer.eos_token_ids))])
+        return lambda logprobs: mx.array([next(left, 0)])
+
+    monkeypatch.setattr(stock, "_make_sampler", make)
+
+
+def prompts(running: Running, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Will hold the text of each prompt from now on."""
+    seen: list[str] = []
+    tokenizer = running.generator.model_provider.tokenizer
+    original = running.generator._prompt
+
+    def noted(*args: Any) -> Any:
+        result = original(*args)
+        seen.append(tokenizer.decode(result[0]))
+        return result
+
+    monkeypatch.setattr(running.generator, "_prompt", noted)
+    return seen
+
+
+def call(name: str, **arguments: Any) -> str:
+    """A tool call in the words of `QWEN_TEMPLATE`."""
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
 
 def letters(folder: Path, words: int) -> Path:
@@ -77,13 +129,17 @@ def letters(folder: Path, words: int) -> Path:
 
 
 @contextmanager
-def serving(*argv: str) -> Iterator[Running]:
-    """Run the command at a free port until the block ends; then check that everything is gone."""
+def serving(*argv: str, at_once: bool = False) -> Iterator[Running]:
+    """Run the command at a free port until the block ends; then check that everything is gone.
+
+    The block begins when the model is loaded, or `at_once` when the server accepts connections.
+    """
     begun: queue.Queue[Any] = queue.Queue()
 
     class Told(server.Server):
         def serve_forever(self, poll_interval: float = 0.5) -> None:
-            self._generator.ready.wait()
+            if not at_once:
+                self._generator.ready.wait()
             if self._generator.failure is None:  # else it ends, and nobody could shut it down
                 begun.put(self)
             super().serve_forever(0.05)
@@ -91,9 +147,7 @@ def serving(*argv: str) -> Iterator[Running]:
     status: list[int] = []
 
     def run() -> None:
-        status.append(
-            server.main(["--port", "0", "--log-level", "WARNING", "--no-progress", *argv])
-        )
+        status.append(server.main(["--port", "0", *_QUIET, *argv]))
         mx.clear_streams()  # of this thread, which planned: with them left, MLX aborts at exit
         begun.put(None)
 
@@ -113,9 +167,59 @@ def serving(*argv: str) -> Iterator[Running]:
         assert status == [0]
 
 
-def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait until a condition holds; fail if it does not in time."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come"
         time.sleep(0.01)
+
+
+QWEN_TEMPLATE = r"""
+{%- macro turn(role, text) -%}
+{{ '<|im_start|>' + role + '\n' + text + '<|im_end|>\n' }}
+{%- endmacro -%}
+{%- set ns = namespace(system='') -%}
+{%- if messages[0].role == 'system' %}{% set ns.system = messages[0].content + '\n' %}{% endif -%}
+{%- for tool in tools or [] %}{% set ns.system = ns.system + tool | tojson + '\n' %}{% endfor -%}
+{%- if ns.system %}{{ turn('system', ns.system) }}{% endif -%}
+{%- for message in messages -%}
+{%- if message.role == 'tool' -%}
+{{ turn('user', '<tool_response>\n' + message.content + '\n</tool_response>') }}
+{%- elif message.role != 'system' or not loop.first -%}
+{%- set said = namespace(text=message.content) -%}
+{%- if message.reasoning_content -%}
+{%- set said.text = '<think>\n' + message.reasoning_content + '\n</think>\n\n' + said.text -%}
+{%- endif -%}
+{%- for call in message.tool_calls or [] -%}
+{%- set tool_call = call.function -%}
+{%- set said.text = said.text + '\n<tool_call>\n{"name": "' + tool_call.name + '", "arguments": '
+    + tool_call.arguments | tojson + '}\n</tool_call>' -%}
+{%- endfor -%}
+{{ turn(message.role, said.text) }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}
+{%- if enable_thinking is defined and not enable_thinking -%}
+{{ '<think>\n\n</think>\n\n' }}
+{%- endif -%}
+{%- if reasoning_effort %}{{ reasoning_effort + ' effort\n' }}{% endif -%}
+{%- endif -%}"""
+"""A chat template of Qwen's kind: reasoning, and tool calls in JSON."""
+
+
+def chatting(folder: Path) -> Path:
+    """Give a checkpoint a tokenizer of bytes with Qwen's markers, and its chat template."""
+    if not (folder / "tokenizer.json").exists():
+        markers = "<|im_start|>", "<think>", "</think>", "<tool_call>", "</tool_call>"
+        text = [chr(i) for i in range(33, 127)] + ["\u0120", "\u010a"]  # space, end of line
+        known = {w: i for i, w in enumerate(["<|im_end|>", *text])}
+        tokenizer = Tokenizer(models.BPE(known, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens(["<|im_end|>"])
+        tokenizer.add_tokens([AddedToken(m, normalized=False) for m in markers])
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+        fast.chat_template = QWEN_TEMPLATE
+        fast.save_pretrained(folder)
+    return folder

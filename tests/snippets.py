@@ -39,14 +39,15 @@ _SCRIPTS = re.search(
 )
 
 STAND_INS = {
-    "./my-model": "demo",
+    "./my-model": "copy",
     "./original": "original",
     "mlx-community/Kimi-K2.5": "demo",
     "mlx-community/Qwen3-30B-A3B-4bit": "demo",
     "mlx-community/Qwen3-235B-A22B-4bit": "demo",
     "mlx-community/Qwen3.5-397B-A17B-4bit": "demo",
 }
-"""Models that the documentation names: "demo" is the embedded one, "original" a tiny unconverted
+"""Models that the documentation names: "demo" is the embedded one, "copy" a
+copy that commands may change, "original" a tiny unconverted
 checkpoint with experts one by one."""
 
 PARSED_ONLY = {
@@ -59,15 +60,18 @@ PARSED_ONLY = {
 
 NOT_OURS = {
     "brew": "macOS", "cd": "a folder's name", "curl": "needs a server", "deactivate": "shell",
-    "diskutil": "macOS", "export": "shell", "git": "network", "hf": "network", "kill": "shell",
-    "mdutil": "macOS", "memory_pressure": "macOS", "source": "shell", "sysctl": "macOS",
-    "system_profiler": "macOS", "tmutil": "macOS", "vm_stat": "macOS",
+    "diskutil": "macOS", "docker": "network", "export": "shell", "git": "network",
+    "hf": "network", "kill": "shell", "mdutil": "macOS", "memory_pressure": "macOS",
+    "open-webui": "serves", "source": "shell", "sysctl": "macOS", "system_profiler": "macOS",
+    "tmutil": "macOS", "vm_stat": "macOS",
 }  # fmt: skip
 """Programs that are not run, and why. JSON that `curl` sends is parsed."""
 
 SHORTER = {
     "bench": ["-p", "16", "-g", "4", "-n", "1"],
+    "doctor": ["--drive-seconds", "0.01"],
     "generate": ["--max-tokens", "20"],
+    "quality": ["--tokens", "40", "--window", "40", "--task-items", "1", "--try", "1"],
     "tune": ["--tokens", "4", "--warm-up", "2", "--trials", "1"],
 }
 """What our commands get at their end, where the last of an option counts: less to wait for."""
@@ -221,8 +225,8 @@ class Page:
         ]
 
     def _command(self, words: list[str]) -> None:
-        if words[0] == "sudo":
-            words = words[1:]
+        if words[0] in ("sudo", "caffeinate"):
+            words = words[2:] if words[1] == "-i" else words[1:]
         program, arguments = Path(words[0]).name, words[1:]
         if program in ("pip", "pip3"):
             check_requirements(arguments)
@@ -273,7 +277,8 @@ def ours(command: str, arguments: list[str], run: bool) -> None:
     """One of our commands, run in this process unless that cannot be."""
     module = importlib.import_module(f"mlx_streamexperts.{command}")
     shows = "--image" in arguments  # needs a model that sees; test_vlm_generation.py has some
-    if run and command not in PARSED_ONLY and not shows:
+    fetches = command == "pack" and not arguments[0].startswith("-")  # test_from_hub.py has a Hub
+    if run and command not in PARSED_ONLY and not shows and not fetches:
         arguments = [*arguments, *SHORTER.get(command, ())]
         status = module.main(arguments)
         assert not status, f"{command} {shlex.join(arguments)}: exit status {status}"

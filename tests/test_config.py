@@ -10,19 +10,31 @@ import argparse
 import json
 import math
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx_lm.utils
 import numpy as np
 import pytest
 
-from mlx_streamexperts import StreamConfig, StreamError, demo_model, generate, load, patch
+from mlx_streamexperts import (
+    BudgetError,
+    StreamConfig,
+    StreamError,
+    demo_model,
+    generate,
+    load,
+    patch,
+    plan,
+    stream,
+)
 from mlx_streamexperts import stream as stream_of
-from mlx_streamexperts._cli.options import following_stock_options
+from mlx_streamexperts._cli.settings import following_stock_options
 from mlx_streamexperts._config import DEFAULTS, SAVED, add_arguments, from_arguments, parse_size
 from mlx_streamexperts._loading.discover import discover
 from mlx_streamexperts._loading.tuned_for import tuned_for
@@ -66,7 +78,7 @@ def parsed(*argv: str) -> StreamConfig:
 def test_sizes(size: float | str, nbytes: int) -> None:
     assert parse_size(size) == nbytes
     assert isinstance(parse_size(size), int)
-    assert StreamConfig(memory=size).memory == size
+    assert StreamConfig(read_size=size).read_size == size  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("size", [0, -1, 0.3, math.nan, math.inf, True, "many", "", "-1GB", [1]])
@@ -172,7 +184,8 @@ def test_a_file_holds_all_that_was_stated(tmp_path: Path) -> None:
         memory=np.float32(8e9), cache=10**9, policy="lru", threads=np.int64(3), read_size=1 << 20,
         bypass_page_cache="on", overlap="off", prefetch="on", prefetch_depth=2, run_ahead="off",
         keep_awake="off", cores=2, context_tokens=64, prefill_tokens=32, reserve="1GB",
-        wired="off", rows="on", row_cache="64MB", in_place="off", about={"model": "demo"},
+        wired="off", pressure="auto", rows="on", row_cache="64MB", in_place="off",
+        about={"model": "demo"},
     )  # fmt: skip
     assert not [n for n in SAVED if getattr(config, n) == getattr(StreamConfig(), n)]
     config.save(tmp_path / "s.json")
@@ -318,3 +331,34 @@ def test_notes_of_another_kind_are_refused(about: Any, tmp_path: Path) -> None:
     file.write_text(json.dumps({"version": 1, "about": about, "settings": {}}))
     with pytest.raises(StreamError, match="about must be a JSON object"):
         StreamConfig.load(file)
+
+
+def test_options_may_be_a_dict() -> None:
+    folder = str(demo_model())
+    assert plan(folder, config={"cache": "20MB", "context_tokens": 512}) == plan(
+        folder, config=StreamConfig(cache="20MB", context_tokens=512)
+    )
+    with pytest.raises(StreamError, match=r"no option 'threats'; did you mean 'threads'"):
+        patch(config={"threats": 2})
+    with pytest.raises(StreamError, match="a StreamConfig or a dict"):
+        patch(config=3)  # type: ignore[arg-type]
+
+
+def test_a_number_may_be_a_float_and_needs_its_unit() -> None:
+    assert StreamConfig(memory=96e9).memory == 96e9
+    with pytest.raises(StreamError, match="did you mean '96GB'"):
+        StreamConfig(memory=96)
+    with pytest.raises(BudgetError, match="Smaller context_tokens or prefill_tokens need less"):
+        plan(str(demo_model()), memory=2e6)
+
+
+def test_a_plan_and_its_counters_say_what_matters() -> None:
+    """One line, and the lines of a summary."""
+    model, _ = load(str(demo_model()), cache="10MB", config={"progress": False})
+    with stream(model) as expert_stream:
+        assert "\n" not in repr(expert_stream.plan) and len(repr(expert_stream.plan)) < 250
+        assert "25% of 39.3 MB of experts resident" in repr(expert_stream.plan)
+        mx.eval(model(mx.array([[1, 2, 3]])))
+        text = str(expert_stream.stats())
+        assert re.match(r"Experts: [\d.]+% hit rate \(\d+ first uses, \d+ misses", text)
+        assert "\nRead: " in text and len(text) < 500

@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import pkgutil
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -73,9 +74,6 @@ def test_snippets_run(
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    # A second at each depth, anew at each call, is for figures that somebody reads.
-    quick = functools.partial(examination.drive_rates, seconds=0.01)
-    monkeypatch.setattr(examination, "drive_rates", quick)
     for what, measured in MEASURED.items():
         monkeypatch.setattr(examination, what, measured)
     # A minute of `doctor --selftest`; test_selftest.py and the tests of exactness test more.
@@ -84,7 +82,8 @@ def test_snippets_run(
         steps=4, shares=(1.0, 0.25), schedules=4, prompt=24, rounds=3, ranges=5,
     )  # fmt: skip
     monkeypatch.setattr(selfchecks, "EFFORT", effort)
-    page = Page({"demo": demo_model(), "original": original})
+    copy = Path(shutil.copytree(demo_model(), tmp_path / "a copy"))
+    page = Page({"demo": demo_model(), "copy": copy, "original": original})
     try:
         for snippet in snippets(file):
             page.run(snippet)
@@ -248,7 +247,7 @@ def test_what_is_wrong_in_a_snippet_is_found(
 
 
 def test_stand_ins_take_the_place_of_models_with_budgets_in_proportion() -> None:
-    page = Page({"demo": demo_model()})
+    page = Page({"demo": demo_model(), "copy": demo_model()})
     text = 'from mlx_streamexperts import plan\np = plan("mlx-community/Kimi-K2.5", memory="96GB")'
     page.run(Snippet(ROOT / "README.md", 1, 0, "python", "", text))
     assert page.namespace["p"].memory == 96_000_000

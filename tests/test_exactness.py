@@ -69,6 +69,7 @@ def compare(
             assert (stats.resident_layers == len(expert_stream.layers)) == (share == 1)
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("family", HEADLINE)
 def test_decode_and_prefill_are_bit_identical_at_every_cache_size(
     family: str, checkpoint: Callable[..., Path]
@@ -76,6 +77,7 @@ def test_decode_and_prefill_are_bit_identical_at_every_cache_size(
     compare(checkpoint(family), steps=110, shares=(0.0, 0.5, 0.9, 1.0))
 
 
+@pytest.mark.usefixtures("compiled")
 def test_the_shipped_model_is_bit_identical_at_every_cache_size() -> None:
     """A trained router, on real text of every topic: 110 decode steps after a prompt."""
     folder = demo_model()
@@ -98,6 +100,7 @@ def test_every_other_family_is_bit_identical(family: str, checkpoint: Callable[.
     compare(checkpoint(family), steps=20, shares=(0.0, 0.7, 1.0))
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32], ids=str)
 @pytest.mark.parametrize("bits", [3, 4, 6, 8])
 def test_every_dtype_and_bit_width(
@@ -175,6 +178,7 @@ def test_paths_of_one_model_quantized_differently(wide: None, tmp_path: Path) ->
     compare(folder, steps=12, shares=(0.0, 0.4))
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.skipif(not families.HAS_GLOBAL_SCALE, reason="this mlx-lm has none")
 def test_nvfp4_with_a_scale_for_each_expert(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
@@ -340,6 +344,7 @@ def test_a_prompt_whose_experts_are_all_there_is_divided_where_it_has_to_be(
     assert len(sizes) > 1 and sum(sizes) == chosen.size
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("length", [1, 7, 40, 300])
 def test_prefill_in_waves_at_any_length(length: int, checkpoint: Callable[..., Path]) -> None:
     # From 64 indices on, mlx-lm sorts rows by expert: both sides of that are covered.
@@ -359,6 +364,7 @@ def test_prefill_in_waves_at_any_length(length: int, checkpoint: Callable[..., P
             assert stats.waves > 0 or length == 1
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("slots", [1, 2])
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
 def test_decode_with_fewer_slots_than_one_token_has_experts(

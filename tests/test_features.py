@@ -32,6 +32,8 @@ from mlx_streamexperts import (
     stream,
 )
 
+pytestmark = pytest.mark.usefixtures("compiled")  # so random states reach samplers as for users
+
 DEMO = str(demo_model())
 PROMPT = "In the beginning God created the heaven and the earth. And"
 Capture = pytest.CaptureFixture[str]

@@ -80,7 +80,8 @@ def test_a_draft_model_changes_no_token(capsys: pytest.CaptureFixture[str]) -> N
         (["--memory", "1MB"], "too small"),
         (["--memory", "many"], "not a size"),
         (["--cache", "1kB"], "smallest that works"),
-        (["--model", "/no/such/folder"], "neither a model folder"),
+        (["--image", "x.png"], "--image: this model, qwen3_moe, takes only text"),
+        (["--model", "/no/such/folder"], "/no/such/folder: there is no such folder"),
         (["--threads", "0"], "at least 1"),
     ],
 )
@@ -141,7 +142,7 @@ def test_mlx_vlm_is_asked_for_by_name_where_it_is_not_installed(
     shutil.copytree(demo_model(), folder)
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "not_in_mlx_lm"}))
     for call in (load, plan):
-        with pytest.raises(StreamError, match=r"pip install 'mlx-streamexperts\[vlm\]'"):
+        with pytest.raises(StreamError, match=r"pip install 'mlx-vlm>="):
             call(str(folder), "200MB", config=StreamConfig(progress=False))
     assert generate.main(["--model", str(folder)]) == 1
 

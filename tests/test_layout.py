@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import mlx_streamexperts
+from mlx_streamexperts._cli import stock_parsers
 from mlx_streamexperts._cli.commands import COMMANDS
 
 PACKAGE = Path(mlx_streamexperts.__file__).parent
@@ -18,7 +21,7 @@ PACKAGE = Path(mlx_streamexperts.__file__).parent
 # A module may import from its own group and from the groups above it in this list. A command may
 # import from all of them, but never from another command.
 LAYERS = (
-    "_errors _osinfo _hooks _listeners _closing _progress",
+    "_errors _open_files _osinfo _hooks _listeners _closing _progress",
     "_io",
     "_cache",
     "_config",
@@ -26,7 +29,7 @@ LAYERS = (
     "_distributed",
     "_experts",
     "_loading",
-    "_prefixes",
+    "_prefixes _structured",
     "_analysis",
     "_cli",
 )
@@ -158,7 +161,49 @@ def test_command_packages_run_with_python_m() -> None:
             line += [f"mlx_streamexperts.{command}", "--help"]
             out = subprocess.run(line, capture_output=True, text=True)
             assert out.returncode == 0, out.stderr
-            assert command in out.stdout
+            assert f"usage: python -m mlx_streamexperts.{command} " in out.stdout
+
+
+_ANSWERS = """
+import contextlib, io, sys
+from mlx_streamexperts.__main__ import main
+sys.argv[0] = "streamexperts"
+for command in sys.argv[1:]:
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as said:
+        main([command, "--help"] if command.isalpha() else [command])
+    assert "streamexperts" in said.getvalue(), command
+    assert not command.isalpha() or f"usage: streamexperts {command} " in said.getvalue()
+    assert "mlx_lm" not in sys.modules and "transformers" not in sys.modules, command
+    assert command.isalpha() or "numpy" not in sys.modules, command
+"""
+
+
+def test_help_imports_nothing_that_takes_long() -> None:
+    """mlx-lm takes a second, so that no help may import it."""
+    line = [sys.executable, "-c", _ANSWERS, "--version", "--help", *COMMANDS]
+    out = subprocess.run(line, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [
+        ("mlx_lm.generate", "setup_arg_parser"),
+        ("mlx_lm.chat", "setup_arg_parser"),
+        ("mlx_lm.benchmark", "setup_arg_parser"),
+        ("mlx_lm.server", "main"),
+    ],
+)
+def test_parsers_from_the_source_are_mlx_lms_own(
+    module: str, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(parser: argparse.ArgumentParser) -> list[tuple[Any, ...]]:
+        return [(a.option_strings, a.default, a.choices, a.help) for a in parser._actions]
+
+    ours = stock_parsers.stock_parser(module, function)
+    monkeypatch.setattr(stock_parsers, "_namespace", lambda *_: {})  # a source that says nothing
+    assert told(ours) == told(stock_parsers.stock_parser(module, function))
+    assert importlib.import_module(module).argparse is argparse
 
 
 def test_imports_of_version_0_1_work() -> None:

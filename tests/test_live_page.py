@@ -6,6 +6,7 @@ Skipped where there is no chromium (on Debian: apt-get install chromium chromium
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,7 +70,7 @@ def test_the_page_is_one_file_under_a_strict_policy(running: Running) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 360])
+@pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_shows_the_figures(
     running: Running, browser: Any, width: int, scheme: str, tmp_path: Path
 ) -> None:
@@ -134,6 +135,135 @@ def test_pausing_stops_asking(running: Running, browser: Any) -> None:
     assert browser.execute_script("return document.querySelector('#pause').innerText") == "Go on"
 
 
+class Page:
+    """The chat in a browser, used by the keyboard alone."""
+
+    def __init__(self, browser: Any, url: str, tokens: int) -> None:
+        self.browser = browser
+        browser.get("about:blank")
+        browser.get_log("browser")
+        browser.get(url)
+        most = browser.find_element("id", "most")
+        most.clear()
+        most.send_keys(str(tokens))
+
+    def say(self, text: str) -> None:
+        from selenium.webdriver.common.keys import Keys
+
+        box = self.browser.find_element("id", "text")
+        box.send_keys(text.replace("\n", Keys.SHIFT + Keys.ENTER + Keys.NULL), Keys.ENTER)
+
+    def press(self, button: str) -> None:
+        from selenium.webdriver.common.keys import Keys
+
+        self.browser.find_element("id", button).send_keys(Keys.ENTER)
+
+    def idle(self) -> bool:
+        return bool(self.browser.find_element("id", "send").is_enabled())
+
+    def texts(self, selector: str) -> list[str]:
+        script = "return [...document.querySelectorAll(arguments[0])].map(e => e.textContent)"
+        return list(self.browser.execute_script(script, selector))
+
+
+def test_a_conversation(running: Running, browser: Any) -> None:
+    def answer(*texts: str) -> str:
+        roles = ("user", "assistant", "user")
+        messages = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
+        body = {"messages": messages, "max_tokens": 6}
+        status, found = running.post(body, "/v1/chat/completions")
+        assert status == 200
+        return found["choices"][0]["message"]["content"]
+
+    page = Page(browser, running.url, 6)
+    page.say("In the\nbeginning")
+    until(lambda: page.idle() and len(page.texts("#log article")) == 2)
+    expected = answer("In the\nbeginning")
+    (reply,) = page.texts("#log .reply > div")
+    assert reply.split() == expected.split()
+    (note,) = page.texts("#log .reply > .note")
+    assert re.fullmatch(
+        r"Cut at its longest; first token after \S+ s; \S+ tok/s, 6 tokens, hit rate \S+%, .* read",
+        note,
+    )
+    page.press("again")  # the same question once more
+    until(lambda: page.idle() and page.texts("#log .reply > .note") != [""])
+    assert page.texts("#log .user > div") == ["In the\nbeginning"]
+    assert page.texts("#log .reply > div") == [reply]
+    page.say("Go on")
+    until(lambda: page.idle() and len(page.texts("#log article")) == 4)
+    second = answer("In the\nbeginning", expected, "Go on")
+    assert page.texts("#log .reply > div")[1].split() == second.split()
+    page.press("fresh")
+    assert not page.texts("#log article")
+    assert browser.get_log("browser") == []
+
+
+def test_stopping_a_reply(running: Running, browser: Any) -> None:
+    cancelled = running.figures()["traffic"]["requests"]["cancelled"]
+    page = Page(browser, running.url, 3000)
+    page.say("In the beginning")
+    until(lambda: page.texts("#log .reply > div") not in ([], [""]))
+    page.press("stop")
+    until(page.idle)
+    assert page.texts("#log .reply > .note")[0].startswith("Stopped; first token after ")
+    until(lambda: running.figures()["traffic"]["requests"]["cancelled"] == cancelled + 1)
+    assert running.figures()["traffic"]["active"] == 0
+
+
+def test_what_is_refused_is_said_and_not_lost(running: Running, browser: Any) -> None:
+    page = Page(browser, running.url, 6)
+    browser.execute_script(
+        "const own = fetch; window.fetch = (url, o) => own(url, o && o.body ?"
+        "{ ...o, body: o.body.replace('messages', 'massages') } : o)"
+    )
+    page.say("In the beginning")
+    until(page.idle)
+    (note,) = page.texts("#log .wrong > .note")
+    assert "massages" in note or "messages" in note
+    assert browser.find_element("id", "text").get_property("value") == "In the beginning"
+    browser.get_log("browser")  # Chromium itself notes the status 400
+
+
+def test_replies_become_elements_and_never_html(running: Running, browser: Any) -> None:
+    page = Page(browser, running.url, 1)
+    shown = page.browser.execute_script(
+        "const e = document.createElement('div'); markdown(arguments[0], e); return e.innerHTML",
+        "# A `b`\n**x** *y* [z](https://a.b/) [w](javascript:alert(1))\n<img src=x>\n- 1\n- 2\n\n"
+        "1. p\n> q\n```html\n<script>\n# no\n```\n``",
+    )
+    assert shown == (
+        "<h4>A <code>b</code></h4><p><strong>x</strong> <em>y</em> "
+        '<a href="https://a.b/" rel="noopener noreferrer" target="_blank">z</a> '
+        "[w](javascript:alert(1))\n&lt;img src=x&gt;</p><ul><li>1</li><li>2</li></ul>"
+        "<ol><li>p</li></ol><blockquote>q</blockquote>"
+        "<pre><code>&lt;script&gt;\n# no</code></pre><p>``</p>"
+    )
+
+
+def test_a_sentence_says_what_limits_speed(running: Running, browser: Any) -> None:
+    page = Page(browser, running.url, 1)
+    until(lambda: page.texts("#limit") == ["No request is under way."])
+    sample = (
+        "(i) => ({ at: i, traffic: { active: 1 }, experts: { given_back: 2e6, read:"
+        "{ wait_seconds: share * i, bytes: 5e9 * i } } })"
+    )
+    script = (
+        "paused = true; const share = arguments[0]; samples.length = 0;"
+        f"samples.push(...[0, 1, 2, 3].map({sample})); drawLimit(samples[3]);"
+        "return document.querySelector('#limit').textContent"
+    )
+    given = " Other programs have 2.00 MB of the expert cache."
+    assert browser.execute_script(script, 0.7) == (
+        "The drive limits speed: waiting for it 70% of the time, 5.00 GB/s of 5.00 GB/s seen at "
+        f"most.{given}"
+    )
+    assert browser.execute_script(script, 0.05) == (
+        "Computing limits speed: waiting for the drive only 5% of the time, 5.00 GB/s of 5.00 GB/s "
+        f"seen at most.{given}"
+    )
+
+
 def test_the_page_asks_for_the_key(
     running: Running, browser: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +276,9 @@ def test_the_page_asks_for_the_key(
     browser.find_element("css selector", "#ask button").click()
     until(lambda: browser.find_element("id", "model").text == "demo")
     assert not form.is_displayed()
+    page = Page(browser, running.url, 2)
+    page.say("In the")
+    until(lambda: page.idle() and "2 tokens" in "".join(page.texts("#log .reply > .note")))
 
 
 # The contrast of each text with what lies behind it, by WCAG's formula.

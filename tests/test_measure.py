@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,8 @@ from conftest import leftovers
 
 from mlx_streamexperts import ExpertReadError
 from mlx_streamexperts import _osinfo as platform
-from mlx_streamexperts._analysis.measure import drive_rates
+from mlx_streamexperts._analysis import measure
+from mlx_streamexperts._analysis.measure import drive_rates, expert_rate
 from mlx_streamexperts._analysis.throttle import slowed
 
 READ = 4096
@@ -25,44 +25,29 @@ def file(tmp_path: Path) -> tuple[str, int]:
     return str(made), 1 << 20
 
 
-class Drive:
-    """Stands in for `platform.read_into`: each read takes 10 ms; counts those under way."""
-
-    def __init__(self) -> None:
-        self.lock, self.now, self.since, self.sum = threading.Lock(), 0, 0.0, 0.0
-        self.begun = self.ended = 0.0
-        self.most = self.reads = 0
-
-    def change(self, by: int) -> None:
-        with self.lock:
-            at = time.perf_counter()
-            self.begun = self.begun or at
-            self.sum += self.now * (at - (self.since or at))
-            self.now, self.since, self.ended = self.now + by, at, at
-            self.most, self.reads = max(self.most, self.now), self.reads + (by > 0)
-
-    def __call__(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-        self.change(1)
-        time.sleep(0.01)
-        self.change(-1)
-        return sum(map(len, buffers))
-
-    @property
-    def mean_depth(self) -> float:
-        return self.sum / (self.ended - self.begun)
-
-
 @pytest.mark.parametrize("depth", [1, 4, 16])
 def test_the_stated_depth_is_kept(
     depth: int, file: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drive = Drive()
-    monkeypatch.setattr(platform, "read_into", drive)
-    (found,) = drive_rates([file], READ, (depth,), direct=False, seconds=0.3)
-    assert drive.most == depth
-    assert 0.9 * depth <= drive.mean_depth <= depth
-    assert 0.9 * depth <= found.mean_depth <= depth  # it is reported, too
-    assert found.rate == pytest.approx(drive.reads * READ / (drive.ended - drive.begun), rel=0.1)
+    """A drive that ends its reads when so many are under way, 10 ms later by its own clock."""
+    now = [10.0]
+
+    def tick() -> None:
+        now[0] += 0.01
+
+    together = threading.Barrier(depth, tick, timeout=60)  # fewer would wait for the others
+
+    def read(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        together.wait()
+        return sum(map(len, buffers))
+
+    monkeypatch.setattr(platform, "read_into", read)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    (found,) = drive_rates([file], READ, (depth,), direct=False, seconds=0.295)
+    assert now[0] == pytest.approx(10.3)
+    assert found.mean_depth == pytest.approx(depth)
+    assert found.latency == pytest.approx(0.01)
+    assert found.rate == pytest.approx(depth * READ / 0.01)
 
 
 def test_a_drive_of_known_rate(file: tuple[str, int]) -> None:
@@ -73,6 +58,27 @@ def test_a_drive_of_known_rate(file: tuple[str, int]) -> None:
     assert one.latency >= 0.005
     assert one.rate < eight.rate <= 4.1e6
     assert eight.mean_depth >= 7.2
+
+
+def test_a_drive_that_slows_down(file: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prediction counts with what is left after a while; the clock is the drive's own."""
+    parts = [(file[0], 100, 100 + READ), (file[0], 50_000, 50_000 + READ // 2)]
+    now, read = [10.0], set()
+
+    def slower(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        now[0] += 0.01 if now[0] < 12 else 0.04
+        read.add((offset, sum(map(len, buffers))))
+        return sum(map(len, buffers))
+
+    monkeypatch.setattr(platform, "read_into", slower)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    found = expert_rate(parts, 1, direct=False, seconds=4)
+    assert read == {(100, READ), (50_000, READ // 2)}
+    first, _, _, last = found.by_second
+    assert first == pytest.approx(100 * 0.75 * READ, rel=0.02)
+    assert last == pytest.approx(25 * 0.75 * READ, rel=0.05)
+    assert found.sustained == pytest.approx(last, rel=0.05)
+    assert found.sustained < found.rate < first
 
 
 def test_a_file_that_cannot_be_read(file: tuple[str, int], tmp_path: Path) -> None:

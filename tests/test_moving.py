@@ -92,7 +92,11 @@ def test_experts_move_and_come_back(
         output(elsewhere)
     assert np.array_equal(output(elsewhere, store=str(apart)), expected)
     apart.rename(elsewhere / "experts")
-    assert run(elsewhere, "--replace") == 0  # nothing left to do
+    capsys.readouterr()
+    assert run(elsewhere, "--replace") == 0
+    assert "Nothing to do" in capsys.readouterr().out
+    assert run(elsewhere, "--verify") == 0  # the folder says where its store is
+    assert "experts are as they were packed" in capsys.readouterr().out
     assert run(elsewhere, "--unpack") == 0
     assert_as_it_was(original, elsewhere)
     assert run(elsewhere, "--unpack") == 1

@@ -17,8 +17,10 @@ from serving import Running, serving, until
 from mlx_streamexperts import demo_model
 from mlx_streamexperts.server._generation import stock
 
+pytestmark = pytest.mark.usefixtures("compiled")  # so random states reach samplers as for users
+
 PROMPT = demo_texts()[0]
-LENGTH = 24
+LENGTH = 12
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
@@ -86,7 +88,7 @@ def test_stop_strings_end_a_reply_wherever_tokens_are_cut(
     running: Running, text: str, original: tuple[Any, Any], alone: dict[str, int]
 ) -> None:
     tokenizer = original[1]
-    in_tokens, tried = 0, [(5, 9), (11, 14), (20, 21), (33, 40), (0, 3), (len(text) - 3, len(text))]
+    in_tokens, tried = 0, [(5, 9), (11, 14), (20, 21), (0, 3), (len(text) - 3, len(text))]
     for begin, end in tried:
         stop = text[begin:end]
         cut = text[: text.find(stop)]
@@ -103,7 +105,7 @@ def test_stop_strings_end_a_reply_wherever_tokens_are_cut(
 
 
 def test_stop_strings_that_do_not_come_take_nothing_away(running: Running, text: str) -> None:
-    for stop in ("\x00", text[-2:] + "\x00", [text[i:] + "\x00" for i in range(0, len(text), 9)]):
+    for stop in ("\x00", text[-2:] + "\x00", [text[i:] + "\x00" for i in range(0, len(text), 5)]):
         assert {g[:2] for g in replies(running, stop=stop)} == {(text, "length")}
 
 
@@ -218,11 +220,10 @@ def test_the_client_gets_what_it_understands(running: Running, text: str) -> Non
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2),
-        ("response_format", {"type": "json_object"}),
+        ("n", 17),
+        ("response_format", {"type": "grammar"}),
         ("tool_choice", "required"),
         ("tool_choice", {"type": "function", "function": {"name": "f"}}),
-        ("parallel_tool_calls", False),
         ("store", True),
         ("reasoning_effort", "low"),
         ("modalities", ["audio"]),

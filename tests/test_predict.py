@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import families
 import mlx.core as mx
@@ -26,7 +27,7 @@ from mlx_streamexperts._analysis.predict import (
     replay,
     replayed_hit_rate,
 )
-from mlx_streamexperts._memory.budget import Plan
+from mlx_streamexperts._memory.budget import Plan, weight_bits
 from mlx_streamexperts._memory.hardware import NAMED_MACHINES, Machine, named_machine
 
 MACHINE = Machine(
@@ -62,6 +63,33 @@ def test_the_formula_by_hand(half: Plan) -> None:
     assert p.tokens_per_s.likely == pytest.approx(1 / (compute + read))
     assert p.tokens_per_s.high == pytest.approx(1 / max(half.active_bytes_per_token / 90e9, read))
     assert p.limit == "drive"
+
+
+def test_a_prompt_takes_the_time_of_its_arithmetic(half: Plan) -> None:
+    whole = replace(half, cache=half.experts, slots=half.layer_experts)
+    counting = replace(MACHINE, arithmetic_rate=1e9)
+    p = predict(whole, counting, 1000)
+    weights = whole.active_bytes_per_token * 8 / whole.weight_bits
+    assert p.prompt_read_seconds == 0
+    assert p.prompt_arithmetic_seconds == pytest.approx(2 * weights * 1000 / 1e9)
+    assert p.first_token.low > p.prompt_arithmetic_seconds
+    assert (
+        predict(half, counting, 1000).first_token.likely
+        > predict(half, MACHINE, 1000).first_token.likely
+    )
+
+
+@pytest.mark.parametrize(
+    ("stated", "bits"),
+    [
+        ({"quantization": {"bits": 4, "group_size": 64}}, 4.5),
+        ({"quantization": {"bits": 4, "group_size": 32, "mode": "mxfp4"}}, 4.25),
+        ({"torch_dtype": "float32"}, 32),
+        ({}, 16),
+    ],
+)
+def test_bits_of_a_weight(stated: dict[str, Any], bits: float) -> None:
+    assert weight_bits(stated) == bits
 
 
 def test_what_is_resident_costs_neither_reads_nor_syncs(half: Plan) -> None:
@@ -140,7 +168,17 @@ def test_more_memory_is_predicted_faster(model: KnownModel) -> None:
 
 
 @pytest.mark.parametrize(
-    "spelling", ["M4 Max 128 GB", "m4 max 128", "M4MAX 128gb", "apple m4-max, 128", "m4 max/128g"]
+    "spelling",
+    [
+        "M4 Max 128 GB",
+        "m4 max 128",
+        "M4MAX 128gb",
+        "apple m4-max, 128",
+        "m4 max/128g",
+        "MacBook Pro M4 Max 128GB",
+        "Apple M4 Max (16 core) with 128 GB unified memory",
+        "MacBook Pro 16 inch M4 Max 128 GB",
+    ],
 )
 def test_a_mac_is_understood_however_it_is_spelled(spelling: str) -> None:
     assert named_machine(spelling) == NAMED_MACHINES["M4 Max 128 GB"]

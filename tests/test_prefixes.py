@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from conftest import QUIET, load_streamed
+from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from serving import serving
 
@@ -167,34 +169,148 @@ def test_a_full_drive_costs_the_entry_only(
     assert "stay free" in caplog.text
 
 
-def test_the_least_recently_used_go_first(model: nn.Module, tmp_path: Path) -> None:
+def test_what_costs_more_than_it_saves_is_not_kept(
+    model: nn.Module, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(remembered, "_WEIGHTY", 1)
+    caches = make_prompt_cache(model)
+    model(mx.array([TOKENS]), cache=caches)
+    nbytes = sum(c.nbytes for c in caches)
+    for slow in (True, False):
+        kept = PrefixCache(model, tmp_path, "1GB")
+        kept.computed(len(TOKENS), 1.0)
+        kept._byte_seconds = (0.9 if slow else 0.1) / nbytes  # to write and to read it takes twice
+        assert (kept.save(TOKENS, caches) > 0) is not slow
+    assert kept._byte_seconds != 0.1 / nbytes  # it was measured
+
+
+def lengths(kept: entries.Entries) -> list[int]:
+    """Of the entries that are there, in tokens."""
+    return sorted(head.end for head in kept.heads("m").values())
+
+
+def test_who_has_to_go(tmp_path: Path) -> None:
+    """What was never used, then the least recently used; what others build on goes last."""
+    kept = entries.Entries(tmp_path, 1 << 40)
+    age = 1000
+
+    def write(end: int, parent: int | None, used: int = 0) -> None:
+        nonlocal age
+        begin = 0 if parent is None else parent
+        ids, of = np.arange(begin, end), None if parent is None else f"{parent}-x"
+        head = entries.Head(of, begin, end, ids, [], True, True, made=age)
+        kept.write("m", f"{end}-x", head, {}, [("a", mx.zeros(5000, mx.uint8))])
+        if used:
+            os.utime(tmp_path / "m" / f"{end}-x.prefix", (used, used))
+        age += 1
+
+    write(100, None, used=5000)  # a system prompt
+    write(200, 100, used=6000)  # a conversation, and its next turn
+    write(250, 200, used=5500)
+    write(300, 100, used=7000)
+    write(400, None)  # two prompts that nobody came back to, in two chunks
+    write(410, 400)
+    write(500, 100)
+    stale = tmp_path / "m" / "1-x.9-9-9.partial"
+    stale.touch()
+    os.utime(stale, (0, 0))  # of a process that was killed
+    gone = []
+    before = lengths(kept)
+    while len(before) > 1:
+        kept.most_bytes = sum(f.stat().st_size for f in files(tmp_path)) - 1
+        kept._make_room()
+        now = lengths(kept)
+        gone += sorted(set(before) - set(now))
+        before = now
+    assert gone == [410, 400, 500, 250, 200, 300]
+    assert kept.evicted == 6
+    assert not stale.exists()
+
+
+def test_an_entry_that_goes_on_otherwise_gives_its_first_tokens(
+    model: nn.Module, tmp_path: Path
+) -> None:
+    """A server's prompts end anywhere, and only rows can be cut: as mlx-lm trims in memory."""
+    told = [*TOKENS[:120], (TOKENS[120] + 1) % families.VOCAB, *TOKENS[:70]]
+    first, again = (PrefixCache(model, tmp_path, "1GB") for _ in range(2))
+    run(model, first, TOKENS[:190])
+    caches = make_prompt_cache(model)
+    model(mx.array([TOKENS[:150]]), cache=caches)
+    assert first.save(TOKENS[:150], caches) == 0  # its rows are there
+    caches = make_prompt_cache(model)
+    assert again.restore(caches, told) == 120
+    whole = make_prompt_cache(model)
+    model(mx.array([told[:120]]), cache=whole)
+    assert np.array_equal(logits(model, told[120:], caches), logits(model, told[120:], whole))
+    written = again.save(told, caches)
+    assert again.restore(make_prompt_cache(model), [*told, 1]) == len(told)
+    assert 0 < written < 0.6 * first.written_bytes  # 71 rows, not 191
+    assert again.restore(make_prompt_cache(model), told, aligned=True) == CHUNK
+
+
+def test_quantized_keys_and_values(model: nn.Module, tmp_path: Path) -> None:
+    """From where mlx-lm quantizes them on; what was kept before stays of use."""
+    options: dict[str, Any] = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 100}
+    results = []
+    for read in (0, 3 * CHUNK):
+        kept = PrefixCache(model, tmp_path, "1GB", **options)
+        caches, rest = prefill(model, TOKENS, kept)
+        assert kept.read_tokens == read
+        assert type(caches[0]).__name__ == "QuantizedKVCache"
+        results.append(logits(model, rest, caches))
+    plain = make_prompt_cache(model)
+    stock = generate_step(
+        mx.array(TOKENS),
+        model,
+        max_tokens=1,
+        prompt_cache=plain,
+        prefill_step_size=CHUNK,
+        **options,
+    )
+    chosen, _ = next(iter(stock))
+    assert np.array_equal(*results)
+    assert int(results[0][0, -1].argmax()) == chosen
+    assert PrefixCache(model, tmp_path, "1GB").restore(make_prompt_cache(model), TOKENS) == 0
+
+
+def test_a_window_of_another_size_is_another_prompt(model: nn.Module, tmp_path: Path) -> None:
     kept = PrefixCache(model, tmp_path, "1GB")
-    run(model, kept)
-    for age, file in enumerate(reversed(files(tmp_path))):
-        os.utime(file, (time.time() - 1000 + age,) * 2)
-    left = tmp_path / files(tmp_path)[0].parent.name / "1-a.9-9-9.partial"
-    left.touch()
-    os.utime(left, (0, 0))  # of a process that was killed
-    most = sum(f.stat().st_size for f in files(tmp_path)) + 100
-    kept = PrefixCache(model, tmp_path, most)
-    first = {f.name for f in files(tmp_path)}
-    run(model, kept, TOKENS[::-1][:70])
-    now = {f.name for f in files(tmp_path)}
-    assert sum(f.stat().st_size for f in files(tmp_path)) <= most
-    gone = {int(name.partition("-")[0]) for name in first - now}
-    assert gone and CHUNK not in gone  # a prefix of others is used with them, and stays longest
-    assert not left.exists()
+    for size in (32, 48):
+        caches = make_prompt_cache(model, size)
+        assert kept.restore(caches, TOKENS) == 0
+        prefill(model, TOKENS, kept, caches)
+        again = make_prompt_cache(model, size)
+        assert kept.restore(again, TOKENS) == 3 * CHUNK
+        assert again[0].max_size == size
+
+
+def test_two_processes_share_a_folder_that_is_too_small(model: nn.Module, tmp_path: Path) -> None:
+    """Each deletes what the other reads and builds on."""
+    whole = run(model, PrefixCache(model, tmp_path / "one", "1GB"))
+    most = sum(f.stat().st_size for f in files(tmp_path / "one")) * 2 // 3
+    two = [PrefixCache(model, tmp_path / "both", most) for _ in range(2)]
+    for turn in range(6):
+        tokens = TOKENS if turn % 3 else TOKENS[::-1]
+        got = run(model, two[turn % 2], tokens)
+        assert turn % 3 == 0 or np.array_equal(got, whole)
+        assert sum(f.stat().st_size for f in files(tmp_path / "both")) <= most
+    assert all(kept.evicted for kept in two)
+    chain = two[0]._chain(max(two[0]._entries.heads(two[0]._identity)))
+    shutil.rmtree(tmp_path / "both")
+    assert chain is not None
+    assert chain[0].array("0.keys.0").shape[-2] > 0  # what is open can be read to its end
 
 
 KILLED = """
 import sys, os
 from pathlib import Path
-from mlx_streamexperts._prefixes.entries import Entries
-import mlx.core as mx
+from mlx_streamexperts._prefixes.entries import Entries, Head
+import mlx.core as mx, numpy as np
+head = Head(None, 0, 1, np.ones(1, np.int64), [], True, True, 0)
 kept = Entries(Path(sys.argv[1]), 10**9)
 print("ready", flush=True)
 for i in range(10**6):
-    kept.write("m", f"{i % 50}-x", {"i": i}, [("a", mx.full(300_000, i % 7, mx.bfloat16))])
+    kept.write("m", f"{i % 50}-x", head, {}, [("a", mx.full(300_000, i % 7, mx.bfloat16))])
 """
 
 
@@ -208,17 +324,17 @@ def test_kill_9_leaves_whole_entries(tmp_path: Path) -> None:
         assert process.stdout is not None
         process.stdout.readline()
     kept = entries.Entries(tmp_path, 10**9)
-    while len(kept.names("m")) < 20:
+    while len(kept.heads("m")) < 20:
         time.sleep(0.01)
     for process in running:
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    names = kept.names("m")
+    names = kept.heads("m")
     for name in names:
         entry = kept.open("m", name)
         assert entry is not None
         assert entry.array("a").shape == (300_000,)
-    assert kept.names("m") == names  # none was damaged
+    assert kept.heads("m") == names  # none was damaged
 
 
 def test_generate_and_chat_use_it(capsys: Capture, tmp_path: Path, not_compiled: None) -> None:
@@ -230,9 +346,11 @@ def test_generate_and_chat_use_it(capsys: Capture, tmp_path: Path, not_compiled:
         said.append(capsys.readouterr().out)
     assert said[0].split("==========")[1] == said[1].split("==========")[1]
     assert "Prefix cache: 0 tokens from the drive" in said[0]
+    counts = [re.search(r"^Prompt: (\d+) tokens", s, re.M)[1] for s in said]  # type: ignore[index]
+    assert counts[0] == counts[1] and int(counts[0]) > 64  # all of it, wherever it came from
     assert ", 0 B written" in said[1]
-    assert generate.main(["-p", "x", *options, "--kv-bits", "4"]) == 1
-    assert "--prefix-cache does not work with --kv-bits" in capsys.readouterr().err
+    assert generate.main(["-p", "x", *options, "--draft-model", "y"]) == 1
+    assert "--prefix-cache does not work with --draft-model" in capsys.readouterr().err
     assert {"--prefix-cache", "--prefix-bytes"} <= {
         s for a in chat.setup_arg_parser()._actions for s in a.option_strings
     }
@@ -250,5 +368,8 @@ def test_the_server_remembers_after_a_restart(tmp_path: Path, not_compiled: None
             cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
             answers.append((answer["choices"][0]["text"], cached))
             assert usage["prompt_tokens"] > 70
+            told = running.request("GET", "/metrics")[2].decode()
+            assert f"streamexperts_prefix_read_tokens_total {float(cached)}" in told
+            assert running.figures()["prefixes"]["read_tokens"] == cached
     assert answers[0][0] == answers[1][0]
     assert [cached for _, cached in answers] == [0, usage["prompt_tokens"] - 1]

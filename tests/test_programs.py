@@ -7,7 +7,9 @@ import io
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -50,11 +52,16 @@ def stock_output(module: str, arguments: list[str], monkeypatch: Patch, capsys: 
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("ours", [chat, bench])
-def test_every_option_of_mlx_lm_and_every_streaming_option_is_there(ours: object) -> None:
+@pytest.mark.parametrize(("ours", "stock"), [(chat, "mlx_lm.chat"), (bench, "mlx_lm.benchmark")])
+def test_every_option_of_mlx_lm_and_every_streaming_option_is_there(
+    ours: object, stock: str
+) -> None:
     known = options(ours.setup_arg_parser())  # type: ignore[attr-defined]
-    assert options(ours.stock.setup_arg_parser()) <= known  # type: ignore[attr-defined]
-    fields = {"--" + f.replace("_", "-") for f in StreamConfig.__dataclass_fields__}
+    assert options(importlib.import_module(stock).setup_arg_parser()) <= known
+    fields = {
+        f.metadata.get("flag", "--" + name.replace("_", "-"))
+        for name, f in StreamConfig.__dataclass_fields__.items()
+    }
     assert (fields - {"--progress", "--about"}) | {
         "--no-progress",
         "--trace",
@@ -301,3 +308,22 @@ def test_the_summary_tells_drafts_and_reads_per_token() -> None:
         assert rows([expert_stream], Timing())[0][0] == "Experts"
         both = [label for label, _ in rows([expert_stream, expert_stream], Timing())]
         assert both.count("Experts (second model)") == 1
+
+
+@pytest.mark.parametrize(
+    ("thinks", "stated", "room"), [(True, False, 4096), (True, True, 9), (False, False, 9)]
+)
+def test_a_model_that_thinks_gets_room_to_answer(
+    thinks: bool, stated: bool, room: int, monkeypatch: Patch
+) -> None:
+    stock, asked = importlib.import_module("mlx_lm.chat"), []
+
+    def generating(model: object, tokenizer: object, max_tokens: int) -> Iterator[str]:
+        asked.append(max_tokens)
+        yield "text"
+
+    monkeypatch.setattr(stock, "stream_generate", generating)
+    with chat._room_to_think(stated):
+        tokenizer = SimpleNamespace(has_thinking=thinks)
+        assert list(stock.stream_generate(None, tokenizer, max_tokens=9)) == ["text"]
+    assert asked == [room] and stock.stream_generate is generating

@@ -34,7 +34,7 @@ RACES = Path(__file__).parent.parent / "benchmarks" / "races.py"
 def test_random_schedules(tmp_path: Path) -> None:
     """In development mode, with threads, files and memory counted."""
     out = tmp_path / "found.json"
-    command = [sys.executable, "-X", "dev", str(RACES), "--schedules", "24", "--seconds", "14"]
+    command = [sys.executable, "-X", "dev", str(RACES), "--schedules", "12"]
     done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-6000:]
     found = json.loads(out.read_text())

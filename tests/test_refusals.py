@@ -152,6 +152,7 @@ TRANSFORMS: dict[str, Callable[[nn.Module, Any], Any]] = {
 }
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("what", TRANSFORMS)
 def test_transformations_say_so(
     what: str, model: nn.Module, experts_path: str, folder: Path

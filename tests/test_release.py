@@ -261,6 +261,37 @@ def test_the_workflow_runs_metal_and_linux_oldest_and_newest() -> None:
     assert any("pytest" in s for s in steps) and any("matrix.mlx-lm" in s for s in steps)
 
 
+def test_a_release_is_tried_and_published_without_a_secret() -> None:
+    text = (ROOT / ".github" / "workflows" / "release.yml").read_text()
+    jobs = yaml.safe_load(text)["jobs"]
+    assert (jobs["try"]["needs"], jobs["publish"]["needs"]) == ("build", "try")
+    assert jobs["publish"]["permissions"] == {"id-token": "write"} and "secrets." not in text
+    assert {*jobs["try"]["strategy"]["matrix"]["os"]} == {"macos-15", "ubuntu-24.04"}
+
+
+def test_issue_templates_ask_for_what_doctor_says() -> None:
+    files = [*(ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")]
+    forms = [yaml.safe_load(f.read_text()) for f in files if f.name != "config.yml"]
+    assert len(forms) == 3
+    for form in forms:
+        parts = [p for p in form["body"] if p["type"] != "markdown"]
+        assert len({p["id"] for p in parts}) == len(parts)
+        asked = [p for p in parts if "doctor --json" in p["attributes"]["label"]]
+        assert asked and all(p["validations"]["required"] for p in asked)
+
+
+def test_reports_that_were_sent_become_a_table(tmp_path: Path) -> None:
+    (tmp_path / "half.json").write_text('{"schema": "x"}')
+    sent = [*(ROOT / "docs" / "report").glob("*.json"), tmp_path / "half.json"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "reports.py"), *map(str, sent)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "half.json: left out" in done.stderr
+    head, line, *rows = done.stdout.splitlines()
+    assert len(rows) == len(sent) - 1
+    assert all(r.count("|") == head.count("|") == line.count("|") for r in rows)
+    assert "| demo | 10MB | 25% |" in done.stdout
+
+
 def test_pre_commit_runs_the_linters_that_continuous_integration_runs() -> None:
     """From the environment, so that both have the versions of the dev extra."""
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())

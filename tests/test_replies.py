@@ -70,8 +70,19 @@ class Letters:
         return raw.decode("utf-8", "replace")
 
 
+def parsed(text: str, tools: object) -> dict[str, object]:
+    """The parser: f(1)."""
+    name, _, argument = text.partition("(")
+    return {"name": name, "arguments": [int(argument.removesuffix(")"))]}
+
+
 def replied(
-    texts: list[str], *, ids: list[int] | None = None, reason: str = "length", stops: tuple = ()
+    texts: list[str],
+    *,
+    ids: list[int] | None = None,
+    reason: str = "length",
+    stops: tuple = (),
+    single: bool = False,
 ) -> list[Piece]:
     ids = ids or [ord(t[-1]) for t in texts]
     responses = [
@@ -84,8 +95,10 @@ def replied(
         )
         for n, (t, i) in enumerate(zip(texts, ids, strict=True))
     ]
-    context = SimpleNamespace(text_sm=STATES, initial_state="normal")
-    return list(Reply(context, stops, Letters()).pieces(responses))
+    context = SimpleNamespace(text_sm=STATES, initial_state="normal", tool_parser=parsed)
+    markers = "<call>", "</call>"
+    reply = Reply(context, stops, Letters(), None, markers, single)
+    return list(reply.pieces(responses))
 
 
 def whole(pieces: list[Piece]) -> Piece:
@@ -109,12 +122,31 @@ def test_what_was_held_back_comes_at_the_end() -> None:
 
 
 def test_reasoning_and_tool_calls_are_apart() -> None:
-    text = "<think>why</think>so <call>f(1)</call>then <call>g("
-    got = whole(replied(list(text), reason="stop"))
-    assert (got.reasoning, got.text, got.tools) == ("why", "so then ", ["f(1)", "g("])
-    assert got.finish_reason == "tool_calls"
+    text = "<think>why</think>so <call>f(1)</call>then <call>g(2)</call>"
+    for texts in (list(text), [text]):
+        pieces = replied(texts, reason="stop")
+        got = whole(pieces)
+        assert (got.reasoning, got.text, got.finish_reason) == ("why", "so then ", "tool_calls")
+        assert [(c.name, c.arguments) for c in got.calls] == [("f", "[1]"), ("g", "[2]")]
+        assert len({c.id for c in got.calls}) == 2
+        kinds = [k for p in pieces for k in ("reasoning", "text", "calls") if getattr(p, k)]
+        order = [k for i, k in enumerate(kinds) if kinds[i - 1 : i] != [k]]
+        assert order == ["reasoning", "text", "calls", "text", "calls"]
     got = whole(replied(list(text), reason="length"))
     assert got.finish_reason == "length"
+
+
+def test_a_call_that_cannot_be_parsed_is_text() -> None:
+    """mlx-lm drops it, and says that there were calls."""
+    got = whole(replied(list("<call>f(x)</call> <call>g("), reason="stop"))
+    assert (got.text, got.calls, got.finish_reason) == ("<call>f(x)</call> <call>g(", [], "stop")
+
+
+def test_a_reply_can_end_after_its_first_call() -> None:
+    pieces = replied(list("<call>f(1)</call><call>g(2)</call>"), single=True)
+    assert len(pieces) == len("<call>f(1)</call>")  # no more was asked for
+    got = whole(pieces)
+    assert ([c.name for c in got.calls], got.finish_reason) == (["f"], "tool_calls")
 
 
 def test_a_stop_string_ends_a_reply_anywhere() -> None:

@@ -14,6 +14,8 @@ from mlx_streamexperts.server._generation import restore_random_state, stock
 from mlx_streamexperts.server._request_checks import CHAT_FIELDS, NO_EFFECT, TEXT_FIELDS
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+pytestmark = pytest.mark.usefixtures("compiled")  # so random states reach samplers as for users
+
 GOOD: dict[str, dict[str, Any]] = {
     CHAT: {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2},
     TEXT: {"prompt": "a", "max_tokens": 2},
@@ -45,6 +47,7 @@ BAD: dict[str, tuple[Any, ...]] = {
         {" 1": 1}, {"-1": 1}, {"99999999": 1}, {str(2**63): 1}, {"9" * 5000: 1}, {HALF: 1},
     ),
     "logprobs": (-1, 12, 2**63, 1.0, "1", *NOT_FINITE, *STRANGE),
+    "lossy": (*INTEGERS, 1, 4),
     "max_completion_tokens": (*INTEGERS, 0),
     "max_tokens": (*INTEGERS, 0),
     "messages": (
@@ -67,19 +70,23 @@ BAD: dict[str, tuple[Any, ...]] = {
     "min_p": (*FLOATS, -0.1, 1.1),
     "modalities": ("text", ["audio"], ["text", "audio"], 1, True),
     "model": TEXTS,
-    "n": (2, 0, -1, True, 1.0, "1", *TOO_LARGE, *NOT_FINITE),
+    "n": (17, 0, -1, True, 1.0, "1", *TOO_LARGE, *NOT_FINITE),
     "num_draft_tokens": (*INTEGERS, 65),
-    "parallel_tool_calls": (False, 1, "true"),
+    "parallel_tool_calls": (0, 1, "true"),
     "presence_context_size": INTEGERS,
     "presence_penalty": FLOATS,
-    "prompt": (True, 1, 1.5, HALF, "a" + HALF, "", {}, [], ["a", "b"], [1], [[1]], [1, 2], [HALF]),
+    "prompt": (
+        True, 1, 1.5, HALF, "a" + HALF, "", {}, [], [""], [[]], ["a", 1], [[1], 1], [HALF], [-1],
+        [[-1]], [10**9], ["a"] * 17,
+    ),
     "prompt_cache_key": TEXTS,
     "prompt_cache_retention": TEXTS,
-    "reasoning_effort": ("low", 1),
+    "reasoning_effort": ("low", 1),  # of a template that does not have it
     "repetition_context_size": INTEGERS,
     "repetition_penalty": (*FLOATS, -0.1),
     "response_format": (
-        "text", {}, {"type": "json_object"}, {"type": "json_schema", "json_schema": {}}, 1, True,
+        "text", {}, {"type": "xml"}, {"type": "json_schema"}, 1, True,
+        *({"type": "json_schema", "json_schema": s} for s in ({}, {"schema": {"type": "foo"}})),
     ),
     "role_mapping": (*OBJECTS, {"user": 1}, {"user": HALF}),
     "safety_identifier": TEXTS,

@@ -20,8 +20,11 @@ from serving import Running, serving, until
 
 from mlx_streamexperts import StreamConfig, demo_model
 from mlx_streamexperts import _osinfo as platform
+from mlx_streamexperts._cli.stock_parsers import stock_parser
 from mlx_streamexperts.server import _command as server
 from mlx_streamexperts.server._generation import stock
+
+pytestmark = pytest.mark.usefixtures("compiled")  # so random states reach samplers as for users
 
 LENGTH = 6
 TEMPLATE = (
@@ -63,7 +66,10 @@ def test_a_reply_is_the_one_of_mlx_lm_with_everything_loaded(
 def test_every_option_of_mlx_lm_and_every_streaming_option_is_there() -> None:
     from test_generate import options
 
-    ours, stocks = options(server.setup_arg_parser()), options(server._stock_parser())
+    ours, stocks = (
+        options(server.setup_arg_parser()),
+        options(stock_parser("mlx_lm.server", "main")),
+    )
     assert {"--prompt-cache-bytes", "--decode-concurrency"} <= stocks <= ours
     fields = {"--" + f.replace("_", "-") for f in StreamConfig.__dataclass_fields__}
     assert fields - {"--progress", "--about"} <= ours
@@ -281,7 +287,7 @@ def test_metrics_without_their_library_say_what_to_install(
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     status, _, body = running.request("GET", "/metrics")
     assert status == 501
-    assert "mlx-streamexperts[server]" in json.loads(body)["error"]["message"]
+    assert "pip install prometheus_client" in json.loads(body)["error"]["message"]
     assert running.figures()["model"] == "demo"  # the live page needs none
 
 

@@ -134,7 +134,7 @@ def test_sigterm_ends_a_server_in_the_middle_of_a_reply() -> None:
     try:
         assert process.stderr is not None
         line = next(x for x in process.stderr if x.startswith("Serving at "))
-        url = line.split()[-1]
+        url = line.split()[2].rstrip(":")
         client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
         stream = client.completions.create(
             model="demo", prompt="In the", max_tokens=3000, stream=True
@@ -158,7 +158,7 @@ def test_what_cannot_start_says_why_in_a_line(capsys: pytest.CaptureFixture[str]
         (["--memory", "1MB"], "too small"),
         (["--also-serve", str(demo_model())], "already"),
         (["--max-body", "much"], "not a size"),
-        (["--model", "/no/such/folder"], "neither a model folder"),
+        (["--model", "/no/such/folder"], "/no/such/folder: there is no such folder"),
     ):
         assert server.main(["--port", "0", *quiet, *arguments]) == 1
         error = capsys.readouterr().err.splitlines()[-1]

@@ -258,3 +258,22 @@ def test_pictures_are_drawn_the_same_each_time(traces: list[Path], tmp_path: Pat
 def test_a_trace_of_the_wrong_kind_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(StreamError, match="cannot read"):
         read_trace(tmp_path / "missing.jsonl")
+
+
+def test_it_names_the_machine_and_ends_with_a_conclusion(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(1)
+    sizes = {"layers": ["a", "b"], "experts": [8, 8], "expert_bytes": [1000, 1000]}
+    lines = [json.dumps(sizes)]
+    for _ in range(40):
+        for layer in range(2):
+            chosen = rng.permutation(8)[:2].tolist()
+            lines.append(json.dumps({"layer": layer, "experts": [chosen]}))
+    (tmp_path / "talk.jsonl").write_text("\n".join(lines) + "\n")
+    options = ["--machine", "m3 max 64", "--shares", "0.5,0.75", "--policies", "lru,lfu"]
+    assert main([str(tmp_path / "talk.jsonl"), *options]) == 0
+    first, *_, before, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("Tokens/s are predicted for M3 Max 64 GB, drive 4.05 GB to 5.94 GB/s")
+    assert before.startswith("talk: with 75.0% resident the best is l")
+    assert last.startswith("From 50.0% to 75.0% resident saves ")

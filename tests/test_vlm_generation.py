@@ -318,7 +318,7 @@ def test_mlx_vlms_server_answers(seeing: Path, pictures: list[str]) -> None:
         assert ask([picture, {"type": "text", "text": "What?"}])
     finally:
         server.send_signal(2)
-        said = server.communicate(timeout=30)[0]
+        said = server.communicate(timeout=60)[0]
     assert "misses after eviction" in said
 
 

@@ -28,6 +28,7 @@ class KnownModel:
         expert_bytes: of one expert.
         kv: KV cache of 4096 tokens.
         work_token: work space of one token of a prompt.
+        exact: the sizes are a checkpoint's own; else they follow from its configuration.
     """
 
     name: str
@@ -41,6 +42,7 @@ class KnownModel:
     expert_bytes: int
     kv: int
     work_token: int
+    exact: bool = False
 
     @property
     def disk(self) -> int:
@@ -99,10 +101,12 @@ KNOWN_MODELS: tuple[KnownModel, ...] = (
     KnownModel(
         "Kimi K2.5 (4-bit)", "mlx-community/Kimi-K2.5", "kimi_k25",
         7_554_924_544, 734_003_200, 60, 384, 8, 27_525_120, 305_753_472, 2_400_000,
+        exact=True,
     ),
     KnownModel(
         "Qwen3.5-397B-A17B (4-bit)", "mlx-community/Qwen3.5-397B-A17B-4bit", "qwen3_5_moe",
         5_579_065_472, 572_129_280, 60, 512, 10, _affine(4096, 1024, 4), 325_724_160, 6_480_000,
+        exact=True,
     ),
     KnownModel(
         "DeepSeek V3.2 (4-bit)", "mlx-community/DeepSeek-V3.2-4bit", "deepseek_v32",

@@ -23,6 +23,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from .._config import StreamConfig
 from .._experts.bank import numbers
+from .._experts.lossy import refuse_lossy
 from .._experts.stream import ExpertStream, stream
 from .._loading.lazy_load import original_load_model
 from .._loading.load import patch
@@ -65,7 +66,8 @@ def load_stock(folder: Path) -> nn.Module:
 
 
 def load_streamed(folder: Path, config: StreamConfig) -> Models:
-    """A streamed model without tokenizer, and its stream."""
+    """A streamed model without tokenizer, and its stream. A lossy one is refused."""
+    refuse_lossy(config.lossy, "a comparison with the stock model")
     with for_this_thread(patch(config=config)):
         model, _ = mlx_lm.utils.load_model(folder)
     return model, stream(model)

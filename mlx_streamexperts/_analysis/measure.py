@@ -1,7 +1,7 @@
 """Measurements of this machine that decide how fast a streamed model runs.
 
-Each takes about a second and only reads. None is cached: results depend on what else the machine
-does.
+Each takes a second, or as long as it is told, and only reads. None is cached: results depend on
+what else the machine does.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,6 +18,9 @@ import numpy as np
 
 from .._io.files import ShardFiles
 from .._io.ranges import ByteRange
+
+Place = tuple[str, int, int]
+"""Bytes of a file: its path, begin and end."""
 
 _PLACES = 1024  # that a thread reads in turn: enough that none is still in a drive's cache
 
@@ -32,6 +35,13 @@ class DriveRate:
     latency: float  #: median seconds from asking to the last byte
     latency_p99: float  #: seconds within which 99 of 100 reads ended
     mean_depth: float = 0.0  #: reads in flight on average, as measured; older reports lack it
+    by_second: tuple[float, ...] = ()  #: bytes/s in each whole second; older reports lack it
+
+    @property
+    def sustained(self) -> float:
+        """Bytes/s in the second half of the seconds: a drive that grows hot slows down."""
+        half = self.by_second[len(self.by_second) // 2 :]
+        return sum(half) / len(half) if half else self.rate
 
 
 def drive_rates(
@@ -45,7 +55,7 @@ def drive_rates(
 
     Args:
         files: path and size in bytes of each; larger ones are read more often.
-        read_bytes: size of a read: one expert's.
+        read_bytes: size of a read.
         depths: reads in flight at once.
         direct: bypass the page cache; without it, warm files measure memory.
 
@@ -55,48 +65,79 @@ def drive_rates(
     sizes = np.array([max(0, size - read_bytes) for _, size in files], float)
     if not sizes.sum():
         return []
-    shards = ShardFiles(direct, {})
-    try:
-        return [_drive_rate(shards, files, sizes, read_bytes, d, seconds) for d in depths]
-    finally:
-        shards.close()
+
+    def places(rng: np.random.Generator) -> list[Place]:
+        order = rng.choice(len(files), _PLACES, p=sizes / sizes.sum())
+        begins = [(files[i][0], int(rng.integers(0, int(sizes[i]) + 1))) for i in order]
+        return [(file, begin, begin + read_bytes) for file, begin in begins]
+
+    return [_drive_rate(places, d, direct, seconds) for d in depths]
+
+
+def expert_rate(parts: Sequence[Place], depth: int, direct: bool, seconds: float) -> DriveRate:
+    """Read experts' parts in a random order for about `seconds`: what misses will do.
+
+    Args:
+        parts: the reads that experts take; as many of them as must not still be in a drive's cache.
+        depth, direct: as in `drive_rates`.
+
+    Raises:
+        ExpertReadError: a file could not be read.
+    """
+
+    def places(rng: np.random.Generator) -> list[Place]:
+        return [parts[i] for i in rng.permutation(len(parts))]
+
+    return _drive_rate(places, depth, direct, seconds)
 
 
 def _drive_rate(
-    shards: ShardFiles, files: Sequence[tuple[str, int]], sizes: np.ndarray, read_bytes: int,
-    depth: int, seconds: float,
-) -> DriveRate:  # fmt: skip
+    places: Callable[[np.random.Generator], list[Place]], depth: int, direct: bool, seconds: float
+) -> DriveRate:
     """One thread for each read in flight: it begins its next read when its last has ended."""
-    memory = [memoryview(bytearray(read_bytes)) for _ in range(depth)]
+    shards = ShardFiles(direct, {})
     begin = threading.Barrier(depth)
 
-    def read(seed: int) -> list[tuple[float, float]]:
-        rng = np.random.default_rng((depth, seed))
-        order = rng.choice(len(files), _PLACES, p=sizes / sizes.sum())
-        places = [(files[i][0], int(rng.integers(0, int(sizes[i]) + 1))) for i in order]
+    def read(seed: int) -> list[tuple[float, float, int]]:
+        own = places(np.random.default_rng((depth, seed)))
+        memory = memoryview(bytearray(max(end - first for _, first, end in own)))
         ranges = [
-            [ByteRange(file, offset, memory[seed], "drive test", 0, "")] for file, offset in places
+            [ByteRange(file, first, memory[: end - first], "drive test", 0, "")]
+            for file, first, end in own
         ]
         spans = []
         begin.wait()
-        end = time.perf_counter() + seconds
+        over = time.perf_counter() + seconds
         for place in itertools.cycle(ranges):
             start = time.perf_counter()
             shards.read(place)
             now = time.perf_counter()
-            spans.append((start, now))
-            if now >= end:
+            spans.append((start, now, len(place[0].into)))
+            if now >= over:
                 return spans
         raise AssertionError("places without end")
 
-    with ThreadPoolExecutor(depth) as pool:
-        threads = [pool.submit(read, i) for i in range(depth)]
-        spans = np.array([span for thread in threads for span in thread.result()])
-    begun, ended = spans.T  # [reads], [reads]
+    try:
+        with ThreadPoolExecutor(depth) as pool:
+            threads = [pool.submit(read, i) for i in range(depth)]
+            spans = np.array([span for thread in threads for span in thread.result()])
+    finally:
+        shards.close()
+    begun, ended, nbytes = spans.T  # [reads] each
     elapsed = float(ended.max() - begun.min())
     median, slow = (float(x) for x in np.percentile(ended - begun, (50, 99)))
-    mean_depth = float((ended - begun).sum()) / elapsed
-    return DriveRate(read_bytes, depth, len(spans) * read_bytes / elapsed, median, slow, mean_depth)
+    # A read counts in the second in which it ended; the last second is not whole.
+    second = (ended - begun.min()).astype(int)
+    by_second = np.bincount(second, nbytes)[: max(1, int(seconds))]
+    return DriveRate(
+        read_bytes=round(float(nbytes.mean())),
+        depth=depth,
+        rate=float(nbytes.sum()) / elapsed,
+        latency=median,
+        latency_p99=slow,
+        mean_depth=float((ended - begun).sum()) / elapsed,
+        by_second=tuple(map(float, by_second)) if elapsed >= 1 else (),
+    )
 
 
 def memory_rate(nbytes: int = 256 << 20, repeats: int = 7) -> float:
@@ -110,6 +151,34 @@ def memory_rate(nbytes: int = 256 << 20, repeats: int = 7) -> float:
         mx.eval(matrix @ x)
         times.append(time.perf_counter() - start)
     return matrix.nbytes / float(np.median(times))
+
+
+def arithmetic_rate(weight_bits: float, seconds: float = 0.05) -> float:
+    """Operations/s of a product of matrices as a prompt has them, with weights of this many bits.
+
+    Args:
+        weight_bits: with their scales; 16 or more for weights that are not quantized.
+        seconds: the product is made longer until it takes this long.
+    """
+    width, tokens = 1024, 64
+    weight = mx.random.normal((width, width))
+    bits = min((2, 3, 4, 5, 6, 8), key=lambda b: abs(b + 0.5 - weight_bits))
+    packed = mx.quantize(weight, bits=bits) if weight_bits < 16 else None
+
+    def product(x: mx.array) -> mx.array:
+        if packed is None:
+            return x @ weight
+        return mx.quantized_matmul(x, *packed, bits=bits)
+
+    while True:
+        x = mx.random.normal((tokens, width))
+        mx.eval(x, product(x))
+        start = time.perf_counter()
+        mx.eval(product(x), product(x))
+        elapsed = time.perf_counter() - start
+        if elapsed >= seconds or tokens >= 1 << 15:
+            return 4 * tokens * width * width / elapsed
+        tokens *= 2
 
 
 def layer_seconds(layers: int = 20, kernels: int = 25) -> float:

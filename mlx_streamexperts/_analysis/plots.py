@@ -1,14 +1,17 @@
-"""Pictures of simulated caches. Needs matplotlib: the `plots` extra."""
+"""Pictures of simulated caches and of lossy settings. Needs matplotlib: the `plots` extra."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._errors import StreamError
 from .replay import BEST
 from .simulation import Row
+
+if TYPE_CHECKING:
+    from .quality import Price
 
 _STYLES = ("-o", "-s", "-^", "-D", "-v", "-P", "-X")
 
@@ -56,6 +59,42 @@ def plot_rates(rows: Sequence[Row], file: Path) -> None:
     plt.close(figure)
 
 
+def plot_frontier(found: Sequence[Price], file: Path, title: str = "") -> None:
+    """Draw the price and the speed of lossy settings, and the frontier between them.
+
+    Raises:
+        StreamError: matplotlib is missing, or does not know the kind of file.
+    """
+    from .quality import frontier  # here: it imports mlx-lm, which takes a second
+
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    best = frontier(found)
+    axes.plot(*_points(best), "-", color="grey", linewidth=1, label="frontier")
+    for x in found:
+        change, speed = (values[0] for values in _points([x]))
+        axes.errorbar(
+            change, speed, xerr=100 * x.decoded.change_error, fmt="o", markersize=5,
+            color="tab:blue" if x in best else "lightsteelblue", elinewidth=0.7,
+        )  # fmt: skip
+        name = f"level {x.setting}" if x.setting.isdigit() else x.setting
+        axes.annotate(name, (change, speed), (5, 4), textcoords="offset points", fontsize=8)
+    axes.set_xlabel("perplexity, % above exact (bars: standard error)")
+    axes.set_ylabel("tokens/s, decoding")
+    axes.set_title(title or "What lossy settings cost and bring")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    save_figure(figure, file)
+    plt.close(figure)
+
+
+def _points(found: Sequence[Price]) -> tuple[list[float], list[float]]:
+    return (
+        [100 * x.decoded.perplexity_change for x in found],
+        [x.decoding.tokens_per_s for x in found],
+    )
+
+
 def save_figure(figure: Any, file: Path) -> None:
     """Write a figure, whole or not at all.
 
@@ -80,7 +119,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as e:
-        raise StreamError("plots need matplotlib: pip install 'mlx-streamexperts[plots]'") from e
+        raise StreamError("plots need matplotlib: pip install matplotlib") from e
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "mlx-streamexperts"
     import matplotlib.pyplot as plt

@@ -96,6 +96,7 @@ class Prediction:
         tokens_per_s: decode rate.
         first_token: seconds to the first token after a prompt of `prompt_tokens`.
         prompt_tokens: length of that prompt.
+        prompt_read_seconds, prompt_arithmetic_seconds: the likely parts of its time.
         compute_seconds, sync_seconds, read_seconds: the likely parts of one token's time.
         limit: the largest of them: "memory bandwidth", "host sync and launches" or "drive".
     """
@@ -108,6 +109,8 @@ class Prediction:
     sync_seconds: float
     read_seconds: float
     limit: str
+    prompt_read_seconds: float = 0.0
+    prompt_arithmetic_seconds: float = 0.0
 
 
 def predict(
@@ -123,7 +126,7 @@ def predict(
         read    = missed bytes / drive rate + layers with a miss x drive latency
                   + one drive latency if rows of tables are read (their bytes do not count)
         likely  = compute + sync + read                       (reads of a layer wait for its router)
-        high    = max(compute + sync, read), optimistic hit rate and rates: perfect overlap
+        high    = max(compute + sync, read, launches), optimistic rates: perfect overlap
         low     = the sum with the pessimistic hit rate and rates
 
     A specified drive counts with `Machine.drive_share` of its rate, at the middle for `likely`, and
@@ -131,7 +134,8 @@ def predict(
 
     First token: each chunk of `plan.prefill_tokens` reads every expert that it needs and that is
     not resident once: `E (1 - (1 - k/E)^T)` distinct experts of E for T tokens, if routing is even.
-    Arithmetic is not modelled: compute-bound machines need longer.
+    Each token then takes two operations for each weight that it uses; reads and arithmetic add up,
+    but at best the shorter hides behind the longer. Attention's own operations are left out.
 
     Args:
         plan: sizes of the model and its cache.
@@ -161,7 +165,11 @@ def predict(
     likely = compute(middle) + sync + read(hits.likely, drive)
     slow = compute(_RATE_SHARE[0]) + sync + read(hits.low, low_drive)
     asked = machine.sync_share * (sync - launches)
-    fast = max(compute(_RATE_SHARE[1]) + asked, read(hits.high, high_drive))
+    fast = max(
+        compute(_RATE_SHARE[1]) + asked,
+        read(hits.high, high_drive),
+        machine.sync_share * launches,
+    )
     parts = {
         "memory bandwidth": compute(middle),
         "host sync and launches": sync,
@@ -170,19 +178,27 @@ def predict(
 
     chunks = plan.passes(prompt_tokens)
     sweep = sum(_touched(plan, tokens) for tokens in chunks) * (1 - plan.resident_share)
+    cold = plan.experts if plan.resident_share < 1 else 0  # a prompt may push out what was resident
+    weights = plan.active_bytes_per_token * 8 / plan.weight_bits
+    work = 2 * weights * prompt_tokens / machine.arithmetic_rate if machine.arithmetic_rate else 0.0
+    low_share, high_share = machine.arithmetic_share
+    arithmetic = work / ((low_share + high_share) / 2)
     return Prediction(
         hit_rate=hits,
         tokens_per_s=Range(1 / slow, 1 / likely, 1 / fast),
         first_token=Range(
-            sweep / high_drive / 2 + fast,  # uneven routing needs fewer: half is a guess
-            sweep / drive + likely,
-            plan.experts * len(chunks) / low_drive + slow,
+            # Uneven routing needs fewer experts: half is a guess.
+            max(sweep / high_drive / 2, work / high_share) + fast,
+            sweep / drive + arithmetic + likely,
+            cold * len(chunks) / low_drive + work / low_share + slow,
         ),
         prompt_tokens=prompt_tokens,
         compute_seconds=parts["memory bandwidth"],
         sync_seconds=sync,
         read_seconds=parts["drive"],
         limit=max(parts, key=lambda k: parts[k]),
+        prompt_read_seconds=sweep / drive,
+        prompt_arithmetic_seconds=arithmetic,
     )
 
 

@@ -271,6 +271,29 @@ class ExpertCache:
         before: list[list[int]] = [[], *waves]
         return [(wave, [*stay, *last]) for wave, last in zip(waves, before, strict=False)]
 
+    def succeed(self, before: ExpertCache) -> dict[int, int]:
+        """Take over from a cache of another size, which must not be used any more.
+
+        The experts that the other's policy would evict last get slots here, as many as fit; pinned
+        ones always. A miss counts as compulsory only if the expert was never resident in either.
+
+        Args:
+            before: a cache of the same layer. This one is empty.
+
+        Returns:
+            The slot in the other cache of each expert that has one here. The caller copies their
+            bytes or calls `drop`.
+        """
+        before._catch_up()
+        was = before.slot_of.copy()
+        order = [before._policy.evict(()) for _ in before.resident]  # the first to go comes first
+        pinned = [e for e in self._pinned if was[e] >= 0]
+        kept = [*pinned, *order[len(order) - min(len(order), self.movable) :]]
+        for expert in kept:
+            self.place([expert])
+        self._seen = before._seen
+        return {e: int(was[e]) for e in kept}
+
     def clear(self) -> None:
         """Empty every slot, even if an exception left the map half changed."""
         self.slot_of[:] = -1

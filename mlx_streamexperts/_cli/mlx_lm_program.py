@@ -24,45 +24,12 @@ from .._experts.timeline import Timeline
 from .._hooks import swapped
 from .._loading.load import patch
 from .._prefixes.remembered import SHORTEST, PrefixCache, prefill
-from .options import add_prefix_arguments, make_parser
 from .prompt_line import prompt_line
 from .stopping import Interrupts, ending
 from .summary import Timing, experts_read, of_all_ranks, rows
 from .terminal import print_rows
 
 _PREFILL_BATCH = 8  # prompts that mlx-lm's BatchGenerator puts into one pass
-
-
-def program_parser(
-    stock: ModuleType, command: str, description: str | None
-) -> argparse.ArgumentParser:
-    """The parser of a program of mlx-lm, with our streaming and recording options.
-
-    Args:
-        stock: the program's module.
-        command: name of our command.
-        description: text for `--help`.
-    """
-    prog = f"python -m mlx_streamexperts.{command}"
-    parser = make_parser(stock.setup_arg_parser(), prog, description)
-    add_report_arguments(parser)
-    if command in ("generate", "chat"):
-        add_prefix_arguments(parser)
-    return parser
-
-
-def add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that record a run and print figures at its end."""
-    group = parser.add_argument_group("recording")
-    group.add_argument(
-        "--timeline", help="write where the time went to this file, for ui.perfetto.dev"
-    )
-    group.add_argument(
-        "--trace", help="write which experts the routers chose to this file (JSON lines)"
-    )
-    group.add_argument(
-        "--layer-hits", action="store_true", help="print each layer's hit rate at the end"
-    )
 
 
 @dataclass
@@ -103,7 +70,7 @@ class Session:
     def prefixes(self, model: nn.Module, options: dict[str, Any]) -> PrefixCache | None:
         """The prefixes of a generation with these options; None if none are used."""
         folder = getattr(self.args, "prefix_cache", None)
-        others = ("draft_model", "kv_bits", "input_embeddings", "logits_processors")
+        others = ("draft_model", "input_embeddings", "logits_processors")
         if folder is None or any(options.get(name) is not None for name in others):
             return None
         caches = options.get("prompt_cache")
@@ -111,7 +78,9 @@ class Session:
             return None  # a chat goes on
         if self.kept is None:
             adapter = getattr(self.args, "adapter_path", None)
-            self.kept = PrefixCache(model, folder, self.args.prefix_bytes, adapter)
+            names = ("kv_bits", "kv_group_size", "quantized_kv_start")
+            quantized = {n: options[n] for n in names if n in options}
+            self.kept = PrefixCache(model, folder, self.args.prefix_bytes, adapter, **quantized)
         return self.kept
 
     def note_phases(self) -> None:
@@ -199,7 +168,7 @@ def _watched(stock: ModuleType, session: Session, warm_up: int) -> Iterator[None
         timing, before = session.timing, session.timing.total
         bytes_before = streamed.stats().read.bytes
         experts_first = bytes_first = 0
-        first = True
+        first, first_elapsed = True, 0.0
         total = None if len(rest) < 2 or isinstance(rest[1], str) else len(rest[1])
         caught = ending(session.interrupts, streamed, options.get("prompt_cache"))
         shown = prompt_line(streamed, total, streamed.config.progress)
@@ -232,6 +201,10 @@ def _watched(stock: ModuleType, session: Session, warm_up: int) -> Iterator[None
                     timing.chunks += len(streamed.plan.passes(count))
                     bytes_first, experts_first = streamed.stats().read.bytes, experts_read(streamed)
                     timing.prompt_bytes += bytes_first - bytes_before
+                    first_elapsed = elapsed
+                if total is not None and response.prompt_tokens < total:  # the others were kept
+                    response.prompt_tokens = total
+                    response.prompt_tps = total / first_elapsed
                 yield response
                 if reply.asked():
                     break

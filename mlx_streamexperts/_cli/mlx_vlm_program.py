@@ -9,21 +9,21 @@ import argparse
 import importlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from .._config import StreamConfig
 from .._errors import StreamError, UnsupportedModelError
 from .._hooks import swapped
+from .._io.checkpoint import read_json_object
+from .._io.hub import headers_only
 from .._loading.demo import demo_model
 from .._loading.lazy_load import MLX_LM, MLX_VLM
 from .._loading.load import library_of
+from .options import MEDIA, add_media_arguments, add_media_options
 
-_MEDIA = {
-    "image": "picture that the prompt is about: file or URL. It may be repeated, and takes several",
-    "audio": "sound that the prompt is about: file or URL",
-    "video": "film that the prompt is about: file or URL",
-}
+_MEDIA_KEYS = ("vision", "visual", "image", "audio", "video", "vit", "mm_", "img")
 # Options of mlx-vlm's generate that load another model beside, or write no text.
 _NOT_STREAMED = {
     "draft_model": "drafts have not been compared with mlx-vlm's own results",
@@ -31,17 +31,6 @@ _NOT_STREAMED = {
     "prefix_cache": "prompts are remembered for models of mlx-lm only",
     "expert_cache_gb": "it is the cache of mlx-vlm's own offloading; --cache is ours",
 }
-
-
-def add_media_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that choose mlx-vlm to a parser of mlx-lm's, for its `--help`."""
-    group = parser.add_argument_group(
-        "pictures, sound and film",
-        "With one of these, or a model that only mlx-vlm has, mlx-vlm's generate runs, with its "
-        "options: --loader mlx-vlm --help shows them",
-        conflict_handler="resolve",  # mlx-lm has --image, for one family
-    )
-    _add_media(group)
 
 
 def needs_mlx_vlm(argv: list[str] | None) -> bool:
@@ -56,15 +45,33 @@ def needs_mlx_vlm(argv: list[str] | None) -> bool:
     parser.add_argument("--model")
     parser.add_argument("--loader", default="auto")
     args, _ = parser.parse_known_args(argv)
-    if seen := [name for name in _MEDIA if getattr(args, name)]:
+    if seen := [name for name in MEDIA if getattr(args, name)]:
         if args.loader == MLX_LM and seen != ["image"]:  # mlx-lm has one family that sees
             raise StreamError(f"--{seen[-1]} needs mlx-vlm: run without --loader mlx-lm")
-        return args.loader != MLX_LM
+        if args.loader == MLX_LM:
+            return False
+        _check_sees(args.model or demo_model(), seen[-1])
+        return True
     if args.loader not in ("auto", MLX_LM, MLX_VLM):
         return False  # the parser will name the choices
     config = StreamConfig(loader=args.loader)
     model = args.model or ("" if "--prompt-cache-file" in (argv or sys.argv) else demo_model())
     return library_of(model, config) == MLX_VLM if model else False
+
+
+def _check_sees(model: str | Path, option: str) -> None:
+    """Refuse pictures for a model whose config.json has nothing about them.
+
+    Raises:
+        CheckpointError: there is no such model.
+        UnsupportedModelError: it has only text.
+    """
+    with headers_only(str(model)) as (folder, _):
+        config = read_json_object(folder / "config.json", "a model's configuration")
+    if not any(part in key for key in config for part in _MEDIA_KEYS):
+        raise UnsupportedModelError(
+            f"--{option}: this model, {config.get('model_type')}, takes only text: run without it"
+        )
 
 
 def generate_program() -> ModuleType:
@@ -78,13 +85,13 @@ def generate_program() -> ModuleType:
     except ModuleNotFoundError as e:
         raise StreamError(
             "pictures, and models that only mlx-vlm has, need mlx-vlm: "
-            "pip install 'mlx-streamexperts[vlm]'"
+            "pip install 'mlx-vlm>=0.7.8,<0.8'"
         ) from e
     program: Any = ModuleType("mlx_vlm.generate")
 
     def setup_arg_parser() -> argparse.ArgumentParser:
         parser = _unparsed(dispatch)
-        _add_media(parser)
+        add_media_options(parser)
         prompt, tokens = parser.get_default("prompt"), parser.get_default("max_tokens")
         parser.add_argument("--prompt", "-p", nargs="+", default=prompt, help="the prompt")
         parser.add_argument(
@@ -134,13 +141,6 @@ def check_generate_options(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None:
             flag = "--" + name.replace("_", "-")
             raise UnsupportedModelError(f"{flag} does not work with models of mlx-vlm: {reason}")
-
-
-def _add_media(parser: argparse._ActionsContainer) -> None:
-    for name, text in _MEDIA.items():
-        parser.add_argument(
-            f"--{name}", nargs="+", action="extend", metavar="FILE", default=None, help=text
-        )
 
 
 def _unparsed(dispatch: Any) -> argparse.ArgumentParser:

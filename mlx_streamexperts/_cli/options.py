@@ -1,29 +1,45 @@
-"""Shared by all command lines: our options beside mlx-lm's, the embedded model, and errors."""
+"""Shared by all command lines: our options beside mlx-lm's, and how a command fails.
+
+Nothing here imports mlx-lm, so that `--help` and a mistyped option are answered at once.
+"""
 
 from __future__ import annotations
 
 import argparse
-import faulthandler
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import mlx.core as mx
-
-from .._config import StreamConfig, add_arguments, format_size, from_arguments, parse_size
+from .._config import add_arguments, parse_size
 from .._errors import StreamError
-from .._experts.stream import ExpertStream
-from .._io.checkpoint import read_checkpoint
-from .._loading.combinations import Options, check_options
-from .._loading.demo import demo_model
-from .._loading.libraries import require_mlx_lm
-from .._loading.load import local_folder, resolve
+from .stock_parsers import stock_parser
 
-_JOIN_SECONDS = 120
-_DEMO_CACHE = "10MB"  # about a quarter of its experts, so that there is something to see
+if TYPE_CHECKING:
+    from .._experts.stream import ExpertStream
+
+MEDIA = {
+    "image": "picture that the prompt is about: file or URL. It may be repeated, and takes several",
+    "audio": "sound that the prompt is about: file or URL",
+    "video": "film that the prompt is about: file or URL",
+}
+
+_MODULES, _ENTRY = "python -m mlx_streamexperts.", ("mlx_streamexperts", "__main__.py")
+
+
+def as_called(text: str) -> str:
+    """A text with our commands written as the user has called this one."""
+    program = Path(sys.argv[0])
+    if program.name == "streamexperts" or program.parts[-2:] == _ENTRY:
+        return text.replace(_MODULES, "streamexperts ")
+    return text
+
+
+def describe(parser: argparse.ArgumentParser, command: str, description: str | None) -> None:
+    """Give a parser the name and the help text of one of our commands."""
+    parser.prog = as_called(_MODULES + command)
+    parser.description = None if description is None else as_called(description)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
 
 def add_output_arguments(
@@ -77,18 +93,17 @@ def check_prefix_arguments(args: argparse.Namespace) -> None:
     if args.prefix_cache is None:
         return
     parse_size(args.prefix_bytes)
-    for option in ("draft_model", "kv_bits", "prompt_cache_file"):
+    for option in ("draft_model", "prompt_cache_file"):
         if getattr(args, option, None) is not None:
             flag = "--" + option.replace("_", "-")
             raise StreamError(f"--prefix-cache does not work with {flag}; leave one of them out")
 
 
 def make_parser(
-    parser: argparse.ArgumentParser, prog: str, description: str | None
+    parser: argparse.ArgumentParser, command: str, description: str | None
 ) -> argparse.ArgumentParser:
     """Add the options of expert streaming to a parser of mlx-lm's, or to an empty one."""
-    parser.prog, parser.description = prog, description
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    describe(parser, command, description)
     for action in parser._actions:
         if action.dest == "prefill_step_size":
             action.default = None  # the plan decides
@@ -105,37 +120,59 @@ def make_parser(
     return parser
 
 
-def join_ranks() -> mx.distributed.Group:
-    """The processes that `mlx.launch` started with this one, or this process alone.
+def program_parser(module: str, command: str, description: str | None) -> argparse.ArgumentParser:
+    """The parser of a program of mlx-lm, with our streaming and recording options.
 
-    If the others do not join within `_JOIN_SECONDS`, this process ends with a traceback: rank 0 of
-    MLX's ring backend would wait for ever, in C++ and holding Python's lock.
-
-    Raises:
-        StreamError: the others cannot be reached.
+    Args:
+        module: the program's module, such as `mlx_lm.chat`.
+        command: name of our command.
+        description: text for `--help`.
     """
-    if (rank := os.environ.get("MLX_RANK")) is not None:
-        faulthandler.dump_traceback_later(_JOIN_SECONDS, exit=True)
-    try:
-        return mx.distributed.init()
-    except RuntimeError as e:
-        raise StreamError(
-            f"rank {rank} cannot reach the other processes of this run: {e}. Have all of them "
-            "been started, with the same hostfile?"
-        ) from e
-    finally:
-        if rank is not None:
-            faulthandler.cancel_dump_traceback_later()
+    return with_our_options(stock_parser(module), command, description)
 
 
-@contextmanager
-def only_rank_0_prints(group: mx.distributed.Group) -> Iterator[None]:
-    """Drop the output of all ranks but one: they compute the same text."""
-    if group.rank() == 0:
-        yield
-        return
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        yield
+def with_our_options(
+    parser: argparse.ArgumentParser, command: str, description: str | None
+) -> argparse.ArgumentParser:
+    """Add our streaming and recording options to a program's parser."""
+    make_parser(parser, command, description)
+    add_report_arguments(parser)
+    if command in ("generate", "chat"):
+        add_prefix_arguments(parser)
+    return parser
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that record a run and print figures at its end."""
+    group = parser.add_argument_group("recording")
+    group.add_argument(
+        "--timeline", help="write where the time went to this file, for ui.perfetto.dev"
+    )
+    group.add_argument(
+        "--trace", help="write which experts the routers chose to this file (JSON lines)"
+    )
+    group.add_argument(
+        "--layer-hits", action="store_true", help="print each layer's hit rate at the end"
+    )
+
+
+def add_media_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose mlx-vlm to a parser of mlx-lm's, for its `--help`."""
+    group = parser.add_argument_group(
+        "pictures, sound and film",
+        "With one of these, or a model that only mlx-vlm has, mlx-vlm's generate runs, with its "
+        "options: --loader mlx-vlm --help shows them",
+        conflict_handler="resolve",  # mlx-lm has --image, for one family
+    )
+    add_media_options(group)
+
+
+def add_media_options(parser: argparse._ActionsContainer) -> None:
+    """Add the options for pictures, sound and film."""
+    for name, text in MEDIA.items():
+        parser.add_argument(
+            f"--{name}", nargs="+", action="extend", metavar="FILE", default=None, help=text
+        )
 
 
 def failed(error: Exception, streams: Sequence[ExpertStream] = ()) -> int:
@@ -147,74 +184,19 @@ def failed(error: Exception, streams: Sequence[ExpertStream] = ()) -> int:
         else:  # MLX noticed that the connection is gone; the watch knows which rank is lost
             reason = s.lost_rank() or reason
             s.close()
-    print(f"error: {reason}", file=sys.stderr)
+    print(f"error: {as_called(reason)}", file=sys.stderr)
     return 1
+
+
+def ended(main: Callable[[], int]) -> int:
+    """Run a command; Ctrl-C ends it with one line. Returns the exit status."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        return interrupted()
 
 
 def interrupted() -> int:
     """Say that Ctrl-C has ended the command; returns the exit status."""
     print("\nstopped by Ctrl-C", file=sys.stderr)  # below the text so far, or the terminal's ^C
     return 130
-
-
-def stream_settings(
-    args: argparse.Namespace, instead: str | None
-) -> tuple[StreamConfig, str | None]:
-    """The streaming options of a parsed command line, and the model to load.
-
-    Without `--model` it is the embedded model. That one fits into any machine's memory, so it gets
-    a small expert cache unless a budget is stated. The model is None if a prompt cache file names
-    it.
-
-    Args:
-        args: the parsed command line.
-        instead: what to do about a model of mlx-vlm, as a sentence; None if the command runs it.
-
-    Raises:
-        UnsupportedModelError: the model cannot do what an option asks for, or loads through mlx-vlm
-            where the command does not.
-        StreamError: an option or a size is invalid, or there is no such model.
-    """
-    config, model = from_arguments(args), args.model
-    if model is None and getattr(args, "prompt_cache_file", None) is None:
-        model = str(demo_model())
-        notice = f"No --model given: using the embedded demonstration model, {model}"
-        if config.memory is None and config.cache is None:
-            config = replace(config, cache=_DEMO_CACHE)
-            notice += (
-                f", with an expert cache of {_DEMO_CACHE} so that it streams (--cache changes it)"
-            )
-        if mx.distributed.init().rank() == 0:
-            print(notice, file=sys.stderr)
-    if model is not None:
-        trust = bool(getattr(args, "trust_remote_code", False))
-        model = str(local_folder(model, config, trust=trust))
-        if instead is not None:
-            require_mlx_lm(model, config, "this command", instead)
-    config = following_stock_options(config, args, args)
-    if model is not None:
-        check_options(model, config, Options.of(args), trust)
-    return config, model
-
-
-def following_stock_options(
-    config: StreamConfig, args: argparse.Namespace, ours: argparse.Namespace
-) -> StreamConfig:
-    """Take memory options that are not stated from mlx-lm's own options.
-
-    Args:
-        config: our options, those of the settings file included.
-        args: the command line with mlx-lm's options. They win over a settings file.
-        ours: the command line with our options. They win over mlx-lm's.
-    """
-    step, kv_size = getattr(args, "prefill_step_size", None), getattr(args, "max_kv_size", None)
-    if step and ours.prefill_tokens is None:
-        config = replace(config, prefill_tokens=step)
-    if kv_size and ours.context_tokens is None:
-        config = replace(config, context_tokens=kv_size)
-    draft = getattr(args, "draft_model", None)
-    if draft is not None and config.reserve is None:
-        reserve = read_checkpoint(resolve(draft)).nbytes
-        print(f"Keeping {format_size(reserve)} for the draft model {draft}", file=sys.stderr)
-        config = replace(config, reserve=reserve)
-    return config

@@ -120,9 +120,17 @@ class PassRunner(Protocol):
     thread: int | None
 
     def forward(
-        self, layer: ExpertLayer, x: mx.array, indices: mx.array, weights: mx.array | None
+        self,
+        layer: ExpertLayer,
+        x: mx.array,
+        indices: mx.array,
+        weights: mx.array | None,
+        lossy: Any = None,
     ) -> mx.array:
-        """Run one layer of that pass; arguments and result as of `ExpertLayer.__call__`."""
+        """Run one layer of that pass; arguments and result as of `ExpertLayer.__call__`.
+
+        `lossy` is a `Weighing` of a layer that may leave experts out, and the result is weighted.
+        """
 
 
 class SyncedForward(NamedTuple):
@@ -294,6 +302,11 @@ class ExpertLayer:
         """Hand calls to this runner while it runs a pass in the calling thread."""
         self._runner = runner
 
+    def runner(self) -> PassRunner | None:
+        """The runner whose pass this thread is in."""
+        runner = self._runner
+        return runner if runner and runner.thread == threading.get_ident() else None
+
     def open(
         self,
         slots: int,
@@ -304,8 +317,9 @@ class ExpertLayer:
         cpu_streams: CpuStreams,
         in_place: bool,
         keep_awake: KeepAwake | None = None,
+        keep: bool = False,
     ) -> None:
-        """Allocate `slots` slots, all empty, and accept calls.
+        """Allocate `slots` slots, all empty unless `keep`, and accept calls.
 
         Args:
             slots: experts that fit.
@@ -316,13 +330,14 @@ class ExpertLayer:
             cpu_streams: runs the matmuls.
             in_place: read straight into MLX's arrays.
             keep_awake: keeps the device awake while a call waits for reads.
+            keep: move the most useful experts to the new slots.
         """
         with self.lock:
             self.closed, self.resident = True, False  # until everything is there
             self.why_closed = "a change of its cache was interrupted; call resize again"
             self._timer, self._guard, self._cpu_streams = timer, guard, cpu_streams
             self._keep_awake = keep_awake
-            self.slots.open(slots, reader, policy, in_place)
+            self.slots.open(slots, reader, policy, in_place, keep)
             if slots < self.experts:
                 for _ in self.fill(self.traits.pinned):
                     pass

@@ -19,6 +19,7 @@ from typing import Any
 
 from .. import _osinfo as platform
 from .._errors import CheckpointError, StreamError
+from .._io.checkpoint import extents
 from .._io.moved import Moved, read_moved
 from .._io.output import exclusive, write_json
 from .layer import ExpertLayer
@@ -116,7 +117,7 @@ def move_experts(layers: Sequence[ExpertLayer], folder: Path, store: Path) -> It
                 _check_packed(store / plan["file"], plan)
                 note.layers[layer.name] = numbers[layer.name]
                 note.save()
-            for file, begin, end in _ranges(layer):
+            for file, begin, end in parts_of_files(layer):
                 platform.punch_hole(shards[file], begin, end - begin)
             for fd in shards.values():
                 os.fsync(fd)
@@ -223,26 +224,15 @@ def _locked(layers: Sequence[ExpertLayer], stack: ExitStack) -> dict[str, int]:
     return opened
 
 
-def _ranges(layer: ExpertLayer) -> list[tuple[str, int, int]]:
+def parts_of_files(layer: ExpertLayer) -> list[tuple[str, int, int]]:
     """The parts of files that hold a layer: file, begin, end; neighbours joined."""
-    parts = sorted(
-        (file, offset, offset + t.stored.row_bytes)
-        for t in layer.tensors.values()
-        for file, offset in zip(t.stored.files, t.stored.offsets, strict=True)
-    )
-    joined: list[tuple[str, int, int]] = []
-    for file, begin, end in parts:
-        if joined and joined[-1][0] == file and begin <= joined[-1][2]:
-            joined[-1] = file, joined[-1][1], max(end, joined[-1][2])
-        else:
-            joined.append((file, begin, end))
-    return joined
+    return extents((t.stored for t in layer.tensors.values()), range(layer.experts))
 
 
 def _check_apart(layers: Sequence[ExpertLayer]) -> None:
     """Refuse layers that share bytes: one's would go while the other still needs them."""
     last = ("", 0, "")
-    for file, begin, end, name in sorted((*r, x.name) for x in layers for r in _ranges(x)):
+    for file, begin, end, name in sorted((*r, x.name) for x in layers for r in parts_of_files(x)):
         if file == last[0] and begin < last[1]:
             raise StreamError(
                 f"{file}: {last[2]} and {name} share bytes; such a checkpoint can be packed, but "

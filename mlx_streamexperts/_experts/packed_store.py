@@ -18,7 +18,7 @@ from typing import Any
 from .._errors import CheckpointError, StreamError
 from .._io.checkpoint import file_identity, read_json_object
 from .._io.moved import Moved, read_moved
-from .._io.output import exclusive, sync_folder, write_json
+from .._io.output import exclusive, partial_name, sync_folder, write_json
 from .._osinfo import free_disk_bytes, sync_to_drive
 from .layer import ExpertLayer
 from .stream import expert_files
@@ -43,6 +43,9 @@ class Damage:
 Then = Callable[[ExpertLayer, dict[str, Any]], None]
 """Called when a layer's file is complete, with the layer and its entry in the manifest."""
 
+Copy = Callable[[ExpertLayer, dict[str, Any], Path], Iterator[int]]
+"""Writes and syncs a layer's file and adds the checksums to its entry; yields bytes done."""
+
 
 def write_store(
     layers: Sequence[ExpertLayer],
@@ -50,6 +53,7 @@ def write_store(
     overwrite: bool = False,
     moved: Moved | None = None,
     then: Then | None = None,
+    copy: Copy | None = None,
 ) -> Iterator[int]:
     """Pack the experts of `layers`; yields bytes done as it goes, resumed layers included.
 
@@ -62,6 +66,8 @@ def write_store(
         moved: says which layers are only in the store; they are never written again.
         then: called after each layer. It frees the layer's bytes elsewhere, so that there need not
             be room for all layers at once.
+        copy: gets a layer's bytes from where they are; by default from the checkpoint's files. The
+            file that it had begun when a run was killed is there again in the next run.
 
     Raises:
         StreamError: the disk has no room or cannot be written, `folder` holds the store of
@@ -71,7 +77,7 @@ def write_store(
     _xxhash()  # before anything is written
     try:
         with exclusive(folder, "packing"):
-            yield from _write_store(layers, folder, overwrite, moved, then)
+            yield from _write_store(layers, folder, overwrite, moved, then, copy)
     except OSError as e:
         raise StreamError(
             f"{e.filename or folder}: packing stopped: {e.strerror}; complete layers are "
@@ -85,6 +91,7 @@ def _write_store(
     overwrite: bool,
     moved: Moved | None,
     then: Then | None,
+    copy: Copy | None,
 ) -> Iterator[int]:
     source = source_of(layers)
     plans = [describe(number, layer) for number, layer in enumerate(layers)]
@@ -102,10 +109,12 @@ def _write_store(
     stale = [
         file
         for file in _ours(folder)
-        if overwrite or file.name.endswith(".partial") or file.name in redone
+        if overwrite or (copy is None and file.suffix == ".partial") or file.name in redone
     ]
     needed = (sum if then is None else max)([0, *map(file_bytes, unfinished)])
     free = free_disk_bytes(folder) + sum(file.stat().st_size for file in stale)
+    if copy is not None:  # it goes on with what it has
+        free += sum(f.stat().st_blocks * 512 for f in _ours(folder) if f.suffix == ".partial")
     if needed > free:  # before anything is discarded: the old store may be the only one
         raise StreamError(
             f"{folder}: packing needs {needed:,} bytes and {free:,} are free; nothing was written"
@@ -114,7 +123,10 @@ def _write_store(
         file.unlink()
     for i, (layer, plan) in enumerate(zip(layers, plans, strict=True)):
         if done[i] is None:
-            yield from _write_layer(layer, plan, folder)
+            path = folder / plan["file"]
+            yield from (copy or _copy_layer)(layer, plan, partial_name(path))
+            partial_name(path).replace(path)
+            sync_folder(folder)
             write_json(sidecar(folder, plan), {"source": source, "layer": plan})
         else:
             plan["checksums"] = done[i]
@@ -172,6 +184,45 @@ def use_store(
         check_size(folder, mine, "pack again")
     for layer, mine, theirs in zip(layers, expected, stored, strict=True):
         relocate(layer, mine, folder, read_check(theirs["checksums"]) if verify_reads else None)
+
+
+def check_mirrors(folder: Path, mirrors: Sequence[str]) -> None:
+    """Check that the layers in mirrors of a store were packed with it, by its checksums.
+
+    Args:
+        folder: the store, as `use_store` accepted it.
+        mirrors: folders that may hold some of its files, or none.
+
+    Raises:
+        CheckpointError: a mirror has files of the store without its manifest, or of another store.
+    """
+    source, stored = _read_manifest(folder / MANIFEST)
+    for mirror in map(Path, mirrors):
+        held = [entry for entry in stored if (mirror / entry["file"]).is_file()]
+        if not held:
+            continue
+        file = mirror / MANIFEST
+        theirs_source, theirs = _read_manifest(file)
+        for entry in held:
+            if theirs_source != source or entry not in theirs:
+                raise CheckpointError(
+                    f"{mirror / entry['file']}: was not packed together with {folder} ({file} "
+                    "differs): remove it, and let streamexperts mirror write it again"
+                )
+
+
+def layer_files(folder: Path) -> dict[Path, list[tuple[str, int, int]]]:
+    """A store's files, each with the experts that it holds: layer, expert, bytes.
+
+    Raises:
+        CheckpointError: not a finished store, or a file is missing.
+    """
+    files = {}
+    for entry in _read_manifest(folder / MANIFEST)[1]:
+        check_size(folder, entry, "pack again")
+        experts = [(entry["name"], n, entry["used"]) for n in range(entry["experts"])]
+        files[folder / entry["file"]] = experts
+    return files
 
 
 def check_size(folder: Path, plan: dict[str, Any], advice: str) -> None:
@@ -314,14 +365,13 @@ def sidecar(folder: Path, plan: dict[str, Any]) -> Path:
     return folder / f"{plan['file']}.json"
 
 
-def _write_layer(layer: ExpertLayer, plan: dict[str, Any], folder: Path) -> Iterator[int]:
-    """Copy a layer, expert by expert, and add the checksums to its entry."""
-    path, sums = folder / plan["file"], []
-    partial = path.with_name(path.name + ".partial")
+def _copy_layer(layer: ExpertLayer, plan: dict[str, Any], path: Path) -> Iterator[int]:
+    """Copy a layer from the checkpoint's files, expert by expert."""
+    sums = []
     block = bytearray(plan["stride"])  # the padding after the last part stays zero
     sources = {f: os.open(f, os.O_RDONLY) for f in expert_files([layer])}
     try:
-        with partial.open("wb") as out:
+        with path.open("wb") as out:
             for expert in range(layer.experts):
                 for part in plan["parts"]:
                     stored = layer.tensors[part["name"]].stored
@@ -345,8 +395,6 @@ def _write_layer(layer: ExpertLayer, plan: dict[str, Any], folder: Path) -> Iter
     finally:
         for fd in sources.values():
             os.close(fd)
-    partial.replace(path)
-    sync_folder(folder)
     plan["checksums"] = sums
 
 
@@ -424,9 +472,7 @@ def _xxhash() -> Any:
     try:
         import xxhash
     except ImportError as e:
-        raise StreamError(
-            "checksums need the xxhash library: pip install 'mlx-streamexperts[pack]'"
-        ) from e
+        raise StreamError("checksums need the xxhash library: pip install xxhash") from e
     return xxhash
 
 

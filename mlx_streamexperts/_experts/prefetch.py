@@ -316,6 +316,13 @@ def _surroundings(model: nn.Module, path: str) -> tuple[str, nn.Module | None, n
     return ".".join(parts[: numbers[-1]]), node, norm
 
 
+def gate_of(model: nn.Module, layer: ExpertLayer) -> nn.Module | None:
+    """The router beside a layer's experts; None if it is not where families have it."""
+    _, block, _ = _surroundings(model, layer.name)
+    gates = [block[name] for name in _GATES if name in block] if block is not None else []
+    return gates[0] if gates and isinstance(gates[0], nn.Module) else None
+
+
 def _scores(answers: list[Any], indices: mx.array, experts: int) -> mx.array | None:
     """The chosen experts' scores in a gate's answer: logits of all experts, or of the chosen."""
     for answer in answers[-1:]:

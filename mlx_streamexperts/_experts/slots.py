@@ -183,8 +183,22 @@ class ExpertSlots:
         self.tensors = {n: replace(t, stored=stored[n]) for n, t in self.tensors.items()}
         self.as_packed = as_packed
 
-    def open(self, slots: int, reader: ExpertReader, policy: str, in_place: bool) -> None:
-        """Replace all slots by `slots` empty ones."""
+    def open(
+        self, slots: int, reader: ExpertReader, policy: str, in_place: bool, keep: bool = False
+    ) -> None:
+        """Replace all slots by `slots` empty ones.
+
+        Args:
+            slots: experts that fit.
+            reader: reads the experts.
+            policy: name of the cache's policy.
+            in_place: read straight into MLX's arrays.
+            keep: move the most useful experts to the new slots. Both are in memory meanwhile.
+        """
+        old, held = self.cache, list[list[memoryview]]()
+        if keep := keep and in_place and self.bank.in_place:
+            self._settle()
+            held = [self.bank.destinations(slot) for slot in range(self.bank.slots)]
         self._empty()  # before the new ones are allocated: the budget holds throughout
         self._reader = reader
         if len(self._small_rows) < len(self.small):
@@ -197,16 +211,24 @@ class ExpertSlots:
         self.cache = ExpertCache(self.experts, slots, policy, self.pinned)
         before, self.bank = self.bank, Bank(self.slot_tensors, self.cache.slots, in_place)
         self.bank.inherit_readers(before)  # they may read run-ahead's tables, which stay
+        for expert, slot in self.cache.succeed(old).items() if keep else ():
+            into = self.bank.destinations(int(self.cache.slot_of[expert]))
+            for memory, bytes_of_it in zip(into, held[slot], strict=True):
+                memory[:] = bytes_of_it
 
     def close(self) -> None:
         """Free the memory, once nothing writes to it."""
         self._empty()
         self.bank = Bank({}, 0, in_place=True)
 
-    def _empty(self) -> None:
+    def _settle(self) -> None:
+        """End all reads: every expert in the map is in its slot then."""
         self._check_whole()
         self._awaited.abandon()
         self.drain()
+
+    def _empty(self) -> None:
+        self._settle()
         self.bank.free()
 
     def begin(self, needed: Sequence[int], keep: Sequence[int] = ()) -> Arrivals:

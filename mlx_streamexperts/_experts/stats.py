@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .._cache.expert_map import CacheStats
+from .._cache.lossy import LossyStats
+from .._config import format_size
 from .._io.reader import ReadStats
 from .rows import RowStats
 from .slots import PrefetchStats
@@ -32,6 +34,8 @@ class StreamStats:
         run_ahead: outcomes of steps that did not wait for every layer's indices.
         rows: rows of tables that are looked up by token; `read` includes their reads.
         beats: pieces of small work that kept the GPU awake; see the option `keep_awake`.
+        given_back: bytes of the planned expert cache that other programs have now; see `pressure`.
+        lossy: experts that lossy passes left out; all zero if the model is exact.
     """
 
     cache: CacheStats
@@ -47,6 +51,64 @@ class StreamStats:
     run_ahead: RunAheadStats
     rows: RowStats
     beats: int = 0
+    given_back: int = 0
+    lossy: LossyStats = field(default_factory=LossyStats)
+
+    def __str__(self) -> str:
+        """The lines that a command prints at its end."""
+        return "\n".join(f"{label}: {text}" for label, text in self.lines())
+
+    def lines(self, resident: str = "", waiting: str = "") -> list[tuple[str, str]]:
+        """What a summary says about the cache and the reads: labels and texts.
+
+        Args:
+            resident: goes after the hit rate, such as " with 25% resident".
+            waiting: goes after the seconds that were waited, such as ", 4% of the time".
+        """
+        if self.layer_hit_rates and self.resident_layers == len(self.layer_hit_rates):
+            return [("Experts", "all resident, nothing was streamed")]
+        lines = [
+            (
+                "Experts",
+                f"{self.cache.hit_rate:.1%} hit rate{resident} ({self.cache.compulsory} first "
+                f"uses, {self.cache.capacity} misses after eviction)",
+            ),
+            (
+                "Read",
+                f"{format_size(self.read.bytes)} in {self.read.reads} reads, "
+                f"waited {self.read.wait_seconds:.3f} s{waiting}",
+            ),
+        ]
+        if drives := self.read.drive_bytes:
+            total = max(1, sum(drives.values()))
+            parts = [f"{format_size(n)} ({n / total:.0%}) from {d}" for d, n in drives.items()]
+            if self.read.moved:
+                parts.append(f"{self.read.moved} reads moved from a drive that failed or hung")
+            lines.append(("Drives", ", ".join(parts)))
+        if (ran := self.run_ahead).steps:
+            lines.append(
+                (
+                    "Run-ahead",
+                    f"saved {ran.speculated} waits for the device, {ran.synced} were left; "
+                    f"{ran.exact_at_once} of {ran.steps} steps exact at once, "
+                    f"{ran.passes / ran.steps:.2f} passes per step",
+                )
+            )
+        if self.prefetch.issued:
+            lines.append(
+                (
+                    "Prefetch",
+                    f"{self.prefetch.issued} experts, {self.cache.prefetched} used "
+                    f"({self.prefetch.late} of them late), {self.cache.wasted} wasted, "
+                    f"{self.prefetch.cancelled} cancelled; delayed demand reads by "
+                    f"{self.read.delay_seconds:.3f} s; {self.prefetching_layers} of "
+                    f"{len(self.layer_hit_rates)} layers prefetch",
+                )
+            )
+        if self.beats:
+            what = f"by {self.beats} small matmuls while nothing else ran"
+            lines.append(("Kept awake", what))
+        return lines
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain numbers, for JSON."""

@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .._cache.expert_map import CacheStats, LayerNeed, fewest_slots, share_slots
+from .._cache.lossy import LossyStats, Ways
 from .._closing import Closing
 from .._config import StreamConfig, format_size, parse_size
 from .._distributed.pipeline import Stage
@@ -25,6 +26,7 @@ from .._distributed.ranks import Ranks
 from .._distributed.watch import Watch
 from .._errors import BudgetError, CheckpointError, StreamError, UnsupportedModelError
 from .._io.files import allow_open, direct_works
+from .._io.mirrors import find_mirrors
 from .._io.reader import ExpertReader, ReadStats
 from .._listeners import Listeners
 from .._memory.budget import Plan, check_resize, experts_per_token
@@ -46,7 +48,9 @@ from .follower import Follower
 from .hot_set import read_hot_set, read_in, save_hot_set
 from .keep_awake import KeepAwake
 from .layer import OVERLAPS, PHASES, ExpertLayer
+from .lossy import LossyRun
 from .prefetch import SMALL_EXPERT_BYTES
+from .pressure import PressureWatch
 from .rows import Rows
 from .slots import PrefetchStats
 from .speculative.runahead import RunAhead, RunAheadStats
@@ -79,7 +83,10 @@ class ExpertStream(Closing):
         token_rows: tokens that the model knows; None if its own code does not tell.
         on_pass: hear of the model's passes.
         folder: the checkpoint's; None for a model that did not come from a folder.
+        lossy: what passes leave out; None for a model that was loaded exact.
     """
+
+    lossy: LossyRun | None = None
 
     folder: Path | None = None
 
@@ -104,10 +111,18 @@ class ExpertStream(Closing):
         hot = read_hot_set(layers, Path(config.hot_set)) if config.hot_set else []
         _let_go(layers)
         files = sorted({*expert_files(layers), *self._rows.files})
-        allow_open(len(files), str(Path(files[0]).parent))
-        marks = _marks(files)
+        marks, mirrors = _marks(files), None
+        if config.mirrors:
+            mirrors = find_mirrors(
+                files, config.mirrors, marks, self.bypasses_page_cache, config.threads
+            )
+            for drive in mirrors.drives:
+                if config.bypass_page_cache == "on" and not drive.files.direct:
+                    raise StreamError(_cannot_bypass(drive.folder))
+        copies = mirrors.copies if mirrors is not None else 0
+        allow_open(len(files) + copies, str(Path(files[0]).parent))
         self._reader = ExpertReader(
-            config.threads, parse_size(config.read_size), self.bypasses_page_cache, marks
+            config.threads, parse_size(config.read_size), self.bypasses_page_cache, marks, mirrors
         )
         self.run_ahead: RunAhead | None = None
         self.on_pass = Listeners[PassListener]()
@@ -119,6 +134,8 @@ class ExpertStream(Closing):
         self._cpu_streams = CpuStreams(config.cores)
         self._timers: dict[int, StepTimer] = {}  # by the size of an expert
         self._keep_awake: KeepAwake | None = None
+        self._pressure: PressureWatch | None = None
+        self._given_back = 0  # bytes of the planned cache; `plan` has what is left
         hold_limits(self, plan, config.wired == "auto")
         try:
             self._keep_awake = self._make_keep_awake()
@@ -128,6 +145,8 @@ class ExpertStream(Closing):
             if hot:
                 read_in(layers, hot, config.progress)
                 self._reader.stats = ReadStats()
+            if config.pressure == "auto":
+                self._pressure = PressureWatch(self)
         except BaseException:
             self.close()
             raise
@@ -156,6 +175,8 @@ class ExpertStream(Closing):
             run_ahead=RunAheadStats(**asdict(self.run_ahead.stats) if self.run_ahead else {}),
             rows=self._rows.stats(),
             beats=self._keep_awake.beats if self._keep_awake is not None else 0,
+            given_back=self._given_back,
+            lossy=self.lossy.stats() if self.lossy is not None else LossyStats(),
         )
 
     def reset(self) -> None:
@@ -165,6 +186,8 @@ class ExpertStream(Closing):
         if self.run_ahead is not None:
             self.run_ahead.stats = RunAheadStats()
         self._rows.reset()
+        if self.lossy is not None:
+            self.lossy.reset()
         self._reader.stats = ReadStats()
         if self._keep_awake is not None:
             self._keep_awake.beats = 0
@@ -182,11 +205,17 @@ class ExpertStream(Closing):
             A context manager. The file exists when it is closed, or this stream is.
 
         Raises:
-            StreamError: this stream is closed, or another recording into that file is under way.
+            StreamError: this stream is closed, another recording into that file is under way, or
+                the model is lossy.
             OSError: the file cannot be created.
             UnsupportedModelError: the model has no experts.
         """
         refuse_without_experts(self.layers, "A trace records which experts were chosen")
+        if self.lossy is not None:
+            raise StreamError(
+                f"{path}: a trace records what routers choose, and this model was loaded with "
+                f"lossy={self.config.lossy!r}, which leaves experts out; load it exact to record"
+            )
         return self._record(lambda: Trace(path, self.layers, self.plan))
 
     def timeline(self, path: str | os.PathLike[str]) -> Timeline:
@@ -270,9 +299,11 @@ class ExpertStream(Closing):
         reserve = parse_size(self.config.reserve) if self.config.reserve else 0
         with self._change():
             self._check_open()
-            bound = check_resize(self.plan, taken, reserve, held_bytes() - self.held_bytes())
+            plan = replace(self.plan, bound=self.plan.bound + self._given_back)
+            bound = check_resize(plan, taken, reserve, held_bytes() - self.held_bytes())
             self._open(slots)
-            self.plan = replace(self.plan, cache=taken, slots=tuple(slots), bound=bound)
+            self.plan = replace(plan, cache=taken, slots=tuple(slots), bound=bound)
+            self._given_back = 0
             hold_limits(self, self.plan, self.config.wired == "auto")
 
     def make_room(self, needed: int, what: str, instead: str) -> None:
@@ -319,6 +350,51 @@ class ExpertStream(Closing):
             hold_limits(self, self.plan, self.config.wired == "auto")
 
     @property
+    def given_back(self) -> int:
+        """Bytes of the planned expert cache that other programs have now."""
+        return self._given_back
+
+    @property
+    def planned_cache(self) -> int:
+        """Bytes of the expert cache while nothing is given back."""
+        return self.plan.cache + self._given_back
+
+    @property
+    def most_given_back(self) -> int:
+        """Bytes that the expert cache can do without: all but the experts of one token."""
+        least = sum(max(n.minimum, n.top_k) * n.expert_bytes for n in self.needs())
+        return max(0, self.planned_cache - least)
+
+    def give_back(self, nbytes: int) -> None:
+        """Leave a part of the planned expert cache to other programs from now on.
+
+        Layer by layer, with the most useful experts kept where both sizes of a layer fit into what
+        the cache had.
+
+        Args:
+            nbytes: bytes, at most `most_given_back`; 0 takes all of it again.
+
+        Raises:
+            StreamError: there is no memory to take; the cache has the size that it had.
+        """
+        with self._change():
+            if self._closed:
+                return
+            planned = self.planned_cache
+            slots = share_slots(planned - min(nbytes, self.most_given_back), self.needs())
+            taken = sum(n * x.expert_bytes for n, x in zip(slots, self.layers, strict=True))
+            try:
+                self._open(slots, keep=True)
+            except BaseException:
+                self._open(self.plan.slots, keep=True)  # a layer that failed is closed otherwise
+                raise
+            # The bound falls too, so that no longer context takes what is given back.
+            bound = self.plan.bound + self._given_back - (planned - taken)
+            self.plan = replace(self.plan, cache=taken, slots=tuple(slots), bound=bound)
+            self._given_back = planned - taken
+            hold_limits(self, self.plan, self.config.wired == "auto")
+
+    @property
     def reader(self) -> ExpertReader:
         """Reads the experts; for diagnosis, not part of the stable interface."""
         return self._reader
@@ -330,6 +406,8 @@ class ExpertStream(Closing):
         """
         if self._freed:
             return
+        if self._pressure is not None:
+            self._pressure.close()  # first: it waits for a change that is under way
         with self._change():
             self._closed = True
             with ExitStack() as steps:  # run in reverse order; each of them can be repeated
@@ -403,8 +481,14 @@ class ExpertStream(Closing):
         with self._changing, self.run_ahead.paused() if self.run_ahead else nullcontext():
             yield
 
-    def _open(self, slots: Sequence[int]) -> None:
-        """Give each layer its number of slots, and read in layers that fit entirely."""
+    def _open(self, slots: Sequence[int], keep: bool = False) -> None:
+        """Give each layer its number of slots, and read in layers that fit entirely.
+
+        Args:
+            slots: of each layer.
+            keep: move experts to the new slots where that takes no more than the cache before or
+                after, and go on counting.
+        """
         shrink, grow = [], []
         for layer, count in zip(self.layers, slots, strict=True):
             whole = count == layer.experts
@@ -412,19 +496,38 @@ class ExpertStream(Closing):
                 grow.append((layer, count))
             elif count < layer.cache.slots or layer.closed:  # closed: an interrupted resize
                 shrink.append((layer, count))
+        held = sum(x.cache.slots * x.expert_bytes for x in self.layers)
+        after = sum(n * x.expert_bytes for n, x in zip(slots, self.layers, strict=True))
+        most = max(held, after)
         total = sum(x.experts * x.expert_bytes for x, count in grow if count == x.experts)
-        with progress_bar("Loading experts", bool(self.config.progress and total), total) as bar:
+        shown = bool(self.config.progress and total and not keep)
+        with progress_bar("Loading experts", shown, total) as bar:
             for layer, count in shrink:
-                self._open_layer(layer, count)
+                new = count * layer.expert_bytes
+                before = layer.cache.slots * layer.expert_bytes
+                with layer.lock:
+                    counted = layer.cache.stats
+                    self._open_layer(layer, count, keep and held + new <= most)
+                    if keep:
+                        layer.cache.stats = counted
+                        mx.clear_cache()  # at once: other programs wait for it
+                held += new - before
             mx.clear_cache()  # before other layers grow, so that all stays within the budget
             for layer, count in grow:
+                new, whole = count * layer.expert_bytes, count == layer.experts
+                before = layer.cache.slots * layer.expert_bytes
                 with layer.lock:  # no call may see it half-filled
-                    self._open_layer(layer, count)
-                    for nbytes in layer.load_all() if count == layer.experts else ():
+                    counted = layer.cache.stats
+                    self._open_layer(layer, count, keep and not whole and held + new <= most)
+                    for nbytes in layer.load_all() if whole else ():
                         bar.update(nbytes)
-        self._reader.stats = ReadStats()
+                    if keep:
+                        layer.cache.stats = counted
+                held += new - before
+        if not keep:
+            self._reader.stats = ReadStats()
 
-    def _open_layer(self, layer: ExpertLayer, slots: int) -> None:
+    def _open_layer(self, layer: ExpertLayer, slots: int, keep: bool = False) -> None:
         overlaps = {"auto": OVERLAPS, "on": OVERLAPS[-1:], "off": OVERLAPS[:1]}[self.config.overlap]
         small = layer.expert_bytes < SMALL_EXPERT_BYTES
         likely = "halves" if small and len(overlaps) > 1 else overlaps[-1]
@@ -434,7 +537,7 @@ class ExpertStream(Closing):
             self._timers[layer.expert_bytes] = timer
         layer.open(
             slots, self._reader, self.config.policy, timer, self._guard, self._cpu_streams,
-            self.in_place, awake,
+            self.in_place, awake, keep,
         )  # fmt: skip
 
     def _make_keep_awake(self) -> KeepAwake | None:
@@ -450,11 +553,17 @@ class ExpertStream(Closing):
         wanted = {"auto": mx.default_device() != mx.cpu, "on": True, "off": False}
         if not (wanted[self.config.run_ahead] and self.in_place and self.layers):
             return None
+        lossy = Ways.parse(self.config.lossy)
+        if lossy is not None and lossy.prefer:  # stand-ins are chosen on the host
+            if self.config.run_ahead == "on":
+                _log.warning("run_ahead does not work with lossy prefer: each router is awaited")
+            return None
         top_k = max(need.top_k for need in self.needs())
         always = self.config.run_ahead == "on"
         return RunAhead(
-            self.layers, top_k, self._guard, lambda: self._reader.stats.wait_seconds, always
-        )
+            self.layers, top_k, self._guard, lambda: self._reader.stats.wait_seconds, always,
+            lossy is not None,
+        )  # fmt: skip
 
     def _decide_bypass(self) -> bool:
         if self.config.bypass_page_cache == "off":
@@ -463,10 +572,7 @@ class ExpertStream(Closing):
         possible = all(direct_works(Path(f)) for f in files[:1])
         if self.config.bypass_page_cache == "on":
             if not possible:
-                raise StreamError(
-                    f"bypass_page_cache='on', but the file system of {files[0]} cannot read past "
-                    "the page cache; use 'auto' or 'off'"
-                )
+                raise StreamError(_cannot_bypass(files[0]))
             return True
         # A page cache competes with the expert cache for memory, as others have measured. If it has
         # room for all experts that are not in slots, it makes misses cheap instead.
@@ -537,6 +643,13 @@ def refuse_without_experts(layers: Sequence[object], why: str) -> None:
 def unwritten(layers: Sequence[ExpertLayer]) -> bool:
     """Are there experts that are in no file, because the checkpoint must be converted first?"""
     return any(not t.stored.files for x in layers for t in x.tensors.values())
+
+
+def _cannot_bypass(file: str) -> str:
+    return (
+        f"bypass_page_cache='on', but the file system of {file} cannot read past the page cache; "
+        "use 'auto' or 'off'"
+    )
 
 
 def _let_go(layers: Sequence[ExpertLayer]) -> None:

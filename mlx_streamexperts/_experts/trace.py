@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
@@ -22,7 +22,9 @@ from .._closing import Closing
 from .._errors import StreamError
 from .._io.output import UNWRITTEN, claim, release, whole
 from .._memory.budget import Plan
-from .layer import ExpertLayer
+
+if TYPE_CHECKING:
+    from .layer import ExpertLayer
 
 _SIZES = ("model_type", "trunk", "active_bytes_per_token", "top_k")
 

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -39,6 +39,7 @@ INDEX = "model.safetensors.index.json"
 MOVED = "model-experts-moved-to-a-packed-store.safetensors"
 """A note, see moved.py: no shard. Every library that reads shards stops at it."""
 CONVERSION = "convert.json"  # a conversion writes this file first and config.json last
+PACKING = "packing.json"  # so does packing a repository of the Hub
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,21 @@ class ExpertTable:
             tuple(e.offset for e in entries),
             tuple(e.name for e in entries),
         )
+
+
+def extents(tables: Iterable[ExpertTable], experts: Iterable[int]) -> list[tuple[str, int, int]]:
+    """The parts of files that hold experts: file, begin, end; neighbours joined."""
+    chosen = list(experts)
+    parts = sorted(
+        (t.files[n], t.offsets[n], t.offsets[n] + t.row_bytes) for t in tables for n in chosen
+    )
+    joined: list[tuple[str, int, int]] = []
+    for file, begin, end in parts:
+        if joined and joined[-1][0] == file and begin <= joined[-1][2]:
+            joined[-1] = file, joined[-1][1], max(end, joined[-1][2])
+        else:
+            joined.append((file, begin, end))
+    return joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +255,8 @@ def check_model_folder(folder: Path) -> None:
     reason = "not a model folder"
     if (folder / CONVERSION).is_file():
         reason = "a conversion into this folder is unfinished; run the same command again to go on"
+    elif (folder / PACKING).is_file():
+        reason = "packing into this folder is unfinished; run the same command again to go on"
     raise CheckpointError(f"{folder / 'config.json'} is missing: {reason}")
 
 

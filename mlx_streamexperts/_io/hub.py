@@ -6,22 +6,23 @@ true size, so that all code that reads the headers of a local folder can read th
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
 
-from huggingface_hub import HfFileSystem
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from mlx_lm.utils import hf_repo_to_path
 
 from .._errors import CheckpointError
-from .checkpoint import MAX_HEADER_BYTES
+from .checkpoint import MAX_HEADER_BYTES, is_shard
+from .remote import HUB_ERRORS, Repository, first_line
 
-_HUB_ERRORS: Any = HfHubHTTPError.__bases__  # the HTTP library's: no connection, for example
-SMALL_FILES = (".json", ".py", ".jinja", ".txt", ".model", ".tiktoken")
+_REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w./-]+)?")  # ORG/NAME, @REVISION; else a path
+_HEADER_GUESS = 1 << 20  # a header of a few hundred kilobytes is one request
+SMALL_FILES = (".json", ".jsonl", ".py", ".jinja", ".txt", ".model", ".tiktoken")
 
 
 @contextmanager
@@ -35,11 +36,12 @@ def fetching(path_or_hf_repo: str | Path, otherwise: str) -> Iterator[None]:
     Raises:
         CheckpointError: something cannot be fetched.
     """
+    if not _REPOSITORY.fullmatch(str(path_or_hf_repo)) and not Path(path_or_hf_repo).exists():
+        raise CheckpointError(f"{path_or_hf_repo}: there is no such folder")
     try:
         yield
-    except (*_HUB_ERRORS, HFValidationError, OSError) as e:
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise CheckpointError(f"{path_or_hf_repo} {otherwise}: {reason}") from e
+    except (*HUB_ERRORS, HFValidationError, OSError) as e:
+        raise CheckpointError(f"{path_or_hf_repo} {otherwise}: {first_line(e)}") from e
 
 
 @contextmanager
@@ -64,9 +66,9 @@ def headers_only(path_or_hf_repo: str) -> Iterator[tuple[Path, bool]]:
     folder = Path(tempfile.mkdtemp(prefix="mlx-streamexperts-headers-"))
     try:
         with fetching(
-            path_or_hf_repo, "is neither a model folder nor a repository whose headers can be had"
+            path_or_hf_repo, "is neither a model folder nor a repository that can be fetched"
         ):
-            _fetch(path_or_hf_repo, folder)
+            fetch_headers(Repository(path_or_hf_repo), folder)
         yield folder, False
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -82,24 +84,25 @@ def _local(path_or_hf_repo: str) -> Path | None:
         return None
 
 
-def _fetch(repo: str, folder: Path) -> None:
-    hub = HfFileSystem()
-    for entry in cast(list[dict[str, Any]], hub.ls(repo, detail=True)):
-        name, size = Path(entry["name"]).name, int(entry["size"] or 0)
-        if entry["type"] != "file":
-            continue
-        if name.startswith("model") and name.endswith(".safetensors"):
-            # Blocks of 1 MiB: a header of a few hundred kilobytes is one request.
-            with hub.open(entry["name"], "rb", block_size=1 << 20) as remote:
-                start = remote.read(8)
-                length = int.from_bytes(start, "little")
-                if length > min(MAX_HEADER_BYTES, max(0, size - 8)):
-                    raise CheckpointError(
-                        f"{repo}/{name}: the header claims {length} bytes; not a safetensors file"
-                    )
-                header = remote.read(length)
+def fetch_headers(repository: Repository, folder: Path) -> None:
+    """Write a repository's headers and small files into a folder; other bytes are holes.
+
+    Raises:
+        CheckpointError: a header is not what it claims to be, or as `Repository.read`.
+    """
+    for name, file in sorted(repository.files.items()):
+        if is_shard(name):
+            data = repository.read(name, 0, min(_HEADER_GUESS, file.size))
+            end = 8 + int.from_bytes(data[:8], "little")
+            if end > min(8 + MAX_HEADER_BYTES, file.size):
+                raise CheckpointError(
+                    f"{repository.name}/{name}: the header claims {end - 8} bytes; not a "
+                    "safetensors file"
+                )
+            if end > len(data):
+                data += repository.read(name, len(data), end)
             with (folder / name).open("wb") as local:
-                local.write(start + header)
-                local.truncate(size)
-        elif name.endswith(SMALL_FILES) and size < MAX_HEADER_BYTES:
-            (folder / name).write_bytes(hub.cat_file(entry["name"]))
+                local.write(data[:end])
+                local.truncate(file.size)
+        elif name.endswith(SMALL_FILES) and file.size < MAX_HEADER_BYTES:
+            (folder / name).write_bytes(repository.read(name))

@@ -151,7 +151,7 @@ def check_options(
 def _check_drafts(model: nn.Module, caches: list[Any]) -> None:
     if not drafts(caches):
         raise UnsupportedModelError(
-            f"--draft-model (draft_model=) does not work with {family(model)}: rejected draft "
+            f"draft_model (--draft-model) does not work with {family(model)}: rejected draft "
             f"tokens cannot be removed from its cache ({_names(caches)}); run without it"
         )
 

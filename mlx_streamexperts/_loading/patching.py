@@ -234,7 +234,7 @@ def _sharded_load(
     if pipeline_group is None and tensor_group is not None and tensor_group.size() > 1:
         raise UnsupportedModelError(
             f"{repo}: with tensor parallelism every machine would read a piece of every expert. "
-            "Streamed models are divided by layers: use --pipeline"
+            "Streamed models are divided by layers: use pipeline=True (--pipeline)"
         )
     group = pipeline_group or tensor_group or mx.distributed.init()
     folder = part_of_repository(repo, active.config, group, trust_remote_code)

@@ -86,7 +86,7 @@ def require(folder: Path) -> Any:
             raise
         raise StreamError(
             f"{folder}: this model loads through mlx-vlm, which is not installed: "
-            "pip install 'mlx-streamexperts[vlm]'"
+            "pip install 'mlx-vlm>=0.7.8,<0.8'"
         ) from e
 
 

@@ -42,7 +42,7 @@ _TOP_K_KEYS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Division of a memory budget over a model. All sizes in bytes.
 
@@ -76,6 +76,7 @@ class Plan:
             all ranks. Else 0.
         tables: tables looked up by token that stay on the drive; not part of `trunk`.
         row_cache: memory for rows of them. It is not MLX's.
+        weight_bits: bits of a weight with its share of scales, as config.json states them.
         resident_share: fraction of all expert bytes that fits into the cache, 0 to 1; 1 if there
             are none.
     """
@@ -106,6 +107,7 @@ class Plan:
     context_stated: bool = False
     tables: int = 0
     row_cache: int = 0
+    weight_bits: float = 4.5
 
     @property
     def longest_context(self) -> int:
@@ -220,7 +222,7 @@ class Plan:
             f"{bound}trunk {format_size(self.trunk)} + "
             + (f"expert cache {format_size(self.cache)} + " if self.experts else "")
             + (f"row cache {format_size(self.row_cache)} + " if self.tables else "")
-            + f"KV {format_size(self.kv)} + work space {format_size(self.work)}"
+            + f"KV {format_size(self.kv)} + work space {format_size(self.work)}{self._rest()}"
             + (
                 f"; {self.resident_share:.0%} of {format_size(self.experts)} of experts resident, "
                 f"{min(self.slots)} to {max(self.slots)} slots a layer"
@@ -229,6 +231,19 @@ class Plan:
             )
             + (f"; {format_size(self.tables)} of tables stay on the drive" if self.tables else "")
         )
+
+    def __repr__(self) -> str:
+        return f"<Plan: {self}>"
+
+    def _rest(self) -> str:
+        """What else a stated budget is for, so that its parts add up."""
+        if self.memory is None:
+            return ""
+        rest = self.memory - self.trunk - self.cache - self.row_cache - self.kv - self.work
+        process = self.bound - self.mlx_bound - self.row_cache
+        parts = {"other models": self.reserve, "Python": process}
+        parts["unplanned"] = rest - sum(parts.values())
+        return "".join(f" + {what} {format_size(n)}" for what, n in parts.items() if n >= 1000)
 
 
 @dataclass(frozen=True)
@@ -306,8 +321,8 @@ def divide(
             raise BudgetError(
                 f"memory={format_size(memory)} is too small: {parts}"
                 + (f" and the fewest experts that {len(layers)} layers work with" if layers else "")
-                + f" need {least:,} bytes ({format_size(least)}). Smaller --context-tokens or "
-                "--prefill-tokens need less.",
+                + f" need {least:,} bytes ({format_size(least)}). Smaller context_tokens or "
+                "prefill_tokens need less.",
                 needed_bytes=least,
             )
         cache = memory - fixed - process
@@ -340,6 +355,7 @@ def divide(
         context_stated=config.context_tokens is not None,
         tables=sizes.tables,
         row_cache=sizes.row_cache,
+        weight_bits=weight_bits(model_config),
     )
 
 
@@ -352,6 +368,16 @@ def text_config(model_config: dict[str, Any]) -> dict[str, Any]:
     """The language model's part of a configuration (multimodal ones nest it)."""
     inner = model_config.get("text_config")
     return {**model_config, **inner} if isinstance(inner, dict) else model_config
+
+
+def weight_bits(model_config: dict[str, Any]) -> float:
+    """Bits of a weight with its share of scales and biases, as config.json states them."""
+    stated = model_config.get("quantization")
+    if isinstance(stated, dict) and isinstance(bits := stated.get("bits"), int) and bits > 0:
+        group = stated.get("group_size")
+        extra = 32 if stated.get("mode", "affine") == "affine" else 8
+        return bits + extra / (group if isinstance(group, int) and group > 0 else 64)
+    return 32.0 if "32" in str(text_config(model_config).get("torch_dtype")) else 16.0
 
 
 def experts_per_token(model_config: dict[str, Any], experts: int) -> int:

@@ -24,6 +24,9 @@ class Machine:
         drive_share: part of `drive_rate` that reads of experts may reach: low, high. (1, 1) for a
             measured rate.
         sync_share: part of `sync_seconds` that the best case counts. 1 for a measured time.
+        arithmetic_rate: operations/s in products of matrices, which limit long prompts; 0 if it is
+            not known.
+        arithmetic_share: part of it that prompts reach: low, high. (1, 1) for a measured rate.
     """
 
     name: str
@@ -35,6 +38,8 @@ class Machine:
     layer_seconds: float = 250e-6
     drive_share: tuple[float, float] = (1.0, 1.0)
     sync_share: float = 1.0
+    arithmetic_rate: float = 0.0
+    arithmetic_share: tuple[float, float] = (1.0, 1.0)
 
 
 # GB/s of memory by Apple's specifications. The chips with two figures: see `_SLOWER`.
@@ -57,6 +62,17 @@ _DRIVE_GB_S: dict[str, tuple[float, ...]] = {
     "Ultra": (5.4, 5.4, 5.4),
 }
 
+
+# Operations/s of the GPU in 10^12: float32 by specification, with the most cores. M5's cores have
+# matrix units; Apple states four times M4's rate, and MLX's prompts were 3.3 to 4.1 times
+# as fast there.
+_ARITHMETIC_T: dict[str, tuple[float, ...]] = {
+    "": (2.6, 3.6, 4.1, 4.6, 18.0),
+    "Pro": (5.3, 6.8, 7.4, 9.3, 37.0),
+    "Max": (10.6, 13.6, 16.3, 18.4, 74.0),
+    "Ultra": (21.2, 27.2, 32.6),
+}
+_ARITHMETIC_SHARE = (0.3, 0.7)
 
 DRIVE_SHARE = (0.75, 1.1)
 """Of a drive's sequential rate, what reads of experts reach. Decoding here reached 0.75 to 0.92 of
@@ -86,9 +102,22 @@ def apple_machine(chip: str, memory_gb: int) -> Machine:
     drive = _DRIVE_GB_S[kind][number]
     name = f"{chip} {memory_gb} GB"
     return Machine(
-        name, memory_gb * 10**9, rate * 1e9, drive * 1e9, drive_share=DRIVE_SHARE, sync_share=0.5
+        name,
+        memory_gb * 10**9,
+        rate * 1e9,
+        drive * 1e9,
+        drive_share=DRIVE_SHARE,
+        sync_share=0.5,
+        arithmetic_rate=_ARITHMETIC_T[kind][number] * 1e12,
+        arithmetic_share=_ARITHMETIC_SHARE,
     )
 
+
+# What people write around a chip's name.
+_WORDS = set(
+    re.findall(r"\w+", "apple mac macbook imac air pro mini studio book with and of the a ram")
+)
+_WORDS |= {"memory", "unified", "chip", "gpu", "cpu"}
 
 NAMED_MACHINES: dict[str, Machine] = {
     m.name: m
@@ -113,22 +142,29 @@ def named_machine(name: str) -> Machine:
     """
     if name in NAMED_MACHINES:
         return NAMED_MACHINES[name]
-    form = r"(?:apple )?m(\d)[ -]?(pro|max|ultra)?(?:[ ,/-]*(\d+) ?(?:gb?|gib)?)?"
-    match = re.fullmatch(form, " ".join(name.lower().split()))
-    if match is None:
+    said = re.sub(r"[,/()-]", " ", name.lower())
+    found = re.search(r"\bm(\d+) ?(pro|max|ultra)?(?![a-z])", said)
+    rest = said if found is None else f"{said[: found.start()]} {said[found.end() :]}"
+    cores = r"\d+ ?(?:cores?|inch)\b"
+    sizes = re.findall(r"(\d+) ?(tb?|gb?|gib|)(?![\w.])", re.sub(cores, " ", rest))
+    words = re.sub(r"[\d.]+ ?(?:[tg]i?b?)?(?![a-z])", " ", re.sub(cores, " ", rest)).split()
+    if found is None or len(sizes) > 1 or set(words) - _WORDS:
         raise StreamError(
-            f"unknown machine {name!r}: write a chip and its memory, as in 'M4 Max 128 GB'; "
-            f"or choose of {', '.join(NAMED_MACHINES)}"
+            f"unknown machine {name!r}: write a chip and its memory, as in 'M4 Max 128 GB'"
         )
-    chip = f"M{match[1]} {(match[2] or '').title()}".strip()
-    if match[3] is None:
+    chip = f"M{found[1]} {(found[2] or '').title()}".strip()
+    known = _DRIVE_GB_S.get((found[2] or "").title(), ())
+    if not 1 <= int(found[1]) <= len(known):
+        raise StreamError(
+            f"{name!r}: no figures of an Apple {chip} are known here, only of M1 to "
+            f"M{len(_DRIVE_GB_S[''])} (also Pro, Max) and M1 to M{len(_DRIVE_GB_S['Ultra'])} Ultra"
+        )
+    if not sizes:
         raise StreamError(f"{name!r}: how much memory? Write for example '{chip} 64 GB'")
-    try:
-        if not 8 <= (memory := int(match[3])) <= 1024:
-            raise StreamError(f"{name!r}: no Mac has {memory} GB of memory")
-        return apple_machine(chip, memory)
-    except (KeyError, IndexError) as e:
-        raise StreamError(f"{name!r}: no figures of an Apple {chip} are known here") from e
+    memory = int(sizes[0][0]) * (1024 if sizes[0][1].startswith("t") else 1)
+    if not 8 <= memory <= 1024:
+        raise StreamError(f"{name!r}: no Mac has {memory} GB of memory")
+    return apple_machine(chip, memory)
 
 
 def parse_rate(text: str, latency: float) -> tuple[float, float]:

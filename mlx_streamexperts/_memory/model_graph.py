@@ -20,7 +20,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
-from mlx_lm.models import cache as stock
 
 from .._hooks import intercept, logits_of, swapped_in_thread
 from .footprint import FLOOR_BYTES, Footprint, LayerCache, kept_tokens, leaves, whole_steps
@@ -134,7 +133,7 @@ def _caches(model: nn.Module) -> tuple[tuple[tuple[LayerCache, ...], ...], int]:
     found, logits = [], 0
     for tokens in _CACHED:
         fresh = copied(model)
-        caches: list[Any] = stock.make_prompt_cache(fresh)
+        caches = _empty_caches(fresh)
         result = logits_of(fresh(mx.zeros((1, tokens), mx.int32), cache=caches))
         logits = result.nbytes // tokens
         found.append(caches)
@@ -253,7 +252,7 @@ def _graph_size(
 
 def _filled(model: nn.Module, tokens: int, capacity: int) -> list[Any]:
     """Caches with `tokens` tokens and room for `capacity`; nothing of them is evaluated."""
-    caches: list[Any] = stock.make_prompt_cache(model)
+    caches = _empty_caches(model)
     if tokens == 0:
         return caches
     known = all(type(c).__name__ in _KNOWN for c in leaves(caches))
@@ -355,3 +354,11 @@ def _standing_in(switches: Sequence[tuple[nn.Module, int]]) -> Iterator[list[mx.
     finally:
         for module, kind in kinds:
             module.__class__ = kind
+
+
+def _empty_caches(model: nn.Module) -> list[Any]:
+    """A model's empty KV caches."""
+    from mlx_lm.models.cache import make_prompt_cache  # here: plans from sizes alone do without
+
+    made: list[Any] = make_prompt_cache(model)
+    return made

@@ -1,7 +1,7 @@
 """Files of a folder, each holding the parts of one prefix.
 
     8 bytes     length of the header
-    header      JSON: format, key, parent, the arrays with their checksums; then its own checksum
+    header      JSON: format, name, parent, the arrays with their checksums; then its own checksum
     arrays      one after the other, from multiples of 64
 
 A file is written under another name and renamed, so that kill -9 leaves no half of one. Each array
@@ -20,6 +20,7 @@ import os
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,17 +29,19 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from .._config import format_size
 from .._osinfo import free_disk_bytes
 
-FORMAT = 1
+FORMAT = 2
 SUFFIX = ".prefix"
 KEEP_FREE_BYTES = 2 * 10**9
 """Left on the drive by whatever is written."""
 
 _UNFINISHED = (".body", ".partial")
 _ALIGN, _STALE_SECONDS, _MOST_HEADER = 64, 3600.0, 1 << 28
+_PROBATION = 10  # the share of a folder that entries may take before they were used: one in 10
 _log = logging.getLogger(__name__)
 
 
@@ -81,24 +84,70 @@ class Entry:
             raise DamagedError(f"{self.file}: {name}: {e!r}") from e
 
 
+@dataclass(frozen=True)
+class Head:
+    """What is known of an entry without its arrays.
+
+    Attributes:
+        parent: the entry whose first `begin` tokens come before this one's; None if it begins.
+        begin, end: which tokens of the prompt it holds.
+        tokens: these, [end - begin].
+        kinds: of its caches.
+        grows: they consist of rows alone, so that fewer tokens than `end` can be used.
+        aligned: they were computed in whole chunks from the beginning.
+        made: when it was written; a file's own time is later once it was used.
+    """
+
+    parent: str | None
+    begin: int
+    end: int
+    tokens: npt.NDArray[np.int64]
+    kinds: list[str]
+    grows: bool
+    aligned: bool
+    made: int
+
+    def as_header(self) -> dict[str, Any]:
+        return {**vars(self), "tokens": self.tokens.tolist()}
+
+    @classmethod
+    def of(cls, header: dict[str, Any]) -> Head:
+        known = {name: header[name] for name in cls.__dataclass_fields__}
+        return cls(**{**known, "tokens": np.array(known["tokens"], np.int64)})
+
+
 class Entries:
     """The entries of a folder.
 
     Args:
         folder: is created, for this user alone.
-        most_bytes: what all files may take; the least recently used go first.
+        most_bytes: what all files may take; see `_make_room`.
+
+    Attributes:
+        evicted: entries that this object deleted to make room.
     """
 
     def __init__(self, folder: Path, most_bytes: int) -> None:
         self.folder, self.most_bytes = folder, most_bytes
-        self._count = 0
+        self._count = self.evicted = 0
+        self._heads: dict[str, dict[str, Head]] = {}  # by model and name: files never change
 
-    def names(self, model: str) -> set[str]:
-        """Names of a model's entries that are there now."""
+    def heads(self, model: str) -> dict[str, Head]:
+        """A model's entries that are there now, by name."""
+        names: set[str] = set()
         with suppress(OSError):
             found = os.listdir(self.folder / model)
-            return {f.removesuffix(SUFFIX) for f in found if f.endswith(SUFFIX)}
-        return set()
+            names = {f.removesuffix(SUFFIX) for f in found if f.endswith(SUFFIX)}
+        known = self._heads.setdefault(model, {})
+        for name in known.keys() - names:
+            del known[name]
+        for name in names - known.keys():
+            if (entry := self.open(model, name)) is not None:
+                try:
+                    known[name] = Head.of(entry.header)
+                except (KeyError, TypeError, ValueError) as e:
+                    self.delete(entry.file, e)
+        return known
 
     def open(self, model: str, name: str) -> Entry | None:
         """An entry; None if it is not there or damaged. A damaged one is deleted."""
@@ -106,10 +155,9 @@ class Entries:
         try:
             with file.open("rb") as f:
                 data = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
-            os.utime(file)  # it was used now
             length = int.from_bytes(data[:8], "little")
             raw, digest = data[8 : 8 + length], bytes(data[8 + length : 40 + length])
-            if length > _MOST_HEADER or hashlib.sha256(raw).digest() != digest:
+            if length > min(_MOST_HEADER, len(data)) or hashlib.sha256(raw).digest() != digest:
                 raise DamagedError(f"{file}: its header is damaged")
             header = json.loads(bytes(raw))
             if (header["format"], header["name"], header["model"]) != (FORMAT, name, model):
@@ -121,20 +169,33 @@ class Entries:
             self.delete(file, e)
             return None
 
+    def used(self, entry: Entry) -> None:
+        """Note that an entry was used now."""
+        now = max(int(time.time()), entry.header["made"] + 1)
+        with suppress(OSError):
+            os.utime(entry.file, (now, now))
+
     def delete(self, file: Path, why: Exception) -> None:
         """Delete a damaged entry: its prefix is computed again."""
-        _log.warning(f"{why}: deleted, its prefix is computed again")
+        said = str(why) if str(file) in str(why) else f"{file}: {why}"
+        _log.warning(f"{said}: deleted, its prefix is computed again")
         with suppress(OSError):
             file.unlink()
 
     def write(
-        self, model: str, name: str, header: dict[str, Any], arrays: Iterable[tuple[str, mx.array]]
+        self,
+        model: str,
+        name: str,
+        head: Head,
+        more: dict[str, Any],
+        arrays: Iterable[tuple[str, mx.array]],
     ) -> int:
         """Write an entry, then delete what is too much. A full drive costs this entry only.
 
         Args:
             model, name: where it goes.
-            header: what is known besides the arrays.
+            head: what it holds.
+            more: what its header says besides.
             arrays: evaluated one by one.
 
         Returns:
@@ -147,7 +208,9 @@ class Entries:
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             file.parent.mkdir(mode=0o700, exist_ok=True)
-            size = self._write(partial, body, {**header, "model": model, "name": name}, arrays)
+            header = {**more, **head.as_header(), "model": model, "name": name}
+            size = self._write(partial, body, header, arrays)
+            os.utime(partial, (head.made, head.made))
             partial.rename(file)
             self._make_room()
             return size
@@ -201,19 +264,43 @@ class Entries:
             )
 
     def _make_room(self) -> None:
-        """Delete the least recently used entries, and what killed processes left."""
-        entries = []
+        """Delete entries that are too much, and what killed processes left.
+
+        Only an entry that no other builds on may go: a conversation before the system prompt that
+        others share with it. Of those, entries that were never used go first, as long as they take
+        more than a tenth of the folder (else new ones would go before their second request); then
+        the least recently used.
+        """
+        sizes: dict[tuple[str, str], int] = {}
+        times: dict[tuple[str, str], float] = {}
         for file, stat in self._files():
+            key = file.parent.name, file.name.removesuffix(SUFFIX)
             if file.suffix == SUFFIX:
-                entries.append((stat.st_mtime, stat.st_size, file))
+                sizes[key], times[key] = stat.st_size, stat.st_mtime
             elif file.suffix in _UNFINISHED and stat.st_mtime < time.time() - _STALE_SECONDS:
                 file.unlink(missing_ok=True)
-        over = sum(size for _, size, _ in entries) - self.most_bytes
-        for _, size, file in sorted(entries):
-            if over <= 0:
-                break
-            file.unlink(missing_ok=True)
-            over -= size
+        over = sum(sizes.values()) - self.most_bytes
+        if over <= 0:
+            return
+        heads = {(m, n): h for m in {m for m, _ in sizes} for n, h in self.heads(m).items()}
+        children = Counter((m, h.parent) for (m, _), h in heads.items())
+        ends = {k for k in sizes if not children[k]}
+        unused = {k for k in ends if k in heads and times[k] <= heads[k].made}
+        while over > 0 and ends:
+            rare = unused if sum(sizes[k] for k in unused) > self.most_bytes // _PROBATION else ends
+            key = min(rare, key=lambda k: (times[k], sizes[k]))
+            (self.folder / key[0] / (key[1] + SUFFIX)).unlink(missing_ok=True)
+            self.evicted += 1
+            over -= sizes[key]
+            ends.discard(key)
+            unused.discard(key)
+            if key in heads and heads[key].parent is not None:
+                parent = key[0], heads[key].parent
+                children[parent] -= 1
+                if not children[parent] and parent in sizes:
+                    ends.add(parent)
+                    if times[parent] <= heads[parent].made:
+                        unused.add(parent)
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         for file in self.folder.glob("*/*"):

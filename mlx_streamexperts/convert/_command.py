@@ -1,16 +1,7 @@
-"""Rewrite an original checkpoint once, into the form that this package streams.
-
-python -m mlx_streamexperts.convert --model ./original --out ./converted
-python -m mlx_streamexperts.convert --model ./original --out ./converted -q --q-bits 4
-
-Original Hugging Face checkpoints store experts one by one, fused (gate_up_proj), packed as int4 or
-as FP8. The result has the same bits as that of mlx_lm.convert, but needs only the memory of a few
-experts. Run the same command again after an interruption: whole shards are kept.
-"""
+"""The command `convert`: _options.py says what it does."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import os
@@ -24,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.convert import MODEL_CONVERSION_DTYPES, QUANT_RECIPES
 from mlx_lm.utils import save_config
 
-from .._cli.options import add_output_arguments, failed
+from .._cli.options import failed
 from .._config import StreamConfig, format_size, parse_size
 from .._errors import CheckpointError, StreamError
 from .._io.checkpoint import (
@@ -46,6 +36,7 @@ from .._loading.libraries import require_mlx_lm
 from .._loading.load import resolve
 from .._osinfo import free_disk_bytes
 from .._progress import progress_bar
+from ._options import setup_arg_parser
 from ._rewrite import Options, Rewrite
 from ._shards import Shard, ShardWriter, lay_out
 
@@ -294,42 +285,6 @@ def _bounded_mlx_cache() -> Iterator[None]:
         yield
     finally:
         mx.set_cache_limit(before)
-
-
-def setup_arg_parser() -> argparse.ArgumentParser:
-    """The command line's options; those of mlx_lm.convert mean the same as there."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mlx_streamexperts.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--model", required=True, help="the original: model folder or Hugging Face repository"
-    )
-    parser.add_argument("-q", "--quantize", action="store_true", help="quantize the weights")
-    parser.add_argument(
-        "--q-bits", type=int, help="bits per weight (default: the mode's, affine 4)"
-    )
-    parser.add_argument(
-        "--q-group-size", type=int, help="group size (default: the mode's, affine 64)"
-    )
-    parser.add_argument(
-        "--q-mode",
-        choices=("affine", "mxfp4", "nvfp4", "mxfp8"),
-        default="affine",
-        help="quantization mode (default: affine)",
-    )
-    parser.add_argument("--quant-predicate", choices=QUANT_RECIPES, help="mixed-bit recipe")
-    parser.add_argument(
-        "--dtype",
-        choices=MODEL_CONVERSION_DTYPES,
-        help="element type of unquantized weights (default: config.json's, or as stored)",
-    )
-    parser.add_argument(
-        "--shard-size", default="5GB", help="limit of an output file's size (default: 5GB)"
-    )
-    add_output_arguments(parser, "the new model folder", "another conversion")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ Reads headers and times a few reads and kernels; it never reads weights otherwis
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,10 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from .._analysis.catalogue import KNOWN_MODELS
 from .._analysis.machines import Link, RankPlan, other_files, plan_ranks, predict_ranks
-from .._analysis.measure import DriveRate, drive_rates, layer_seconds, memory_rate, sync_seconds
+from .._analysis.measure import (
+    DriveRate,
+    Place,
+    arithmetic_rate,
+    expert_rate,
+    layer_seconds,
+    memory_rate,
+    sync_seconds,
+)
 from .._analysis.predict import (
     REPORTED,
     Prediction,
@@ -28,16 +38,18 @@ from .._analysis.predict import (
 from .._config import StreamConfig, from_arguments, parse_size
 from .._errors import BudgetError, StreamError
 from .._experts.bank import in_place_works
-from .._experts.stream import expert_files
+from .._experts.stream import unwritten
+from .._io.checkpoint import extents
 from .._io.files import direct_works
 from .._io.hub import headers_only
 from .._loading.demo import demo_model
 from .._loading.discover import DiscoveredModel, discover
-from .._memory.budget import Plan, check_device, default_memory
+from .._memory.budget import Plan, check_device, default_memory, weight_bits
 from .._memory.hardware import NAMED_MACHINES, Machine, named_machine, parse_rate
 from .._osinfo import apple_budget, apple_limit, device_limit, device_memory_bytes, free_disk_bytes
 
-_DEPTHS = (1, 4, 8, 16)
+_LONGEST = 3600  # seconds of reading
+_MEASURED_EXPERTS = 2048  # at random; an expert of 77 kB or more: no drive's cache holds them
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,7 @@ class Measured:
     in_place: bool  # kernels see bytes that were written into arrays
     drive: list[DriveRate]  # empty if the weights are not here
     page_cache_bypassed: bool
+    page_cache: DriveRate | None = None  # the same reads through it, as it is; None if unmeasured
 
 
 @dataclass(frozen=True)
@@ -117,10 +130,12 @@ def examine(args: argparse.Namespace) -> Examination:
     with headers_only(name) as (folder, downloaded):
         found = _discover(folder, config, args)
         if machines:
-            return Examination(name, [_on_machine(found, config, m, args) for m in machines])
+            verdicts = [_on_machine(found, config, m, args) for m in machines]
+            # A repository that is in this machine's cache is still a download for that machine.
+            return Examination(name, verdicts, downloaded=Path(name).exists())
         plan = found.plan(config)
         check_device(plan, device_limit(plan.bound), config.oversubscribe)
-        here, measured = _measure(found, downloaded)
+        here, measured = _measure(found, downloaded, config, args.drive_seconds)
         here = _with_drive(here, args.drive)
         verdict = _verdict(plan, here, config, args)
         return Examination(name, [verdict], measured, downloaded, free_disk_bytes(folder))
@@ -162,7 +177,8 @@ def examine_machines(args: argparse.Namespace) -> list[MachineExamination]:
     machines = _named_machines(_names(args))
     if not machines:
         with headers_only(str(demo_model())) as (folder, downloaded):
-            here, measured = _measure(_discover(folder, config, args), downloaded)
+            demo = _discover(folder, config, args)
+            here, measured = _measure(demo, downloaded, config, args.drive_seconds)
             machines = [here]
     found = []
     for machine in (_with_drive(m, args.drive) for m in machines):
@@ -224,31 +240,69 @@ def _verdict(
     )
 
 
-def _measure(found: DiscoveredModel, downloaded: bool) -> tuple[Machine, Measured]:
-    """Measure what decides the speed here; the drive only if the weights are on it."""
-    expert_bytes = max((x.expert_bytes for x in found.layers), default=0)
-    # No file holds experts that are still to be converted: any shard then stands for the drive.
-    names = expert_files(found.layers) or sorted(found.rows.files) or [str(f) for f in found.shards]
-    files = [(f, Path(f).stat().st_size) for f in names]
-    # A miss reads each part by itself, unless they lie side by side.
-    parts = len(found.layers[0].tensors) if found.layers else 1
-    read_bytes = max(4096, expert_bytes // parts)  # a row is less than a block of the drive
-    direct = downloaded and direct_works(Path(files[0][0]))
+def _measure(
+    found: DiscoveredModel, downloaded: bool, config: StreamConfig, seconds: float
+) -> tuple[Machine, Measured]:
+    """Measure what decides the speed here; the drive only if the weights are on it.
+
+    Args:
+        found: the model.
+        downloaded: whether its weights are here.
+        config: how it would be read.
+        seconds: of reads at the depth of the reader.
+    """
+    if not 0 < seconds <= _LONGEST:
+        raise StreamError(
+            f"--drive-seconds must be above 0 and at most {_LONGEST}, got {seconds:g}"
+        )
+    parts = _expert_parts(found, config) if downloaded else []
+    direct = downloaded and direct_works(Path(parts[0][0]))
+    rates: list[DriveRate] = []
+    cached = None
     if downloaded:
-        print(f"Measuring the drive at {len(_DEPTHS)} depths ...", file=sys.stderr, flush=True)
-    rates = drive_rates(files, read_bytes, _DEPTHS, direct) if downloaded else []
+        threads = config.with_defaults().threads
+        print(f"Measuring the drive for {seconds:g} s ...", file=sys.stderr, flush=True)
+        plan = ((1, min(1.0, seconds)), (threads, seconds))
+        rates = [expert_rate(parts, depth, direct, time) for depth, time in plan]
+        if direct:
+            cached = expert_rate(parts, threads, False, min(1.0, seconds))
     print("Measuring memory and the device ...", file=sys.stderr, flush=True)
-    best = max(rates, key=lambda r: r.rate, default=None)
     machine = Machine(
         name="this machine",
         memory=device_memory_bytes(),
         memory_rate=memory_rate(),
-        drive_rate=best.rate if best else 5e9,
+        drive_rate=rates[-1].sustained if rates else 5e9,
         drive_latency=rates[0].latency if rates else 100e-6,
         sync_seconds=sync_seconds(layers=max(1, len(found.layers))),
         layer_seconds=layer_seconds(),
+        arithmetic_rate=arithmetic_rate(weight_bits(found.model_config)),
     )
-    return machine, Measured(str(mx.default_device()), in_place_works(), rates, direct)
+    return machine, Measured(str(mx.default_device()), in_place_works(), rates, direct, cached)
+
+
+def _expert_parts(found: DiscoveredModel, config: StreamConfig) -> list[Place]:
+    """The reads of some of the model's experts, each no longer than `read_size`."""
+    longest = parse_size(config.with_defaults().read_size)
+    rng = np.random.default_rng(0)
+    parts: list[Place] = []
+    if not found.layers or unwritten(found.layers):
+        # Experts that are still to be converted are in no file, and a row is less than a drive's
+        # block. Any part of the files stands for them.
+        names = sorted(found.rows.files) or [str(f) for f in found.shards]
+        sizes = [(f, os.path.getsize(f)) for f in names]
+        size = max((x.expert_bytes // len(x.tensors) for x in found.layers), default=4096)
+        size = max(1, min(max(4096, size), longest, *(nbytes for _, nbytes in sizes)))
+        for _ in range(_MEASURED_EXPERTS):
+            file, nbytes = sizes[int(rng.integers(len(sizes)))]
+            begin = int(rng.integers(nbytes - size + 1))
+            parts.append((file, begin, begin + size))
+        return parts
+    for _ in range(_MEASURED_EXPERTS):
+        layer = found.layers[int(rng.integers(len(found.layers)))]
+        tables = [t.stored for t in layer.tensors.values()]
+        for file, begin, end in extents(tables, [int(rng.integers(layer.experts))]):
+            parts += [(file, at, min(end, at + longest)) for at in range(begin, end, longest)]
+    return parts
 
 
 @dataclass(frozen=True)
@@ -290,7 +344,8 @@ def examine_ranks(args: argparse.Namespace) -> RanksExamination:
     if not machines:
         with headers_only(name) as (folder, downloaded):
             found = _discover(folder, config.for_rank(0, args.ranks), args)
-            machines = [_measure(found, downloaded)[0]] * args.ranks
+            here, _ = _measure(found, downloaded, config, args.drive_seconds)
+            machines = [here] * args.ranks
     slots = [s for r in reversed(ranks) for s in r.plan.slots]  # rank 0 has the last layers
     link = Link(*parse_rate(args.link, Link.latency))
     hits = _hit_rate(args.trace, config, slots)

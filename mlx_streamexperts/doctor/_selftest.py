@@ -21,6 +21,7 @@ import mlx.core as mx
 
 from .._analysis.exactness import PLAIN
 from .._config import StreamConfig
+from .._experts.lossy import refuse_lossy
 from ._selfchecks import Lab, Outcome, ways_left, while_computing, written_bytes
 
 _KEPT = (
@@ -82,7 +83,11 @@ def selftest(
         config: options to test; sizes and folders among them are ignored.
         reads: a model folder on the drive to test; None for the embedded model's.
         begin: called before each check with its name and the number of checks.
+
+    Raises:
+        StreamError: the options are lossy.
     """
+    refuse_lossy(config.lossy, "a self-test")
     with tempfile.TemporaryDirectory() as work:
         checks = list_checks(Lab(Path(work), reads), config)
         for check in checks:

@@ -115,8 +115,10 @@ def limit(verdict: Verdict) -> str:
 def help_most(verdict: Verdict) -> str:
     """The change that would raise the speed most, as far as arithmetic can tell."""
     plan, machine, p = verdict.plan, verdict.machine, verdict.prediction
-    if p.limit != "drive" or not plan.experts:
+    if p.limit == "memory bandwidth" or not plan.experts:
         return "a smaller model or fewer bits; a faster drive would not."
+    if p.limit != "drive":
+        return "a model with fewer layers; neither fewer bits nor a faster drive would."
     half = replace(
         plan,
         experts=plan.experts // 2,
@@ -192,6 +194,17 @@ def _measured(measured: Measured, machine: Machine) -> Iterator[str]:
             f"{format_size(r.read_bytes)} in flight ({r.mean_depth:.1f} on average), "
             f"{1e3 * r.latency:.2f} ms each"
         )
+        if len(r.by_second) > 1:
+            yield (
+                f"  over {len(r.by_second)} s: {format_size(r.by_second[0])}/s in the first "
+                f"second, {format_size(r.by_second[-1])}/s in the last; predicted from the second "
+                f"half, {format_size(r.sustained)}/s"
+            )
+    if (cached := measured.page_cache) is not None:
+        yield (
+            f"The same reads through the page cache (some may be in it): "
+            f"{format_size(cached.rate)}/s at {cached.depth} in flight"
+        )
     if not measured.drive:
         yield "Drive: not measured, the weights are not here; 5 GB/s assumed"
     yield (
@@ -234,6 +247,10 @@ def _verdict(verdict: Verdict) -> Iterator[str]:
         f"  a token, likely: compute {1e3 * p.compute_seconds:.1f} ms + sync and "
         f"launches {1e3 * p.sync_seconds:.1f} ms + reads {1e3 * p.read_seconds:.1f} ms; "
         f"limited by: {p.limit}"
+    )
+    yield (
+        f"  a prompt of {p.prompt_tokens}, likely: reads {p.prompt_read_seconds:.3g} s + "
+        f"arithmetic {p.prompt_arithmetic_seconds:.3g} s"
     )
     for r in verdict.reported:
         off = p.tokens_per_s.likely / r.tokens_per_s

@@ -129,7 +129,7 @@ def _templates() -> Any:
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError as e:
-        raise StreamError("pages need jinja2: pip install 'mlx-streamexperts[report]'") from e
+        raise StreamError("pages need jinja2: pip install jinja2") from e
     found = Environment(
         loader=FileSystemLoader(DATA), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )

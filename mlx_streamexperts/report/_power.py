@@ -28,7 +28,7 @@ _REASONS = {
     "HwSlowdown": "heat or power, by the hardware",
 }
 _NO_LIBRARY = {
-    "Apple silicon": "zeus-apple-silicon is not installed: pip install 'mlx-streamexperts[power]'",
+    "Apple silicon": "zeus-apple-silicon is not installed: pip install zeus-apple-silicon",
     "NVML": "nvidia-ml-py is not installed; only NVIDIA cards need it",
 }
 

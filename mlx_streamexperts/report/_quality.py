@@ -1,12 +1,12 @@
 """Quality: streamed against stock, and the cost of lossy shortcuts.
 
-The package offers no lossy option. Fewer active experts and experts of fewer bits are tried here on
-the stock model, for the report only, so that others' figures can be weighed.
+A report is about exact results; `mlx_streamexperts.quality` measures the package's own lossy
+settings. Fewer active experts and experts of fewer bits are tried here on the stock model, so that
+others' figures can be weighed.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,38 +16,18 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from .._analysis.exactness import prefill_bound, relative_difference, same
+from .._analysis.quality import Choice, difference, logits, task_score
 from .._config import format_size
 from .._loading.lazy_load import original_load_model
 from .._osinfo import available_memory_bytes, device_memory_bytes
-from ._prompts import Choice, Prompt
+from ._prompts import Prompt
 from ._report import Exactness, Judged, Lossy, Model, Quality
 
-_MOST_NATS = 700.0  # whose exponential is still a number: a shortcut may be that bad
 _TOP_K = ("top_k", "num_experts_per_tok")
 _EXPERT_TABLES = (SwitchLinear, QuantizedSwitchLinear)
-
-
-def logits(model: nn.Module, tokens: Sequence[int], alone: int) -> np.ndarray:
-    """Logits after each token, float32 [T, V]: the last `alone` tokens decoded one by one."""
-    cache = make_prompt_cache(model)
-    split = max(1, len(tokens) - alone)
-    rows = []
-    for part in (tokens[:split], *([t] for t in tokens[split:])):
-        out = model(mx.array([part]), cache=cache)[0].astype(mx.float32)  # [T, V]
-        mx.eval(out)
-        rows.append(np.array(out))
-    return np.concatenate(rows)
-
-
-def log_probabilities(x: np.ndarray) -> np.ndarray:
-    """Log-probabilities of logits [T, V], in float64."""
-    wide = x.astype(np.float64)
-    wide -= wide.max(-1, keepdims=True)
-    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
 
 
 @dataclass(frozen=True)
@@ -72,38 +52,23 @@ class Exam:
         texts = [p.tokens for p in self.prompts]
         whole = [logits(model, t, self.alone) for t in texts]
         decoded = [logits(model, t[: self.alone], self.alone) for t in texts if decode]
-        right = sum(_choice(model, item) == item.right for item in self.items)
-        return Answers(whole, decoded, right / len(self.items))
+        return Answers(whole, decoded, task_score(model, self.items))
 
     def judge(self, reference: Answers, other: Answers) -> Judged:
         """How another model's answers differ from the reference's."""
         pairs = list(zip(reference.whole, other.whole, strict=True))
-        kl, first, losses = [], [], []
-        for (a, b), prompt in zip(pairs, self.prompts, strict=True):
-            p, q = log_probabilities(a), log_probabilities(b)
-            kl.append(np.maximum(0.0, (np.exp(p) * (p - q)).sum(-1)))
-            first.append(a.argmax(-1) == b.argmax(-1))
-            losses.append(-q[np.arange(len(prompt.tokens) - 1), prompt.tokens[1:]])
+        following = [p.tokens[1:] for p in self.prompts]
+        found = difference(reference.whole, other.whole, following)
         return Judged(
             identical=all(np.array_equal(a, b) for a, b in pairs),
             largest_difference=max(float(np.abs(a - b).max()) for a, b in pairs),
-            kl_nats=float(np.concatenate(kl).mean()),
-            same_first=float(np.concatenate(first).mean()),
-            perplexity=math.exp(min(_MOST_NATS, float(np.concatenate(losses).mean()))),
+            kl_nats=found.kl_nats,
+            same_first=found.same_first,
+            perplexity=found.perplexity,
             tokens=sum(len(p.tokens) for p in self.prompts),
             task_score=other.score,
             task_items=len(self.items),
         )
-
-
-def _choice(model: nn.Module, item: Choice) -> int:
-    """The choice whose tokens have the highest mean log-probability."""
-    means = []
-    for choice in item.choices:
-        found = log_probabilities(logits(model, item.context + choice, 0))
-        at = np.arange(len(item.context) - 1, len(item.context) + len(choice) - 1)
-        means.append(found[at, choice].mean())
-    return int(np.argmax(means))
 
 
 def exact(stock: Answers, streamed: Answers, dtype: mx.Dtype) -> Exactness:
@@ -120,7 +85,7 @@ def quality(folder: Path, model: Model, own: Answers, exam: Exam, bits: Sequence
     """The streamed model's answers against the stock model's, if that fits; see `shortcuts`."""
     mine = exam.judge(own, own)
     result = Quality(
-        False, mine.perplexity, mine.tokens, own.score, mine.task_items, None, None, [], ""
+        True, mine.perplexity, mine.tokens, own.score, mine.task_items, None, None, [], ""
     )
     needed = model.bytes + model.experts_bytes + (1 << 30)  # and the experts a second time
     have = min(available_memory_bytes(), device_memory_bytes())

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
+from .._analysis.quality import bundled_task
 from .._closing import Closing
 from .._config import DEFAULT_CONTEXT, StreamConfig, format_size
 from .._errors import StreamError
@@ -27,7 +28,7 @@ from . import _speed as speed
 from ._locality import locality
 from ._method import load_average, method
 from ._power import counted, find_sensors
-from ._prompts import Prompt, report_choices, report_prompts
+from ._prompts import Prompt, report_prompts
 from ._quality import Exam, quality
 from ._report import SCHEMA, VERSION, ColdStart, Drive, Power, Repeats, Report, Settings, Speed
 
@@ -74,11 +75,15 @@ def measure(
         with stream(model):
             for step in _measure(model, tokenizer, prompts, report):
                 begun.begin(step)
+                if step == "warming up":
+                    warm = time.perf_counter()
+                elif step == "decoding":
+                    begun.expect(_seconds_in_all(time.perf_counter() - warm, settings))
                 report.unfinished, report.seconds = step, time.perf_counter() - begin
                 yield report
             width = int(model(mx.array([[0]])).shape[-1])
             prompts = _cut(prompts, max(8, _LOGITS_BYTES // (4 * width * len(prompts))))
-            exam = Exam(prompts, report_choices(tokenizer, settings.items), settings.alone)
+            exam = Exam(prompts, bundled_task(tokenizer, settings.items), settings.alone)
             own = exam.ask(model)
         del model  # room for the stock model
         report.quality = quality(Path(folder), how.model, own, exam, settings.bits)
@@ -106,6 +111,14 @@ class _Step(Closing):
         self._name = name
         self._show()
 
+    def expect(self, seconds: float) -> None:
+        """Say how long the whole report will take."""
+        if self._lines or not self._bar.disable:
+            text = (
+                f"Report: about {max(1, round(seconds / 60))} minutes in all; Ctrl-C leaves a page "
+            )
+            self._bar.write(text + "of what was measured by then", file=sys.stderr)
+
     def reads_of(self, expert_stream: ExpertStream) -> None:
         """Show this stream's reads."""
         self._stream = expert_stream
@@ -123,6 +136,11 @@ class _Step(Closing):
         if self._lines:
             seconds = time.perf_counter() - self._begin
             print(f"Report: {text}, {seconds:.0f} s", file=sys.stderr, flush=True)
+
+
+def _seconds_in_all(warm_up: float, s: Settings) -> float:
+    """About how long a report takes, of which the warm-up generated each prompt once."""
+    return warm_up * (3 + 3 * s.repeats) + 60 * s.sustained + 4 * s.seconds * len(s.depths)
 
 
 def _cut(prompts: list[Prompt], tokens: int) -> list[Prompt]:

@@ -2,7 +2,8 @@
 
 import sys
 
+from .._cli.options import ended
 from . import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

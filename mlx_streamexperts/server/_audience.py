@@ -6,7 +6,7 @@ left: the others' prompts are in the same pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -16,9 +16,11 @@ class Waiting(Protocol):
 
     Attributes:
         context: mlx-lm's `GenerationContext` of the reply; None before there is one.
+        lossy: the level that was asked for; None for the server's.
     """
 
     context: Any
+    lossy: int | None
 
     def gone(self) -> bool:
         """Has it left?"""
@@ -48,3 +50,9 @@ class Audience:
         """Has everybody left? False between the blocks of `waiting`."""
         now = self._now
         return bool(now) and all(c is not None and c.gone() for c in now)
+
+
+def lowest(clients: Iterable[Waiting | None]) -> int | None:
+    """The lowest level of lossy passes that several clients agree to; None for the server's."""
+    asked = [c.lossy for c in clients if c is not None and c.lossy is not None]
+    return min(asked, default=None)

@@ -1,15 +1,8 @@
-"""Serve streamed models over HTTP: mlx_lm.server with all its options, and a memory budget.
-
-python -m mlx_streamexperts.server
-python -m mlx_streamexperts.server --model mlx-community/Kimi-K2.5 --memory 96GB --port 8080
-
-OpenAI's chat and completions at /v1, figures at /metrics (Prometheus), a live page at /.
-"""
+"""The command `server`: _options.py says what it does."""
 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import signal
 import sys
@@ -20,20 +13,14 @@ from dataclasses import replace
 from functools import partial
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm import server as stock
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-from .._cli.options import (
-    add_prefix_arguments,
-    check_prefix_arguments,
-    failed,
-    make_parser,
-    stream_settings,
-)
+from .._cli.options import check_prefix_arguments, failed
+from .._cli.settings import stream_settings
 from .._config import StreamConfig, parse_size
 from .._errors import StreamError
 from .._hooks import swapped
@@ -41,10 +28,13 @@ from .._io.files import room_for_clients
 from .._loading.combinations import Options, check_options
 from .._loading.load import patch, plan, resolve
 from ._audience import Audience
-from ._generation import GenerationThread, top_logprobs
+from ._context import ContextChoice, choose_context, start_line
+from ._generation import GenerationThread, logits_processors, top_logprobs
 from ._http import Handler, is_loopback
 from ._kv_admission import AdmittedBatch, BoundedPromptCache, KVAdmission
+from ._log import configure
 from ._models import ModelProvider
+from ._options import setup_arg_parser
 from ._request_counters import RequestCounters
 
 MOST_CONNECTIONS = 1024
@@ -58,46 +48,6 @@ _FULL = (
 _INSTEAD = (
     "mlx-vlm has a server of its own: python -m mlx_streamexperts.run mlx_vlm.server --model ..."
 )
-_KEY_VARIABLE = "STREAMEXPERTS_API_KEY"
-
-
-def setup_arg_parser() -> argparse.ArgumentParser:
-    """mlx-lm's options and ours."""
-    parser = make_parser(_stock_parser(), "python -m mlx_streamexperts.server", __doc__)
-    add_prefix_arguments(parser)
-    group = parser.add_argument_group("serving")
-    group.add_argument(
-        "--also-serve",
-        action="append",
-        default=[],
-        metavar="MODEL",
-        help="another model folder or repository that requests may name. It replaces the loaded "
-        "model, within the same budget. Can be given more than once",
-    )
-    group.add_argument(
-        "--api-key",
-        default=os.environ.get(_KEY_VARIABLE),
-        help="answer only requests that carry this bearer token. Default: "
-        f"${_KEY_VARIABLE}, which other users of this machine cannot see in the list of processes",
-    )
-    group.add_argument(
-        "--allow-host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="also answer requests whose Host header has this name. Without this option a server "
-        "on a loopback address answers loopback names only, and any other server answers every "
-        "name. Can be given more than once",
-    )
-    group.add_argument(
-        "--max-body", default="16MiB", help="longest request body (default: %(default)s)"
-    )
-    group.add_argument(
-        "--fetch-images",
-        action="store_true",
-        help="let requests make this server fetch images from http(s) URLs, as mlx_lm.server does",
-    )
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -108,12 +58,17 @@ def main(argv: list[str] | None = None) -> int:
         check_prefix_arguments(args)
         config, model = stream_settings(args, _INSTEAD)
         assert model is not None
+        if config.pressure is None:
+            config = replace(config, pressure="auto")
         served = _served(args.model, model, args.also_serve)
         aliases = dict(zip([args.model or model, *args.also_serve], served.values(), strict=True))
         for other in list(served.values())[1:]:
             check_options(other, config, Options.of(args), args.trust_remote_code)
         if len(served) > 1:
             config = _shared_budget(served, config, args.trust_remote_code)
+        choice = choose_context(list(served.values()), config, args.trust_remote_code)
+        if choice is not None:
+            config = replace(config, context_tokens=choice.tokens)
         args.model = model
         if not args.api_key and not is_loopback(args.host):
             print(
@@ -121,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
                 file=sys.stderr,
             )
         with patch(config=config), _interruptible():
-            _serve(args, served, aliases)
+            _serve(args, served, aliases, choice)
     except StreamError as e:
         return failed(e)
     except OSError as e:  # for example the address is in use
@@ -132,16 +87,24 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _serve(args: argparse.Namespace, served: dict[str, str], aliases: dict[str, str]) -> None:
+def _serve(
+    args: argparse.Namespace,
+    served: dict[str, str],
+    aliases: dict[str, str],
+    choice: ContextChoice | None,
+) -> None:
     """What mlx-lm's `main` does once it has parsed, with our parts; returns when it is stopped."""
     maybe_set_recommended_wired_limit()
-    logging.basicConfig(level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s")
+    configure(args.log_level, args.log_format)
     admission = KVAdmission()
     provider = ModelProvider(args, served, aliases, admission)
-    prompt_cache = BoundedPromptCache(admission, args.prompt_cache_size, provider=provider)
     audience = Audience()
+    prompt_cache = BoundedPromptCache(
+        admission, args.prompt_cache_size, provider=provider, audience=audience
+    )
     batch = partial(AdmittedBatch, admission=admission, audience=audience)
-    parts = {"BatchGenerator": batch}
+    processors = partial(logits_processors, make=stock._make_logits_processors)
+    parts = {"BatchGenerator": batch, "_make_logits_processors": processors}
     with swapped(stock, _format_top_logprobs=top_logprobs, **parts):
         generator = GenerationThread(provider, prompt_cache, RequestCounters(), audience)
         if mx.distributed.init().rank() > 0:
@@ -151,6 +114,7 @@ def _serve(args: argparse.Namespace, served: dict[str, str], aliases: dict[str, 
             folders = [Path(f) for f in set(served.values())]
             own = {
                 "_generator": generator,
+                "_choice": choice,
                 "connections": room_for_clients(MOST_CONNECTIONS, folders),
             }
             bound = type("Bound", (Server,), own)  # mlx-lm sets the address family on the class
@@ -162,7 +126,8 @@ def _serve(args: argparse.Namespace, served: dict[str, str], aliases: dict[str, 
 class Server(ThreadingHTTPServer):
     """Accepts connections at once, and answers them when the model is loaded."""
 
-    _generator: GenerationThread  # of a subclass
+    _generator: GenerationThread  # of a subclass, as is `_choice`
+    _choice: ContextChoice | None = None
     connections = MOST_CONNECTIONS
     request_queue_size = 128  # clients that may be asking for a connection at one moment
 
@@ -192,16 +157,25 @@ class Server(ThreadingHTTPServer):
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         try:
-            self._generator.ready.wait()
+            threading.Thread(target=self._when_ready, name="ready", daemon=True).start()
+            super().serve_forever(poll_interval)
             if self._generator.failure is not None:
                 raise self._generator.failure
-            host, port = str(self.server_address[0]), self.server_address[1]
-            host = f"[{host}]" if ":" in host else host
-            print(f"Serving at http://{host}:{port}", file=sys.stderr, flush=True)
-            super().serve_forever(poll_interval)
         finally:
             self._generator.stopping = True
             self.server_close()
+
+    def _when_ready(self) -> None:
+        """Tell that the model is loaded; if it could not be, end serving."""
+        self._generator.ready.wait()
+        if self._generator.failure is not None:
+            super().shutdown()
+            return
+        host, port = str(self.server_address[0]), self.server_address[1]
+        host = f"[{host}]" if ":" in host else host
+        opened = self._generator.model_provider.expert_stream
+        plan = opened.plan if opened else None
+        print(start_line(f"http://{host}:{port}", plan, self._choice), file=sys.stderr, flush=True)
 
     def shutdown(self) -> None:
         """Do nothing: mlx-lm calls this after serving has ended, and the original would wait."""
@@ -210,26 +184,6 @@ class Server(ThreadingHTTPServer):
         """Stay quiet about connections that broke."""
         if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)
-
-
-class _Built(BaseException):
-    """Ends mlx-lm's `main` when it would parse."""
-
-
-def _stock_parser() -> argparse.ArgumentParser:
-    """mlx-lm's parser, which its `main` builds and keeps to itself."""
-    built: list[argparse.ArgumentParser] = []
-
-    class Parser(argparse.ArgumentParser):
-        def parse_args(self, *args: Any, **options: Any) -> Any:
-            if not built:
-                built.append(self)
-                raise _Built
-            return super().parse_args(*args, **options)
-
-    with swapped(stock, argparse=SimpleNamespace(ArgumentParser=Parser)), suppress(_Built):
-        stock.main()
-    return built[0]
 
 
 @contextmanager

@@ -21,12 +21,15 @@ from typing import Any, NoReturn
 import mlx.core as mx
 from mlx_lm import server as stock
 
-from .._errors import PassStoppedError
+from .._errors import PassStoppedError, StreamError
 from .._progress import Progress
-from ._audience import Audience
+from .._structured.constraint import Constraint
+from .._structured.shape import Shape, ShapeError
+from ._audience import Audience, lowest
+from ._context import enough
 from ._kv_admission import KVAdmission
 from ._models import ModelProvider
-from ._refusals import BadRequestError, ClientGone, Refused, Started, generation_failed
+from ._refusals import Asked, BadRequestError, ClientGone, Refused, generation_failed
 from ._request_counters import RequestCounters
 
 _ALIVE_SECONDS = 1.0
@@ -199,10 +202,7 @@ class GenerationThread(stock.ResponseGenerator):
         known = self._tokenized.pop(id(request), None)
         if known is not None and known[0] is request:
             return known[1]
-        try:
-            result = super()._tokenize(tokenizer, request, args)
-        except Exception as e:  # the chat template failed, or does not know a role
-            raise BadRequestError(f"the prompt cannot be turned into tokens: {e}") from e
+        result = self._prompt(tokenizer, request, args)
         param = "messages" if request.request_type == "chat" else "prompt"
         prompt = result[0]
         if not prompt:
@@ -219,12 +219,60 @@ class GenerationThread(stock.ResponseGenerator):
                 raise BadRequestError(
                     f"the prompt has {len(prompt)} tokens, but this server has memory for "
                     f"{len(prompt) + limit} tokens of prompt and reply; shorten it, or start the "
-                    "server with a larger --context-tokens",
+                    f"server with --context-tokens {enough(len(prompt))} (and a larger --memory, "
+                    "if it then says that this is too small)",
                     param,
                 )
             args.max_tokens = min(args.max_tokens, limit)
+        self._hold_to_shape(args, tokenizer, prompt)
         self._try_out(args, tokenizer)
         return result
+
+    def _prompt(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        """The request's tokens as mlx-lm's `_tokenize` returns them, before any check of them."""
+        if isinstance(request.prompt, list):  # of tokens
+            return request.prompt, [request.prompt], ["assistant"], "normal", None
+        asks_effort = getattr(args, "effort", None) is not None
+        if asks_effort and "reasoning_effort" not in str(tokenizer.chat_template):
+            raise BadRequestError(
+                "reasoning_effort means nothing to this model's template; leave it out",
+                "reasoning_effort",
+            )
+        try:
+            return super()._tokenize(tokenizer, request, args)
+        except Exception as e:  # the chat template failed, or does not know a role
+            raise BadRequestError(f"the prompt cannot be turned into tokens: {e}") from e
+
+    def count_prompt(self, request: Any, args: Any) -> int:
+        """Tokens of a request's prompt, for a thread that waits for nothing else.
+
+        Raises:
+            Refused: its model is not loaded, or the prompt cannot be turned into tokens.
+        """
+        provider = self.model_provider
+        args.model.model = provider.served[args.model.model]
+        if not provider.is_loaded(args.model.model):
+            message = "the model is not loaded now; send a message, then count"
+            raise Refused(503, message, "not_loaded", "model")
+        try:
+            return len(self._prompt(provider.tokenizer, request, args)[0])
+        except BadRequestError as e:
+            raise Refused(400, str(e), "invalid_request", e.param) from e
+
+    def _hold_to_shape(self, args: Any, tokenizer: Any, prompt: list[int]) -> None:
+        """Let only those tokens through that keep the reply to the shape that was asked for."""
+        shape: Shape | None = getattr(args, "shape", None)
+        if shape is None:
+            return
+        if self.model_provider.draft_model is not None:
+            raise BadRequestError(f"{shape.param} does not work with --draft-model", shape.param)
+        try:
+            vocabulary = self.model_provider.vocabulary
+            args.constraint = Constraint(vocabulary, shape, prompt)
+        except ShapeError as e:
+            raise BadRequestError(f"{e.param} {e}", e.param) from e
+        except StreamError as e:
+            raise BadRequestError(f"{shape.param}: {e}", shape.param) from e
 
     def _try_out(self, args: Any, tokenizer: Any) -> None:
         """Build and call this request's sampler and logits processors once, outside the batch.
@@ -257,6 +305,9 @@ class GenerationThread(stock.ResponseGenerator):
         reply, asked, args = request
         client = self._clients.get(id(asked))
         single = _SingleReply(reply, client, self.admission)
+        expert_stream = self.model_provider.expert_stream
+        if expert_stream is not None and expert_stream.lossy is not None:
+            expert_stream.lossy.use_level(lowest([client]))
         with self.audience.waiting([client]):
             super()._serve_single((single, asked, args), *rest)
         restore_random_state()
@@ -302,7 +353,12 @@ class Client:
             and after.
         began: when the prompt began, and the bytes read until then.
         keep_alive: called about once a second while the client waits for a token.
+        lossy: the level that the request asked for; None for the server's.
+        first_token: seconds from the request to its first token; None before.
     """
+
+    lossy: int | None = None
+    first_token: float | None = None
 
     def __init__(self, generator: GenerationThread, connection: socket.socket) -> None:
         self.generator, self._connection = generator, connection
@@ -339,16 +395,22 @@ class Client:
         except (OSError, ValueError):
             return True
 
-    def generate(
-        self,
-        request: Any,
-        args: Any,
-        progress_callback: Callable[[int, int], None] | None = None,
-    ) -> NoReturn:
-        """Queue a request and wait until its prompt is taken.
+    def generate(self, request: Any, args: Any, progress_callback: Any = None) -> NoReturn:
+        """Called by mlx-lm's handler, whose part ends here.
 
         Raises:
-            Started: with the responses; these raise `ClientGone` once nobody waits for them.
+            Asked: with the arguments.
+        """
+        raise Asked(args)
+
+    def start(self, request: Any, args: Any) -> tuple[Any, Iterator[Any]]:
+        """Queue a request and wait until its prompt is taken.
+
+        Returns:
+            mlx-lm's `GenerationContext`, and its responses, one per token; these raise `ClientGone`
+            once nobody waits for them.
+
+        Raises:
             Refused: the request cannot be answered.
         """
         start = time.perf_counter()
@@ -357,7 +419,7 @@ class Client:
             if self.gone():
                 raise ClientGone
             if done >= 0:
-                logging.info(f"Prompt processing progress: {done}/{total}")
+                logging.debug(f"Prompt processing progress: {done}/{total}")
             if self.keep_alive is not None:
                 self.keep_alive(self.generator.progress(self))
 
@@ -373,7 +435,7 @@ class Client:
             raise Refused(400, str(e), "invalid_request", e.param) from e
         except Exception as e:
             raise generation_failed(e) from e
-        raise Started(context, self._counted(context, responses, start), args)
+        return context, self._counted(context, responses, start)
 
     def _counted(self, context: Any, responses: Iterator[Any], start: float) -> Iterator[Any]:
         """The responses, counted, until the client leaves."""
@@ -382,7 +444,7 @@ class Client:
             if first:
                 seconds = time.perf_counter() - start
                 counters.prompt(len(context.prompt), max(0, context.prompt_cache_count), seconds)
-                first = False
+                self.first_token, first = seconds, False
             counters.token()
             if self.gone():
                 raise ClientGone
@@ -397,8 +459,20 @@ def restore_random_state() -> None:
         mx.random.seed(time.time_ns())
 
 
+def logits_processors(args: Any, make: Callable[[Any], Any]) -> list[Any]:
+    """A request's logits processors: mlx-lm's, and the one that holds its reply to a shape.
+
+    Args:
+        args: mlx-lm's `GenerationArguments`.
+        make: mlx-lm's function for them.
+    """
+    constraint: Constraint | None = getattr(args, "constraint", None)
+    made = list(make(args) or ())
+    return made if constraint is None else [*made, constraint.processor()]
+
+
 def top_logprobs(logprobs: mx.array, count: int, tokenizer: Any) -> tuple[dict[str, Any], ...]:
-    """The likeliest tokens, best first; mlx-lm's own function returns them in no order.
+    """The likeliest tokens, best first, as far as they are possible; mlx-lm's have no order.
 
     Args:
         logprobs: of all tokens, [V].
@@ -414,4 +488,5 @@ def top_logprobs(logprobs: mx.array, count: int, tokenizer: Any) -> tuple[dict[s
     ids: Any = indices.tolist()
     values: Any = logprobs[indices].tolist()
     found = sorted(zip(ids, values, strict=True), key=lambda f: (-f[1], f[0]))
+    found = [f for f in found if f[1] > -mx.inf]  # JSON has no infinity
     return tuple({"id": i, "logprob": value} for i, value in found)

@@ -1,4 +1,4 @@
-"""The HTTP layer: routes, limits, keys, and replies in OpenAI's form.
+"""The HTTP layer: routes, limits and keys. The forms of requests and replies are in `_apis`.
 
 Requests for text are checked here and then answered through mlx-lm's own handler. Nothing in a
 request ever names a file that is opened.
@@ -15,8 +15,11 @@ import json
 import logging
 import re
 import socket
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import closing, suppress
+from copy import copy, deepcopy
 from email.message import Message
 from functools import cache
 from http import HTTPStatus
@@ -26,23 +29,40 @@ from urllib.parse import unquote, urlsplit
 
 from mlx_lm import server as stock
 
+from .._cache.lossy import Ways
 from .._errors import StreamError
 from .._progress import Progress
+from ._apis.anthropic import CountForm, MessagesForm
+from ._apis.form import Form, Usage
+from ._apis.ollama import VERSION, OllamaForm, show, tags
+from ._apis.openai import ChatForm, TextForm
+from ._apis.responses import ResponsesForm
+from ._choices import interleaved
 from ._generation import Client, GenerationThread
+from ._log import Answered, log
 from ._metrics import live, prometheus
-from ._refusals import ClientGone, Refused, Started, generation_failed
-from ._replies import Piece, Reply, completion_logprobs
-from ._request_checks import check_request
+from ._refusals import Asked, ClientGone, Refused, generation_failed
+from ._replies import Piece, Reply
+from ._request_checks import check_request, shape_of
 
 MOST_REQUESTS = 256
-"""Requests that may be running or waiting; more are refused with status 503."""
+"""Replies that may be running or waiting; more are refused with status 503."""
 
 _SOCKET_SECONDS = 60.0  # for a request to arrive; also how long a client may take nothing
 _SLOWEST = 64 << 10  # bytes/s that a body needs beyond those seconds
 _DRAIN_BYTES = 256 << 20  # read of a body that is too long, so that its client sees the answer
 _DRAIN_SECONDS = 5.0
 _MOST_DRAFTED = 64  # tokens; the pass that verifies them is as long, and no plan covers it
-_TEXT_PATHS = ("/v1/chat/completions", "/chat/completions", "/v1/completions")
+FORMS: dict[str, type[Form]] = {
+    "/v1/chat/completions": ChatForm,
+    "/chat/completions": ChatForm,
+    "/v1/completions": TextForm,
+    "/v1/responses": ResponsesForm,
+    "/v1/messages": MessagesForm,
+    "/v1/messages/count_tokens": CountForm,
+    "/api/chat": OllamaForm,
+}
+"""The API at each path that generates text."""
 
 
 @cache
@@ -94,6 +114,7 @@ class Handler(stock.APIHandler):
 
     # For errors before the request was parsed:
     path, command, requestline, request_version = "", "", "", "HTTP/1.0"
+    _form: Form = ChatForm("")
     headers = Message()
 
     response_generator: Any
@@ -108,6 +129,8 @@ class Handler(stock.APIHandler):
         self.generator = generator
         self.options = generator.cli_args
         self.began = False  # whether the reply has begun
+        self._answered: Answered | None = None  # the request for text under way
+        self.form_path = ""  # of the request, while mlx-lm's handler runs under a path of its own
         view: Any = Client(generator, request)
         super().__init__(view, request, *args, **options)
 
@@ -128,6 +151,8 @@ class Handler(stock.APIHandler):
                 body, policy = live_page()
                 headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
                 self._send(body, "text/html; charset=utf-8", headers)
+            elif self.path == "/health" and not self.generator.ready.is_set():
+                self._send_json({"status": "loading"}, 503)
             elif self.path == "/health":
                 super().do_GET()
             elif self.path == "/live.json":
@@ -136,6 +161,12 @@ class Handler(stock.APIHandler):
             elif self.path == "/metrics":
                 self._authorize()
                 self._send(*prometheus(self.generator))
+            elif self.path == "/api/tags":
+                self._authorize()
+                provider = self.generator.model_provider
+                self._send_json(tags({name: provider.served[name] for name in provider.listed}))
+            elif self.path == "/api/version":
+                self._send_json({"version": VERSION})
             elif self.path == "/v1/models" or self.path.startswith("/v1/models/"):
                 self._authorize()
                 self._send_models(unquote(self.path.removeprefix("/v1/models").lstrip("/")))
@@ -155,34 +186,58 @@ class Handler(stock.APIHandler):
             self._refuse(e)
 
     def do_POST(self) -> None:  # noqa: N802
-        """Check a request for text, then let mlx-lm's handler run it."""
+        """Check a request for text, let mlx-lm's handler run it, and log how it ended."""
+        begin = time.monotonic()
+        self._answered = Answered(self.address_string(), "POST", self.path)
+        self._answered.outcome = self._post()
+        self._answered.seconds = time.monotonic() - begin
+        log(self._answered)
+        self._answered = None
+
+    def _post(self) -> str:
+        """Answer a request for text; returns its outcome, one of `OUTCOMES`."""
         counters = self.generator.counters
         try:
             self._check_host()
-            self.path = _path_of(self.path)
+            self.path = self.form_path = _path_of(self.path)
+            form = FORMS.get(self.path)
+            if form is not None:
+                self._form = form(self.system_fingerprint)
             self._authorize()
-            if self.path not in _TEXT_PATHS:
+            if self.path == "/api/show":
+                self._form = OllamaForm(self.system_fingerprint)
+                self._show(self._body())
+                return ""  # of no text
+            if form is None:
                 raise Refused(404, f"there is no resource at {self.path[:200]}", "not_found")
-            chat = self.path != "/v1/completions"
-            asked = check_request(self._body(), self.options.fetch_images, chat)
+            asked = self._form.request(self._body())
+            asked = check_request(asked, self.options.fetch_images, self._form.chat)
+            self.response_generator.lossy = self._lossy(asked.pop("lossy", None))
             body = json.dumps(asked).encode()
-            if not counters.begin(MOST_REQUESTS):
+            replies = asked.get("n", 1) * len(asked.get("prompt", [""]))
+            if not counters.begin(MOST_REQUESTS, replies):
                 raise Refused(
-                    503, f"{MOST_REQUESTS} requests are under way; try again later", "overloaded"
+                    503, f"{MOST_REQUESTS} replies are under way; try again later", "overloaded"
                 )
         except Refused as e:
             counters.refused()
             self._refuse(e)
-            return
+            return "refused"
         except (ConnectionError, TimeoutError):
             counters.refused()
             self.close_connection = True
-            return
+            return "refused"
+        except Exception as e:
+            logging.exception("a request could not be read")
+            counters.refused()
+            self._refuse(generation_failed(e))
+            return "refused"
         outcome, rfile = "failed", self.rfile
         try:
             del self.headers["Content-Length"]
             self.headers["Content-Length"] = str(len(body))
             self.rfile = io.BytesIO(body)
+            self.path = "/v1/chat/completions" if self._form.chat else "/v1/completions"
             super().do_POST()
             outcome = "completed"
         except Refused as e:
@@ -201,9 +256,9 @@ class Handler(stock.APIHandler):
                 logging.exception("a request failed")
             self._refuse(generation_failed(e))
         finally:
-            self.rfile = rfile
-            self.response_generator.ended = True
-            counters.end(outcome)
+            self.rfile, self.path = rfile, self.form_path
+            counters.end(outcome, replies)
+        return outcome
 
     # Checks
 
@@ -225,6 +280,18 @@ class Handler(stock.APIHandler):
                     "(--allow-host adds names)",
                     "host_not_allowed",
                 )
+
+    def _lossy(self, level: int | None) -> int | None:
+        """The level to answer at; None for the server's own."""
+        stated = Ways.parse(self.options.lossy)
+        if level is None or (stated is None and level == 0):
+            return None
+        if stated is None or not stated.allows(level):
+            has = "exact" if stated is None else f"started with lossy {stated}"
+            raise Refused(
+                400, f"lossy={level} is not allowed: this server is {has}. Ask for 0", param="lossy"
+            )
+        return None if level == stated.level else level
 
     def _authorize(self) -> None:
         """Compare the request's API key with the server's, if that has one."""
@@ -291,78 +358,139 @@ class Handler(stock.APIHandler):
             raise Refused(400, str(e) or type(e).__name__, "invalid_request") from e
 
     def handle_completion(self, request: Any, stop_words: list[str]) -> None:
-        """Generate a reply and send it. mlx-lm's own part ends with `Started`."""
-        if self.stream:
-            self.response_generator.keep_alive = self._keep_alive
+        """Generate what was asked for and send it. mlx-lm's own part ends with `Asked`."""
+        self.path = self.form_path
         try:
             super().handle_completion(request, [])  # mlx-lm would match stop strings by token
-        except Started as started:
-            try:
-                self._answer(request, started, stop_words)
-                if self.generator.model_provider.is_distributed:  # the other ranks go on
-                    for _ in started.responses:
-                        pass
-            finally:
-                started.context.stop()
-        finally:
-            self.generator.unregister(request)
+        except Asked as asked:
+            choices = self._choices(request, asked.arguments)
+            if self._form.count(0) is not None:
+                self._send_json(self._form.count(self.generator.count_prompt(*choices[0])))
+            else:
+                self._answer(choices, stop_words)
 
     # Replies
 
-    def _answer(self, request: Any, started: Started, stops: list[str]) -> None:
-        """Send the reply: streamed piece by piece, or whole."""
-        context = started.context
-        provider = self.generator.model_provider
-        tokenizer = provider.tokenizer if started.arguments.logprobs else None
-        reply = Reply(context, stops, tokenizer)
-        calls = stock.ToolCallFormatter(context.tool_parser, request.tools, self.stream)
-        if self.stream:
-            self._set_stream_headers(200)
-            self.end_headers()
-        unsent = Piece()
-        for piece in reply.pieces(started.responses):
-            unsent += piece
-            if self.stream and unsent:
-                self._event(self._reply(unsent, calls(unsent.tools)))
-                unsent = Piece()
-        counts = len(context.prompt), reply.tokens, max(0, context.prompt_cache_count)
-        if not self.stream:
-            self._send_json(self._reply(unsent, calls(unsent.tools), *counts))
-            return
-        if (self.stream_options or {}).get("include_usage"):
-            usage = self.completion_usage_response(*counts)
-            self._event({**usage, "object": self.object_type})
-        self.wfile.write(b"data: [DONE]\n\n")
-        self.wfile.flush()
+    def _choices(self, request: Any, arguments: Any) -> list[tuple[Any, Any]]:
+        """The request and mlx-lm's arguments for each reply: `n` to each of the prompts."""
+        arguments.shape = shape_of(self.body)
+        arguments.effort = self.body.get("reasoning_effort")
+        count = self.body.get("n", 1)
+        prompts = [request.prompt] if request.request_type == "chat" else request.prompt
+        found = []
+        for prompt in prompts:
+            for i in range(count):
+                own, said = copy(arguments), copy(request)
+                own.model, said.prompt = copy(arguments.model), prompt
+                if len(prompts) * count > 1:
+                    said.messages = deepcopy(request.messages)  # mlx-lm writes into them
+                if own.seed is not None:
+                    own.seed = (own.seed + i) % (1 << 63)
+                found.append((said, own))
+        return found
 
-    def _reply(self, piece: Piece, calls: list[Any], *counts: int) -> dict[str, Any]:
-        """A whole reply, or the new part of one, in mlx-lm's form with logprobs of our own.
+    def _answer(self, choices: list[tuple[Any, Any]], stops: list[str]) -> None:
+        """Send the replies: streamed piece by piece, or whole."""
+        form, lock = self._form, threading.Lock()
+        clients = [Client(self.generator, self.connection) for _ in choices]
+        for client in clients:
+            client.lossy = self.response_generator.lossy
 
-        Args:
-            piece: the text and the rest.
-            calls: its tool calls.
-            counts: for a whole reply, tokens of the prompt, of the reply, and of the prompt cache.
-        """
-        build: Any = self.generate_response
-        reply: dict[str, Any] = build(
-            piece.text, piece.finish_reason, *counts,
-            tool_calls=calls, reasoning_text=piece.reasoning,
-        )  # fmt: skip
-        if piece.logprobs is not None:
-            chat = self.object_type != "text_completion"
-            logprobs = {"content": piece.logprobs} if chat else completion_logprobs(piece.logprobs)
-            reply["choices"][0]["logprobs"] = logprobs
-        return reply
+        def send(events: bytes) -> None:
+            with lock:
+                self.wfile.write(events)
+                self.wfile.flush()
 
-    def _event(self, event: dict[str, Any]) -> None:
-        self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
-        self.wfile.flush()
+        def keep_alive(progress: Progress | None) -> None:
+            if self.began:
+                send(_comment(progress))
 
-    def _keep_alive(self, progress: Progress | None) -> None:
-        """Send a comment, which clients of event streams skip: how far the prompt is."""
-        text = "" if progress is None else f" {progress.tokens}/{progress.total} ({progress})"
-        self.wfile.write(f": keepalive{text}\n\n".encode())
-        self.wfile.flush()
+        if self.stream and form.keeps_alive:
+            for client in clients:
+                client.keep_alive = keep_alive
+        streams = [
+            self._pieces(client, *choice, stops)
+            for client, choice in zip(clients, choices, strict=True)
+        ]
+        replies: dict[int, Reply] = {}
+        pieces: list[list[Piece]] = [[] for _ in choices]
+        try:
+            with closing(interleaved(streams)) as parts:
+                for i, item in parts:
+                    if isinstance(item, Reply):
+                        replies[i] = item
+                        if self.stream and not self.began:
+                            self._set_stream_headers(200)
+                            self.end_headers()
+                            send(form.begin(self._usage(replies)))
+                    elif not self.stream:
+                        pieces[i].append(item)
+                    elif item:
+                        send(form.piece(i, item))
+            if self.stream:
+                send(form.end(self._usage(replies)))
+            else:
+                self._send_json(form.whole(pieces, self._usage(replies)))
+        finally:
+            for client in clients:
+                client.ended = True
+            if (answered := self._answered) is not None:
+                used = self._usage(replies)
+                answered.prompt_tokens, answered.cached_tokens = used.prompt, used.cached
+                answered.tokens = used.completion
+                seconds = [c.first_token for c in clients if c.first_token is not None]
+                answered.first_token_seconds = min(seconds, default=None)
+
+    def _pieces(
+        self, client: Client, request: Any, arguments: Any, stops: list[str]
+    ) -> Generator[Reply | Piece, None, None]:
+        """One reply, once its prompt is taken, and then its pieces."""
+        context = None
+        try:
+            context, responses = client.start(request, arguments)
+            provider = self.generator.model_provider
+            tokenizer = provider.tokenizer
+            reply = Reply(
+                context,
+                stops,
+                tokenizer if arguments.logprobs else None,
+                request.tools,
+                (tokenizer.tool_call_start or "", tokenizer.tool_call_end or ""),
+                single=not self.body.get("parallel_tool_calls", True),
+            )
+            yield reply
+            yield from reply.pieces(responses)
+            if provider.is_distributed:  # the other ranks go on
+                for _ in responses:
+                    pass
+            failed = getattr(getattr(arguments, "constraint", None), "error", None)
+            if failed is not None:
+                param = arguments.shape.param
+                message = f"the reply could not be held to {param}: {failed}"
+                raise Refused(400, message, "invalid_request", param)
+        finally:
+            if context is not None:
+                context.stop()
+            self.generator.unregister(request)
+
+    def _usage(self, replies: dict[int, Reply]) -> Usage:
+        """Tokens of all replies; a prompt counts once, however many replies it gets."""
+        count = self.body.get("n", 1)
+        prompts: dict[int, Reply] = {}
+        for i in sorted(replies):
+            prompts.setdefault(i // count, replies[i])
+        return Usage(
+            sum(r.prompt for r in prompts.values()),
+            sum(r.cached for r in prompts.values()),
+            sum(r.tokens for r in replies.values()),
+            sum(r.reasoning_tokens for r in replies.values()),
+        )
+
+    def _set_stream_headers(self, status_code: int = 200) -> None:
+        self.send_response(status_code)
+        self.send_header("Content-Type", self._form.content_type)
+        self.send_header("Cache-Control", "no-cache")
+        self._set_cors_headers()
 
     def _send_models(self, name: str) -> None:
         provider = self.generator.model_provider
@@ -377,6 +505,14 @@ class Handler(stock.APIHandler):
             raise Refused(404, f"this server has no model {name[:200]!r}", "model_not_found")
         self._send_json(next(m for m in models if m["id"] == name))
 
+    def _show(self, body: dict[str, Any]) -> None:
+        """Answer Ollama's question about a model."""
+        name, provider = str(body.get("model") or body.get("name")), self.generator.model_provider
+        name = name if name in provider.served else name.removesuffix(":latest")
+        provider.check(name, None, "default_model")
+        loaded = provider.is_loaded(name)
+        self._send_json(show(provider.served[name], provider.tokenizer if loaded else None))
+
     def _send(
         self, body: bytes, kind: str, headers: dict[str, str] | None = None, status: int = 200
     ) -> None:
@@ -390,7 +526,7 @@ class Handler(stock.APIHandler):
             **(headers or {}),
         }.items():
             self.send_header(key, value)
-        if self.path.startswith("/v1/") or self.path.startswith("/chat/"):
+        if self.path.startswith(("/v1/", "/chat/", "/api/")):
             self._set_cors_headers()
         self.end_headers()
         if self.command != "HEAD":
@@ -400,18 +536,14 @@ class Handler(stock.APIHandler):
         self._send(json.dumps(value).encode(), "application/json", status=status)
 
     def _refuse(self, refused: Refused) -> None:
-        """Send an error in OpenAI's form; after a reply has begun, as its last event."""
-        kind = "invalid_request_error" if refused.status < 500 else "server_error"
-        error = {
-            "message": refused.message, "type": kind, "param": refused.param, "code": refused.code
-        }  # fmt: skip
+        """Send an error in the API's form; after a reply has begun, as its last event."""
         self.close_connection = True
         try:
             if self.began:
-                self.wfile.write(f"data: {json.dumps({'error': error})}\n\n".encode())
+                self.wfile.write(self._form.error_event(refused))
             else:
                 self._headers_buffer: list[bytes] = []  # headers of a reply that will not be sent
-                self._send_json({"error": error}, refused.status)
+                self._send_json(self._form.error(refused), refused.status)
         except (OSError, ValueError):
             pass  # the client has left
 
@@ -424,12 +556,20 @@ class Handler(stock.APIHandler):
         self._refuse(Refused(int(code), message or HTTPStatus(code).phrase))
 
     def log_request(self, code: Any = "-", size: Any = "-") -> None:
-        """Log one line per request, but none for paths that are polled."""
-        if self.path not in ("/live.json", "/metrics", "/health"):
-            logging.info(f"{self.address_string()} {self.command or ''} {self.path!r} {int(code)}")
+        """Log a line, but none for paths that are polled, nor before a request for text is over."""
+        if self._answered is not None:
+            self._answered.status = int(code)
+        elif self.path not in ("/live.json", "/metrics", "/health"):
+            log(Answered(self.address_string(), self.command or "", self.path, int(code)))
 
     def log_message(self, format: str, *args: Any) -> None:
         logging.info(format % args)
+
+
+def _comment(progress: Progress | None) -> bytes:
+    """What clients of event streams skip: how far the prompt is."""
+    text = "" if progress is None else f" {progress.tokens}/{progress.total} ({progress})"
+    return f": keepalive{text}\n\n".encode()
 
 
 def _path_of(target: str) -> str:

@@ -8,6 +8,7 @@ waits, and kept caches give way to running requests. Only the generation thread 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -22,11 +23,13 @@ from mlx_lm.models.cache import (
 )
 
 from .._errors import PassStoppedError
+from .._experts.stream import is_streamed, stream
 from .._loading.combinations import trims
 from .._memory.budget import Plan
 from .._memory.footprint import STEP
 from .._prefixes.remembered import PrefixCache
-from ._audience import Audience, Waiting
+from .._prefixes.shared import SharedPrompts
+from ._audience import Audience, Waiting, lowest
 
 # Logits, their logarithms and the sampler's copies, of this step and the next, in float32.
 _LOGIT_BYTES = 24
@@ -43,9 +46,11 @@ class KVAdmission:
         running: tokens of prompt and reply by sequence id of the batch.
         pending: tokens of the request that was admitted last and has not started.
         save_cache: takes the tokens and caches of a sequence that leaves a batch early.
+        computed: hears of tokens of prompts, and the seconds that they took.
     """
 
     save_cache: Callable[[list[int], list[Any]], None] | None = None
+    computed: Callable[[int, float], None] | None = None
 
     def __init__(self) -> None:
         self.plan: Plan | None = None
@@ -61,7 +66,7 @@ class KVAdmission:
 
     def close(self) -> None:
         """Forget the plan: its model is about to be freed."""
-        self.plan = None
+        self.plan = self.computed = None
 
     def admit(self, tokens: int) -> bool:
         """Admit a request of `tokens` tokens (prompt and reply), or return False: it must wait.
@@ -141,6 +146,7 @@ class AdmittedBatch(BatchGenerator):
         self._run_prompts = self._prompt_batch.prompt
         self._prompt_batch.prompt = self._prompts  # of this one object, which mlx-lm keeps
         self._stated_step = self.prefill_step_size
+        self._lossy = stream(model).lossy if is_streamed(model) else None
         admission.finish_all()
 
     def insert_segments(self, *args: Any, **options: Any) -> Any:
@@ -153,9 +159,12 @@ class AdmittedBatch(BatchGenerator):
         """Run a chunk of every prompt; note the sequences if nobody waits for any of them."""
         uids = list(self._prompt_batch.uids)
         clients = [self._clients.get(uid) for uid in uids]
+        start = time.perf_counter()
         try:
             with self._audience.waiting(clients):
                 self._run_prompts(tokens)
+            if self._admission.computed is not None:
+                self._admission.computed(sum(map(len, tokens)), time.perf_counter() - start)
         except PassStoppedError:
             if not all(c is not None and c.gone() for c in clients):
                 raise
@@ -181,6 +190,8 @@ class AdmittedBatch(BatchGenerator):
         waiting = len(self._prompt_batch) + len(self._unprocessed_sequences)
         prompts = min(waiting, self.prefill_batch_size)
         self.prefill_step_size = self._admission.chunk_tokens(self._stated_step, prompts)
+        if self._lossy is not None:  # requests share their passes: the most exact one decides
+            self._lossy.use_level(lowest(self._clients.values()))
         prompt_responses, responses = super().next()
         if self._left:  # before anybody keeps their caches, which lack the tokens of that pass
             self.remove(list(self._left))
@@ -215,8 +226,9 @@ class Remembering(Protocol):
 class BoundedPromptCache(LRUPromptCache):
     """mlx-lm's cache of earlier prompts and replies, within what running requests leave.
 
-    With a prefix cache, what is not in memory is looked for on the drive, and everything that comes
-    in goes there too.
+    Prompts share the memory of what they begin with. With a prefix cache, what is not in memory is
+    looked for on the drive, and everything that comes in goes there too. A request for a lower
+    lossy level than the server's takes nothing from memory, which may come from more lossy passes.
     """
 
     def __init__(
@@ -224,15 +236,25 @@ class BoundedPromptCache(LRUPromptCache):
         admission: KVAdmission,
         *args: Any,
         provider: Remembering | None = None,
+        audience: Audience | None = None,
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
-        self._admission, self._provider = admission, provider
+        self._admission, self._provider, self._audience = admission, provider, audience
+        self._shared = SharedPrompts()
+
+    @property
+    def nbytes(self) -> int:
+        return int(super().nbytes) + self._shared.nbytes
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> Any:
-        # A fetched cache shares memory with its origin until one of them is written, so fetch
+        # A fetched cache may share memory with its origin until one of them is written, so fetch
         # first and drop what no longer fits afterwards.
-        found, rest = super().fetch_nearest_cache(model, tokens)
+        latest = None if self._audience is None else self._audience.latest
+        if latest is not None and latest.lossy is not None:
+            found, rest = None, tokens
+        else:
+            found, rest = super().fetch_nearest_cache(model, tokens)
         provider = self._provider
         if provider is not None and (kept := provider.prefixes) is not None:
             caches = make_prompt_cache(provider.model)
@@ -241,7 +263,7 @@ class BoundedPromptCache(LRUPromptCache):
                 found, rest = caches, tokens[end:]
         self.trim_to(n_bytes=self._admission.prompt_cache_budget())
         if found is not None and not rest:  # the last token must run, or there are no logits
-            if not can_trim_prompt_cache(found):
+            if not (trims(found) and can_trim_prompt_cache(found)):
                 return None, tokens
             trim_prompt_cache(found, 1)
             rest = tokens[-1:]
@@ -255,13 +277,14 @@ class BoundedPromptCache(LRUPromptCache):
         mx.eval([c.state for c in prompt_cache])
         if self._provider is not None and self._provider.prefixes is not None:
             self._provider.prefixes.save(tokens, prompt_cache)
+        shared = self._shared.share(model, tokens, prompt_cache)
         if not trims(prompt_cache):
-            for cache in prompt_cache:
-                cache.is_trimmable = _never
-        super().insert_cache(model, tokens, prompt_cache, **options)
+            shared.never_trim()
+        # mlx-lm goes through what it keeps and copies it, and nothing else.
+        super().insert_cache(model, tokens, shared, **options)  # type: ignore[arg-type]
         self.trim_to(n_bytes=self._admission.prompt_cache_budget())
 
-
-def _never() -> bool:
-    """`is_trimmable` of a cache that would not continue like a fresh one after a trim."""
-    return False
+    def trim_to(self, *, n_sequences: int | None = None, n_bytes: int | None = None) -> None:
+        super().trim_to(n_sequences=n_sequences)
+        while n_bytes is not None and len(self) and self.nbytes > n_bytes:
+            super().trim_to(n_sequences=len(self) - 1)

@@ -52,8 +52,19 @@ def live(generator: GenerationThread) -> dict[str, Any]:
         "traffic": asdict(generator.counters.stats()),
         "memory": memory_bytes(plan),
         "prompt": None,
+        "prefixes": None,
         "experts": None,
     }
+    if (kept := provider.prefixes) is not None:
+        names = (
+            "read_tokens",
+            "read_bytes",
+            "read_seconds",
+            "written_bytes",
+            "write_seconds",
+            "evicted",
+        )
+        answer["prefixes"] = {name: getattr(kept, name) for name in names}
     if (now := generator.progress()) is not None:
         answer["prompt"] = {
             **asdict(now),
@@ -61,8 +72,10 @@ def live(generator: GenerationThread) -> dict[str, Any]:
             "seconds_left": now.seconds_left,
         }
     if expert_stream is not None:
+        stats = expert_stream.stats().as_dict()
+        stats["read"]["drive_bytes"] = [*stats["read"]["drive_bytes"].values()]  # no paths
         answer["experts"] = {
-            **expert_stream.stats().as_dict(),
+            **stats,
             "resident_share": expert_stream.plan.resident_share,
             "layers": [
                 {
@@ -87,9 +100,7 @@ def prometheus(generator: GenerationThread) -> tuple[bytes, str]:
         from prometheus_client import CollectorRegistry, generate_latest
         from prometheus_client.exposition import CONTENT_TYPE_LATEST
     except ImportError as e:
-        raise Refused(
-            501, "/metrics needs prometheus_client: pip install 'mlx-streamexperts[server]'"
-        ) from e
+        raise Refused(501, "/metrics needs prometheus_client: pip install prometheus_client") from e
     registry = CollectorRegistry()
     registry.register(_Collector(generator))
     return generate_latest(registry), CONTENT_TYPE_LATEST
@@ -159,9 +170,21 @@ class _Collector:
             "process_resident_memory_bytes", "Resident memory", memory.pop("resident")
         )
         yield gauge("memory_bytes", "MLX's memory and the plan's parts, by kind", memory, "kind")
+        if (kept := generator.model_provider.prefixes) is not None:
+            yield counter(
+                "prefix_read_tokens", "Prompt tokens read from a folder", kept.read_tokens
+            )
+            yield counter("prefix_read_bytes", "Bytes read for them", kept.read_bytes)
+            yield counter("prefix_written_bytes", "Bytes of prompts written", kept.written_bytes)
+            yield counter("prefix_evictions", "Prompts deleted to make room", kept.evicted)
         if expert_stream is None:
             return
         s = expert_stream.stats()
+        yield gauge(
+            "expert_cache_given_back_bytes",
+            "Part of the planned expert cache that other programs have while memory is short",
+            s.given_back,
+        )
         yield gauge(
             "layer_hit_rate",
             "Share of needed experts that were resident",
@@ -178,6 +201,17 @@ class _Collector:
         )
         yield counter("expert_evictions", "Experts evicted", s.cache.evictions)
         yield counter("read_bytes", "Bytes read into expert memory", s.read.bytes)
+        if s.read.drive_bytes:
+            yield counter(
+                "drive_read_bytes",
+                "Bytes read by drive: 0 is the model's own, then its mirrors in their order",
+                {str(n): size for n, size in enumerate(s.read.drive_bytes.values())},
+                "drive",
+            )
+            yield counter(
+                "reads_moved", "Reads that failed or hung at a drive and went to another",
+                s.read.moved,
+            )  # fmt: skip
         yield counter("reads", "System calls that read", s.read.reads)
         yield counter(
             "read_seconds", "Time spent reading, summed over threads", s.read.read_seconds
@@ -201,6 +235,13 @@ class _Collector:
         yield counter("read_ahead_bytes", "Bytes prefetched", s.read.speculative_bytes)
         yield counter(
             "read_delay_seconds", "Time demand reads waited behind prefetches", s.read.delay_seconds
+        )
+        yield counter("lossy_experts_chosen", "Experts chosen in lossy layers", s.lossy.chosen)
+        yield counter("lossy_experts_left_out", "Of those, experts left out", s.lossy.left_out)
+        yield gauge(
+            "lossy_mass_left_out",
+            "Share of the router's mass in lossy layers that was left out",
+            s.lossy.mass_left_out,
         )
         yield counter("layer_seconds", "Time in expert layers, by phase", {**s.seconds}, "phase")
 

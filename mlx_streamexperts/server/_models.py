@@ -14,10 +14,12 @@ from mlx_lm import server as stock
 from mlx_lm.models.cache import make_prompt_cache
 
 from .._experts.follower import Follower
+from .._experts.lossy import last_line
 from .._experts.stream import ExpertStream, is_streamed, stream
 from .._loading.combinations import batches
 from .._memory.process_memory import unregister
 from .._prefixes.remembered import PrefixCache
+from .._structured.constraint import Vocabulary
 from ._kv_admission import KVAdmission
 from ._refusals import Refused
 
@@ -47,6 +49,7 @@ class ModelProvider(stock.ModelProvider):
     follower: Follower | None = None
     should_stop: Callable[[], bool] | None = None
     prefixes: PrefixCache | None = None
+    _vocabulary: Vocabulary | None = None
 
     def __init__(
         self,
@@ -74,6 +77,17 @@ class ModelProvider(stock.ModelProvider):
         """The loaded model's stream; None if no streamed model is loaded."""
         model = self.model
         return stream(model) if model is not None and is_streamed(model) else None
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The loaded model's tokens for replies in a shape. Only the generation thread may ask.
+
+        Raises:
+            StreamError: there is no library for such replies, or not for this tokenizer.
+        """
+        if self._vocabulary is None:
+            self._vocabulary = Vocabulary(self.tokenizer)
+        return self._vocabulary
 
     def check(self, model: str, adapter: str | None, draft: str | None) -> None:
         """Refuse to load anything that was not named at the start.
@@ -112,8 +126,12 @@ class ModelProvider(stock.ModelProvider):
             self.known_tokens = min(rows, len(self.tokenizer))  # either may know more
             self.admission.open(plan, rows)
             if (folder := self.cli_args.prefix_cache) is not None:
-                nbytes, adapter = self.cli_args.prefix_bytes, args[1] if args[1:] else None
-                self.prefixes = PrefixCache(self.model, folder, nbytes, adapter)
+                cli, adapter = self.cli_args, args[1] if args[1:] else None
+                self.prefixes = PrefixCache(
+                    self.model, folder, cli.prefix_bytes, adapter,
+                    cli.kv_bits, cli.kv_group_size, cli.quantized_kv_start,
+                )  # fmt: skip
+                self.admission.computed = self.prefixes.computed
             self.follower = expert_stream.follow(stop=self.should_stop)
             self.cli_args.prefill_step_size = self._stated_step or plan.prefill_tokens
             logging.info(f"Loaded {args[0]}: {plan}")
@@ -126,12 +144,14 @@ class ModelProvider(stock.ModelProvider):
         model, self._last = self._last, None  # mlx-lm forgets it first when its loop ends
         self.reset()
         self.admission.close()
-        self.prefixes = None
+        self.prefixes = self._vocabulary = None
         if self.follower is not None:
             self.follower.close()
             self.follower = None
         if model is not None and is_streamed(model):
             expert_stream = stream(model)
+            if expert_stream.lossy is not None:
+                logging.warning(f"Lossy: {last_line(expert_stream.lossy)}")
             expert_stream.close()
             for module in model.modules():
                 module.clear()

@@ -1,13 +1,12 @@
-"""How a request ends without a reply, and how a reply begins.
+"""How a request ends without a reply, and how it leaves mlx-lm's handler.
 
-`Refused` and `Started` are no `Exception`s on purpose: mlx-lm's handlers catch those and would
+`Refused` and `Asked` are no `Exception`s on purpose: mlx-lm's handlers catch those and would
 answer in their own form.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 from .._errors import StreamError
@@ -30,17 +29,15 @@ class Refused(BaseException):
         self.status, self.message, self.code, self.param = status, message, code, param
 
 
-class Started(BaseException):
-    """Carries a started generation out of mlx-lm's handler, which would drop parts of the reply.
+class Asked(BaseException):
+    """Carries a request out of mlx-lm's handler, which would drop parts of the reply.
 
     Attributes:
-        context: mlx-lm's `GenerationContext`.
-        responses: mlx-lm's `Response`s, one per token.
         arguments: mlx-lm's `GenerationArguments`.
     """
 
-    def __init__(self, context: Any, responses: Iterator[Any], arguments: Any) -> None:
-        self.context, self.responses, self.arguments = context, responses, arguments
+    def __init__(self, arguments: Any) -> None:
+        self.arguments = arguments
 
 
 class ClientGone(ConnectionError):  # noqa: N818, it is no error of ours

@@ -1,12 +1,16 @@
 """Turns a reply's tokens into text up to a stop string, reasoning, tool calls and logprobs.
 
 mlx-lm 0.32.2 matches stop strings token by token, misses those that the model tokenizes another
-way, and drops text with them. Here the text is searched. Nothing here knows HTTP or MLX.
+way, and drops text with them; it also drops a tool call that it cannot parse. Here the text is
+searched, and such a call is text. Nothing here knows HTTP or MLX.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import json
+import logging
+import uuid
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,20 +28,23 @@ class StopText:
 
     Attributes:
         found: whether one has come. The text ends before it.
+        string: the one that has come.
     """
 
     def __init__(self, stops: Iterable[str]) -> None:
         self._stops = list(stops)
         self._held = ""  # may be the beginning of a stop string
         self.found = False
+        self.string: str | None = None
 
     def feed(self, text: str) -> str:
         """Take the next piece; returns the text that can be sent now."""
         self._held += text
-        ends = [(at + len(s), at) for s in self._stops if (at := self._held.find(s)) >= 0]
+        ends = [(at + len(s), at, s) for s in self._stops if (at := self._held.find(s)) >= 0]
         if ends:
+            _, at, self.string = min(ends)
             self.found = True
-            out, self._held = self._held[: min(ends)[1]], ""
+            out, self._held = self._held[:at], ""
             return out
         send = len(self._held) - self._partial()
         out, self._held = self._held[:send], self._held[send:]
@@ -57,36 +64,53 @@ class StopText:
         return 0
 
 
+@dataclass(frozen=True)
+class Call:
+    """A tool call that the model has made.
+
+    Attributes:
+        id: the model's own if its calls have one, else a new one.
+        name: of the function.
+        arguments: as JSON text.
+    """
+
+    id: str
+    name: str
+    arguments: str
+
+
 @dataclass
 class Piece:
-    """The new part of a reply.
+    """The new part of a reply. Unless pieces are added, it has reasoning, or text, or calls.
 
     Attributes:
         text, reasoning: new text of either kind.
-        tools: texts of complete tool calls.
+        calls: complete tool calls.
         logprobs: of its tokens, in the form of OpenAI's chat; None if none were requested.
         finish_reason: "stop", "length" or "tool_calls" in the last piece, else None.
+        stop: the stop string that ended the reply, in the last piece.
     """
 
     text: str = ""
     reasoning: str = ""
-    tools: list[str] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
     logprobs: list[dict[str, Any]] | None = None
     finish_reason: str | None = None
+    stop: str | None = None
 
     def __bool__(self) -> bool:
         """Whether there is anything to send."""
         return bool(
-            self.text or self.reasoning or self.tools or self.logprobs or self.finish_reason
+            self.text or self.reasoning or self.calls or self.logprobs or self.finish_reason
         )
 
     def __iadd__(self, later: Piece) -> Piece:
         self.text += later.text
         self.reasoning += later.reasoning
-        self.tools += later.tools
+        self.calls = [*self.calls, *later.calls]
         if later.logprobs is not None:
             self.logprobs = [*(self.logprobs or []), *later.logprobs]
-        self.finish_reason = later.finish_reason
+        self.finish_reason, self.stop = later.finish_reason, later.stop
         return self
 
 
@@ -97,24 +121,51 @@ class Reply:
         context: mlx-lm's `GenerationContext` of the request.
         stops: stop strings.
         tokenizer: decodes tokens for logprobs; None if none were requested.
+        tools: the request's tools, from which parsers take the types of arguments.
+        markers: text that begins a tool call of this model, and text that ends one.
+        single: end the reply after its first tool call.
 
     Attributes:
         tokens: number of tokens generated so far, including one that ended the reply.
+        reasoning_tokens: those of them that belong to reasoning.
     """
 
-    def __init__(self, context: Any, stops: Iterable[str], tokenizer: Any | None) -> None:
-        self._stop = StopText(stops)
+    def __init__(
+        self,
+        context: Any,
+        stops: Iterable[str],
+        tokenizer: Any | None,
+        tools: Any = None,
+        markers: tuple[str, str] = ("", ""),
+        single: bool = False,
+    ) -> None:
+        self._context, self._stop = context, StopText(stops)
         self._machine = context.text_sm.make_state(context.initial_state)
         self._state = context.initial_state
+        self._parser: Callable[[str, Any], Any] | None = context.tool_parser
+        self._tools, self._markers, self._single = tools, markers, single
         self._tool = ""  # text of the tool call that is being received
         self._called = False  # whether one is complete
         self._logprobs = None if tokenizer is None else TokenLogprobs(tokenizer)
         self._sent = ""  # text released so far
         self._received = 0  # characters received, sent or held back
-        self.tokens = 0
+        self.tokens = self.reasoning_tokens = 0
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self._context.prompt)
+
+    @property
+    def cached(self) -> int:
+        """Tokens of the prompt that were in the prompt cache."""
+        return max(0, self._context.prompt_cache_count)
 
     def pieces(self, responses: Iterable[Any]) -> Iterator[Piece]:
-        """Yield a piece per token. The last has a finish reason; no response is taken after it."""
+        """Yield the pieces, at least one per token.
+
+        The last has a finish reason; no response is taken after it.
+        """
         for response in responses:
             self.tokens += 1
             text = self._stop.feed(response.text)
@@ -123,16 +174,20 @@ class Reply:
                 text += self._stop.flush()
             self._sent += text
             self._received += len(response.text)
-            piece = self._split(text, last=reason is not None)
+            *pieces, piece = self._split(text, last=reason is not None)
+            self.reasoning_tokens += self._state == "reasoning"
+            if self._single and self._called and reason is None:
+                reason = "stop"
             if self._logprobs is not None:
                 piece.logprobs = self._new_logprobs(response, last=reason is not None)
-            if reason is None:
-                yield piece
-                continue
-            called = reason == "stop" and self._called
-            piece.finish_reason = "tool_calls" if called else reason
+            if reason is not None:
+                called = reason == "stop" and self._called
+                piece.finish_reason = "tool_calls" if called else reason
+                piece.stop = self._stop.string
+            yield from pieces
             yield piece
-            return
+            if reason is not None:
+                return
 
     def _new_logprobs(self, response: Any, last: bool) -> list[dict[str, Any]]:
         """Logprobs of the tokens whose text is now certain to be in the reply."""
@@ -143,30 +198,55 @@ class Reply:
             return self._logprobs.rest(self._sent if self._stop.found else None)
         return self._logprobs.take(len(self._sent))
 
-    def _split(self, text: str, last: bool) -> Piece:
-        """Sort text by mlx-lm's states: normal, reasoning, tool."""
+    def _split(self, text: str, last: bool) -> list[Piece]:
+        """Sort text by mlx-lm's states: normal, reasoning, tool. Returns one piece or more."""
         self._machine, segments = TextStateMachine.split(self._machine, text)
         if last:
             self._machine, rest, state = TextStateMachine.flush(self._machine)
             segments.append((state, rest))
-        piece = Piece()
+        pieces: list[Piece] = []
         for state, part in segments:
-            if state == "reasoning":
-                piece.reasoning += part
-            elif state == "tool":
+            if state == "tool":
                 self._tool += part
-            elif state == "normal":
+            elif state is not None:
                 if self._state == "tool":
-                    self._end_tool(piece)
-                piece.text += part
+                    pieces.append(self._end_tool(self._markers[1]))
+                    if self._single and self._called:
+                        self._state = state
+                        return pieces
+                if part and state == "reasoning":
+                    pieces.append(Piece(reasoning=part))
+                elif part and state == "normal":  # others are headers
+                    pieces.append(Piece(part))
             self._state = state
         if last and self._state == "tool" and self._tool:
-            self._end_tool(piece)
-        return piece
+            pieces.append(self._end_tool(""))
+        return pieces or [Piece()]
 
-    def _end_tool(self, piece: Piece) -> None:
-        piece.tools.append(self._tool)
-        self._tool, self._called = "", True
+    def _end_tool(self, marker: str) -> Piece:
+        """The tool call whose text has ended, or that text if it cannot be parsed."""
+        text, self._tool = self._tool, ""
+        calls = self._parse(text)
+        if not calls:
+            return Piece(text=f"{self._markers[0]}{text}{marker}")
+        self._called = True
+        return Piece(calls=calls[:1] if self._single else calls)
+
+    def _parse(self, text: str) -> list[Call]:
+        try:
+            parsed: Any = self._parser(text, self._tools) if self._parser is not None else []
+            found = parsed if isinstance(parsed, list) else [parsed]
+            return [
+                Call(
+                    id=str(f.get("id") or f"call_{uuid.uuid4().hex[:24]}"),
+                    name=f["name"],
+                    arguments=json.dumps(f["arguments"], ensure_ascii=False),
+                )
+                for f in found
+            ]
+        except Exception as e:  # whatever a parser meets in text that a model wrote
+            logging.warning(f"a tool call that {type(e).__name__} ended is sent as text")
+            return []
 
 
 class TokenLogprobs:

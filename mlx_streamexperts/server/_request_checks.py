@@ -9,18 +9,30 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from typing import Any, TypeGuard
+from collections.abc import Iterator
+from typing import Any
 
 from mlx_lm import server as stock
 
-from ._refusals import Refused
+from .._structured.shape import Shape
+from ._field_checks import (
+    LARGEST,
+    Check,
+    a_flag,
+    a_text,
+    an_object,
+    are,
+    integer,
+    is_number,
+    number,
+    one_of,
+    unless,
+    wrong,
+)
 
-Check = Callable[[Any], str | None]
-"""Returns None for a good value, else what is wrong with it ("must be a string")."""
+MOST_CHOICES = 16
+"""Replies that one request may ask for: `n` to each of its prompts."""
 
-_MOST_TOKENS = (1 << 31) - 1
-_LARGEST = 1e30  # below float32's maximum: a penalty must not make logits infinite
 _SMALLEST_TEMPERATURE = 1e-6  # logits are divided by it
 
 
@@ -39,36 +51,67 @@ def check_request(body: dict[str, Any], fetch_images: bool, chat: bool) -> dict[
     body = {k: v for k, v in body.items() if v is not None or k == "draft_model"}
     for path, value in _walk(body):
         if isinstance(value, float) and not math.isfinite(value):
-            raise _refused(path, "must be finite")
+            raise wrong(path, "must be finite")
         if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
-            raise _refused(path, "has half of a surrogate pair, for which there are no tokens")
-    prompt = body.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1:
-        body["prompt"] = prompt[0]
+            raise wrong(path, "has half of a surrogate pair, for which there are no tokens")
     fields = CHAT_FIELDS if chat else TEXT_FIELDS
     for key, value in body.items():
         check = fields.get(key)
         if check is None:
             other = TEXT_FIELDS if chat else CHAT_FIELDS
             where = "this path" if key in other else "this server"
-            raise _refused(key, f"is not a field that {where} knows; leave it out")
+            raise wrong(key, f"is not a field that {where} knows; leave it out")
         if value is not None and (must := check(value)) is not None:
-            raise _refused(key, must)
+            raise wrong(key, must)
     if (needed := "messages" if chat else "prompt") not in body:
-        raise _refused(needed, "is required")
+        raise wrong(needed, "is required")
     return _for_mlx_lm(body, fetch_images)
+
+
+def shape_of(body: dict[str, Any]) -> Shape | None:
+    """What a checked request wants its reply to look like; None if any text will do.
+
+    Raises:
+        Refused: its fields contradict each other.
+    """
+    form, choice = body.get("response_format", {}), body.get("tool_choice", "auto")
+    schema = {"json_object": {"type": "object"}}.get(form.get("type"))
+    if form.get("type") == "json_schema":
+        schema = form["json_schema"].get("schema", {})
+    tools = tuple(body.get("tools") or ())
+    many = body.get("parallel_tool_calls", True)
+    if choice in ("auto", "none"):
+        if schema is None:
+            return None
+        return Shape(schema, tools if choice == "auto" else (), many, "response_format")
+    if not tools:
+        raise wrong("tool_choice", f"is {choice!r}, but there are no tools")
+    if isinstance(choice, dict):
+        name = choice["function"]["name"]
+        tools = tuple(t for t in tools if t["function"]["name"] == name)
+        if not tools:
+            raise wrong("tool_choice", f"names {name!r}, which is not among the tools")
+    return Shape(None, tools, many, "tool_choice")
 
 
 def _for_mlx_lm(body: dict[str, Any], fetch_images: bool) -> dict[str, Any]:
     """The checked body in the form that mlx-lm's handler takes."""
     for message in body.get("messages", ()):
         message["content"] = _content(message.get("content"))
+        if message["role"] == "developer":
+            message["role"] = "system"  # OpenAI's newer name for it, which templates do not know
+        if "reasoning" in message:  # our replies' name for it, beside the one of templates
+            message.setdefault("reasoning_content", message["reasoning"])
+    if "prompt" in body:
+        body["prompt"] = _prompts(body["prompt"])
+    choices = body.get("n", 1) * len(body.get("prompt", [0]))
+    if choices > MOST_CHOICES:
+        many = "n" if body.get("n", 1) > 1 else "prompt"
+        raise wrong(many, f"asks for {choices} replies; {MOST_CHOICES} are allowed")
     if "messages" in body and not fetch_images:
         for url in _image_urls(body["messages"]):
             if not url.startswith("data:"):
-                raise _refused(
-                    "messages", "images must be data: URLs (--fetch-images allows others)"
-                )
+                raise wrong("messages", "images must be data: URLs (--fetch-images allows others)")
     for key in ("xtc_probability", "xtc_threshold"):
         if key in body:
             body[key] = float(body[key])
@@ -77,6 +120,9 @@ def _for_mlx_lm(body: dict[str, Any], fetch_images: bool) -> dict[str, Any]:
         body["stream_options"] = {"include_usage": bool(options.get("include_usage"))}
     if body.get("tool_choice") == "none":
         body.pop("tools", None)
+    if (effort := body.get("reasoning_effort")) is not None:
+        settings = body.get("chat_template_kwargs", {})
+        body["chat_template_kwargs"] = {"reasoning_effort": effort, **settings}
     logprobs = body.get("logprobs")
     if not isinstance(logprobs, bool | None):  # of completions: how many likeliest tokens to return
         body |= {"logprobs": True, "top_logprobs": logprobs}
@@ -85,11 +131,6 @@ def _for_mlx_lm(body: dict[str, Any], fetch_images: bool) -> dict[str, Any]:
     elif body.get("logprobs"):
         body["top_logprobs"] = 0
     return {k: v for k, v in body.items() if k not in NO_EFFECT}
-
-
-def _refused(path: str, must: str) -> Refused:
-    key = path.partition(".")[0].partition("[")[0]
-    return Refused(400, f"{path} {must}", "invalid_request", key)
 
 
 def _walk(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -107,56 +148,29 @@ def _walk(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield path, value
 
 
-def _number(low: float = -_LARGEST, high: float = _LARGEST) -> Check:
-    must = f"must be a number from {low:g} to {high:g}"
-    return lambda v: None if _is_number(v) and low <= v <= high else must
-
-
-def _integer(low: int = 0, high: int = _MOST_TOKENS) -> Check:
-    must = f"must be an integer from {low} to {high}"
-    return lambda v: None if _is_number(v) and isinstance(v, int) and low <= v <= high else must
-
-
-def _one_of(*values: Any) -> Check:
-    """One of these values, and of its type: true is not 1."""
-    must = "must be " + " or ".join(repr(v) for v in values)
-    if values == (True, False):
-        must = "must be true or false"
-    return lambda v: None if any(type(v) is type(w) and v == w for w in values) else must
-
-
-def _unless(good: Callable[[Any], bool], wrong: str) -> Check:
-    return lambda value: None if good(value) else wrong
-
-
-_text = _unless(lambda v: isinstance(v, str), "must be a string")
-_object = _unless(lambda v: isinstance(v, dict), "must be an object")
-_flag = _one_of(True, False)
-
-
 def _temperature(value: Any) -> str | None:
-    if _is_number(value) and (value == 0 or _SMALLEST_TEMPERATURE <= value <= _LARGEST):
+    if is_number(value) and (value == 0 or _SMALLEST_TEMPERATURE <= value <= LARGEST):
         return None
-    return f"must be 0, or a number from {_SMALLEST_TEMPERATURE:g} to {_LARGEST:g}"
+    return f"must be 0, or a number from {_SMALLEST_TEMPERATURE:g} to {LARGEST:g}"
 
 
 def _stop(value: Any) -> str | None:
     stops = [value] if isinstance(value, str) else value
-    if not _are(stops, str) or "" in stops:
+    if not are(stops, str) or "" in stops:
         return "must be a non-empty string or a list of them"
     return "has more than 64 strings" if len(stops) > 64 else None
 
 
 def _logit_bias(value: Any) -> str | None:
     good = isinstance(value, dict) and all(
-        re.fullmatch(r"-?[0-9]{1,19}", key) and _number()(bias) is None
+        re.fullmatch(r"-?[0-9]{1,19}", key) and number()(bias) is None
         for key, bias in value.items()
     )
     return None if good else "must be an object of token (integer) to bias (float)"
 
 
 def _logprobs(value: Any) -> str | None:
-    good = isinstance(value, bool) or _integer(0, 11)(value) is None
+    good = isinstance(value, bool) or integer(0, 11)(value) is None
     return None if good else "must be true or false, or an integer from 0 to 11"
 
 
@@ -169,13 +183,13 @@ def _stream_options(value: Any) -> str | None:
 
 
 def _messages(value: Any) -> str | None:
-    if not value or not _are(value, dict) or not all(isinstance(m.get("role"), str) for m in value):
+    if not value or not are(value, dict) or not all(isinstance(m.get("role"), str) for m in value):
         return "must be a list of objects with a role"
     for message in value:
         if not isinstance(message.get("name"), str | None):
             return "have a name that is not a string"
         calls = message.get("tool_calls")
-        if calls is not None and not (_are(calls, dict) and all(map(_is_call, calls))):
+        if calls is not None and not (are(calls, dict) and all(map(_is_call, calls))):
             return "have tool_calls that are not a list of functions with a name and arguments"
     return None
 
@@ -190,10 +204,46 @@ def _is_call(call: dict[str, Any]) -> bool:
 
 
 def _tools(value: Any) -> str | None:
-    good = _are(value, dict) and all(
+    good = are(value, dict) and all(
         isinstance(f := t.get("function"), dict) and isinstance(f.get("name"), str) for t in value
     )
     return None if good else "must be a list of objects with a function that has a name"
+
+
+def _tool_choice(value: Any) -> str | None:
+    if value in ("auto", "none", "required") and isinstance(value, str):
+        return None
+    named = isinstance(value, dict) and value.get("type") == "function"
+    if named and isinstance(f := value.get("function"), dict) and isinstance(f.get("name"), str):
+        return None
+    return "must be 'auto', 'none', 'required' or {'type': 'function', 'function': {'name': ...}}"
+
+
+def _response_format(value: Any) -> str | None:
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind in ("text", "json_object"):
+        return None
+    if kind != "json_schema":
+        return "must be of type 'text', 'json_object' or 'json_schema'"
+    stated = value.get("json_schema")
+    good = isinstance(stated, dict) and isinstance(stated.get("schema"), dict)
+    return None if good else "must have a json_schema with a schema"
+
+
+def _prompt(value: Any) -> str | None:
+    prompts = value if isinstance(value, list) and not are(value, int) else [value]
+    one = all(isinstance(p, str) or _is_tokens(p) for p in prompts)
+    must = "must be a string, a list of tokens, or a list of either"
+    return None if prompts and one else must
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(integer()(t) is None for t in value)
+
+
+def _prompts(value: Any) -> list[Any]:
+    """A checked prompt as a list of prompts, each a string or a list of tokens."""
+    return [value] if isinstance(value, str) or _is_tokens(value) else value
 
 
 def _roles(value: Any) -> str | None:
@@ -202,86 +252,73 @@ def _roles(value: Any) -> str | None:
 
 
 NO_EFFECT: dict[str, Check] = {
-    "metadata": _object,
-    "prompt_cache_key": _text,
-    "prompt_cache_retention": _text,
-    "safety_identifier": _text,
-    "service_tier": _one_of("auto", "default"),
-    "store": _one_of(False),
-    "user": _text,
+    "metadata": an_object,
+    "prompt_cache_key": a_text,
+    "prompt_cache_retention": a_text,
+    "safety_identifier": a_text,
+    "service_tier": one_of("auto", "default"),
+    "store": one_of(False),
+    "user": a_text,
 }
 """Fields that are accepted and ignored, because they change no reply."""
 
 _FIELDS: dict[str, Check] = {
     **NO_EFFECT,
-    "adapters": _text,
-    "draft_model": _text,
-    "frequency_context_size": _integer(),
-    "frequency_penalty": _number(),
+    "adapters": a_text,
+    "draft_model": a_text,
+    "frequency_context_size": integer(),
+    "frequency_penalty": number(),
     "logit_bias": _logit_bias,
     "logprobs": _logprobs,
-    "max_completion_tokens": _integer(1),
-    "max_tokens": _integer(1),
-    "min_p": _number(0, 1),
-    "model": _text,
-    "n": _one_of(1),
-    "num_draft_tokens": _integer(),
-    "presence_context_size": _integer(),
-    "presence_penalty": _number(),
-    "repetition_context_size": _integer(),
-    "repetition_penalty": _number(0),
-    "seed": _integer(0, (1 << 63) - 1),
+    "lossy": integer(0, 3),
+    "max_completion_tokens": integer(1),
+    "max_tokens": integer(1),
+    "min_p": number(0, 1),
+    "model": a_text,
+    "n": integer(1, MOST_CHOICES),
+    "num_draft_tokens": integer(),
+    "presence_context_size": integer(),
+    "presence_penalty": number(),
+    "repetition_context_size": integer(),
+    "repetition_penalty": number(0),
+    "seed": integer(0, (1 << 63) - 1),
     "stop": _stop,
-    "stream": _flag,
+    "stream": a_flag,
     "stream_options": _stream_options,
     "temperature": _temperature,
-    "top_k": _integer(),
-    "top_logprobs": _integer(-1, 11),
-    "top_p": _number(0, 1),
-    "xtc_probability": _number(0, 1),
-    "xtc_threshold": _number(0, 1),
+    "top_k": integer(),
+    "top_logprobs": integer(-1, 11),
+    "top_p": number(0, 1),
+    "xtc_probability": number(0, 1),
+    "xtc_threshold": number(0, 1),
 }
 
 CHAT_FIELDS: dict[str, Check] = {
     **_FIELDS,
-    "chat_template_kwargs": _unless(
+    "chat_template_kwargs": unless(
         lambda v: isinstance(v, dict) and "chat_template" not in v,
         "must be an object, without a template of its own",
     ),
-    "logprobs": _flag,
+    "logprobs": a_flag,
     "messages": _messages,
-    "modalities": _unless(lambda v: v == ["text"], "must be ['text']"),
-    "parallel_tool_calls": _one_of(True),
-    "reasoning_effort": lambda v: "depends on the model's template: set it in chat_template_kwargs",
-    "response_format": _unless(
-        lambda v: v == {"type": "text"},
-        "must be {'type': 'text'}: this server cannot constrain a reply to a format",
-    ),
+    "modalities": unless(lambda v: v == ["text"], "must be ['text']"),
+    "parallel_tool_calls": a_flag,
+    "reasoning_effort": a_text,  # if the model's template has it
+    "response_format": _response_format,
     "role_mapping": _roles,
-    "tool_choice": _unless(
-        lambda v: v in ("auto", "none"),
-        "must be 'auto' or 'none': this server cannot force a model to call a tool",
-    ),
+    "tool_choice": _tool_choice,
     "tools": _tools,
 }
 """Fields of a chat completion, OpenAI's and mlx-lm's."""
 
 TEXT_FIELDS: dict[str, Check] = {
     **_FIELDS,
-    "best_of": _one_of(1),
-    "echo": _one_of(False),
-    "prompt": _unless(lambda v: isinstance(v, str), "must be one string"),
-    "suffix": _one_of(""),
+    "best_of": one_of(1),
+    "echo": one_of(False),
+    "prompt": _prompt,
+    "suffix": one_of(""),
 }
 """Fields of a completion."""
-
-
-def _is_number(value: Any) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _are(values: Any, kind: type) -> TypeGuard[list[Any]]:
-    return isinstance(values, list) and all(isinstance(v, kind) for v in values)
 
 
 def _content(content: Any) -> Any:
@@ -289,15 +326,13 @@ def _content(content: Any) -> Any:
     parts = (
         [{"type": "text", "text": content or ""}] if isinstance(content, str | None) else content
     )
-    if not _are(parts, dict) or not all(
+    if not are(parts, dict) or not all(
         isinstance(p.get("text"), str)
         if p.get("type") == "text"
         else isinstance(stock._image_url(p), str)
         for p in parts
     ):
-        raise _refused(
-            "messages", "have content that is neither text nor a list of texts and images"
-        )
+        raise wrong("messages", "have content that is neither text nor a list of texts and images")
     images = any(p["type"] != "text" for p in parts)
     return parts if images else "".join(p["text"] for p in parts)
 

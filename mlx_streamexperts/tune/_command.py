@@ -1,19 +1,9 @@
-"""Find the fastest settings for a model on this machine and your prompts, and save them.
-
-python -m mlx_streamexperts.tune --model ./my-model --memory 24GB --prompts prompts.txt
-python -m mlx_streamexperts.tune --cache 10MB --once '{"threads": 16}'
-
-Options that are stated stay as they are; the others are tried within the memory that is promised.
-Candidates take turns with the defaults. A candidate is better only if it beats them by more than
-the defaults differ from themselves, and its results must be the same to the last bit. The winner is
-saved in a settings file, for --settings of every command and StreamConfig.load.
-"""
+"""The command `tune`: _options.py says what it does."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import shlex
 import sys
 from contextlib import ExitStack
@@ -21,17 +11,22 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from .._analysis.quality import measure, recommendation
 from .._cache.expert_map import POLICIES
-from .._cli.options import failed, make_parser, stream_settings
+from .._cli.options import failed
+from .._cli.settings import stream_settings
 from .._cli.terminal import Row, print_rows
 from .._config import SAVED, StreamConfig
 from .._errors import StreamError
+from .._experts.lossy import refuse_lossy
 from .._experts.stream import expert_files
 from .._io.files import direct_works
 from .._io.output import exclusive
+from .._loading.demo import demo_model
 from .._loading.tuned_for import tuned_for
 from .._progress import progress_bar
 from ._ledger import Ledger
+from ._options import setup_arg_parser
 from ._runner import CACHE_SHARE, Runner, Workload, read_prompts, shipped_prompts
 from ._search import Settings, Space
 from ._tuner import Outcome, Record, Run, Tuner
@@ -54,40 +49,13 @@ _VALUES: Space = {
 """Values of each setting, the default first; likely winners come early."""
 
 
-def setup_arg_parser() -> argparse.ArgumentParser:
-    """The options of tuning, and those of streaming."""
-    parser = argparse.ArgumentParser()
-    add = parser.add_argument
-    add("--model")
-    add("--prompts", type=Path, metavar="FILE",
-        help="your prompts: JSON lines with \"prompt\", or text with blank lines between. Default: "
-        "four texts that come with the package")  # fmt: skip
-    add("--tokens", type=int, default=32, help="timed tokens of a prompt's reply (default: 32)")
-    add("--warm-up", type=int, default=16, help="untimed tokens before, each run (default: 16)")
-    add("--page-cache", choices=("keep", "drop"), default="keep",
-        help="keep what the system has cached of the files, or drop it before each run "
-        "(default: keep)")  # fmt: skip
-    add("--time-limit", type=seconds, default="10m", help="90s, 10m or 2h, say (default: 10m)")
-    add("--trials", type=int, help="try at most so many candidates")
-    add("--out", type=Path, default="tuned.json", metavar="FILE",
-        help="save the winning settings in this file (default: tuned.json)")  # fmt: skip
-    add("--ledger", type=Path, help="a line of JSON for each trial. Default: beside --out")
-    add("--resume", action="store_true", help="go on with an earlier run's ledger")
-    add("--overwrite", action="store_true", help="discard an earlier run's ledger and begin anew")
-    add("--seed", type=int, default=0, help="of the search (default: 0)")
-    add("--once", type=settings, metavar="JSON",
-        help="run one trial of these settings, print its line and save nothing")  # fmt: skip
-    add("--dry-run", action="store_true", help="print the values to try, and load nothing")
-    add("--trust-remote-code", action="store_true")
-    return make_parser(parser, "python -m mlx_streamexperts.tune", __doc__)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = setup_arg_parser().parse_args(argv)
     try:
         config, model = stream_settings(args, _INSTEAD)
         assert model is not None
+        refuse_lossy(config.lossy, "tuning")
         if config.pipeline:
             raise StreamError("tuning is for one machine: leave out --pipeline")
         prompts = read_prompts(args.prompts) if args.prompts else shipped_prompts()
@@ -120,6 +88,14 @@ def space(runner: Runner) -> Space:
     return values
 
 
+def together(values: Space) -> list[Settings]:
+    """Memory that a smaller expert cache leaves pays only if the page cache may use it."""
+    if "bypass_page_cache" not in values:
+        return []
+    shares = values.get(CACHE_SHARE, ())[1:]
+    return [{CACHE_SHARE: share, "bypass_page_cache": "off"} for share in shares]
+
+
 def _tune(args: argparse.Namespace, runner: Runner, config: StreamConfig) -> int:
     """Search and save. `config` has the options as they were stated."""
     values = space(runner)
@@ -144,6 +120,9 @@ def _tune(args: argparse.Namespace, runner: Runner, config: StreamConfig) -> int
 
         def note(record: Record) -> None:
             bar.update(record["phase"] == "search")
+            if record["phase"] == "baseline" and not once:
+                room = f"there is time for about {tuner.candidates} candidates"
+                bar.write(f"The defaults are measured; {room}", file=sys.stderr)
             if record.get("kept"):
                 bar.set_postfix_str(f"{record['ratio']:.3f}x {_said(record['settings'])}")
             if record.get("disqualified"):
@@ -152,20 +131,41 @@ def _tune(args: argparse.Namespace, runner: Runner, config: StreamConfig) -> int
 
         tuner = Tuner(
             runner.run, values, book, args.time_limit, args.trials, seed=args.seed,
-            stock=runner.stock, on_record=note,
+            stock=runner.stock, together=together(values), on_record=note,
         )  # fmt: skip
         if once:
             record = tuner.once(args.once)
             print(json.dumps(record), flush=True)
             return 0 if record["ratio"] is not None else 1
         print(f"Tuning {runner.plan}; every trial: {ledger}", file=sys.stderr)
+        print(
+            f"It takes at most about {args.time_limit / 60:.3g} minutes (--time-limit); Ctrl-C "
+            "ends it with the best so far",
+            file=sys.stderr,
+        )
         outcome = tuner.tune()
         rows = _rows(outcome)
         if outcome.best:
             _save(outcome.best, runner, config, args.out)
             rows += [("Settings", str(args.out)), ("Use", _command(args))]
+        if args.quality_budget is not None:
+            best = outcome.best["settings"] if outcome.best else {}
+            rows.append(("Lossy", _lossy(args, runner, best)))
     print_rows([*rows, ("Ledger", str(ledger))], "Tuning")
     return 0
+
+
+def _lossy(args: argparse.Namespace, runner: Runner, best: Settings) -> str:
+    """What leaving experts out would bring on the prompts, beside the best settings."""
+    model = args.model or str(demo_model())
+    config, texts = runner.applied(best, runner.config), runner.workload.prompts
+    try:
+        found = measure(
+            model, config, texts, prompt=16, items=0, trust=args.trust_remote_code
+        )  # fmt: skip
+        return recommendation(list(found), args.quality_budget)
+    except StreamError as e:
+        return f"not measured: {e}"
 
 
 def _save(best: Record, runner: Runner, config: StreamConfig, out: Path) -> None:
@@ -211,17 +211,3 @@ def _rows(outcome: Outcome) -> list[Row]:
 
 def _said(settings: Settings) -> str:
     return ", ".join(f"{k} {v}" for k, v in settings.items()) or "the defaults"
-
-
-def seconds(text: str) -> float:
-    """Seconds of "90", "90s", "10m" or "2h"; argparse names this function if it raises."""
-    if (match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text)) is None:
-        raise ValueError
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
-
-
-def settings(text: str) -> Settings:
-    """The settings in a JSON object; argparse names this function if it raises."""
-    if not isinstance(found := json.loads(text), dict):
-        raise ValueError
-    return found

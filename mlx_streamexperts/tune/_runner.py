@@ -29,6 +29,7 @@ from .._loading.discover import DiscoveredModel, discover
 from .._loading.lazy_load import original_load_model
 from .._loading.load import patch
 from .._memory.budget import default_memory
+from .._memory.process_memory import held_bytes
 from .._osinfo import drop_page_cache
 from ._tuner import Run
 
@@ -82,7 +83,7 @@ class Runner:
         self._trust: dict[str, Any] = {"trust_remote_code": trust}
         self.located: DiscoveredModel = discover(folder, self.config, self._trust)
         refuse_without_experts(self.located.layers, f"{folder}: tuning is about reading experts")
-        self.plan = self.located.plan(self.config)
+        self.plan = self.located.plan(self.config, held_bytes())
         if self.plan.memory is not None:  # the same in every run, whatever is free by then
             self.config = replace(self.config, memory=self.plan.memory)
         self._files = [Path(f) for f in expert_files(self.located.layers)]

@@ -25,6 +25,7 @@ class Search:
         changed: reduces settings to those that differ from the defaults and matter.
         known: settings that were tried and their ratios; None if they failed or are disqualified.
         seed: of its random numbers.
+        together: settings that may pay only together; tried after each value alone.
 
     Raises:
         StreamError: Optuna is not installed.
@@ -36,13 +37,12 @@ class Search:
         changed: Callable[[Settings], Settings],
         known: Iterable[tuple[Settings, float | None]],
         seed: int,
+        together: Iterable[Settings] = (),
     ) -> None:
         try:
             import optuna
         except ImportError as e:
-            raise StreamError(
-                "tuning needs the optuna library: pip install 'mlx-streamexperts[tune]'"
-            ) from e
+            raise StreamError("tuning needs the optuna library: pip install 'optuna>=4,<6'") from e
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         sampler = optuna.samplers.TPESampler(seed=seed)
         self._failed = optuna.trial.TrialState.FAIL
@@ -67,10 +67,10 @@ class Search:
                         value=math.log(ratio),
                     )
                 )
-        for name, values in space.items():
-            for value in values[1:]:
-                if self._key({name: value}) in self._untried:
-                    self._study.enqueue_trial({**defaults, name: value})
+        alone = [{name: value} for name, values in space.items() for value in values[1:]]
+        for settings in (*alone, *together):
+            if self._key(settings) in self._untried:
+                self._study.enqueue_trial({**defaults, **settings})
 
     def ask(self) -> Settings | None:
         """Settings that were not tried yet; None if there are none left.

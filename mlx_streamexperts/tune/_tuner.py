@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from ._ledger import Ledger
 from ._search import Search, Settings, Space
 
 _BASELINES = 4  # the first warms up; three more make two pairs that show the noise
+_FEW = 5  # candidates worth a search
 _ROUNDS = 2  # wins that verify a candidate
 _FINALISTS = 3  # candidates that get the chance
 _NOISE_SHARE = 0.9  # of all pairs of baselines differ by less than the noise
@@ -85,6 +86,7 @@ class Tuner:
         stock: returns digests of mlx-lm's own tokens and logits, or None if the model does not fit
             unstreamed; None for the logits if this device may sum in another order for it.
         seed: of the search.
+        together: settings that may pay only together.
         on_record: called with every record.
         clock: returns seconds.
     """
@@ -98,10 +100,12 @@ class Tuner:
         trials: int | None = None,
         stock: Callable[[], tuple[str, str | None] | None] = lambda: None,
         seed: int = 0,
+        together: Sequence[Settings] = (),
         on_record: Callable[[Record], None] = lambda record: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run, self._space, self._ledger = run, space, ledger
+        self._together = together
         self._seconds, self._trials, self._run_stock, self._seed = seconds, trials, stock, seed
         self._on_record, self._clock, self._began = on_record, clock, clock()
         self._stock: tuple[str, str | None] | None = None
@@ -140,7 +144,8 @@ class Tuner:
         """
         known = [(r["settings"], _score(r)) for r in self._of("search")]
         try:
-            search = Search(self._space, self.changed, known, self._seed + len(known))
+            seed = self._seed + len(known)
+            search = Search(self._space, self.changed, known, seed, self._together)
             self._start(_BASELINES)
             ended = self._search(search)
             best = self._verified()
@@ -224,11 +229,24 @@ class Tuner:
         took = statistics.median(self._run_seconds)
         return self._clock() - self._began + runs * took <= self._seconds
 
+    @property
+    def candidates(self) -> int:
+        """How many there is time for, as long as runs have taken so far, beside verification."""
+        left = self._seconds - (self._clock() - self._began)
+        return max(0, int(left / statistics.median(self._run_seconds)) // 2 - _ROUNDS)
+
     def _search(self, search: Search) -> str:
         while self._trials is None or len(self._of("search")) < self._trials:
             # A candidate and a baseline, and the runs that verify one.
             if not self._time_for(2 + 2 * _ROUNDS):
-                return "the time is over"
+                if self._of("search"):
+                    return "the time is over"
+                took = statistics.median(self._run_seconds)
+                enough = self._clock() - self._began + (2 * _FEW + 2 * _ROUNDS) * took
+                return (
+                    f"the time is over. A run takes {took:.0f} s here, and a candidate needs two: "
+                    f"--time-limit {math.ceil(enough / 60)}m has room for {_FEW}"
+                )
             if (settings := search.ask()) is None:
                 return "nothing is left to try"
             search.tell(_score(self._try(settings, "search")))

@@ -32,6 +32,7 @@ from ..bank import numbers
 from ..cpu_streams import called
 from ..foreign_modules import ForeignModules
 from ..layer import ExpertLayer
+from ..lossy import Weighing
 from ..refusals import refuse_transforms
 from ..slots import Arrivals
 from ..split import SORTED_ROWS
@@ -101,6 +102,7 @@ class _State:
         experts: int [..., K], known for certain while `y` is not.
         arrivals: those of `experts` that are being read; None if they have no slots.
         predicted: experts that a wrong pass chose.
+        lossy: weights the outputs of a layer that may leave experts out; None in exact runs.
     """
 
     called: bool = False
@@ -110,6 +112,7 @@ class _State:
     experts: np.ndarray | None = None
     arrivals: Arrivals | None = None
     predicted: set[int] = field(default_factory=set)
+    lossy: Weighing | None = None
 
 
 class RunAhead:
@@ -121,6 +124,7 @@ class RunAhead:
         guard: knows which threads call the model.
         waited: returns the seconds waited for reads so far.
         always: speculate on every layer, whatever was measured.
+        lossy: layers may leave experts out.
 
     Attributes:
         thread: the thread whose step is under way, or None.
@@ -135,8 +139,9 @@ class RunAhead:
         guard: ThreadGuard,
         waited: Callable[[], float],
         always: bool,
+        lossy: bool = False,
     ) -> None:
-        self.layers, self.always = list(layers), always
+        self.layers, self.always, self._lossy = list(layers), always, lossy
         self.thread: int | None = None
         self.stats, self.policy = RunAheadStats(), SpeculationPolicy(len(self.layers))
         self._most_tokens = (SORTED_ROWS - 1) // top_k  # of a call that counts as decoding
@@ -216,9 +221,17 @@ class RunAhead:
         return self._observed
 
     def forward(
-        self, layer: ExpertLayer, x: mx.array, indices: mx.array, weights: mx.array | None
+        self,
+        layer: ExpertLayer,
+        x: mx.array,
+        indices: mx.array,
+        weights: mx.array | None,
+        lossy: Weighing | None = None,
     ) -> mx.array:
-        """Run a layer's part of the pass under way, as `ExpertLayer.__call__` would."""
+        """Run a layer's part of the pass under way, as `ExpertLayer.__call__` would.
+
+        A lossy layer's result is weighted by its router.
+        """
         i = self._number[id(layer)]
         state = self._states[i]
         if state.called:
@@ -229,13 +242,18 @@ class RunAhead:
         if state.arrivals is not None and state.experts is not None:
             state.y = layer.finish_arrived(x, state.experts, weights, state.arrivals)
             state.arrivals = None
+            if state.lossy is not None:
+                state.y = state.y * state.lossy.weights
             return state.y
+        state.lossy = lossy
         if not self._speculate_on[i]:
             self._check()
         if self._speculate_on[i] or self._wrong is not None:
             return self._speculate(i, x, indices, weights)
+        if lossy is not None:
+            indices = lossy.synced(indices)
         result = layer.forward_synced(x, indices, weights, predict_next=not self._again)
-        state.y = result.output
+        state.y = result.output if lossy is None else result.output * lossy.weights
         self.stats.synced += 1
         self.policy.record_layers([i], result.missed, self._again)
         self._count_predicted(i, result.needed)
@@ -332,7 +350,9 @@ class RunAhead:
             slots, absent = self._tables.of(i)  # uint32 [experts] each
             start = layer.record_phase("map", start)
             y = called(layer.switch, x, slots[indices], weights)  # [..., K, D]
-            if self._masked:  # missing experts contribute zero
+            if state.lossy is not None:
+                y = state.lossy.on_device(y, absent[indices])
+            elif self._masked:  # missing experts contribute zero
                 y = mx.where(absent[indices][..., None] > 0, 0, y)
             state.indices, state.unchecked = indices, layer.slots.bank.track_reader(y)
         self._unsent.append(i)
@@ -350,7 +370,11 @@ class RunAhead:
             if len({x.shape for x in indices}) == 1:
                 # As one array: if memory moves by pages, reading each costs 46 us.
                 indices = [mx.concatenate(indices)]
-            mx.async_eval(indices)
+            weights = []
+            if self._lossy:
+                lossy = [self._states[i].lossy for i in self._unsent]
+                weights = [x.weights for x in lossy if x is not None]
+            mx.async_eval(indices, weights)
             self._sent.append((self._unsent, indices))
             self._unsent = []
 
@@ -362,6 +386,9 @@ class RunAhead:
             chosen = [numbers(x) for x in indices]
             if len(chosen) < len(group):
                 chosen = np.split(chosen[0], len(group))
+            for k, i in enumerate(group) if self._lossy else ():
+                if (lossy := self._states[i].lossy) is not None:
+                    chosen[k] = lossy.choose(chosen[k], self._tables.present(i))
             start = self.layers[group[0]].record_phase("sync", start)
             if self._all_held(group, chosen):
                 self.layers[group[0]].record_phase("map", start)
@@ -385,6 +412,8 @@ class RunAhead:
             if state.predicted:
                 self._count_predicted(i, experts.ravel().tolist())
             self.layers[i].account_hit(experts)
+            if state.lossy is not None:
+                state.lossy.count()
             state.y = state.unchecked
         self.policy.record_layers(group, False, self._again)
         self.stats.speculated += len(group)
@@ -421,6 +450,8 @@ class RunAhead:
                 self._wrong, self._speculate_on[i] = i, False
             else:
                 needed = layer.account(experts)
+                if state.lossy is not None:
+                    state.lossy.count()
                 self._count_predicted(i, needed)
                 arrivals = layer.slots.begin(needed)
                 if held:

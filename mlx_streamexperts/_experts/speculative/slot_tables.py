@@ -58,6 +58,10 @@ class SlotTables:
             self._partial[i] = not np.array_equal(here, cache.slot_of >= 0)
         return self._views[i]
 
+    def present(self, i: int) -> np.ndarray:
+        """The experts that had a slot when a layer's table was made, bool [experts]."""
+        return ~self._absent[i, : self._layers[i].experts]
+
     def held(self, layers: Sequence[int], chosen: Sequence[np.ndarray]) -> bool:
         """Did the layers' tables name a slot for every chosen expert, and is it still there?
 

@@ -1,0 +1,1 @@
+"""The APIs that the server speaks: each is a translator to and from one request for a chat."""
