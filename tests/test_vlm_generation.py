@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import wave
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from mlx_streamexperts import (
     UnsupportedModelError,
     convert,
     doctor,
+    generate,
     load,
     pack,
     patch,
@@ -143,6 +145,29 @@ def test_a_film_gives_the_logits_of_mlx_vlm(both: Any) -> None:
     assert not np.array_equal(expected[0], blind[0])
     for one, other in zip(vlm_families.run(model, tokens, 18, **film), expected, strict=True):
         assert np.array_equal(one, other)
+
+
+def test_a_film_comes_from_a_file_and_a_sound_needs_a_model_that_hears(
+    seeing: Path, both: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cv2 = pytest.importorskip("cv2")  # mlx-vlm reads films with it
+    stock, model, processor = both()
+    film, sound = str(tmp_path / "film.mp4"), str(tmp_path / "sound.wav")
+    writer = cv2.VideoWriter(film, cv2.VideoWriter_fourcc(*"mp4v"), 4, (84, 56))
+    for frame in np.random.default_rng(0).integers(0, 255, (8, 56, 84, 3), dtype=np.uint8):
+        writer.write(frame)
+    writer.release()
+    question = "<|vision_start|><|video_pad|><|vision_end|>What is it?"
+    expected = generated(stock, processor, question, video=[film])
+    assert_same(generated(model, processor, question, video=[film]), expected)
+    with wave.open(sound, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        file.writeframes(bytes(32000))
+    options = ["--model", str(seeing), "--cache", "400kB", "--no-progress", "-p", "What?"]
+    assert generate.main([*options, "--audio", sound]) == 1
+    assert "does not support audio" in capsys.readouterr().err
 
 
 def test_a_sound_gives_the_logits_of_mlx_vlm(tmp_path: Path) -> None:
