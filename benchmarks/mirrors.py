@@ -6,7 +6,8 @@ FOLDER gets a random 4-bit model, a packed store of it, and a copy of each, abou
 Folders are played drives: a bus of a stated rate that carries one read at a time, and 80 us of
 latency (`_analysis/throttle.py`). Files are in the page cache, so that the rates are those stated.
 Each row decodes the same tokens from the same start, and all rows must give the same logits. Rows
-take turns in rounds. The last rows break the slow drive halfway: its reads fail, or never end.
+take turns in rounds. Prefetching is off: its trials would last longer than a row. The last rows
+break the slow drive halfway: its reads fail, or never end.
 """
 
 from __future__ import annotations
@@ -87,11 +88,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--fast", default="24MB", help="bytes/s of the fast drive")
-    parser.add_argument("--slow", default="12MB", help="bytes/s of the slow drive")
+    parser.add_argument("--fast", default="10MB", help="bytes/s of the fast drive")
+    parser.add_argument("--slow", default="5MB", help="bytes/s of the slow drive")
     parser.add_argument("--shares", default="0.25,0.125", help="resident shares to try")
-    parser.add_argument("--tokens", type=int, default=10, help="timed tokens a round")
-    parser.add_argument("--warm-up", type=int, default=6)
+    parser.add_argument("--tokens", type=int, default=4, help="timed tokens a round")
+    parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()
     rates = parse_size(args.fast), parse_size(args.slow)
@@ -111,7 +112,7 @@ def main() -> None:
         where = {"fast": store, "slow": slow_store} if packed else {"fast": folder, "slow": slow}
         base = "slow" if which == "slow alone" else "fast"
         config = StreamConfig(
-            cache=1 << 60, progress=False, bypass_page_cache="off",
+            cache=1 << 60, progress=False, bypass_page_cache="off", prefetch="off",
             store=str(where[base]) if packed else None,
             mirrors=None if "alone" in which else [str(where["slow"])],
         )  # fmt: skip

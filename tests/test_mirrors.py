@@ -304,6 +304,7 @@ def test_rates_are_those_of_all_reads_together() -> None:
     assert drive.rate == pytest.approx(1e6)
     # Half of the last read should be done; then comes another one.
     assert drive.expected(500_000, 103.5, 1.0) == pytest.approx(1.0)
+    assert drive.expected(500_000, 999.0, 1.0) == pytest.approx(0.5)  # it hangs: it counts as done
     drive.end(1_000_000, 104.0, True)
     drive.begin(10_000_000, 200.0)  # idle in between
     drive.end(10_000_000, 205.0, True)
@@ -317,6 +318,8 @@ def test_a_slow_drive_that_may_have_recovered_is_tried_again() -> None:
         drive.begin(1_000_000, begin)
         drive.end(1_000_000, begin + seconds, True)
     assert drive.rate is not None and drive.rate < 1e4
+    assert drive.expected(1_000_000, drive.last + 1000, 4e6) == pytest.approx(0.25)  # as any
+    drive.total = module._MEASURED_BYTES
     slow = 1_000_000 / drive.rate
     now = drive.last + 1000.0
     assert drive.expected(1_000_000, drive.last, 1.0) == pytest.approx(slow)

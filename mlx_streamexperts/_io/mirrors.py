@@ -38,6 +38,9 @@ _WINDOW_SECONDS = 0.5
 # A drive that was slow and is not used any more may have recovered: every so many seconds
 # it is taken to be twice as fast, up to the fastest that it ever was.
 _RECOVERY_SECONDS = 0.5
+# Until it has read so much, it may have been slow because the machine was busy, and may recover to be
+# as fast as any: otherwise one read that was held up at the start would rule it out for good.
+_MEASURED_BYTES = 16 << 20
 
 # A read hangs if it takes longer than this, and than so many times what was expected of it.
 _PATIENCE_SECONDS, _PATIENCE_TIMES = 2.0, 20.0
@@ -63,6 +66,7 @@ class Drive:
         pending: bytes of reads under way.
         rate: bytes/s while it was busy, all reads together; None until one has ended.
         best: the highest rate so far.
+        total: bytes that it has read.
         down: it failed, and is not used.
     """
 
@@ -73,6 +77,7 @@ class Drive:
     pending: int = 0
     rate: float | None = None
     best: float = 0.0
+    total: int = 0
     down: bool = False
     since: float = 0.0  # when its last read ended, or when it became busy
     last: float = 0.0  # when its last read began
@@ -98,6 +103,7 @@ class Drive:
         self.pending -= nbytes
         busy, self.since = now - self.since, now
         if delivered:
+            self.total += nbytes
             self.window[0] += nbytes
             self.window[1] += busy
             self.rate = self.window[0] / max(self.window[1], 1e-9)
@@ -116,8 +122,11 @@ class Drive:
         rate = self.rate or unknown
         if self.rate and not self.reads and now - self.last > _RECOVERY_SECONDS:
             periods = min(30.0, (now - self.last) / _RECOVERY_SECONDS)
-            rate = min(max(self.best, rate), rate * 2**periods)
-        left = max(0.0, self.pending - max(0.0, now - self.since) * rate) if self.reads else 0.0
+            most = self.best if self.total >= _MEASURED_BYTES else unknown
+            rate = min(max(most, rate), rate * 2**periods)
+        left = 0.0
+        if self.reads:  # since the last one ended, no more than one can have been delivered
+            left = self.pending - min(max(0.0, now - self.since) * rate, self.pending / self.reads)
         return (left + nbytes) / rate
 
 
@@ -179,10 +188,16 @@ class Mirrors:
         piece = max(least, nbytes // _PIECES)
         return min(most, -(-piece // _PIECE_STEP_BYTES) * _PIECE_STEP_BYTES)
 
-    def has_room(self, file: str) -> bool:
-        """Can a read of this file begin without waiting behind too many others?"""
-        up = [d for d in self._holders[file] if not d.down]
-        return not up or any(d.reads < self._depth for d in up)
+    def has_room(self, ranges: Sequence[ByteRange]) -> bool:
+        """Can a read begin now? Not if the drive that it should go to has its number under way.
+
+        It is better to wait for that drive than to choose another one too early.
+        """
+        up = [d for d in self._holders[ranges[0].file] if not d.down]
+        if not up:
+            return True
+        nbytes = ranges[-1].offset + len(ranges[-1].into) - ranges[0].offset
+        return self._best(up, nbytes).reads < self._depth
 
     def read(self, ranges: Sequence[ByteRange]) -> tuple[int, Drive, int]:
         """Read ranges that lie side by side in one file, from one of the drives that hold it.
@@ -259,10 +274,14 @@ class Mirrors:
         up = [d for d in left if not d.down]
         if len(up) < 2:
             return (up or left)[0], True
-        free = [d for d in up if d.reads < self._depth] or up
+        free = [d for d in up if d.reads < self._depth]  # others may have begun since `has_room`
+        return self._best(free or up, nbytes), False
+
+    def _best(self, drives: Sequence[Drive], nbytes: int) -> Drive:
+        """The drive that is expected to end a read of `nbytes` first."""
         now = time.perf_counter()
         unknown = 1.01 * (max(d.rate or 0.0 for d in self.drives) or 1e9)  # first of equals
-        return min(free, key=lambda d: d.expected(nbytes, now, unknown)), False
+        return min(drives, key=lambda d: d.expected(nbytes, now, unknown))
 
     def _begin(self, drive: Drive, file: str, nbytes: int, alone: bool) -> _UnderWay:
         now, patience = time.perf_counter(), _PATIENCE_UNKNOWN_SECONDS

@@ -197,11 +197,6 @@ class Job:
     ended: bool = False
 
 
-def _file(entry: tuple[int, int, Job]) -> str:
-    """The file of a queued job's first read."""
-    return entry[2].runs[0][0].file
-
-
 class ExpertReader:
     """Thread pool for reads.
 
@@ -464,8 +459,8 @@ class ExpertReader:
             if not self._queue or self._queue[0][0] > priority:
                 return None
             entry = self._queue[0]
-            if self.mirrors is not None and not self.mirrors.has_room(_file(entry)):
-                ready = (e for e in sorted(self._queue) if self.mirrors.has_room(_file(e)))
+            if self.mirrors is not None and not self.mirrors.has_room(entry[2].runs[0]):
+                ready = (e for e in sorted(self._queue) if self.mirrors.has_room(e[2].runs[0]))
                 entry = next(ready, entry)
                 if entry is self._queue[0] or entry[0] > priority:
                     return None
@@ -475,6 +470,8 @@ class ExpertReader:
             else:
                 self._queue.remove(entry)
                 heapq.heapify(self._queue)
+            if self.mirrors is not None and self._queue:
+                self._work.put(None)  # another worker may have found no drive with room
         return job
 
     def _execute(self, job: Job) -> bool:
@@ -524,9 +521,10 @@ class ExpertReader:
                 stats.speculative_bytes += nbytes
             elif job.behind:
                 stats.delay_seconds += start - job.ticket.submitted
+            if places and self.mirrors is not None and not stats.drive_bytes:
+                stats.drive_bytes = dict.fromkeys((d.folder for d in self.mirrors.drives), 0)
             for drive, run in places:
                 size = run[-1].offset + len(run[-1].into) - run[0].offset
-                stats.drive_bytes.setdefault(drive.folder, 0)
                 stats.drive_bytes[drive.folder] += size
             stats.moved += moves
             for run, _ in failures:
