@@ -12,6 +12,7 @@ import json
 import numbers
 import operator
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,8 @@ _MOST_THREADS = 1024  # more than any drive has use for, less than a system give
 
 _VERSION = 1  # of settings files
 _PER_RUN = (
-    "oversubscribe", "store", "verify_reads", "hot_set", "pipeline", "split", "loader", "lossy",
+    "oversubscribe", "store", "mirrors", "verify_reads", "hot_set", "pipeline", "split", "loader",
+    "lossy",
     "progress",
 )  # fmt: skip
 """Options that no settings file holds: they name other files or machines, override a refusal,
@@ -190,6 +192,14 @@ class StreamConfig:
         "folder made by mlx_streamexperts.pack: experts are read from it, each in one read up to "
         "--read-size",
     )
+    mirrors: Sequence[str] | None = _option(
+        None,
+        "folder on another drive with copies of the files that experts are read from, or of some "
+        "of them: the shards, or with --store the store's files. Reads go to the drive that is "
+        "expected to finish first. Can be stated several times. streamexperts mirror makes such a "
+        "folder",
+        flag="--mirror",
+    )
     verify_reads: bool = _option(
         False, "compare the checksum of each expert read from --store; a difference is an error"
     )
@@ -261,6 +271,10 @@ class StreamConfig:
             raise StreamError("lossy does not work with several machines; leave pipeline out")
         if self.verify_reads and self.store is None:
             raise StreamError("verify_reads needs a store: a checkpoint has no checksums")
+        if isinstance(self.mirrors, str | Path):
+            raise StreamError(f"mirrors must be a list of folders, got {self.mirrors!r}")
+        if self.mirrors is not None:  # hashable, as all options are
+            object.__setattr__(self, "mirrors", tuple(map(str, self.mirrors)) or None)
         for name in ("threads", "prefetch_depth", "cores", "context_tokens", "prefill_tokens"):
             if (count := getattr(self, name)) is None:
                 continue
@@ -290,10 +304,10 @@ class StreamConfig:
     def load(cls, path: str | Path) -> StreamConfig:
         """Read a settings file, as `save` and `mlx_streamexperts.tune` write it.
 
-        Such a file may hold every option but `oversubscribe`, `store`, `verify_reads`, `hot_set`,
-        `pipeline`, `split`, `loader`, `lossy` and `progress`: it divides memory and chooses how
-        experts are read. It cannot change a result, run code, name another file or override a
-        refusal.
+        Such a file may hold every option but `oversubscribe`, `store`, `mirrors`, `verify_reads`,
+        `hot_set`, `pipeline`, `split`, `loader`, `lossy` and `progress`: it divides memory and
+        chooses how experts are read. It cannot change a result, run code, name another file or
+        override a refusal.
 
         Args:
             path: the file.
@@ -387,6 +401,8 @@ class StreamConfig:
         for name in ("store", "hot_set"):
             if (value := getattr(self, name)) is not None:
                 own[name] = value.replace("{rank}", str(rank))
+        if self.mirrors is not None:
+            own["mirrors"] = [m.replace("{rank}", str(rank)) for m in self.mirrors]
         return replace(self, **own)
 
 
@@ -436,7 +452,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for f in fields(StreamConfig):
         if f.name == "about":
             continue
-        flag, text, default = _flag(f.name), f.metadata["help"], f.metadata["default"]
+        flag = f.metadata.get("flag", _flag(f.name))
+        text, default = f.metadata["help"], f.metadata["default"]
         if default is not None and not isinstance(default, bool):
             text += f" (default: {default})"
         number = "type" in f.metadata or type(default) is int
@@ -444,6 +461,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if f.name == "progress":
             flag, kind = "--no-progress", {"action": "store_false", "dest": "progress"}
             text = "show no progress, neither of loading nor of prompts"
+        elif f.name == "mirrors":
+            kind = {"action": "append", "metavar": "DIR", "dest": f.name}
         elif default is False:
             kind = {"action": "store_true"}
         if "choices" in f.metadata:

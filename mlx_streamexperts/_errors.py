@@ -62,6 +62,7 @@ class ExpertReadError(StreamError):
         offset: first byte that could not be read.
         errno: the operating system's error number. None if it reported no error, for example at
             an unexpected end of the file.
+        reason: what went wrong, in a few words.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class ExpertReadError(StreamError):
         reason: str = "unexpected end of file",
         what: str = "expert",
     ) -> None:
-        self._reason = reason = reason if errno is None else os.strerror(errno)
+        self.reason = reason = reason if errno is None else os.strerror(errno)
         super().__init__(
             f"cannot read {what} {expert} of {layer}: {reason} at byte {offset} of {file} "
             f"(tensor {tensor}). The {what}'s slot was left empty; the model can be used "
@@ -87,7 +88,7 @@ class ExpertReadError(StreamError):
     def of_a_row(self) -> ExpertReadError:
         """The same error, of a row of a table that is looked up by token."""
         return ExpertReadError(
-            self.layer, self.expert, self.tensor, self.file, self.offset, self.errno, self._reason,
+            self.layer, self.expert, self.tensor, self.file, self.offset, self.errno, self.reason,
             what="row",
         )  # fmt: skip
 

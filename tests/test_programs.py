@@ -58,7 +58,10 @@ def test_every_option_of_mlx_lm_and_every_streaming_option_is_there(
 ) -> None:
     known = options(ours.setup_arg_parser())  # type: ignore[attr-defined]
     assert options(importlib.import_module(stock).setup_arg_parser()) <= known
-    fields = {"--" + f.replace("_", "-") for f in StreamConfig.__dataclass_fields__}
+    fields = {
+        f.metadata.get("flag", "--" + name.replace("_", "-"))
+        for name, f in StreamConfig.__dataclass_fields__.items()
+    }
     assert (fields - {"--progress", "--about"}) | {
         "--no-progress",
         "--trace",

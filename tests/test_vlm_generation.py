@@ -293,7 +293,7 @@ def test_mlx_vlms_server_answers(seeing: Path, pictures: list[str]) -> None:
         assert ask([picture, {"type": "text", "text": "What?"}])
     finally:
         server.send_signal(2)
-        said = server.communicate(timeout=30)[0]
+        said = server.communicate(timeout=60)[0]
     assert "misses after eviction" in said
 
 
@@ -323,6 +323,48 @@ def test_pictures_give_the_logits_of_mlx_vlm(family: str, tmp_path: Path) -> Non
             assert np.array_equal(one, other)
     with stream(model) as streamed:
         assert streamed.stats().cache.misses > 0
+
+
+def test_a_large_picture_gets_room_or_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its tower takes is not in the plan: 1,024 patches have 8 MB of attention scores."""
+    gc.collect()
+    mx.clear_cache()
+    family, side = "qwen3_vl_moe", 32
+    monkeypatch.setitem(vlm_families.FAMILIES[family].config["vision_config"], "depth", 3)
+    folder = make_vlm_checkpoint(tmp_path / "m", family, bits=4)
+    places, given = vlm_families.picture(family) or ([], {})
+    count = side * side // given["pixel_values"].shape[0]
+    given["pixel_values"] = mx.concatenate([given["pixel_values"]] * count)
+    given["image_grid_thw"] = mx.array([[1, side, side]])
+    pad = max(places, key=places.count)
+    ids = np.repeat(places, [count if i == pad else 1 for i in places])[None]
+    pixels = given.pop("pixel_values")
+    mx.eval(pixels)
+
+    def seen(model: Any) -> np.ndarray:
+        found = model.get_input_embeddings(mx.array(ids), pixels, mask=None, **given)
+        return np.array(found.inputs_embeds)
+
+    config = StreamConfig(**{**vars(VLM), "context_tokens": 300})
+    with pytest.raises(BudgetError) as least:
+        plan(folder, "1MB", config=config)
+    with patch(least.value.needed_bytes, config=config):
+        model = utils.load_model(folder)
+    with stream(model), pytest.raises(BudgetError, match="this prompt's pictures or sound") as more:
+        seen(model)
+    budget = more.value.needed_bytes + (1 << 20)
+    del model, least, more  # their tracebacks hold the model
+    gc.collect()
+    mx.clear_cache()
+    with patch(budget, config=config):
+        model = utils.load_model(folder)
+    with stream(model) as streamed:
+        mx.reset_peak_memory()
+        got = seen(model)
+        assert mx.get_peak_memory() <= budget + streamed.plan.others
+    assert np.array_equal(got, seen(utils.load_model(folder)))
 
 
 def test_a_prompt_with_pictures_stays_within_its_plan(

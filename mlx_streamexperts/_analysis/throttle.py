@@ -6,10 +6,12 @@ streams through it. It can only slow down: a drive that is slower than stated st
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from .. import _osinfo as platform
 
@@ -25,28 +27,47 @@ class Throttle:
     Args:
         bytes_per_s: rate of the bus; `math.inf` for latency alone.
         latency: seconds added to each read; reads in flight share them.
+        folders: folders whose files, other than links, are on a drive of their own, and its rate.
     """
 
-    def __init__(self, bytes_per_s: float, latency: float = _LATENCY) -> None:
-        self._rate, self._latency = bytes_per_s, latency
-        self._free, self._lock = 0.0, threading.Lock()
+    def __init__(
+        self,
+        bytes_per_s: float,
+        latency: float = _LATENCY,
+        folders: Mapping[Path, float] | None = None,
+    ) -> None:
+        self._rates: dict[Path | None, float] = {None: bytes_per_s}
+        for folder, rate in (folders or {}).items():
+            self._rates[folder] = rate
+        self._latency = latency
+        self._free = dict.fromkeys(self._rates, 0.0)
+        self._drive_of = {
+            os.stat(file)[1:3]: folder for folder in folders or () for file in folder.iterdir()
+        }
+        self._lock = threading.Lock()
         self._read = platform.read_into
 
+    def drive(self, fd: int) -> Path | None:
+        """The folder among those with a drive of their own that an open file is in."""
+        return self._drive_of.get(os.fstat(fd)[1:3]) if self._drive_of else None
+
     def __call__(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-        size = sum(map(len, buffers))
+        size, drive = sum(map(len, buffers)), self.drive(fd)
         with self._lock:
-            self._free = max(self._free, time.perf_counter()) + size / self._rate
-            due = self._free + self._latency
+            free = max(self._free[drive], time.perf_counter()) + size / self._rates[drive]
+            self._free[drive], due = free, free + self._latency
         count = self._read(fd, buffers, offset)
         time.sleep(max(0.0, due - time.perf_counter()))
         return count
 
 
 @contextmanager
-def slowed(bytes_per_s: float, latency: float) -> Iterator[None]:
-    """Send every read of this process through a `Throttle` meanwhile."""
+def slowed(
+    bytes_per_s: float, latency: float, folders: Mapping[Path, float] | None = None
+) -> Iterator[None]:
+    """Send every read of this process through a `Throttle` meanwhile; arguments as there."""
     original = platform.read_into
-    platform.read_into = Throttle(bytes_per_s, latency)
+    platform.read_into = Throttle(bytes_per_s, latency, folders)
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ COMMANDS = {
     "convert": "rewrite an original checkpoint once so that it can be streamed",
     "doctor": "check whether a model will run here, how fast, and what limits it",
     "generate": "generate text: mlx_lm.generate with a memory budget",
+    "mirror": "copy a model's experts to a second drive, to read from both at once",
     "pack": "store each expert's parts side by side, so that a miss is one read",
     "quality": "measure what leaving experts out (--lossy) costs and brings on your text",
     "report": "measure how a model runs here and write a page and a JSON file",

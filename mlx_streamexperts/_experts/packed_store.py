@@ -186,6 +186,45 @@ def use_store(
         relocate(layer, mine, folder, read_check(theirs["checksums"]) if verify_reads else None)
 
 
+def check_mirrors(folder: Path, mirrors: Sequence[str]) -> None:
+    """Check that the layers in mirrors of a store were packed with it, by its checksums.
+
+    Args:
+        folder: the store, as `use_store` accepted it.
+        mirrors: folders that may hold some of its files, or none.
+
+    Raises:
+        CheckpointError: a mirror has files of the store without its manifest, or of another store.
+    """
+    source, stored = _read_manifest(folder / MANIFEST)
+    for mirror in map(Path, mirrors):
+        held = [entry for entry in stored if (mirror / entry["file"]).is_file()]
+        if not held:
+            continue
+        file = mirror / MANIFEST
+        theirs_source, theirs = _read_manifest(file)
+        for entry in held:
+            if theirs_source != source or entry not in theirs:
+                raise CheckpointError(
+                    f"{mirror / entry['file']}: was not packed together with {folder} ({file} "
+                    "differs): remove it, and let streamexperts mirror write it again"
+                )
+
+
+def layer_files(folder: Path) -> dict[Path, list[tuple[str, int, int]]]:
+    """A store's files, each with the experts that it holds: layer, expert, bytes.
+
+    Raises:
+        CheckpointError: not a finished store, or a file is missing.
+    """
+    files = {}
+    for entry in _read_manifest(folder / MANIFEST)[1]:
+        check_size(folder, entry, "pack again")
+        experts = [(entry["name"], n, entry["used"]) for n in range(entry["experts"])]
+        files[folder / entry["file"]] = experts
+    return files
+
+
 def check_size(folder: Path, plan: dict[str, Any], advice: str) -> None:
     """Check that a layer's file is there and has its size.
 

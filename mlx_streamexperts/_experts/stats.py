@@ -79,6 +79,12 @@ class StreamStats:
                 f"waited {self.read.wait_seconds:.3f} s{waiting}",
             ),
         ]
+        if drives := self.read.drive_bytes:
+            total = max(1, sum(drives.values()))
+            parts = [f"{format_size(n)} ({n / total:.0%}) from {d}" for d, n in drives.items()]
+            if self.read.moved:
+                parts.append(f"{self.read.moved} reads moved from a drive that failed or hung")
+            lines.append(("Drives", ", ".join(parts)))
         if (ran := self.run_ahead).steps:
             lines.append(
                 (

@@ -26,6 +26,7 @@ from .._distributed.ranks import Ranks
 from .._distributed.watch import Watch
 from .._errors import BudgetError, CheckpointError, StreamError, UnsupportedModelError
 from .._io.files import allow_open, direct_works
+from .._io.mirrors import find_mirrors
 from .._io.reader import ExpertReader, ReadStats
 from .._listeners import Listeners
 from .._memory.budget import Plan, check_resize, experts_per_token
@@ -110,10 +111,18 @@ class ExpertStream(Closing):
         hot = read_hot_set(layers, Path(config.hot_set)) if config.hot_set else []
         _let_go(layers)
         files = sorted({*expert_files(layers), *self._rows.files})
-        allow_open(len(files), str(Path(files[0]).parent))
-        marks = _marks(files)
+        marks, mirrors = _marks(files), None
+        if config.mirrors:
+            mirrors = find_mirrors(
+                files, config.mirrors, marks, self.bypasses_page_cache, config.threads
+            )
+            for drive in mirrors.drives:
+                if config.bypass_page_cache == "on" and not drive.files.direct:
+                    raise StreamError(_cannot_bypass(drive.folder))
+        copies = mirrors.copies if mirrors is not None else 0
+        allow_open(len(files) + copies, str(Path(files[0]).parent))
         self._reader = ExpertReader(
-            config.threads, parse_size(config.read_size), self.bypasses_page_cache, marks
+            config.threads, parse_size(config.read_size), self.bypasses_page_cache, marks, mirrors
         )
         self.run_ahead: RunAhead | None = None
         self.on_pass = Listeners[PassListener]()
@@ -297,13 +306,13 @@ class ExpertStream(Closing):
             self._given_back = 0
             hold_limits(self, self.plan, self.config.wired == "auto")
 
-    def make_room(self, needed: int, context: int, sequences: int) -> None:
-        """Shrink the expert cache until a pass fits that was not planned for.
+    def make_room(self, needed: int, what: str, instead: str) -> None:
+        """Shrink the expert cache until something fits that was not planned for.
 
         Args:
-            needed: bytes that the pass takes.
-            context: tokens of each sequence after it.
-            sequences: of the batch.
+            needed: bytes that it takes.
+            what: what it is, for messages.
+            instead: what the user may do to need less.
 
         Raises:
             BudgetError: it does not fit beside the smallest expert cache that works.
@@ -320,23 +329,21 @@ class ExpertStream(Closing):
             if has - over < least:
                 enough = self.plan.bound + over - (has - least)
                 raise BudgetError(
-                    f"{sequences} x {context:,} tokens of context do not fit: a forward pass needs "
-                    f"{format_size(needed)} beside the {format_size(active)} that MLX holds within "
-                    f"{format_size(self.plan.bound)}, and the expert cache can give no more than "
-                    f"{format_size(has - least)}. Load with at "
-                    f"least memory={enough:,} bytes ({format_size(enough)}), or shorten the "
-                    "context, the batch, or what else is kept (prompt caches, logits)",
+                    f"{what} does not fit: it needs {format_size(needed)} beside the "
+                    f"{format_size(active)} that MLX holds within {format_size(self.plan.bound)}, "
+                    f"and the expert cache can give no more than {format_size(has - least)}. Load "
+                    f"with at least memory={enough:,} bytes ({format_size(enough)}), or {instead}, "
+                    "or keep less besides (prompt caches, logits)",
                     needed_bytes=enough,
                 )
             # A cache that shrinks starts empty, so it shrinks by a lot at once.
             slots = share_slots(max(least, has - max(over, has // _GIVES)), needs)
             taken = sum(n * x.expert_bytes for n, x in zip(slots, self.layers, strict=True))
             _log.warning(
-                f"a forward pass for {sequences} x {context:,} tokens of context needs "
-                f"{format_size(needed)} beside the {format_size(active)} that MLX holds, more than "
-                f"was planned: the expert cache gives {format_size(has - taken)} and keeps "
-                f"{format_size(taken)}. A larger context_tokens plans for longer contexts and for "
-                "batches, a reserve for other arrays"
+                f"{what} needs {format_size(needed)} beside the {format_size(active)} that MLX "
+                f"holds, more than was planned: the expert cache gives {format_size(has - taken)} "
+                f"and keeps {format_size(taken)}. A larger context_tokens plans for longer "
+                "contexts and for batches, a reserve for other arrays"
             )
             self._open(slots)
             self.plan = replace(self.plan, cache=taken, slots=tuple(slots))
@@ -565,10 +572,7 @@ class ExpertStream(Closing):
         possible = all(direct_works(Path(f)) for f in files[:1])
         if self.config.bypass_page_cache == "on":
             if not possible:
-                raise StreamError(
-                    f"bypass_page_cache='on', but the file system of {files[0]} cannot read past "
-                    "the page cache; use 'auto' or 'off'"
-                )
+                raise StreamError(_cannot_bypass(files[0]))
             return True
         # A page cache competes with the expert cache for memory, as others have measured. If it has
         # room for all experts that are not in slots, it makes misses cheap instead.
@@ -639,6 +643,13 @@ def refuse_without_experts(layers: Sequence[object], why: str) -> None:
 def unwritten(layers: Sequence[ExpertLayer]) -> bool:
     """Are there experts that are in no file, because the checkpoint must be converted first?"""
     return any(not t.stored.files for x in layers for t in x.tensors.values())
+
+
+def _cannot_bypass(file: str) -> str:
+    return (
+        f"bypass_page_cache='on', but the file system of {file} cannot read past the page cache; "
+        "use 'auto' or 'off'"
+    )
 
 
 def _let_go(layers: Sequence[ExpertLayer]) -> None:

@@ -29,7 +29,10 @@ from .layer import PHASES, ExpertLayer
 
 
 class _Read(NamedTuple):
-    """One system call, labelled by its first range. Times are those of `perf_counter`."""
+    """One thread's read, labelled by its first range. Times are those of `perf_counter`.
+
+    `drives` has the bytes by drive, if there are several.
+    """
 
     thread: str
     layer: str
@@ -40,6 +43,7 @@ class _Read(NamedTuple):
     queued: float
     begin: float
     end: float
+    drives: dict[str, int]
 
 
 class Timeline(Closing):
@@ -110,10 +114,14 @@ class Timeline(Closing):
         self, ranges: Sequence[ByteRange], priority: int, queued: float, begin: float, end: float
     ) -> None:
         first = ranges[0]  # not kept: its view would keep a bank's memory alive
+        drives: dict[str, int] = {}
+        for r in ranges if self._reader.mirrors is not None else ():
+            folder = os.path.dirname(r.file)
+            drives[folder] = drives.get(folder, 0) + len(r.into)
         self._reads.append(
             _Read(
                 threading.current_thread().name, first.layer, first.expert, first.tensor,
-                sum(len(r.into) for r in ranges), priority, queued, begin, end,
+                sum(len(r.into) for r in ranges), priority, queued, begin, end, drives,
             )
         )  # fmt: skip
 
@@ -137,7 +145,7 @@ class Timeline(Closing):
             add(
                 r.thread, "read" if r.priority == DEMAND else "prefetch", r.begin, r.end,
                 layer=r.layer, expert=r.expert, tensor=r.tensor, bytes=r.nbytes,
-                queued_us=1e6 * (r.begin - r.queued),
+                queued_us=1e6 * (r.begin - r.queued), **({"drives": r.drives} if r.drives else {}),
             )  # fmt: skip
         names: list[dict[str, object]] = [
             {"name": "thread_name", "ph": "M", "pid": 1, "tid": number, "args": {"name": row}}

@@ -37,10 +37,17 @@ class ShardFiles:
     Args:
         direct: bypass the page cache.
         expected: mark of each file when the model was loaded; see `_osinfo.file_mark`.
+        copies: where copies of the files are that are read instead. Ranges, `expected` and this
+            name a file by its own path; errors name the copy.
     """
 
-    def __init__(self, direct: bool, expected: dict[str, tuple[int, ...]]) -> None:
-        self.direct, self._expected = direct, expected
+    def __init__(
+        self,
+        direct: bool,
+        expected: dict[str, tuple[int, ...]],
+        copies: dict[str, str] | None = None,
+    ) -> None:
+        self.direct, self._expected, self._copies = direct, expected, copies or {}
         self._files: dict[str, tuple[int, int]] = {}  # path -> (descriptor, alignment)
         self._lock = threading.Lock()
         self._local = threading.local()
@@ -58,28 +65,38 @@ class ShardFiles:
         """
         fd, alignment = self._files.get(ranges[0].file) or self._open(ranges[0])
         if alignment > 1 and not _aligned(ranges, alignment):
-            return self._read_bounced(ranges, fd, alignment)
+            source, calls = self.fetch(ranges)
+            deliver(ranges, source)
+            return calls
         buffers = list(map(_memory_of, ranges))
         offset, calls = ranges[0].offset, 0
         while buffers:
             try:
                 count = platform.read_into(fd, buffers, offset)
             except OSError as e:
-                raise _failure(ranges, offset, e.errno) from e
+                raise self._failure(ranges, offset, e.errno) from e
             calls += 1
             if count == 0:
-                raise _failure(ranges, offset, None)
+                raise self._failure(ranges, offset, None)
             offset += count
             while buffers and count >= len(buffers[0]):
                 count -= len(buffers.pop(0))
             if count:
                 if alignment > 1 and count % alignment:  # a direct read ends early only at the end
-                    raise _failure(ranges, offset, None)
+                    raise self._failure(ranges, offset, None)
                 buffers[0] = buffers[0][count:]
         return calls
 
-    def _read_bounced(self, ranges: Sequence[ByteRange], fd: int, alignment: int) -> int:
-        """Read the widened, aligned range into aligned memory of this thread, then copy out."""
+    def fetch(self, ranges: Sequence[ByteRange]) -> tuple[memoryview, int]:
+        """Read ranges that lie side by side in one file into aligned memory of this thread.
+
+        Returns:
+            Their bytes, which stay until this thread's next call, and the number of system calls.
+
+        Raises:
+            ExpertReadError: as `read`.
+        """
+        fd, alignment = self._files.get(ranges[0].file) or self._open(ranges[0])
         begin = ranges[0].offset
         end = begin + sum(len(r.into) for r in ranges)
         start = begin - begin % alignment
@@ -90,21 +107,12 @@ class ShardFiles:
             try:
                 count = platform.read_into(fd, [bounce[got:length]], start + got)
             except OSError as e:
-                raise _failure(ranges, start + got, e.errno) from e
+                raise self._failure(ranges, start + got, e.errno) from e
             calls += 1
             if count == 0 or (count % alignment and start + got + count < end):
-                raise _failure(ranges, start + got + count, None)
+                raise self._failure(ranges, start + got + count, None)
             got += count
-        position = begin - start
-        for r in ranges:
-            size = len(r.into)
-            source = bounce[position : position + size]
-            if size <= _SHORT_COPY_BYTES:
-                r.into[:] = source
-            else:  # NumPy lets other threads run while it copies
-                np.copyto(np.frombuffer(r.into, np.uint8), np.frombuffer(source, np.uint8))
-            position += size
-        return calls
+        return bounce[begin - start : end - start], calls
 
     def _bounce(self, nbytes: int) -> memoryview:
         """This thread's page-aligned buffer of at least `nbytes`."""
@@ -119,29 +127,58 @@ class ShardFiles:
             known = self._files.get(first.file)
             if known is not None:  # another thread was faster
                 return known
+            path = Path(self.path(first.file))
             try:
                 if self.direct:
-                    known = platform.open_direct(Path(first.file))
+                    known = platform.open_direct(path)
                 else:
-                    known = platform.open_buffered(Path(first.file)), 1
+                    known = platform.open_buffered(path), 1
             except OSError as e:
-                raise ExpertReadError(*label(first), first.offset, e.errno) from e
+                raise self._failure([first], first.offset, e.errno) from e
             try:
                 share_lock(known[0])
-                self._check_same(first, known[0])
+                self._check_same(first, known[0], path)
             except BaseException:
                 os.close(known[0])
                 raise
             self._files[first.file] = known
             return known
 
-    def _check_same(self, first: ByteRange, fd: int) -> None:
+    def _check_same(self, first: ByteRange, fd: int, path: Path) -> None:
         expected = self._expected.get(first.file)
         try:
-            if expected and not platform.same_file(expected, fd, Path(first.file)):
-                raise ExpertReadError(*label(first), first.offset, None, _REPLACED)
+            if expected and not platform.same_file(expected, fd, path):
+                raise self._failure([first], first.offset, None, _REPLACED)
         except OSError as e:
-            raise ExpertReadError(*label(first), first.offset, e.errno) from e
+            raise self._failure([first], first.offset, e.errno) from e
+
+    def path(self, file: str) -> str:
+        """Where a file is read."""
+        return self._copies.get(file, file)
+
+    def _failure(
+        self, ranges: Sequence[ByteRange], offset: int, errno: int | None, *reason: str
+    ) -> ExpertReadError:
+        """An error that names the range in which `offset` lies."""
+        at = ranges[0]
+        offset = max(offset, at.offset)  # a widened read may fail before the first byte asked for
+        for r in ranges:
+            if r.offset <= offset:
+                at = r
+        return ExpertReadError(*label(at)[:3], Path(self.path(at.file)), offset, errno, *reason)
+
+
+def deliver(ranges: Sequence[ByteRange], source: memoryview) -> None:
+    """Copy what `ShardFiles.fetch` read for these ranges to where it must go."""
+    position = 0
+    for r in ranges:
+        size = len(r.into)
+        part = source[position : position + size]
+        if size <= _SHORT_COPY_BYTES:
+            r.into[:] = part
+        else:  # NumPy lets other threads run while it copies
+            np.copyto(np.frombuffer(r.into, np.uint8), np.frombuffer(part, np.uint8))
+        position += size
 
 
 def share_lock(fd: int) -> None:
@@ -212,13 +249,3 @@ def _aligned(ranges: Sequence[ByteRange], alignment: int) -> bool:
 def label(r: ByteRange) -> tuple[str, int, str, Path]:
     """The first arguments of an `ExpertReadError`."""
     return r.layer, r.expert, r.tensor, Path(r.file)
-
-
-def _failure(ranges: Sequence[ByteRange], offset: int, errno: int | None) -> ExpertReadError:
-    """An error that names the range in which `offset` lies."""
-    at = ranges[0]
-    offset = max(offset, at.offset)  # a widened read may fail before the first byte asked for
-    for r in ranges:
-        if r.offset <= offset:
-            at = r
-    return ExpertReadError(*label(at), offset, errno)

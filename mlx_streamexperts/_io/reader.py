@@ -25,6 +25,7 @@ from .._errors import ExpertReadError, StreamError
 from .._listeners import Listeners
 from .._osinfo import raise_thread_priority
 from .files import ShardFiles, label
+from .mirrors import Drive, GivenUpError, Mirrors
 from .ranges import ByteRange, merge
 
 DEMAND, PREFETCH = 0, 1
@@ -46,8 +47,8 @@ _CHECK_SECONDS = 0.05
 _POLL_SECONDS = 0.001  # between looks at reads that are under way, after errors and when closing
 
 OnRead = Callable[[Sequence[ByteRange], int, float, float, float], None]
-"""Called after each job: its ranges, priority, and when it was queued, begun and ended
-(`time.perf_counter`)."""
+"""Called after each job: its ranges, with the files that were read, its priority, and when it was
+queued, begun and ended (`time.perf_counter`)."""
 
 
 @dataclass(slots=True)
@@ -62,6 +63,8 @@ class ReadStats:
         wait_seconds: time that callers waited for reads.
         delay_seconds: time that demand reads waited because every thread did a prefetch.
         errors: ranges that failed.
+        drive_bytes: bytes by drive, if there are mirrors: the model's own folder first.
+        moved: reads that failed or hung at one drive and were done by another.
     """
 
     bytes: int = 0
@@ -71,6 +74,8 @@ class ReadStats:
     wait_seconds: float = 0.0
     delay_seconds: float = 0.0
     errors: int = 0
+    drive_bytes: dict[str, int] = field(default_factory=dict)
+    moved: int = 0
 
 
 class Ticket:
@@ -192,6 +197,11 @@ class Job:
     ended: bool = False
 
 
+def _file(entry: tuple[int, int, Job]) -> str:
+    """The file of a queued job's first read."""
+    return entry[2].runs[0][0].file
+
+
 class ExpertReader:
     """Thread pool for reads.
 
@@ -200,6 +210,8 @@ class ExpertReader:
         read_bytes: longest single read; longer ranges are split so that threads share them.
         direct: bypass the page cache. Reads fail if the file system does not support that.
         expected: marks of the files (`_osinfo.file_mark`); a file with another mark is not read.
+        mirrors: the drives that hold the files, if there are several. Then `threads` is the number
+            for each of them, and callers leave all reads to the threads, which may hang.
 
     Attributes:
         stats: counters.
@@ -213,6 +225,7 @@ class ExpertReader:
         read_bytes: int = 8 << 20,
         direct: bool = False,
         expected: dict[str, tuple[int, ...]] | None = None,
+        mirrors: Mirrors | None = None,
     ) -> None:
         self.stats = ReadStats()
         self.on_read = Listeners[OnRead]()
@@ -220,6 +233,9 @@ class ExpertReader:
         self.quick = False
         self._read_bytes = read_bytes
         self._files = ShardFiles(direct, expected or {})
+        self.mirrors = mirrors
+        self._late: list[threading.Thread] = []  # workers that hung, and were replaced
+        threads *= len(mirrors.drives) if mirrors is not None else 1
         self._queue: list[tuple[int, int, Job]] = []  # heap of (priority, order, job)
         self._order = 0
         self._taken: dict[int, Job] = {}  # under way, by thread
@@ -245,9 +261,12 @@ class ExpertReader:
             ranges: what to read. All memory must stay valid until the reads have ended.
             priority: `DEMAND`, `PREFETCH`, or more for a prefetch that can wait.
         """
-        runs = merge(ranges, self._read_bytes)
+        longest, nbytes = self._read_bytes, sum([len(r.into) for r in ranges])
+        if self.mirrors is not None:
+            longest = self.mirrors.piece_bytes(nbytes, longest)
+        runs = merge(ranges, longest)
         # Handing out a small read costs as much as the read: then no more jobs than threads.
-        each, nbytes = 1, sum([len(r.into) for r in ranges])
+        each = 1
         if nbytes < _SMALL_READ_BYTES * len(runs):
             each = -(-len(runs) // max(8, len(self._threads)))
         ticket, jobs = Ticket(self), []
@@ -270,7 +289,7 @@ class ExpertReader:
                 job.behind = behind
                 self._order += 1
                 heapq.heappush(self._queue, (priority, self._order, job))
-        if priority == DEMAND and nbytes < _QUICK_BYTES and self.quick:
+        if priority == DEMAND and nbytes < _QUICK_BYTES and self.quick and self.mirrors is None:
             ticket.unassigned = len(jobs)
         else:
             self.wake(len(jobs))
@@ -287,7 +306,7 @@ class ExpertReader:
         A warm read takes 10 us and waking a worker about 50. Long reads are left to the workers, so
         that the caller can go on as soon as something else has arrived.
         """
-        if self._job_seconds >= _HELP_SECONDS:
+        if self._job_seconds >= _HELP_SECONDS or self.mirrors is not None:
             return False
         try:
             job = self._take(DEMAND)
@@ -315,13 +334,11 @@ class ExpertReader:
 
     def _stop(self, chosen: Callable[[Job], bool]) -> None:
         self._fail_own()
-        with self._lock:
-            self._take_back(chosen)
-        self._finish(chosen)
-
-    def _finish(self, chosen: Callable[[Job], bool]) -> None:
-        """Wait for jobs that are under way."""
-        while any(chosen(job) for job in list(self._taken.values())):
+        while True:
+            with self._lock:
+                self._take_back(chosen)  # in every round: a read that hangs is queued again
+                if not any(chosen(job) for job in self._taken.values()):
+                    return
             time.sleep(_POLL_SECONDS)
             self.revive()
 
@@ -364,23 +381,59 @@ class ExpertReader:
             for _, _, job in dropped:
                 self._fail(job, errno.EBADF)
         self.wake(len(self._threads))
-        for thread in self._threads:
-            thread.join()
+        for i in range(len(self._threads)):
+            while (thread := self._threads[i]).is_alive():
+                thread.join(None if self.mirrors is None else _CHECK_SECONDS)
+                self._replace_hung()
         # A descriptor that is closed while a caller reads may be another file by then.
-        self._finish(lambda job: True)
+        self._stop(lambda job: True)
         self._files.close()
+        if self.mirrors is not None:
+            self.mirrors.close()
 
     def is_mine(self) -> bool:
-        """Is the calling thread one of this reader's workers?"""
-        return threading.current_thread() in self._threads
+        """Is the calling thread one of this reader's workers, or its mirrors'?"""
+        me = threading.current_thread()
+        if self.mirrors is not None and self.mirrors.is_mine():
+            return True
+        return me in self._threads or me in self._late
 
     def revive(self) -> None:
-        """Replace workers that have died; what they were reading has failed."""
+        """Replace workers that have died, or hang; what the dead were reading has failed."""
         self._reap()
+        self._replace_hung()
         for i, thread in enumerate(self._threads):
             if not (thread.is_alive() or self._closed):
                 self._threads[i] = self._start(i)
                 self._work.put(None)  # the dead worker had taken one
+
+    def _replace_hung(self) -> None:
+        """Let other workers do what hangs at one drive and can be read from another."""
+        if self.mirrors is None or not (hung := self.mirrors.give_up()):
+            return
+        for thread in hung:
+            self._requeue(thread)
+        for i, worker in enumerate(self._threads):
+            if worker.ident in hung:
+                self._late = [*filter(threading.Thread.is_alive, self._late), worker]
+                with suppress(RuntimeError):  # the system's limit of threads
+                    self._threads[i] = self._start(i)
+                self._work.put(None)
+
+    def _requeue(self, thread: int) -> None:
+        """Let another worker do what a thread has taken and was given up at a drive."""
+        with self._lock:
+            job = self._taken.get(thread)
+            if job is None:
+                return
+            if self._closed:
+                self._fail(job, errno.EBADF)
+            elif not job.ended:
+                self._order += 1
+                heapq.heappush(self._queue, (job.priority, -self._order, job))
+                self.stats.moved += 1
+            del self._taken[thread]
+        self._work.put(None)
 
     def _start(self, number: int) -> threading.Thread:
         name = f"expert-reader-{number}"
@@ -394,7 +447,8 @@ class ExpertReader:
             self._work.get()
             try:
                 while (job := self._take(sys.maxsize)) is not None:
-                    self._execute(job)
+                    if not self._execute(job):
+                        return  # another worker has this one's place
                     del job  # its views would keep a bank's memory alive while this thread waits
             finally:
                 self._fail_own()
@@ -409,19 +463,43 @@ class ExpertReader:
         with self._lock:
             if not self._queue or self._queue[0][0] > priority:
                 return None
-            job = self._taken[me] = self._queue[0][2]  # before it leaves the queue
-            heapq.heappop(self._queue)
+            entry = self._queue[0]
+            if self.mirrors is not None and not self.mirrors.has_room(_file(entry)):
+                ready = (e for e in sorted(self._queue) if self.mirrors.has_room(_file(e)))
+                entry = next(ready, entry)
+                if entry is self._queue[0] or entry[0] > priority:
+                    return None
+            job = self._taken[me] = entry[2]  # before it leaves the queue
+            if entry is self._queue[0]:
+                heapq.heappop(self._queue)
+            else:
+                self._queue.remove(entry)
+                heapq.heapify(self._queue)
         return job
 
-    def _execute(self, job: Job) -> None:
-        """Do this thread's job. An error of any read ends the job and goes to its ticket."""
+    def _execute(self, job: Job) -> bool:
+        """Do this thread's job. An error of any read ends the job and goes to its ticket.
+
+        Returns:
+            False if the job hung and another thread has it now.
+        """
         start = time.perf_counter()
-        reads = nbytes = 0
+        reads = nbytes = moves = 0
+        places: list[tuple[Drive, list[ByteRange]]] = []
         failures: list[tuple[list[ByteRange], ExpertReadError]] = []
         for run in job.runs:
             try:
-                reads += self._files.read(run)
+                if self.mirrors is None:
+                    reads += self._files.read(run)
+                else:
+                    calls, drive, moved = self.mirrors.read(run)
+                    reads += calls
+                    moves += moved
+                    places.append((drive, run))
                 nbytes += run[-1].offset + len(run[-1].into) - run[0].offset
+            except GivenUpError:
+                self._requeue(threading.get_ident())
+                return False
             except ExpertReadError as e:
                 failures.append((run, e))
             except Exception as e:  # nobody expects it, and a waiting caller must never hang
@@ -431,6 +509,8 @@ class ExpertReader:
         end = time.perf_counter()
         for on_read in self.on_read.now:
             ranges = [r for run in job.runs for r in run]
+            if places:
+                ranges = [r._replace(file=d.path(r.file)) for d, run in places for r in run]
             on_read(ranges, job.priority, job.ticket.submitted, start, end)
         with self._lock:
             stats, seconds = self.stats, end - start
@@ -444,11 +524,17 @@ class ExpertReader:
                 stats.speculative_bytes += nbytes
             elif job.behind:
                 stats.delay_seconds += start - job.ticket.submitted
+            for drive, run in places:
+                size = run[-1].offset + len(run[-1].into) - run[0].offset
+                stats.drive_bytes.setdefault(drive.folder, 0)
+                stats.drive_bytes[drive.folder] += size
+            stats.moved += moves
             for run, _ in failures:
                 stats.errors += len(run)
             job.ticket.end(job, failures)
             del self._taken[threading.get_ident()]
         job.ticket.wake()
+        return True
 
     def _fail_own(self) -> None:
         """If an exception ended this thread's job, that has failed."""

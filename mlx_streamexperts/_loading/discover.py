@@ -24,7 +24,7 @@ from .._errors import CheckpointError, StreamError, UnsupportedModelError
 from .._experts.bank import SlotTensor
 from .._experts.layer import ExpertLayer
 from .._experts.moving import use_moved
-from .._experts.packed_store import use_store
+from .._experts.packed_store import check_mirrors, use_store
 from .._experts.rows import Rows
 from .._experts.slots import ExpertTensor, SmallTable
 from .._experts.stream import flatten, layer_needs, refuse_without_experts, unwritten
@@ -197,6 +197,9 @@ def discover(
             in_part=stage is not None,
             planning=as_converted,
         )
+    store = config.store or (moved.store if moved is not None else None)
+    if config.mirrors and store is not None and not as_converted:
+        check_mirrors(Path(store), config.mirrors)
     expert_bytes = sum(x.experts * x.expert_bytes for x in layers)
     parameters = [array for _, array in flatten(model)]
     small = sum(t.rows.nbytes for x in layers for t in x.slots.small.values())

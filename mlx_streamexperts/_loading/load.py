@@ -28,7 +28,7 @@ from .._experts.lossy import LossyRun, first_line, refuse_lossy
 from .._experts.prefetch import connect
 from .._experts.refusals import guard
 from .._experts.store_gain import WORTH, how_to_pack, store_gain
-from .._experts.stream import ExpertStream, attach, flatten
+from .._experts.stream import ExpertStream, attach, flatten, stream
 from .._io.hub import fetching, headers_only
 from .._memory.budget import Plan, check_device
 from .._memory.hardware import named_machine
@@ -43,6 +43,7 @@ from .early_rows import reading_early
 from .lazy_load import MLX_LM, MLX_VLM, original_load_model
 from .libraries import library
 from .on_ranks import discover_on_ranks, part_of_repository
+from .pictures import planning_pictures
 from .tables import set_module
 from .tuned_for import warn_if_elsewhere
 
@@ -279,11 +280,13 @@ class patch:  # noqa: N801 - called like a function
         if patching.group_of(self.config) is not None:
             raise UnsupportedModelError(alone_message(folder))
         try:
-            return self._load(folder, lazy, arguments, MLX_VLM).model
+            model = self._load(folder, lazy, arguments, MLX_VLM).model
         except UnsupportedModelError:
             if self._loads_whole(folder):
                 return vlm.original_load_model()(folder, lazy=lazy, **arguments)
             raise
+        planning_pictures(model, stream(model))
+        return model
 
     def _load_part(
         self, ranks: Ranks, folder: Path, lazy: bool, arguments: dict[str, Any]
@@ -315,7 +318,8 @@ class patch:  # noqa: N801 - called like a function
         lazy: bool,
     ) -> ExpertStream:
         """Put streamed layers in place of the experts, and load the trunk."""
-        check_address_space(plan, config.threads)
+        drives = 1 + len(config.mirrors or ())
+        check_address_space(plan, config.threads * drives)
         model = found.model
         language = found.language
         rows = token_rows(language) if found.stage is None else None

@@ -72,8 +72,10 @@ def live(generator: GenerationThread) -> dict[str, Any]:
             "seconds_left": now.seconds_left,
         }
     if expert_stream is not None:
+        stats = expert_stream.stats().as_dict()
+        stats["read"]["drive_bytes"] = [*stats["read"]["drive_bytes"].values()]  # no paths
         answer["experts"] = {
-            **expert_stream.stats().as_dict(),
+            **stats,
             "resident_share": expert_stream.plan.resident_share,
             "layers": [
                 {
@@ -168,6 +170,13 @@ class _Collector:
             "process_resident_memory_bytes", "Resident memory", memory.pop("resident")
         )
         yield gauge("memory_bytes", "MLX's memory and the plan's parts, by kind", memory, "kind")
+        if (kept := generator.model_provider.prefixes) is not None:
+            yield counter(
+                "prefix_read_tokens", "Prompt tokens read from a folder", kept.read_tokens
+            )
+            yield counter("prefix_read_bytes", "Bytes read for them", kept.read_bytes)
+            yield counter("prefix_written_bytes", "Bytes of prompts written", kept.written_bytes)
+            yield counter("prefix_evictions", "Prompts deleted to make room", kept.evicted)
         if expert_stream is None:
             return
         s = expert_stream.stats()
@@ -192,6 +201,17 @@ class _Collector:
         )
         yield counter("expert_evictions", "Experts evicted", s.cache.evictions)
         yield counter("read_bytes", "Bytes read into expert memory", s.read.bytes)
+        if s.read.drive_bytes:
+            yield counter(
+                "drive_read_bytes",
+                "Bytes read by drive: 0 is the model's own, then its mirrors in their order",
+                {str(n): size for n, size in enumerate(s.read.drive_bytes.values())},
+                "drive",
+            )
+            yield counter(
+                "reads_moved", "Reads that failed or hung at a drive and went to another",
+                s.read.moved,
+            )  # fmt: skip
         yield counter("reads", "System calls that read", s.read.reads)
         yield counter(
             "read_seconds", "Time spent reading, summed over threads", s.read.read_seconds
