@@ -4,11 +4,12 @@
     python benchmarks/lossy.py --tables docs/lossy.json --docs docs
 
 Texts are the model's own, one of each topic, sampled at temperature 0.8. Each runs from an empty
-expert cache: its topic's beginning as a prompt, then token after token. Prices are taken once for
-each share; speeds again behind played drives. An expert of the embedded model is 90 times smaller
-than one of Qwen3.5-397B, so a played drive is that much slower than its name: a miss takes as long
-as a miss of that model on such a drive. `--tables` rewrites the tables between the marks of
-docs/lossy.md, and its picture.
+expert cache: its topic's beginning as a prompt, then token after token. An expert of the embedded
+model is 90 times smaller than one of Qwen3.5-397B, so a played drive is that much slower than its
+name: a miss takes as long as a miss of that model on such a drive. `--timed` measures tokens/s
+behind played drives, which needs a machine that does nothing else. Without, the tables have
+predictions: the bytes measured over the drive's rate, and a token's time with everything resident.
+`--tables` rewrites the tables between the marks of docs/lossy.md, and its picture.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ SETTINGS = (
 DRIVES = {"2 GB/s": 2e9, "7 GB/s": 7e9, "14 GB/s": 14e9}
 EXPERT_BYTES = 6.75e6  # of Qwen3.5-397B in 4 bits
 LATENCY = 80e-6
+RESIDENT_SECONDS = 1 / 58.5  # of a token with everything resident (benchmarks/README.md)
 PROMPT, TIMED_TOPICS, TIMED_TOKENS = 24, 2, 16
 
 
@@ -55,8 +57,8 @@ def texts(model: nn.Module, tokenizer: Any, tokens: int) -> dict[str, list[int]]
     return found
 
 
-def measure(share: float, tokens: int) -> dict[str, Any]:
-    """Prices by topic, and speeds by drive, with a share of the experts resident."""
+def measure(share: float, tokens: int, timed: bool) -> dict[str, Any]:
+    """Prices by topic with a share of the experts resident, and speeds by drive if `timed`."""
     config = StreamConfig(progress=False, lossy="prefer=0.1", bypass_page_cache="off")
     model, tokenizer = load(str(demo_model()), cache=1 << 40, config=config)[:2]
     with stream(model) as s:
@@ -68,14 +70,23 @@ def measure(share: float, tokens: int) -> dict[str, Any]:
         for topic, text in found.items():
             topics[topic] = [p.as_dict() for p in prices(model, [text], SETTINGS, PROMPT)]
             print(topic, file=sys.stderr, flush=True)
+        data: dict[str, Any] = {"expert_bytes": s.layers[0].expert_bytes, "topics": topics}
         some = [t[: PROMPT + TIMED_TOKENS] for t in list(found.values())[:TIMED_TOPICS]]
         scale = s.layers[0].expert_bytes / EXPERT_BYTES
-        drives = {}
-        for name, rate in DRIVES.items():
+        for name, rate in DRIVES.items() if timed else ():
             with slowed(rate * scale, LATENCY):
-                drives[name] = [p.as_dict() for p in prices(model, some, SETTINGS, PROMPT)]
+                drive = [p.as_dict() for p in prices(model, some, SETTINGS, PROMPT)]
+            data.setdefault("drives", {})[name] = drive
             print(name, file=sys.stderr, flush=True)
-    return {"resident": s.plan.resident_share, "topics": topics, "drives": drives}
+    return data
+
+
+def speed(found: dict[str, Any], i: int, drive: str) -> float:
+    """Tokens/s of decoding with a setting, measured if the drives were, else predicted."""
+    if "drives" in found:
+        return float(found["drives"][drive][i]["decoding"]["tokens_per_s"])
+    rate = DRIVES[drive] * found["expert_bytes"] / EXPERT_BYTES
+    return 1 / (RESIDENT_SECONDS + summed(found["topics"], i)["bytes"] / rate)
 
 
 def summed(topics: dict[str, list[dict[str, Any]]], i: int) -> dict[str, float]:
@@ -112,26 +123,25 @@ def tables(data: dict[str, Any]) -> str:
     """Markdown of all figures."""
     lines = []
     for share, found in data.items():
-        first = next(iter(found["drives"].values()))
+        how = "measured" if "drives" in found else "predicted"
         lines += [
-            f"**{float(share):.1%} resident, decoding**",
+            f"**{float(share):.1%} resident, decoding** (tokens/s {how})",
             "",
-            "| setting | perplexity (by topic) | KL, nats | same first | left out | of the mass "
-            "| read | " + " | ".join(f"tokens/s, {d}" for d in found["drives"]) + " |",
-            "|---" * (7 + len(found["drives"])) + "|",
-        ]
+            "| setting | perplexity (topics) | KL, nats | same first | left out | mass | read | "
+            + " | ".join(f"tokens/s, {d}" for d in DRIVES) + " |",
+            "|---" * (7 + len(DRIVES)) + "|",
+        ]  # fmt: skip
         exact = summed(found["topics"], 0)
-        for i, row in enumerate(first):
-            x = summed(found["topics"], i)
-            speeds = []
-            for d in found["drives"].values():
-                rate, base = (d[k]["decoding"]["tokens_per_s"] for k in (i, 0))
+        for i, name in enumerate(("exact", *SETTINGS)):
+            x, speeds = summed(found["topics"], i), []
+            for d in DRIVES:
+                rate, base = speed(found, i, d), speed(found, 0, d)
                 speeds.append(f"{rate:.1f}" + (f" ({rate / base:.2f}x)" if i else ""))
             price = (
                 f"{x['change']:+.1%} ± {x['error']:.1%} ({x['lowest']:+.1%} to {x['highest']:+.1%})"
             )
             cells = (
-                f"`{row['setting']}`" if i else "exact", price if i else "", f"{x['kl']:.4f}",
+                f"`{name}`" if i else "exact", price if i else "", f"{x['kl']:.4f}",
                 f"{x['same']:.0%}", f"{x['left_out']:.0%}", f"{x['mass']:.1%}",
                 f"{x['bytes'] / exact['bytes']:.0%}" if i else f"{x['bytes'] / 1e6:.2f} MB a token",
                 *speeds,
@@ -139,20 +149,17 @@ def tables(data: dict[str, Any]) -> str:
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     lines += [
-        f"**Prompts of {PROMPT} tokens**",
+        f"**Prompts of {PROMPT} tokens**: KL in nats, and bytes read of the exact run's",
         "",
-        "| resident | setting | KL, nats | read | " + " | ".join(DRIVES) + " (tokens/s) |",
-        "|---" * (4 + len(DRIVES)) + "|",
+        "| setting | " + " | ".join(f"{float(s):.1%} resident" for s in data) + " |",
+        "|---" * (1 + len(data)) + "|",
     ]
-    for share, found in data.items():
-        exact = summed(found["topics"], 0)
-        for i, row in enumerate(next(iter(found["drives"].values()))):
-            x = summed(found["topics"], i)
-            speeds = [f"{d[i]['prefill']['tokens_per_s']:.0f}" for d in found["drives"].values()]
-            name = f"`{row['setting']}`" if i else "exact"
-            read = f"{x['prompt_bytes'] / exact['prompt_bytes']:.0%}"
-            cells = (f"{float(share):.1%}", name, f"{x['prompt_kl']:.4f}", read, *speeds)
-            lines.append("| " + " | ".join(cells) + " |")
+    for i, name in enumerate(SETTINGS, 1):
+        cells = []
+        for found in data.values():
+            x, exact = summed(found["topics"], i), summed(found["topics"], 0)
+            cells.append(f"{x['prompt_kl']:.4f}, {x['prompt_bytes'] / exact['prompt_bytes']:.0%}")
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -163,21 +170,21 @@ def draw(data: dict[str, Any], file: Path) -> None:
     for axes, (share, found) in zip(
         [panels] if len(data) == 1 else panels, data.items(), strict=True
     ):
-        drive = list(found["drives"].values())[1]
-        base = drive[0]["decoding"]["tokens_per_s"]
+        names = ["exact", *SETTINGS]
+        base = speed(found, 0, "7 GB/s")
         for way, mark in (("exact", "k*"), ("skip", "o"), ("prefer", "s"), ("top", "^")):
-            mine = [i for i, r in enumerate(drive) if r["setting"].startswith(way)]
+            mine = [i for i, name in enumerate(names) if name.startswith(way)]
             x = [100 * summed(found["topics"], i)["change"] for i in mine]
-            y = [drive[i]["decoding"]["tokens_per_s"] / base for i in mine]
+            y = [speed(found, i, "7 GB/s") / base for i in mine]
             axes.plot(x, y, mark + ("" if way == "exact" else "-"), label=way, markersize=5)
             for i, *at in zip(mine, x, y, strict=True):
-                name = drive[i]["setting"].partition("=")[2]
+                name = names[i].partition("=")[2]
                 axes.annotate(name, at, (4, 4), textcoords="offset points", fontsize=7)
         axes.axvline(1, color="grey", linestyle=":")
         axes.axhline(1.5, color="grey", linestyle=":")
         axes.set_title(f"{float(share):.1%} resident")
         axes.set_xlabel("perplexity, % above exact")
-        axes.set_ylabel("tokens/s, of exact (drive of 7 GB/s, played)")
+        axes.set_ylabel("tokens/s, of exact (drive of 7 GB/s)")
         axes.grid(alpha=0.3)
         axes.legend()
     save_figure(figure, file)
@@ -188,13 +195,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--share", type=float)
     parser.add_argument("--tokens", type=int, default=48, help="decoded, of each topic")
+    parser.add_argument("--timed", action="store_true", help="measure tokens/s: see above")
     parser.add_argument("--out", type=Path, default=Path("lossy.json"))
     parser.add_argument("--tables", type=Path)
     parser.add_argument("--docs", type=Path)
     args = parser.parse_args()
     if args.share is not None:
         data = json.loads(args.out.read_text()) if args.out.exists() else {}
-        data[str(args.share)] = measure(args.share, args.tokens)
+        data[str(args.share)] = measure(args.share, args.tokens, args.timed)
         args.out.write_text(json.dumps(dict(sorted(data.items())), indent=1) + "\n")
     if args.tables is not None:
         data = json.loads(args.tables.read_text())

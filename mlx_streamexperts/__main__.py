@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         from ._cli.options import ended
     except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C", file=sys.stderr)
         return 130
     return ended(lambda: int(importlib.import_module(f"{__package__}.{name}").main(rest) or 0))
 

@@ -437,7 +437,7 @@ SAVED = tuple(f.name for f in fields(StreamConfig) if f.name not in (*_PER_RUN, 
 def _check_size(name: str, size: float | str) -> None:
     try:
         nbytes = parse_size(size)
-        if nbytes < 1024 and name in ("memory", "cache"):
+        if nbytes < 1024 and not isinstance(size, str) and name in ("memory", "cache"):
             raise StreamError(f"{size} is a size of {nbytes} bytes: did you mean '{nbytes}GB'?")
     except StreamError as e:
         raise StreamError(f"{name}: {e}") from e

@@ -40,7 +40,7 @@ def parse_ssd(text: str, machine: Machine) -> Machine:
         StreamError: the text has another form.
     """
     rate, latency = parse_rate(text, machine.drive_latency)
-    return replace(machine, drive_rate=rate, drive_latency=latency)
+    return replace(machine, drive_rate=rate, drive_latency=latency, drive_share=(1.0, 1.0))
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import threading
@@ -111,6 +112,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         chosen = [x for x in items if x.get_closest_marker("full") is None]
         config.hook.pytest_deselected(items=[x for x in items if x not in set(chosen)])
         items[:] = chosen
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Loading a model collects garbage: not among all that the libraries have made."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -571,7 +571,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 # Without experts: what streams is the table of per-layer embeddings.
-DENSE: dict[str, dict[str, Any]] = {
+DENSE_FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3n": {
         "model_type": "gemma3n",
         "text_config": {
@@ -662,7 +662,7 @@ def build(
     shards: int = 2,
 ) -> Path:
     """Write a random checkpoint of ``family`` into ``folder`` and return the folder."""
-    config = copy.deepcopy({**METAL_FAMILIES, **FAMILIES, **DENSE}[family])
+    config = copy.deepcopy({**METAL_FAMILIES, **FAMILIES, **DENSE_FAMILIES}[family])
     model_class, args_class = _get_classes(config)
     # The argument classes write into the dictionaries they are given.
     model = model_class(args_class.from_dict(copy.deepcopy(config)))

@@ -125,7 +125,7 @@ def with_signals(folder: Path, expected: list[np.ndarray], seconds: float) -> di
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(100, exit=True)
+    faulthandler.dump_traceback_later(240, exit=True)
     what, folder = sys.argv[1], Path(sys.argv[2])
     stock, _ = mlx_lm.utils.load_model(folder)
     expected = [np.array(stock(t)) for t in TOKENS]

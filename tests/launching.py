@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROGRAMS = Path(__file__).with_name("rank_programs.py")
-LIMIT_SECONDS = 60  # a hang is a failure, not a wait
+LIMIT_SECONDS = 180  # a hang is a failure, not a wait
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,22 @@ def nvfp4(weights: Weights) -> Weights:
     return {name.removeprefix("language_model."): array for name, array in out.items()}
 
 
+def nvfp4_packed(weights: Weights) -> Weights:
+    """compressed-tensors: the same, with other names, and the scale of the whole as a divisor."""
+    out = {}
+    for name, array in nvfp4(weights).items():
+        path, _, kind = name.rpartition(".")
+        if kind == "input_scale":
+            continue
+        if kind == "weight" and ".experts." in path:
+            out[f"{path}.weight_packed"] = array
+        elif kind == "weight_scale_2":
+            out[f"{path}.weight_global_scale"] = (1 / array).reshape(1)
+        else:
+            out[name] = array
+    return out
+
+
 def nvfp4_fused(weights: Weights) -> Weights:
     """ModelOpt: gate and up of all experts in one NVFP4 table, with one scale for each expert."""
     out = {}
@@ -237,7 +253,7 @@ def write(
     weights = dict(sorted(form(weights).items()))
     folder.mkdir(parents=True, exist_ok=True)
     settings = {**json.loads((built / "config.json").read_text()), **config}
-    if any(n.endswith("weight_packed") for n in weights):
+    if any(n.endswith("weight_packed") for n in weights) and "quantization_config" not in config:
         packed = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
         settings.setdefault("text_config", settings)["quantization_config"] = packed
     (folder / "config.json").write_text(json.dumps(settings))

@@ -167,7 +167,7 @@ def serving(*argv: str, at_once: bool = False) -> Iterator[Running]:
         assert status == [0]
 
 
-def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait until a condition holds; fail if it does not in time."""
     end = time.monotonic() + seconds
     while not condition():

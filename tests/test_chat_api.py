@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -264,6 +265,37 @@ def test_choices_are_what_each_is_alone(running: Running) -> None:
     assert reasons == ["length"] * 2
     assert pieces[-1].usage == two.usage.model_copy(update=dict(pieces[-1].usage))
     assert all(p.usage is None for p in pieces[:-1])
+
+
+def test_apis_at_once_give_what_each_gives_alone(running: Running) -> None:
+    """Of every kind, whole and streamed, with formats and without, in the same batches."""
+    system = [{"role": "system", "content": "Be brief."}]
+    schema = {"type": "json_schema", "name": "c", "schema": CITY}
+    off = {"type": "disabled"}
+    asked: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/chat/completions", {"messages": MESSAGES, "n": 2, **AT_ONCE}),
+        ("/v1/chat/completions", {"messages": [*system, *MESSAGES], "response_format": SCHEMA}),
+        ("/v1/completions", {"prompt": ["The river", "A hill"]}),
+        ("/v1/messages", {"messages": MESSAGES, "system": "Be kind.", "thinking": off}),
+        ("/v1/responses", {"input": "Weather?", "text": {"format": schema}}),
+        ("/api/chat", {"model": "default_model", "messages": MESSAGES, "think": False}),
+    ]
+    sizes = {"/v1/responses": "max_output_tokens", "/api/chat": "num_predict"}
+    for path, body in asked:
+        size = {sizes.get(path, "max_tokens"): 25}
+        body |= {"options": size} if path == "/api/chat" else size
+        body["stream"] = False
+
+    def said(request: tuple[str, dict[str, Any]]) -> str:
+        status, answer = running.post(request[1], request[0])
+        assert status == 200, answer
+        kept = ("choices", "content", "message", "output")
+        text = json.dumps({k: answer[k] for k in kept if k in answer})
+        return re.sub(r'"(rs|msg|fc|call)_\w+"', "id", text)
+
+    alone = [said(request) for request in asked]
+    with ThreadPoolExecutor(12) as pool:
+        assert list(pool.map(said, asked * 2)) == alone * 2
 
 
 @pytest.mark.parametrize("alone", [{}, {"seed": 1}])

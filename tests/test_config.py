@@ -348,6 +348,7 @@ def test_a_number_may_be_a_float_and_needs_its_unit() -> None:
     assert StreamConfig(memory=96e9).memory == 96e9
     with pytest.raises(StreamError, match="did you mean '96GB'"):
         StreamConfig(memory=96)
+    assert StreamConfig(cache="1kB").cache == "1kB"
     with pytest.raises(BudgetError, match="Smaller context_tokens or prefill_tokens need less"):
         plan(str(demo_model()), memory=2e6)
 
@@ -362,3 +363,11 @@ def test_a_plan_and_its_counters_say_what_matters() -> None:
         text = str(expert_stream.stats())
         assert re.match(r"Experts: [\d.]+% hit rate \(\d+ first uses, \d+ misses", text)
         assert "\nRead: " in text and len(text) < 500
+
+
+def test_a_mistyped_option_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        generate.main(["--memory", "-1GB"])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1
+    assert error.startswith("error: argument --memory: expected one argument; ")

@@ -79,7 +79,7 @@ def test_snippets_run(
     # A minute of `doctor --selftest`; test_selftest.py and the tests of exactness test more.
     effort = replace(
         selfchecks.EFFORT,
-        steps=4, shares=(1.0, 0.25), schedules=4, prompt=24, rounds=3, ranges=5,
+        steps=4, shares=(0.25,), schedules=1, prompt=24, rounds=3, ranges=5,
     )  # fmt: skip
     monkeypatch.setattr(selfchecks, "EFFORT", effort)
     copy = Path(shutil.copytree(demo_model(), tmp_path / "a copy"))

@@ -74,7 +74,8 @@ def compare(
 def test_decode_and_prefill_are_bit_identical_at_every_cache_size(
     family: str, checkpoint: Callable[..., Path]
 ) -> None:
-    compare(checkpoint(family), steps=110, shares=(0.0, 0.5, 0.9, 1.0))
+    shares = (0.0, 0.5, 0.9, 1.0) if family == HEADLINE[0] else (0.0, 0.7, 1.0)
+    compare(checkpoint(family), steps=110, shares=shares)
 
 
 @pytest.mark.usefixtures("compiled")
@@ -88,7 +89,7 @@ def test_the_shipped_model_is_bit_identical_at_every_cache_size() -> None:
     model = load_streamed(folder, 1 << 40)
     with stream(model) as expert_stream:
         whole, least = all_experts(expert_stream), smallest_cache(expert_stream)
-        for size in (least // 4, least, whole // 4, whole // 2, whole):
+        for size in (least // 4, least, whole // 2, whole):
             expert_stream.resize(size)
             expert_stream.reset()
             assert_same(expected, families.run(model, tokens, PREFILL), f"{size} bytes")

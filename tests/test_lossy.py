@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -325,6 +326,10 @@ def test_a_request_may_ask_for_exactness_and_gets_it() -> None:
         assert before.tokens > 0
         assert running.text(prompt, 8, lossy=0) == expected
         assert lossy.stats() == before
+        with ThreadPoolExecutor() as clients:  # they share passes
+            beside = clients.submit(running.text, prompt, 8, lossy=2)
+            assert running.text(prompt, 8, lossy=0) == expected
+            beside.result()
         running.text(prompt, 8, lossy=2)
         assert lossy.stats().tokens > before.tokens
         running.text(prompt, 8, lossy=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,44 +25,29 @@ def file(tmp_path: Path) -> tuple[str, int]:
     return str(made), 1 << 20
 
 
-class Drive:
-    """Stands in for `platform.read_into`: each read takes 10 ms; counts those under way."""
-
-    def __init__(self) -> None:
-        self.lock, self.now, self.since, self.sum = threading.Lock(), 0, 0.0, 0.0
-        self.begun = self.ended = 0.0
-        self.most = self.reads = 0
-
-    def change(self, by: int) -> None:
-        with self.lock:
-            at = time.perf_counter()
-            self.begun = self.begun or at
-            self.sum += self.now * (at - (self.since or at))
-            self.now, self.since, self.ended = self.now + by, at, at
-            self.most, self.reads = max(self.most, self.now), self.reads + (by > 0)
-
-    def __call__(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-        self.change(1)
-        time.sleep(0.01)
-        self.change(-1)
-        return sum(map(len, buffers))
-
-    @property
-    def mean_depth(self) -> float:
-        return self.sum / (self.ended - self.begun)
-
-
 @pytest.mark.parametrize("depth", [1, 4, 16])
 def test_the_stated_depth_is_kept(
     depth: int, file: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drive = Drive()
-    monkeypatch.setattr(platform, "read_into", drive)
-    (found,) = drive_rates([file], READ, (depth,), direct=False, seconds=0.3)
-    assert drive.most == depth
-    assert 0.9 * depth <= drive.mean_depth <= depth
-    assert 0.9 * depth <= found.mean_depth <= depth  # it is reported, too
-    assert found.rate == pytest.approx(drive.reads * READ / (drive.ended - drive.begun), rel=0.1)
+    """A drive that ends its reads when so many are under way, 10 ms later by its own clock."""
+    now = [10.0]
+
+    def tick() -> None:
+        now[0] += 0.01
+
+    together = threading.Barrier(depth, tick, timeout=60)  # fewer would wait for the others
+
+    def read(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        together.wait()
+        return sum(map(len, buffers))
+
+    monkeypatch.setattr(platform, "read_into", read)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    (found,) = drive_rates([file], READ, (depth,), direct=False, seconds=0.295)
+    assert now[0] == pytest.approx(10.3)
+    assert found.mean_depth == pytest.approx(depth)
+    assert found.latency == pytest.approx(0.01)
+    assert found.rate == pytest.approx(depth * READ / 0.01)
 
 
 def test_a_drive_of_known_rate(file: tuple[str, int]) -> None:

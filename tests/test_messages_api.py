@@ -92,6 +92,10 @@ def test_thinking_text_and_calls_in_order(
     assert said.content[1].text.strip() == "I look."
     assert [b.input for b in said.content[2:]] == [{"city": "Oslo"}, {"city": "Rome"}]
     assert said.stop_reason == "tool_use"
+    hidden = {"type": "adaptive", "display": "omitted"}
+    shown = message(client, tools=[TOOL], thinking=hidden).content
+    assert [b.type for b in shown] == [b.type for b in said.content]
+    assert shown[0].thinking == ""
     one = {"type": "auto", "disable_parallel_tool_use": True}
     said = message(client, tools=[TOOL], tool_choice=one)
     assert [b.type for b in said.content] == ["thinking", "text", "tool_use"]

@@ -192,7 +192,7 @@ def test_a_context_for_which_nothing_is_left_is_refused() -> None:
     config = StreamConfig(progress=False, context_tokens=64, prefill_tokens=64)
     model, _ = load(str(demo_model()), memory="25MB", config=config)
     caches = make_prompt_cache(model)
-    with pytest.raises(BudgetError, match="tokens of context do not fit") as caught:
+    with pytest.raises(BudgetError, match="tokens of context does not fit") as caught:
         model(mx.array([(TOKENS * 9)[:2500]]), cache=caches)
     assert caught.value.needed_bytes > stream(model).plan.bound
     assert context(caches) == 0  # refused before anything was done

@@ -368,5 +368,8 @@ def test_the_server_remembers_after_a_restart(tmp_path: Path, not_compiled: None
             cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
             answers.append((answer["choices"][0]["text"], cached))
             assert usage["prompt_tokens"] > 70
+            told = running.request("GET", "/metrics")[2].decode()
+            assert f"streamexperts_prefix_read_tokens_total {float(cached)}" in told
+            assert running.figures()["prefixes"]["read_tokens"] == cached
     assert answers[0][0] == answers[1][0]
     assert [cached for _, cached in answers] == [0, usage["prompt_tokens"] - 1]

@@ -7,10 +7,11 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_streamexperts import StreamError, quality
+from mlx_streamexperts import StreamConfig, StreamError, demo_model, load, quality, stream
 from mlx_streamexperts._analysis.quality import (
     Difference,
     Price,
@@ -18,6 +19,7 @@ from mlx_streamexperts._analysis.quality import (
     best_within,
     default_settings,
     difference,
+    empty_cache,
     frontier,
     recommendation,
     windows,
@@ -92,6 +94,17 @@ def test_the_command_measures_draws_and_recommends(
     assert "| skip=0.15 |" in out
     assert "--lossy" in out.splitlines()[-1] or "Stay exact" in out.splitlines()[-1]
     assert (tmp_path / "frontier.svg").read_text().startswith("<?xml")
+
+
+def test_every_text_begins_with_an_empty_cache() -> None:
+    model, tokenizer = load(str(demo_model()), cache="10MB", config=StreamConfig(progress=False))
+    with stream(model) as s:
+        mx.eval(model(mx.array([tokenizer.encode("In the beginning")])))
+        slots = [x.cache.slots for x in s.layers]
+        assert any(x.cache.resident for x in s.layers)
+        empty_cache(s)
+        assert not any(x.cache.resident for x in s.layers)
+        assert [x.cache.slots for x in s.layers] == slots
 
 
 @pytest.mark.parametrize(

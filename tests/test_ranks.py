@@ -119,7 +119,7 @@ class TwoRanks:
 
     size, names = 2, ("rank 0", "rank 1")
     statements: ClassVar[list[object]] = [None, None]
-    barrier = threading.Barrier(2, timeout=10)
+    barrier = threading.Barrier(2, timeout=60)
 
     def __init__(self, rank: int) -> None:
         self.rank = rank

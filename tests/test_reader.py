@@ -46,7 +46,7 @@ def test_a_reader_by_example(tmp_path: Path) -> None:
 
 FILE_BYTES = 300_007  # no multiple of any block size
 CONTENT = random.Random(0).randbytes(FILE_BYTES)
-PATIENCE = 20.0  # seconds until a test gives up instead of hanging
+PATIENCE = 60.0  # seconds until a test gives up instead of hanging
 
 Read = Callable[[int, Sequence[memoryview], int], int]
 fuzz = settings(

@@ -32,7 +32,7 @@ from mlx_streamexperts.report import _page as page
 from mlx_streamexperts.report import _power as power
 from mlx_streamexperts.report import _quality as quality
 from mlx_streamexperts.report import _speed as speed
-from mlx_streamexperts.report._drive import seconds_behind
+from mlx_streamexperts.report._drive import _factor, seconds_behind
 from mlx_streamexperts.report._locality import reuse_distances, token_overlap
 from mlx_streamexperts.report._panels import COLOURS, PANELS
 from mlx_streamexperts.report._report import Overlap, Report, as_json, from_json
@@ -184,6 +184,7 @@ def test_the_curve_for_slower_drives_counts_what_was_read_behind_them(
     s = from_json(Report, found).ssd.sensitivity  # type: ignore[union-attr]
     assert s is not None
     own = s.unthrottled
+    assert s.rate_factor >= 1 and s.latency_factor >= 1
     points = [(p.bytes_per_s, p.tokens_per_s) for p in s.curve]
     best = 1 / (own.other_s + own.wait_s)
     assert all(rate <= best * 1.001 for _, rate in points)
@@ -202,6 +203,13 @@ def test_a_token_behind_a_slower_drive_by_hand() -> None:
     assert (own.other_s, own.wait_s) == (pytest.approx(0.02), pytest.approx(0.01))
     assert seconds_behind(own, 0.001) == pytest.approx(0.03)  # no faster than the own drive
     assert seconds_behind(own, 0.1) == pytest.approx(0.12)
+
+
+def test_the_model_of_slower_drives_goes_through_the_pages_own_points() -> None:
+    own = combined([Run(1.0, [0.03, 0.03], 60, 100, 4_000_000, 200, 0.02)])
+    twice = [(x, combined([Run(1.0, [0.02 + 2 * x] * 2, 60, 100, 4, 2, 0.02)])) for x in (0.1, 0.2)]
+    assert _factor(own, twice) == pytest.approx(2, rel=0.01)
+    assert _factor(own, [(10 * x, d) for x, d in twice]) == 1  # no faster than the throttle
 
 
 def test_sentences_give_the_figures_of_the_json(found: dict[str, Any]) -> None:

@@ -21,6 +21,16 @@ def test_requests_are_counted() -> None:
     assert stats.tokens_per_second > 0
 
 
+def test_a_request_counts_with_all_its_replies() -> None:
+    counters = RequestCounters()
+    assert counters.begin(limit=4, replies=3)
+    assert not counters.begin(limit=4, replies=2)
+    assert counters.begin(limit=4)
+    assert counters.stats().active == 2
+    counters.end("completed", replies=3)
+    assert counters.begin(limit=4, replies=3)
+
+
 def test_stats_are_a_copy() -> None:
     counters = RequestCounters()
     before = counters.stats()

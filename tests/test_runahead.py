@@ -55,7 +55,8 @@ def test_a_step_whose_experts_are_all_resident_takes_one_pass_and_no_wait() -> N
 
 @pytest.mark.parametrize("family", HEADLINE)
 def test_headline_families_are_bit_identical(family: str, checkpoint: Callable[..., Path]) -> None:
-    compare(checkpoint(family), steps=40, shares=(0.0, 0.5, 0.9, 1.0), config=ON)
+    shares = (0.0, 0.5, 0.9, 1.0) if family == HEADLINE[0] else (0.0, 0.9)
+    compare(checkpoint(family), steps=40, shares=shares, config=ON)
 
 
 @pytest.mark.parametrize("family", OTHERS)
@@ -67,7 +68,7 @@ def test_other_families_are_bit_identical(family: str, checkpoint: Callable[...,
 def test_with_everything_else_on(share: float) -> None:
     """Prefetching, overlap, batches of reads: all together, on real text."""
     folder = demo_model()
-    tokens = demo_tokens(PREFILL + 60)
+    tokens = demo_tokens(PREFILL + 30)
     stock, _ = mlx_lm.utils.load_model(folder)
     expected = families.run(stock, tokens, PREFILL)
     config = StreamConfig(progress=False, run_ahead="on", prefetch="on", overlap="on")
@@ -76,8 +77,8 @@ def test_with_everything_else_on(share: float) -> None:
         s.resize(int(share * all_experts(s)))
         assert_same(expected, families.run(model, tokens, PREFILL), f"{share:.0%}")
         counted = s.stats().run_ahead
-        assert counted.steps == 60
-        assert counted.passes > 60
+        assert counted.steps == 30
+        assert counted.passes > 30
         assert counted.predicted_used > 0.6 * counted.predicted > 0
 
 
@@ -105,13 +106,13 @@ def test_generation_with_every_kind_of_cache(options: dict[str, Any]) -> None:
     folder = demo_model()
     stock, tokenizer = mlx_lm.load(str(folder))
     prompt = demo_texts()[0]
-    kwargs = {"max_tokens": 40, "verbose": False, "quantized_kv_start": 0, **options}
+    kwargs = {"max_tokens": 24, "verbose": False, "quantized_kv_start": 0, **options}
     expected = mlx_lm.generate(stock, tokenizer, prompt, **kwargs)
     model = load_streamed(folder, 1 << 40, ON)
     with stream(model) as s:
         s.resize(int(0.4 * all_experts(s)))
         assert mlx_lm.generate(model, tokenizer, prompt, **kwargs) == expected
-        assert s.stats().run_ahead.passes > s.stats().run_ahead.steps > 30
+        assert s.stats().run_ahead.passes > s.stats().run_ahead.steps > 16
 
 
 def test_batches() -> None:
@@ -126,7 +127,9 @@ def test_batches() -> None:
         assert s.stats().run_ahead.passes > s.stats().run_ahead.steps > 0
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(n, marks=pytest.mark.full) for n in range(2, 6))]
+)
 def test_random_schedules_of_interleaved_sequences(
     seed: int, checkpoint: Callable[..., Path]
 ) -> None:

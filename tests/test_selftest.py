@@ -259,7 +259,7 @@ def test_memory_that_is_taken_beside_the_plan_is_found() -> None:
     """
     found = subprocess.run(
         [sys.executable, "-c", MEMORY_TAKEN],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=120,
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=300,
     )  # fmt: skip
     assert "FAIL: 1 of 1 checks" in found.stdout
     assert NO_OPTION in found.stdout

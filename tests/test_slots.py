@@ -126,12 +126,12 @@ def test_prefetched_experts_are_claimed_or_taken_back(
 
     def read(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         entered.set()
-        assert gate.wait(20)
+        assert gate.wait(60)
         return real(fd, buffers, offset)
 
     monkeypatch.setattr(platform, "read_into", read)
     slots.prefetch([6, 1, 3])
-    assert entered.wait(20)  # the reader's only thread reads 6
+    assert entered.wait(60)  # the reader's only thread reads 6
     assert not slots.arrived().any()
     arrivals = slots.begin([6, 1])
     assert list(arrivals.left) == [6, 1]  # in flight already: no further reads

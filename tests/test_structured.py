@@ -35,6 +35,10 @@ TOOLS = (
 F = {"count": 12, "text": "a <b>\n</c>", "kind": "x", "rows": [1, 2]}
 BODY = json.dumps(F)
 WRITTEN = {
+    "glm47": "<tool_call>f\n<arg_key>count</arg_key>\n<arg_value>12</arg_value>\n"
+    "<arg_key>text</arg_key><arg_value>a <b>\n</c></arg_value><arg_key>kind</arg_key>\n"
+    "<arg_value>x</arg_value>\n<arg_key>rows</arg_key>\n<arg_value>[1, 2]</arg_value>\n"
+    "</tool_call>",
     "json_tools": '<tool_call>\n{"name": "f", "arguments": ' + BODY + "}\n</tool_call>",
     "kimi_k2": "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0"
     "<|tool_call_argument_begin|>" + BODY + "<|tool_call_end|><|tool_calls_section_end|>",
@@ -56,6 +60,7 @@ def vocabulary(parser: str, special: bool) -> Vocabulary:
     if special:
         markers = [module.tool_call_start, module.tool_call_end, "[ARGS]", "<|tool_call_begin|>"]
         markers += ["<|tool_call_argument_begin|>", "<|tool_call_end|>"]
+        markers += ["<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"]
         tokenizer._tokenizer.add_tokens([AddedToken(m, normalized=False) for m in markers if m])
     tokenizer._tool_parser = module.parse_tool_call
     tokenizer._tool_call_start, tokenizer._tool_call_end = (

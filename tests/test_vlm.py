@@ -152,6 +152,12 @@ def test_the_shared_expert_of_minimax_m3_stays_and_is_never_counted(tmp_path: Pa
     assert read == stats.misses * layer.expert_bytes > 0
 
 
+COMPRESSED = {
+    "quantization_config": {
+        "quant_method": "compressed-tensors",
+        "format": "nvfp4-pack-quantized",
+    }
+}
 MODELOPT = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}
 
 
@@ -162,6 +168,7 @@ MODELOPT = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "N
         ("qwen3_5_moe", originals.fused, [], {}),
         ("minimax_m3_vl", originals.minimax_m3, [], {}),  # two ranges of bytes an expert
         ("deepseek_v3", originals.nvfp4, [(), (), ()], MODELOPT),
+        ("deepseek_v3", originals.nvfp4_packed, [(), (), ()], COMPRESSED),
         ("qwen3_5_moe", originals.nvfp4_fused, [(128,), (128,), ()], MODELOPT),
     ],
 )
@@ -407,7 +414,7 @@ os._exit(0)  # MLX 0.32.4 aborts now and then if Python ends just after a thread
 
 @pytest.mark.parametrize("when", ["before", "during"])
 def test_a_patch_covers_mlx_vlm_while_another_thread_imports_it(when: str) -> None:
-    subprocess.run([sys.executable, "-c", IMPORTING, when], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", IMPORTING, when], check=True, timeout=300)
 
 
 def test_a_model_without_experts_loads_as_usual_after_one_with(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_a_picture_changes_what_follows(family: str, tmp_path: Path) -> None:
         assert np.array_equal(one, other) == (family == "mistral_large3")
 
 
-@pytest.mark.parametrize("bits", [4, "mixed"])
+@pytest.mark.parametrize("bits", [pytest.param(4, marks=pytest.mark.full), "mixed"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_quantized_experts_load_as_written(family: str, bits: int | str, tmp_path: Path) -> None:
     folder = make_vlm_checkpoint(tmp_path / family, family, bits=bits)

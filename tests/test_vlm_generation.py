@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import wave
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from mlx_streamexperts import (
     UnsupportedModelError,
     convert,
     doctor,
+    generate,
     load,
     pack,
     patch,
@@ -143,6 +145,29 @@ def test_a_film_gives_the_logits_of_mlx_vlm(both: Any) -> None:
     assert not np.array_equal(expected[0], blind[0])
     for one, other in zip(vlm_families.run(model, tokens, 18, **film), expected, strict=True):
         assert np.array_equal(one, other)
+
+
+def test_a_film_comes_from_a_file_and_a_sound_needs_a_model_that_hears(
+    seeing: Path, both: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cv2 = pytest.importorskip("cv2")  # mlx-vlm reads films with it
+    stock, model, processor = both()
+    film, sound = str(tmp_path / "film.mp4"), str(tmp_path / "sound.wav")
+    writer = cv2.VideoWriter(film, cv2.VideoWriter_fourcc(*"mp4v"), 4, (84, 56))
+    for frame in np.random.default_rng(0).integers(0, 255, (8, 56, 84, 3), dtype=np.uint8):
+        writer.write(frame)
+    writer.release()
+    question = "<|vision_start|><|video_pad|><|vision_end|>What is it?"
+    expected = generated(stock, processor, question, video=[film])
+    assert_same(generated(model, processor, question, video=[film]), expected)
+    with wave.open(sound, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        file.writeframes(bytes(32000))
+    options = ["--model", str(seeing), "--cache", "400kB", "--no-progress", "-p", "What?"]
+    assert generate.main([*options, "--audio", sound]) == 1
+    assert "does not support audio" in capsys.readouterr().err
 
 
 def test_a_sound_gives_the_logits_of_mlx_vlm(tmp_path: Path) -> None:
@@ -293,7 +318,7 @@ def test_mlx_vlms_server_answers(seeing: Path, pictures: list[str]) -> None:
         assert ask([picture, {"type": "text", "text": "What?"}])
     finally:
         server.send_signal(2)
-        said = server.communicate(timeout=30)[0]
+        said = server.communicate(timeout=60)[0]
     assert "misses after eviction" in said
 
 
@@ -323,6 +348,48 @@ def test_pictures_give_the_logits_of_mlx_vlm(family: str, tmp_path: Path) -> Non
             assert np.array_equal(one, other)
     with stream(model) as streamed:
         assert streamed.stats().cache.misses > 0
+
+
+def test_a_large_picture_gets_room_or_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its tower takes is not in the plan: 1,024 patches have 8 MB of attention scores."""
+    gc.collect()
+    mx.clear_cache()
+    family, side = "qwen3_vl_moe", 32
+    monkeypatch.setitem(vlm_families.FAMILIES[family].config["vision_config"], "depth", 3)
+    folder = make_vlm_checkpoint(tmp_path / "m", family, bits=4)
+    places, given = vlm_families.picture(family) or ([], {})
+    count = side * side // given["pixel_values"].shape[0]
+    given["pixel_values"] = mx.concatenate([given["pixel_values"]] * count)
+    given["image_grid_thw"] = mx.array([[1, side, side]])
+    pad = max(places, key=places.count)
+    ids = np.repeat(places, [count if i == pad else 1 for i in places])[None]
+    pixels = given.pop("pixel_values")
+    mx.eval(pixels)
+
+    def seen(model: Any) -> np.ndarray:
+        found = model.get_input_embeddings(mx.array(ids), pixels, mask=None, **given)
+        return np.array(found.inputs_embeds)
+
+    config = StreamConfig(**{**vars(VLM), "context_tokens": 300})
+    with pytest.raises(BudgetError) as least:
+        plan(folder, "1MB", config=config)
+    with patch(least.value.needed_bytes, config=config):
+        model = utils.load_model(folder)
+    with stream(model), pytest.raises(BudgetError, match="this prompt's pictures or sound") as more:
+        seen(model)
+    budget = more.value.needed_bytes + (1 << 20)
+    del model, least, more  # their tracebacks hold the model
+    gc.collect()
+    mx.clear_cache()
+    with patch(budget, config=config):
+        model = utils.load_model(folder)
+    with stream(model) as streamed:
+        mx.reset_peak_memory()
+        got = seen(model)
+        assert mx.get_peak_memory() <= budget + streamed.plan.others
+    assert np.array_equal(got, seen(utils.load_model(folder)))
 
 
 def test_a_prompt_with_pictures_stays_within_its_plan(

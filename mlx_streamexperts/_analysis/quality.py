@@ -24,7 +24,7 @@ from .._cache.lossy import LEVELS, Ways
 from .._config import StreamConfig
 from .._errors import StreamError, UnsupportedModelError
 from .._experts.lossy import LossyRun
-from .._experts.stream import stream
+from .._experts.stream import ExpertStream, stream
 from .._loading.load import load
 
 DATA = Path(__file__).parent.parent / "data"
@@ -348,7 +348,7 @@ def _run(
     s.reset()
     with run.using(ways):
         for text in texts:
-            s.resize(sum(x.cache.slots * x.expert_bytes for x in s.layers))  # empties it
+            empty_cache(s)
             cache = make_prompt_cache(model)
             for part in (0, 1):
                 begin, before = time.perf_counter(), s.reader.stats.bytes
@@ -369,6 +369,15 @@ def _run(
     return _Ran(
         prompts, decoded, prefill, decoding, score, stats.share_left_out, stats.mass_left_out
     )
+
+
+def empty_cache(s: ExpertStream) -> None:
+    """Empty the expert cache: another size, and the old one again."""
+    size = sum(x.cache.slots * x.expert_bytes for x in s.layers)
+    least = sum(n.minimum * n.expert_bytes for n in s.needs())
+    more = sum(x.expert_bytes for x in s.layers if x.cache.slots < x.experts)
+    s.resize(least if size > least else size + more)
+    s.resize(size)
 
 
 def frontier(found: Sequence[Price]) -> list[Price]:

@@ -113,9 +113,14 @@ def generate_program() -> ModuleType:
     original = dispatch.stream_generate
 
     def stream_generate(*args: Any, **options: Any) -> Iterator[Any]:
-        for response in original(*args, **options):
-            response.from_draft = False  # mlx-vlm does not tell
-            yield response
+        try:
+            for response in original(*args, **options):
+                response.from_draft = False  # mlx-vlm does not tell
+                yield response
+        except ValueError as e:  # a sound for a model without ears, say
+            if isinstance(e, StreamError):
+                raise
+            raise StreamError(f"mlx-vlm cannot answer this prompt: {e}") from e
 
     program.setup_arg_parser, program.main = setup_arg_parser, main
     program.stream_generate = stream_generate

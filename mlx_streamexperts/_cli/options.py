@@ -6,10 +6,11 @@ Nothing here imports mlx-lm, so that `--help` and a mistyped option are answered
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from .._config import add_arguments, parse_size
 from .._errors import StreamError
@@ -40,6 +41,13 @@ def describe(parser: argparse.ArgumentParser, command: str, description: str | N
     parser.prog = as_called(_MODULES + command)
     parser.description = None if description is None else as_called(description)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.error = functools.partial(_wrong, parser)  # type: ignore[method-assign]
+
+
+def _wrong(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """Refuse a command line in one line: argparse prints all options before it."""
+    print(f"error: {message}; {parser.prog} --help shows the options", file=sys.stderr)
+    sys.exit(2)
 
 
 def add_output_arguments(

@@ -434,7 +434,7 @@ class Gate:
 
 
 def refuse_lossy(lossy: int | str | None, what: str) -> None:
-    """Refuse to compare a lossy model with the exact one.
+    """Refuse what works with exact models only.
 
     Args:
         lossy: the option.
@@ -444,7 +444,7 @@ def refuse_lossy(lossy: int | str | None, what: str) -> None:
         StreamError: the option asks for anything but level 0.
     """
     if Ways.parse(lossy) is not None:
-        raise StreamError(f"{what} is about exact results: leave lossy={lossy!r} out")
+        raise StreamError(f"{what} must be exact: leave lossy={lossy!r} out")
 
 
 def first_line(ways: Ways) -> str:

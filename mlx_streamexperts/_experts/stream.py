@@ -306,13 +306,13 @@ class ExpertStream(Closing):
             self._given_back = 0
             hold_limits(self, self.plan, self.config.wired == "auto")
 
-    def make_room(self, needed: int, context: int, sequences: int) -> None:
-        """Shrink the expert cache until a pass fits that was not planned for.
+    def make_room(self, needed: int, what: str, instead: str) -> None:
+        """Shrink the expert cache until something fits that was not planned for.
 
         Args:
-            needed: bytes that the pass takes.
-            context: tokens of each sequence after it.
-            sequences: of the batch.
+            needed: bytes that it takes.
+            what: what it is, for messages.
+            instead: what the user may do to need less.
 
         Raises:
             BudgetError: it does not fit beside the smallest expert cache that works.
@@ -329,23 +329,21 @@ class ExpertStream(Closing):
             if has - over < least:
                 enough = self.plan.bound + over - (has - least)
                 raise BudgetError(
-                    f"{sequences} x {context:,} tokens of context do not fit: a forward pass needs "
-                    f"{format_size(needed)} beside the {format_size(active)} that MLX holds within "
-                    f"{format_size(self.plan.bound)}, and the expert cache can give no more than "
-                    f"{format_size(has - least)}. Load with at "
-                    f"least memory={enough:,} bytes ({format_size(enough)}), or shorten the "
-                    "context, the batch, or what else is kept (prompt caches, logits)",
+                    f"{what} does not fit: it needs {format_size(needed)} beside the "
+                    f"{format_size(active)} that MLX holds within {format_size(self.plan.bound)}, "
+                    f"and the expert cache can give no more than {format_size(has - least)}. Load "
+                    f"with at least memory={enough:,} bytes ({format_size(enough)}), or {instead}, "
+                    "or keep less besides (prompt caches, logits)",
                     needed_bytes=enough,
                 )
             # A cache that shrinks starts empty, so it shrinks by a lot at once.
             slots = share_slots(max(least, has - max(over, has // _GIVES)), needs)
             taken = sum(n * x.expert_bytes for n, x in zip(slots, self.layers, strict=True))
             _log.warning(
-                f"a forward pass for {sequences} x {context:,} tokens of context needs "
-                f"{format_size(needed)} beside the {format_size(active)} that MLX holds, more than "
-                f"was planned: the expert cache gives {format_size(has - taken)} and keeps "
-                f"{format_size(taken)}. A larger context_tokens plans for longer contexts and for "
-                "batches, a reserve for other arrays"
+                f"{what} needs {format_size(needed)} beside the {format_size(active)} that MLX "
+                f"holds, more than was planned: the expert cache gives {format_size(has - taken)} "
+                f"and keeps {format_size(taken)}. A larger context_tokens plans for longer "
+                "contexts and for batches, a reserve for other arrays"
             )
             self._open(slots)
             self.plan = replace(self.plan, cache=taken, slots=tuple(slots))

@@ -38,8 +38,8 @@ _WINDOW_SECONDS = 0.5
 # A drive that was slow and is not used any more may have recovered: every so many seconds
 # it is taken to be twice as fast, up to the fastest that it ever was.
 _RECOVERY_SECONDS = 0.5
-# Until it has read so much, it may recover to be as fast as any: otherwise one read that was held
-# up at the start, by a busy machine, would rule it out for good.
+# Until it has read so much, it may have been slow because the machine was busy, and may recover to
+# be as fast as any: otherwise one read that was held up at the start would rule it out for good.
 _MEASURED_BYTES = 16 << 20
 
 # A read hangs if it takes longer than this, and than so many times what was expected of it.

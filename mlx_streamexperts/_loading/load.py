@@ -24,11 +24,11 @@ from .._distributed.ranks import Ranks
 from .._distributed.watch import Watch
 from .._errors import RankError, StreamError, UnsupportedModelError
 from .._experts.layer import StreamedSwitch
-from .._experts.lossy import LossyRun, first_line
+from .._experts.lossy import LossyRun, first_line, refuse_lossy
 from .._experts.prefetch import connect
 from .._experts.refusals import guard
 from .._experts.store_gain import WORTH, how_to_pack, store_gain
-from .._experts.stream import ExpertStream, attach, flatten
+from .._experts.stream import ExpertStream, attach, flatten, stream
 from .._io.hub import fetching, headers_only
 from .._memory.budget import Plan, check_device
 from .._memory.hardware import named_machine
@@ -43,6 +43,7 @@ from .early_rows import reading_early
 from .lazy_load import MLX_LM, MLX_VLM, original_load_model
 from .libraries import library
 from .on_ranks import discover_on_ranks, part_of_repository
+from .pictures import planning_pictures
 from .tables import set_module
 from .tuned_for import warn_if_elsewhere
 
@@ -279,16 +280,19 @@ class patch:  # noqa: N801 - called like a function
         if patching.group_of(self.config) is not None:
             raise UnsupportedModelError(alone_message(folder))
         try:
-            return self._load(folder, lazy, arguments, MLX_VLM).model
+            model = self._load(folder, lazy, arguments, MLX_VLM).model
         except UnsupportedModelError:
             if self._loads_whole(folder):
                 return vlm.original_load_model()(folder, lazy=lazy, **arguments)
             raise
+        planning_pictures(model, stream(model))
+        return model
 
     def _load_part(
         self, ranks: Ranks, folder: Path, lazy: bool, arguments: dict[str, Any]
     ) -> tuple[nn.Module, dict[str, Any]]:
         """Load one rank's part: every step succeeds on all ranks or on none."""
+        refuse_lossy(self.config.lossy, "a model that several machines share")
         watch = Watch(ranks)
         try:
             found, plan, config = discover_on_ranks(ranks, folder, self.config, arguments)

@@ -15,7 +15,8 @@ import mlx.core as mx
 
 STEP = 256
 """Tokens by which mlx-lm's caches grow."""
-_FLOOR_BYTES = 8 << 20  # sampling, small arrays
+FLOOR_BYTES = 8 << 20
+"""Work space of every pass: sampling, small arrays, what has started and not ended."""
 _LOGIT_COPIES = 8  # logits of a token, and the sampler's copies
 
 
@@ -121,7 +122,7 @@ class Footprint:
         if quantized:
             peak += self.scores * chunk * context
         each = int(peak) + most * whole_steps(context) + _LOGIT_COPIES * self.logits
-        return sequences * each + held + _FLOOR_BYTES
+        return sequences * each + held + FLOOR_BYTES
 
     def _between(
         self, corners: tuple[tuple[int, int], tuple[int, int]], chunk: int, context: int

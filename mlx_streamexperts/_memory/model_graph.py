@@ -22,7 +22,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from .._hooks import intercept, logits_of, swapped_in_thread
-from .footprint import Footprint, LayerCache, kept_tokens, leaves, whole_steps
+from .footprint import FLOOR_BYTES, Footprint, LayerCache, kept_tokens, leaves, whole_steps
 from .peak import VIEWS, evaluation_order, peak_bytes
 
 _log = logging.getLogger(__name__)
@@ -187,6 +187,50 @@ def _pass_size(
     switches = [(memo[id(module)], width) for module, width in switches]
     weights: dict[str, Any] = dict(tree_flatten(model.parameters()))
     cached = {f"cache {i:06}": a for i, a in enumerate(_arrays(caches))}
+
+    def run(tokens: mx.array, **arrays: mx.array) -> list[mx.array]:
+        model.update(tree_unflatten([(k, arrays[k]) for k in weights]))
+        _exchange(caches, [arrays[k] for k in cached])
+        with _standing_in(switches) if switches else _noted(model) as results:
+            logits = logits_of(model(tokens, cache=caches))
+        return [*_arrays(caches), logits if chunk == 2 else results[-1]]
+
+    return _graph_size(run, (mx.zeros((1, chunk), mx.int32),), {**weights, **cached}, set(cached))
+
+
+def work_of(
+    run: Callable[[dict[str, mx.array]], list[mx.array]], given: dict[str, mx.array]
+) -> tuple[int, int]:
+    """Memory that a computation takes beside its input, in bytes; it is not run.
+
+    Args:
+        run: returns the results, given arrays like those of `given` of which it may read no number.
+        given: arrays of its input by name.
+
+    Returns:
+        The peak with one operation running at a time, and the size of all results together.
+
+    Raises:
+        Exception: `run` does, or MLX cannot export one of its operations.
+    """
+    names = {f"input {i:06}": name for i, name in enumerate(given)}
+    arrays = {key: given[name] for key, name in names.items()}
+    with unevaluated():
+        size = _graph_size(lambda **a: run({names[k]: a[k] for k in a}), (), arrays, set())
+    return int(_MARGIN * size.peak) + FLOOR_BYTES, size.total
+
+
+def _graph_size(
+    run: Callable[..., list[mx.array]],
+    args: tuple[mx.array, ...],
+    arrays: dict[str, mx.array],
+    freed: set[str],
+) -> _PassSize:
+    """Size of the graph that `run(*args, **arrays)` builds.
+
+    Args:
+        freed: names of `arrays` that are freed after their last use.
+    """
     nodes: list[dict[str, Any]] = []
     outputs: list[str] = []
     held: list[str] = []
@@ -197,17 +241,10 @@ def _pass_size(
         elif found["type"] == "outputs":
             outputs.extend(n for n, _, _ in found["outputs"])
         elif found["type"] == "keyword_inputs":
-            held.extend(n for key, n in found["keywords"] if key in cached)
-
-    def run(tokens: mx.array, **arrays: mx.array) -> list[mx.array]:
-        model.update(tree_unflatten([(k, arrays[k]) for k in weights]))
-        _exchange(caches, [arrays[k] for k in cached])
-        with _standing_in(switches) if switches else _noted(model) as results:
-            logits = logits_of(model(tokens, cache=caches))
-        return [*_arrays(caches), logits if chunk == 2 else results[-1]]
+            held.extend(n for key, n in found["keywords"] if key in freed)
 
     with _exportable():
-        mx.export_function(note, run, (mx.zeros((1, chunk), mx.int32),), {**weights, **cached})
+        mx.export_function(note, run, args, arrays)
     results = (r for node in nodes if node["name"] not in VIEWS for r in node["outputs"])
     total = sum(math.prod(shape) * dtype.size for _, shape, dtype in results)
     return _PassSize(peak_bytes(evaluation_order(nodes, outputs), outputs, held), total, len(nodes))

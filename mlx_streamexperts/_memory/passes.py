@@ -177,7 +177,8 @@ class Passes:
             rewind.drop()  # what was promised counts for more than a pass that can be ended
         if bytes_over_bound(mx.get_active_memory() + needed) > 0:
             mx.eval([c.state for c in one.caches or ()])  # pending work frees memory as it ends
-            self._holder.make_room(needed, end, one.sequences)
+            what = f"a forward pass for {one.sequences} x {end:,} tokens of context"
+            self._holder.make_room(needed, what, "shorten the context or the batch")
 
 
 def _joined(results: Sequence[Any]) -> Any:

@@ -29,13 +29,12 @@ class Holder(Protocol):
     def held_bytes(self) -> int:
         """Bytes that the model holds, and may yet take by its plan."""
 
-    def make_room(self, needed: int, context: int, sequences: int) -> None:
-        """Give up slots until `needed` bytes are free for a pass.
+    def make_room(self, needed: int, what: str, instead: str) -> None:
+        """Give up slots until `needed` bytes are free.
 
         Args:
             needed: bytes.
-            context: tokens of the context after the pass.
-            sequences: sequences of the pass.
+            what, instead: for messages: what needs them, and what would need less.
         """
 
 

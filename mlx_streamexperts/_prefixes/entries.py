@@ -177,7 +177,8 @@ class Entries:
 
     def delete(self, file: Path, why: Exception) -> None:
         """Delete a damaged entry: its prefix is computed again."""
-        _log.warning(f"{why}: deleted, its prefix is computed again")
+        said = str(why) if str(file) in str(why) else f"{file}: {why}"
+        _log.warning(f"{said}: deleted, its prefix is computed again")
         with suppress(OSError):
             file.unlink()
 

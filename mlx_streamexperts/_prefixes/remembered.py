@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import operator
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ class PrefixCache:
         """
         start = time.perf_counter()
         found = [
-            (n, name) for n, _, name in self._found(tokens, kinds(caches), aligned)
+            (n, name) for n, _, name in self._found(tokens, kinds(caches), aligned, _fit)
             if n >= beyond + SHORTEST
         ]  # fmt: skip
         for count, name in sorted(found, reverse=True):
@@ -157,7 +158,7 @@ class PrefixCache:
             return 0
         start = time.perf_counter()
         kind, count = kinds(caches), len(tokens)
-        found = self._found(tokens, kind, aligned)
+        found = self._found(tokens, kind, aligned, operator.eq)
         new = count - max((n for n, _, _ in found), default=0)
         if new < SHORTEST:
             return 0
@@ -199,9 +200,13 @@ class PrefixCache:
         maybe_quantize_kv_cache(caches, **self._quantized)
 
     def _found(
-        self, tokens: Sequence[int], kind: list[str], aligned: bool
+        self,
+        tokens: Sequence[int],
+        kind: list[str],
+        aligned: bool,
+        fit: Callable[[list[str], list[str]], bool],
     ) -> list[tuple[int, int, str]]:
-        """Entries that the tokens begin with, at least in part.
+        """Entries that the tokens begin with, at least in part, and whose caches fit.
 
         Returns:
             For each: with how many tokens one can go on from it, how many of its rows are those of
@@ -212,7 +217,7 @@ class PrefixCache:
         common: dict[str | None, int] = {None: 0}
         found = []
         for name, head in sorted(heads.items(), key=lambda x: x[1].begin):
-            if common.get(head.parent, -1) < head.begin or not _fit(head.kinds, kind):
+            if common.get(head.parent, -1) < head.begin or not fit(head.kinds, kind):
                 continue  # the entry before is not there, or goes on otherwise
             if aligned and not (
                 head.aligned and (head.end % self.chunk == 0 or head.end == len(ids))

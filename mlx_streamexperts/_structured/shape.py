@@ -174,12 +174,25 @@ def _qwen3_coder(
     begin, end = marker("<tool_call>"), marker("</tool_call>")
     rules = [f"call: {_alternatives('call', len(functions))}"]
     for i, f in enumerate(functions):
-        fields, values = _fields(i, f, "<parameter={}>\n", "\n", "</parameter>\n")
+        heads = lambda name: _quoted(f"<parameter={name}>\n")  # noqa: E731
+        fields, values = _fields(i, f, heads, "\n", _quoted("</parameter>\n"))
         head = _quoted(f"\n<function={f['name']}>\n")
         rules.append(f'call{i}: {begin} {head} {fields} "</function>\\n" {end}')
         rules += values
     more = r'("\n" call)*' if many else ""
     return [f"calls: call {more}", *rules]
+
+
+def _glm47(functions: list[dict[str, Any]], many: bool, template: str, marker: Marker) -> list[str]:
+    begin, end = marker("<tool_call>"), marker("</tool_call>")
+    key, of, value, close = map(marker, ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"))
+    heads = lambda name: f"LINE? {key} {_quoted(name)} {of} LINE? {value}"  # noqa: E731
+    rules = [f"call: {_alternatives('call', len(functions))}", r'LINE: "\n"']
+    for i, f in enumerate(functions):
+        fields, values = _fields(i, f, heads, "", close)
+        rules.append(f"call{i}: {begin} {_quoted(f['name'])} {fields} LINE? {end}")
+        rules += values
+    return [f"calls: call {'(LINE? call)*' if many else ''}", *rules]
 
 
 def _minimax_m2(
@@ -188,7 +201,8 @@ def _minimax_m2(
     begin, end = marker("<minimax:tool_call>"), marker("</minimax:tool_call>")
     rules = [f"call: {_alternatives('call', len(functions))}"]
     for i, f in enumerate(functions):
-        fields, values = _fields(i, f, '<parameter name="{}">', "", "</parameter>\n")
+        heads = lambda name: _quoted(f'<parameter name="{name}">')  # noqa: E731
+        fields, values = _fields(i, f, heads, "", _quoted("</parameter>\n"))
         head = f'<invoke name="{f["name"]}">\n'
         rules.append(f'call{i}: {_quoted(head)} {fields} "</invoke>\\n"')
         rules += values
@@ -196,9 +210,16 @@ def _minimax_m2(
 
 
 def _fields(
-    of: int, function: dict[str, Any], open_: str, before: str, close: str
+    of: int, function: dict[str, Any], head: Callable[[str], str], before: str, close: str
 ) -> tuple[str, list[str]]:
     """A function's arguments one by one: text as it is, everything else as JSON.
+
+    Args:
+        of: number of the function.
+        function: its description.
+        head: what stands before a value, by the argument's name, in the grammar's words.
+        before: text between a value and `close`.
+        close: what ends a value, in the grammar's words.
 
     Returns:
         what stands for them in the function's rule, and further rules.
@@ -211,8 +232,12 @@ def _fields(
         rule = f"value{of}_{j}"
         is_text = isinstance(value, dict) and value.get("type") == "string"
         if is_text and not ("enum" in value or "const" in value):
-            rules.append(f"{rule}[suffix={_quoted(close)}]: /(?s:.*)/")
-            ended = rule
+            if close.startswith("<["):  # a token, which is no text
+                rules.append(f"{rule}: /(?s:.*)/")
+                ended = f"{rule} {close}"
+            else:
+                rules.append(f"{rule}[suffix={close}]: /(?s:.*)/")
+                ended = rule
         else:
             if is_text:
                 words = value.get("enum") or [value["const"]]
@@ -220,13 +245,14 @@ def _fields(
             else:
                 whole = {**value, **shared} if isinstance(value, dict) else value
                 rules.append(f"{rule}: %json {json.dumps(_bounded(whole))}")
-            ended = f"{rule} {_quoted(before + close)}"
-        field = f"{_quoted(open_.format(name))} {ended}"
+            ended = f"{rule} {_quoted(before)} {close}" if before else f"{rule} {close}"
+        field = f"{head(name)} {ended}"
         parts.append(field if name in required else f"({field})?")
     return " ".join(parts), rules
 
 
 _WRITERS = {
+    "glm47": _glm47,
     "json_tools": _json_tools,
     "kimi_k2": _kimi_k2,
     "minimax_m2": _minimax_m2,

@@ -98,8 +98,14 @@ def sensitivity(
     read_bytes = statistics.fmean(d.read_bytes for _, _, d in slow)
     rounds = statistics.fmean(d.reads for _, _, d in slow + late) / threads
 
+    # Reads take longer than their bytes alone: threads wait for each other at the end of a layer,
+    # and other programs for the processor. The page's own points say how much.
+    rate_factor = _factor(own, [(read_bytes / r, d) for r, _, d in slow])
+    latency_factor = _factor(own, [(rounds * x, d) for _, x, d in late])
+
     def modelled(rate: float, latency: float) -> float:
-        return 1 / seconds_behind(own, read_bytes / rate + rounds * latency)
+        reads = rate_factor * read_bytes / rate + latency_factor * rounds * latency
+        return 1 / seconds_behind(own, reads)
 
     def points_of(found: list[tuple[float, float, report.Decoding]]) -> list[report.Throttled]:
         return [
@@ -121,7 +127,15 @@ def sensitivity(
         curve=[report.CurvePoint(r, modelled(r, 0.0)) for r in curve],
         machines=machines,
         median_error_of_model=statistics.median(off) if off else None,
+        rate_factor=rate_factor,
+        latency_factor=latency_factor,
     )
+
+
+def _factor(own: report.Decoding, points: list[tuple[float, report.Decoding]]) -> float:
+    """How many times as long as they should take reads took: the median over points, at least 1."""
+    shares = [(1 / d.tokens_per_s.median - own.other_s) / ideal for ideal, d in points]
+    return max(1.0, statistics.median(shares))
 
 
 def seconds_behind(own: report.Decoding, read_seconds: float) -> float:

@@ -236,6 +236,8 @@ class Sensitivity(Record):
     curve: list[CurvePoint]  #: modelled
     machines: list[NamedMachine]  #: predictions
     median_error_of_model: float | None  #: share, of both series
+    rate_factor: float = 1.0  #: in the model: reads' seconds at a rate, of those of their bytes
+    latency_factor: float = 1.0  #: in the model: the same at a latency
 
 
 class Drive(Record):

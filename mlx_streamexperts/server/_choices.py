@@ -6,7 +6,7 @@ Knows nothing of what the parts are.
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -18,7 +18,9 @@ class _End:
     """Ends a stream in the queue."""
 
 
-def interleaved(streams: Sequence[Generator[T, None, None]]) -> Iterator[tuple[int, T]]:
+def interleaved(
+    streams: Sequence[Generator[T, None, None]],
+) -> Generator[tuple[int, T], None, None]:
     """The items of all streams, each with the number of its stream.
 
     Several run in a thread each; one alone runs in this one. What a stream raises is raised here.

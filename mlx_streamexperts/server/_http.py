@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Generator
-from contextlib import suppress
+from contextlib import closing, suppress
 from copy import copy, deepcopy
 from email.message import Message
 from functools import cache
@@ -46,7 +46,7 @@ from ._replies import Piece, Reply
 from ._request_checks import check_request, shape_of
 
 MOST_REQUESTS = 256
-"""Requests that may be running or waiting; more are refused with status 503."""
+"""Replies that may be running or waiting; more are refused with status 503."""
 
 _SOCKET_SECONDS = 60.0  # for a request to arrive; also how long a client may take nothing
 _SLOWEST = 64 << 10  # bytes/s that a body needs beyond those seconds
@@ -214,9 +214,10 @@ class Handler(stock.APIHandler):
             asked = check_request(asked, self.options.fetch_images, self._form.chat)
             self.response_generator.lossy = self._lossy(asked.pop("lossy", None))
             body = json.dumps(asked).encode()
-            if not counters.begin(MOST_REQUESTS):
+            replies = asked.get("n", 1) * len(asked.get("prompt", [""]))
+            if not counters.begin(MOST_REQUESTS, replies):
                 raise Refused(
-                    503, f"{MOST_REQUESTS} requests are under way; try again later", "overloaded"
+                    503, f"{MOST_REQUESTS} replies are under way; try again later", "overloaded"
                 )
         except Refused as e:
             counters.refused()
@@ -256,7 +257,7 @@ class Handler(stock.APIHandler):
             self._refuse(generation_failed(e))
         finally:
             self.rfile, self.path = rfile, self.form_path
-            counters.end(outcome)
+            counters.end(outcome, replies)
         return outcome
 
     # Checks
@@ -414,17 +415,18 @@ class Handler(stock.APIHandler):
         replies: dict[int, Reply] = {}
         pieces: list[list[Piece]] = [[] for _ in choices]
         try:
-            for i, item in interleaved(streams):
-                if isinstance(item, Reply):
-                    replies[i] = item
-                    if self.stream and not self.began:
-                        self._set_stream_headers(200)
-                        self.end_headers()
-                        send(form.begin(self._usage(replies)))
-                elif not self.stream:
-                    pieces[i].append(item)
-                elif item:
-                    send(form.piece(i, item))
+            with closing(interleaved(streams)) as parts:
+                for i, item in parts:
+                    if isinstance(item, Reply):
+                        replies[i] = item
+                        if self.stream and not self.began:
+                            self._set_stream_headers(200)
+                            self.end_headers()
+                            send(form.begin(self._usage(replies)))
+                    elif not self.stream:
+                        pieces[i].append(item)
+                    elif item:
+                        send(form.piece(i, item))
             if self.stream:
                 send(form.end(self._usage(replies)))
             else:

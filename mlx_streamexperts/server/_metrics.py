@@ -170,6 +170,13 @@ class _Collector:
             "process_resident_memory_bytes", "Resident memory", memory.pop("resident")
         )
         yield gauge("memory_bytes", "MLX's memory and the plan's parts, by kind", memory, "kind")
+        if (kept := generator.model_provider.prefixes) is not None:
+            yield counter(
+                "prefix_read_tokens", "Prompt tokens read from a folder", kept.read_tokens
+            )
+            yield counter("prefix_read_bytes", "Bytes read for them", kept.read_bytes)
+            yield counter("prefix_written_bytes", "Bytes of prompts written", kept.written_bytes)
+            yield counter("prefix_evictions", "Prompts deleted to make room", kept.evicted)
         if expert_stream is None:
             return
         s = expert_stream.stats()

@@ -54,20 +54,28 @@ class RequestCounters:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._now = RequestStats()
+        self._replies = 0  # under way
         self._recent: deque[float] = deque()  # when tokens of the last seconds came
         self._start = time.monotonic()
 
-    def begin(self, limit: int) -> bool:
-        """Count a new request; False, and nothing counted, if `limit` are active already."""
+    def begin(self, limit: int, replies: int = 1) -> bool:
+        """Count a new request; False, and nothing counted, if there would be too many replies.
+
+        Args:
+            limit: replies of all requests that may be under way.
+            replies: those that this request asks for.
+        """
         with self._lock:
-            if self._now.active >= limit:
+            if self._replies + replies > limit:
                 return False
+            self._replies += replies
             self._now.active += 1
             return True
 
-    def end(self, outcome: str) -> None:
+    def end(self, outcome: str, replies: int = 1) -> None:
         """Count the end of a request that `begin` counted."""
         with self._lock:
+            self._replies -= replies
             self._now.active -= 1
             self._now.requests[outcome] += 1
 

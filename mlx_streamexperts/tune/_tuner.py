@@ -184,7 +184,11 @@ class Tuner:
         self._stock = self._run_stock()
         self._baseline()
         self._baselines.clear()  # a warm-up only
-        pairs = [pair for _ in range(baselines - 1) for pair in self._baseline()]
+        pairs: list[float] = []
+        for _ in range(baselines - 1):
+            pairs += self._baseline()
+            if pairs and not self._time_for(1):
+                break  # two runs that differ by something are the least
         same = None if self._stock is None else True  # otherwise _baseline raised
         record = {"phase": "baseline", "settings": {}, **asdict(self._baselines[-1])}
         self._record(record | {"noise_pairs": pairs, "same_as_stock": same})

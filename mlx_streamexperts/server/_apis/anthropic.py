@@ -24,7 +24,7 @@ from .._field_checks import (
 )
 from .._refusals import Refused
 from .._replies import Piece
-from .blocks import Block, Blocks, blocks_of
+from .blocks import Block, Blocks, Step, blocks_of
 from .form import Form, Usage, added, event
 
 _ANY: Check = lambda value: None  # noqa: E731, checked where it is translated
@@ -85,6 +85,7 @@ class MessagesForm(Form):
         super().__init__(fingerprint)
         self._id, self._model = f"msg_{uuid.uuid4().hex}", "default_model"
         self._blocks, self._last = Blocks(), Piece()
+        self._omits = False  # the text of reasoning; its block comes all the same
 
     def request(self, body: dict[str, Any]) -> dict[str, Any]:
         given = check_fields(body, FIELDS)
@@ -105,6 +106,7 @@ class MessagesForm(Form):
         if "tool_choice" in given:
             chat |= _tool_choice(given["tool_choice"])
         settings = _thinking(given.get("thinking"))
+        self._omits = given.get("thinking", {}).get("display") == "omitted"
         config = check_fields(
             given.get("output_config", {}),
             {"effort": one_of(*_EFFORTS), "format": an_object},
@@ -125,7 +127,8 @@ class MessagesForm(Form):
 
     def piece(self, choice: int, piece: Piece) -> bytes:
         self._last = piece
-        return b"".join(_event(*step) for step in self._blocks.add(piece))
+        steps = self._blocks.add(piece)
+        return b"".join(_event(*s) for s in steps if not self._hides(s))
 
     def end(self, usage: Usage) -> bytes:
         closed = b"".join(_event(*step) for step in self._blocks.close())
@@ -134,8 +137,16 @@ class MessagesForm(Form):
         return closed + last
 
     def whole(self, choices: Sequence[Sequence[Piece]], usage: Usage) -> dict[str, Any]:
-        content = [_content(block) for block in blocks_of(choices[0])]
+        blocks = blocks_of(choices[0])
+        for block in blocks:
+            if self._hides(("more", block, "")):
+                block.text = ""
+        content = [_content(block) for block in blocks]
         return self._message(content, added(choices[0]), usage)
+
+    def _hides(self, step: Step) -> bool:
+        """Is this text of reasoning that the client does not want to see?"""
+        return self._omits and step[0] == "more" and step[1].kind == "reasoning"
 
     def _message(
         self, content: list[dict[str, Any]], last: Piece | None, usage: Usage
@@ -305,7 +316,7 @@ def _thinking(value: dict[str, Any] | None) -> dict[str, Any]:
     if value is None:
         return {}
     kinds = one_of("enabled", "adaptive", "disabled")
-    shown = one_of("summarized")
+    shown = one_of("summarized", "omitted")
     fields = {"type": kinds, "budget_tokens": integer(), "display": shown}
     given = check_fields(value, fields, "thinking")
     if "type" not in given:
