@@ -32,6 +32,7 @@ from mlx_streamexperts._experts import cpu_streams
 from mlx_streamexperts._experts.split import RowRule
 from mlx_streamexperts._loading import discover
 from mlx_streamexperts._loading.combinations import token_rows
+from mlx_streamexperts._loading.vlm import decode_copies
 from mlx_streamexperts._memory import model_graph
 
 utils = pytest.importorskip("mlx_vlm.utils", reason="mlx-vlm is not installed: extra `vlm`")
@@ -335,6 +336,22 @@ def test_a_family_that_starts_its_layers_itself_reads_nothing_before_it_streams(
     assert token_rows(language) == lm.VOCAB
     mx.synchronize()
     assert mx.get_peak_memory() - before < 10_000  # of weights of 4.8 MB
+
+
+def test_projections_that_decoding_copies_are_planned(tmp_path: Path) -> None:
+    folder = make_vlm_checkpoint(tmp_path / "m", "qwen4_exp", bits=4)
+    model = utils.load_model(folder)
+    language = model.language_model
+    assert decode_copies(model) == 0  # with this output matrix it decodes in the usual way
+    language.lm_head = nn.Linear(lm.HIDDEN, lm.VOCAB, bias=False)
+    expected = decode_copies(model)
+    cache = language.make_cache()
+    for ids in ([[1, 2, 3]], [[4]]):
+        mx.eval(language(mx.array(ids), cache=cache).logits)
+    copies = [
+        m["_fused_decode_linears"] for m in language.modules() if "_fused_decode_linears" in m
+    ]
+    assert sum(a.nbytes for copy in copies for a in copy[1:4]) == expected > 0
 
 
 def test_a_prompt_longer_than_planned_runs_in_chunks_with_the_same_bits(tmp_path: Path) -> None:

@@ -203,9 +203,11 @@ def discover(
     expert_bytes = sum(x.experts * x.expert_bytes for x in layers)
     parameters = [array for _, array in flatten(model)]
     small = sum(t.rows.nbytes for x in layers for t in x.slots.small.values())
+    copies = vlm.decode_copies(model) if is_vlm else 0
     sizes = Sizes(
-        trunk=sum(a.nbytes for a in parameters) - expert_bytes + small,  # and what slots have of it
-        looked_up=_embedding_bytes(model, model_config),
+        # Also what slots have of `small`, and weights that the model keeps twice.
+        trunk=sum(a.nbytes for a in parameters) - expert_bytes + small + copies,
+        looked_up=_embedding_bytes(model, model_config) + copies,
         disk=checkpoint.nbytes if stage is None else _needed_bytes(checkpoint, stage),
         conversion=sum(a.nbytes for a in parameters) + rows.nbytes if unwritten(layers) else 0,
         tables=rows.nbytes,

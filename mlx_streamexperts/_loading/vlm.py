@@ -41,6 +41,7 @@ _PROJECTIONS = (
     ("mlx_vlm.models.switch_layers", "QuantizedSwitchLinear"),
     ("mlx_vlm.quantization.nvfp4", "ScaledQuantizedSwitchLinear"),
 )
+_JOINED = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 Classes = tuple[type[nn.Module], ...]
 
 
@@ -133,6 +134,27 @@ def traits(switch: nn.Module) -> Traits:
     if kind == "MiniMaxPackedSwitchGLU":
         return Traits(pinned=(switch["down_proj"].weight.shape[0] - 1,))
     return Traits()
+
+
+def decode_copies(model: nn.Module) -> int:
+    """Bytes of the second copies of weights that a model makes when it decodes its first token.
+
+    mlx-vlm joins the four projections of linear attention that have the same form
+    (`_decode_quantized_linears_fused` in speculative/ops/linear.py, 0.7.10), in models that decode
+    by `_batch_invariant_decode`: qwen4_exp, if its output matrix is of a form for that.
+    """
+    modules = [m for _, m in model.named_modules()]
+    decides = (getattr(m, "_supports_batch_invariant_decode", None) for m in modules)
+    if not any(supports() for supports in decides if supports is not None):
+        return 0
+    total = 0
+    for m in modules:
+        joined = [m.get(name) for name in _JOINED]
+        if all(isinstance(p, nn.QuantizedLinear) and p.get("biases") is not None for p in joined):
+            forms = {(p.bits, p.group_size, p.mode) for p in joined if p is not None}
+            if len(forms) == 1:
+                total += sum(a.nbytes for p in joined if p is not None for a in p.values())
+    return total
 
 
 def load_recorded(

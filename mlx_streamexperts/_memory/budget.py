@@ -252,7 +252,8 @@ class Sizes:
 
     Attributes:
         trunk: weights that stay resident.
-        looked_up: part of the trunk of which a token reads one row (an input embedding).
+        looked_up: part of the trunk that a token does not read: all but a row of an input
+            embedding, and second copies of weights.
         disk: the checkpoint's tensors, used or not.
         conversion: bytes that `convert` must write before the model can be streamed, or 0.
         tables: tables of which rows are streamed; no part of the trunk.
