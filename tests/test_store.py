@@ -455,11 +455,11 @@ def test_without_xxhash_the_error_says_what_to_install(
     packed: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "xxhash", None)
-    with pytest.raises(StreamError, match=r"mlx-streamexperts\[pack\]"):
+    with pytest.raises(StreamError, match="pip install xxhash"):
         list(store.write_store(layers_of(packed[0]), tmp_path / "new"))
     assert not (tmp_path / "new").exists()
     config = replace(QUIET, store=str(packed[1]), verify_reads=True)
-    with pytest.raises(StreamError, match=r"mlx-streamexperts\[pack\]"):
+    with pytest.raises(StreamError, match="pip install xxhash"):
         load_streamed(packed[0], 1 << 40, config)
     # Reading a store needs no checksum.
     with stream(load_streamed(packed[0], 1 << 40, replace(QUIET, store=str(packed[1])))):
