@@ -15,7 +15,7 @@ from .._errors import StreamError
 from .shape import Shape, ShapeError, grammar
 
 _MISSING = (
-    "replies in a format need llguidance: pip install 'mlx-streamexperts[structured]', "
+    "replies in a format need llguidance: pip install llguidance, "
     "then start again"
 )
 
