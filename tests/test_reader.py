@@ -11,6 +11,8 @@ import itertools
 import mmap
 import os
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -569,6 +571,28 @@ def test_end_of_file_inside_a_scatter_read_names_the_expert_it_hit(
         assert set(ticket.errors) >= {2, 3, 4}
     finally:
         reader.close()
+
+
+GARBAGE = """
+import gc, threading
+from mlx_streamexperts._io.reader import _running_threads
+class Cycle: pass
+gc.set_threshold(700)
+for room in range(12):  # so that a collection falls into the call
+    gc.collect()
+    cycle = Cycle()
+    cycle.itself, cycle.own = cycle, threading.local()
+    cycle.own.x = 1
+    del cycle
+    kept = []
+    while gc.get_count()[0] < 700 - room: kept.append([])
+    assert threading.get_ident() in _running_threads()
+"""
+
+
+def test_looking_for_threads_that_died_never_collects_garbage() -> None:
+    """CPython 3.11 stands still if what is collected meanwhile has a `threading.local`."""
+    subprocess.run([sys.executable, "-c", GARBAGE], check=True, timeout=120)
 
 
 def test_a_missing_file(direct: bool, tmp_path: Path) -> None:

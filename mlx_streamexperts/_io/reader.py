@@ -12,6 +12,7 @@ leaves it locked), a job is always in the queue, in `_taken` or ended, and can b
 from __future__ import annotations
 
 import errno
+import gc
 import heapq
 import sys
 import threading
@@ -541,7 +542,7 @@ class ExpertReader:
 
     def _reap(self) -> None:
         """What threads that are no more were reading has failed."""
-        alive = sys._current_frames()
+        alive = _running_threads()
         self._fail_taken([t for t in list(self._taken) if t not in alive])
 
     def _fail_taken(self, threads: Iterable[int]) -> None:
@@ -561,3 +562,23 @@ class ExpertReader:
             errors = [ExpertReadError(*label(r[0]), r[0].offset, number) for r in job.runs]
             job.ticket.end(job, list(zip(job.runs, errors, strict=True)))
             job.ticket.wake()
+
+
+_asking = threading.RLock()  # a collection before may end a stream, which asks too
+
+
+def _running_threads() -> set[int]:
+    """Idents of all threads that run Python now.
+
+    CPython 3.11 holds the lock of its list of threads in `sys._current_frames`, and may collect
+    garbage there. If that frees a `threading.local`, whose end wants the same lock, the process
+    stands still for ever (seen in gdb). So nothing is collected meanwhile.
+    """
+    with _asking:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return set(sys._current_frames())
+        finally:
+            if collects:
+                gc.enable()

@@ -14,10 +14,7 @@ import numpy as np
 from .._errors import StreamError
 from .shape import Shape, ShapeError, grammar
 
-_MISSING = (
-    "replies in a format need llguidance: pip install llguidance, "
-    "then start again"
-)
+_MISSING = "replies in a format need llguidance: pip install llguidance, then start again"
 
 
 class Vocabulary:
