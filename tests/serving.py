@@ -17,7 +17,6 @@ from unittest import mock
 import mlx.core as mx
 import openai
 import pytest
-from mlx_lm import server as stock
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -90,7 +89,7 @@ def dictated(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
         left = iter([*ids, next(iter(tokenizer.eos_token_ids))])
         return lambda logprobs: mx.array([next(left, 0)])
 
-    monkeypatch.setattr(stock, "_make_sampler", make)
+    monkeypatch.setattr(server.stock, "_make_sampler", make)
 
 
 def prompts(running: Running, monkeypatch: pytest.MonkeyPatch) -> list[str]:

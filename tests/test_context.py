@@ -17,17 +17,17 @@ from mlx_streamexperts.server._context import ContextChoice, choose_context, eno
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A model of 1,000 bytes of experts whose KV cache takes a byte for each 1,024 tokens."""
+    """A model of 1 MB of experts whose KV cache takes 1,000 bytes for each 1,024 tokens."""
     (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 131_072}))
 
     def planned(_: str, config: StreamConfig, trust_remote_code: bool) -> Any:
-        tokens, memory = config.context_tokens or 4096, config.memory or 500
-        cache = min(1000, memory - tokens // 1024)
-        if cache < 10:
+        tokens, memory = config.context_tokens or 4096, config.memory or 500_000
+        cache = min(1_000_000, memory - 1000 * (tokens // 1024))
+        if cache < 10_000:
             raise BudgetError("too small", needed_bytes=1)
-        free = max(tokens, 1024 * (memory - cache))
+        free = max(tokens, 1024 * (memory - cache) // 1000)
         return SimpleNamespace(
-            memory=memory, cache=cache, resident_share=cache / 1000, longest_context=free
+            memory=memory, cache=cache, resident_share=cache / 1_000_000, longest_context=free
         )
 
     monkeypatch.setattr(context, "plan", planned)
@@ -38,11 +38,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     ("memory", "tokens"),
     [
         (None, 49_152),  # 452 of 496 bytes are left
-        (2000, None),  # all experts fit, and what is free is longer than any of these
-        (1100, 131_072),  # the model was made for no more
-        (100, 16_384),  # a quarter of 96 is 24, and 32,768 would take 28
-        (104, 16_384),
-        (120, 32_768),
+        (2000_000, None),  # all experts fit, and what is free is longer than any of these
+        (1100_000, 131_072),  # the model was made for no more
+        (100_000, 16_384),  # a quarter of 96 is 24, and 32,768 would take 28
+        (104_000, 16_384),
+        (120_000, 32_768),
     ],
 )
 def test_the_longest_that_leaves_most_experts(
@@ -54,14 +54,14 @@ def test_the_longest_that_leaves_most_experts(
 
 def test_a_budget_that_is_too_small_is_refused(folder: str) -> None:
     with pytest.raises(BudgetError):
-        choose_context([folder], StreamConfig(memory=8), False)
+        choose_context([folder], StreamConfig(memory=8_000), False)
 
 
 def test_what_is_stated_stays(folder: str) -> None:
     for config in (
-        StreamConfig(memory=500, context_tokens=4096),
-        StreamConfig(cache=500),
-        StreamConfig(memory=500, pipeline=True),
+        StreamConfig(memory=500_000, context_tokens=4096),
+        StreamConfig(cache=500_000),
+        StreamConfig(memory=500_000, pipeline=True),
     ):
         assert choose_context([folder], config, False) is None
 
@@ -71,7 +71,7 @@ def test_every_model_of_the_budget_counts(folder: str, tmp_path: Path) -> None:
     (tmp_path / "short/config.json").write_text(
         '{"text_config": {"max_position_embeddings": 9000}}'
     )
-    choice = choose_context([folder, str(tmp_path / "short")], StreamConfig(memory=500), False)
+    choice = choose_context([folder, str(tmp_path / "short")], StreamConfig(memory=500_000), False)
     assert choice is not None and choice.tokens == 8192
 
 

@@ -28,6 +28,7 @@ def test_every_option_of_mlx_lm_and_every_streaming_option_is_there() -> None:
     ours = options(generate.setup_arg_parser())
     assert options(stock.setup_arg_parser()) <= ours
     fields = {"--" + f.replace("_", "-") for f in StreamConfig.__dataclass_fields__}
+    fields = fields - {"--mirrors"} | {"--mirror"}  # it can be stated several times
     assert fields - {"--progress", "--about"} <= ours
     assert "--no-progress" in ours
 

@@ -324,7 +324,7 @@ def test_text_is_the_same_on_all_ranks_and_on_one(tmp_path: Path) -> None:
     first, second = (e.json() for e in run_ranks("texts", 2, tmp_path, demo_model()))
     assert first["greedy"] == second["greedy"] == expected
     assert first["drawn"] == second["drawn"]
-    assert "use --pipeline" in first["refused"]
+    assert "use pipeline=True (--pipeline)" in first["refused"]
 
 
 def test_the_command_line_prints_once(tmp_path: Path) -> None:

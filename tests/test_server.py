@@ -72,6 +72,7 @@ def test_every_option_of_mlx_lm_and_every_streaming_option_is_there() -> None:
     )
     assert {"--prompt-cache-bytes", "--decode-concurrency"} <= stocks <= ours
     fields = {"--" + f.replace("_", "-") for f in StreamConfig.__dataclass_fields__}
+    fields = fields - {"--mirrors"} | {"--mirror"}  # it can be stated several times
     assert fields - {"--progress", "--about"} <= ours
 
 
