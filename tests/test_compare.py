@@ -35,7 +35,7 @@ def test_ours_and_stock_do_the_same_work(checkpoint: Callable[..., Path], tmp_pa
 
 def test_a_crash_and_a_silence_are_results(checkpoint: Callable[..., Path]) -> None:
     folder = checkpoint("qwen3_moe")
-    too_small = compare.call(sys.executable, "ours", job(folder, cache_bytes=1), 100)
+    too_small = compare.call(sys.executable, "ours", job(folder, cache_bytes=2000), 100)
     assert "BudgetError" in too_small["failed"]
     assert "exit status" in compare.call(sys.executable, "no_such_adapter", {}, 100)["failed"]
     assert "no answer" in compare.call(sys.executable, "stock", job(folder), 0.01)["failed"]
