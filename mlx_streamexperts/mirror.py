@@ -100,6 +100,8 @@ def _run(args: argparse.Namespace) -> int:
     try:
         limit = parse_size(args.bytes) if args.bytes else None
         source = _source(args)
+        if args.dir.exists() and args.dir.samefile(source.folder):
+            raise StreamError(f"{args.dir}: is the source itself: name a folder on another drive")
         with exclusive(args.dir, "mirroring"):
             return _mirror(source, args, limit)
     except StreamError as e:

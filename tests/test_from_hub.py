@@ -121,6 +121,13 @@ def test_what_passes_is_tried_again(server: Hub, original: Path, tmp_path: Path)
     assert_unpacks_to(original, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("said", "seconds"), [(None, 0), ("7", 7), ("9999", 300), ("\u00b2", 0), ("-1", 0), ("soon", 0)]
+)
+def test_how_long_a_busy_server_asks_to_wait(said: str | None, seconds: float) -> None:
+    assert remote._seconds(said) == seconds
+
+
 def ignores_ranges(answer: Answer) -> None:
     answer.status = 200
     del answer.headers["Content-Range"]

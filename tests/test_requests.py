@@ -100,6 +100,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "temperature": (*FLOATS, -0.1, 1e-300),
     "tool_choice": ("required", {"type": "function", "function": {"name": "f"}}, 1, True, ""),
     "tools": (True, 1, "a", {}, [1], [{}], [{"function": 1}], [{"function": {"name": 1}}],
+        [{"function": {"name": "f", "parameters": 5}}],
               [{"function": {"name": HALF}}]),
     "top_k": (*INTEGERS, 10**9),
     "top_logprobs": (*INTEGERS, 12),

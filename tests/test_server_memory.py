@@ -74,6 +74,23 @@ def test_memory_holds_under_load(wide: Path) -> None:
     assert max(peaks) <= memory
 
 
+def test_memory_holds_for_a_prompt_as_long_as_the_context(wide: Path) -> None:
+    """mlx-lm keeps the prompt's KV cache before the reply: that would be there twice."""
+    config = StreamConfig(memory="2GB", context_tokens=1024, prefill_tokens=64)
+    memory = plan(str(wide), config=config).minimum
+    limits = ["--context-tokens", "1024", "--prefill-tokens", "64"]
+    gc.collect()
+    base = mx.get_active_memory()
+    with serving("--model", str(wide), "--memory", str(memory), *limits) as running:
+        cache = running.generator.model_provider.expert_stream.plan.cache
+        for _ in range(2):
+            mx.reset_peak_memory()
+            status, reply = running.post({"prompt": [5, 6, 7] * 338, "max_tokens": 4})
+            assert status == 200, reply
+            assert mx.get_peak_memory() - base <= memory
+        assert running.generator.model_provider.expert_stream.plan.cache == cache
+
+
 def test_a_reply_is_no_longer_than_the_room_and_what_was_said_is_reused(wide: Path) -> None:
     stocks = importlib.import_module("mlx_lm.generate").BatchGenerator
     limits = ["--context-tokens", "48", "--prefill-tokens", "16"]

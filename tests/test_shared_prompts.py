@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import QUIET, load_streamed
 from mlx_lm.generate import maybe_quantize_kv_cache
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 from serving import letters, serving
 
 from mlx_streamexperts._prefixes.shared import SharedPrompts
@@ -52,10 +52,10 @@ def test_ten_conversations_take_one_system_prompt_and_ten_tails(
             assert caches is None
             caches, rest = make_prompt_cache(model), told[1000:]
             run(model, system, caches)
-            prompts.insert_cache("model", system, caches, cache_type="system")
+            prompts.insert_cache("model", system, list(caches), cache_type="system")
         assert len(rest) == tail
         run(model, rest, caches)
-        prompts.insert_cache("model", told, caches)
+        prompts.insert_cache("model", told, list(caches))
         if i % 4 == 0:
             whole = make_prompt_cache(model)
             for part in (system, told[1000:]):
@@ -83,6 +83,24 @@ def test_ten_conversations_take_one_system_prompt_and_ten_tails(
     gc.collect()
     assert prompts.nbytes == 0
     assert mx.get_active_memory() - before < 0.02 * bytes_of_all
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_what_comes_back_can_be_trimmed_and_written(
+    quantized: bool, checkpoint: Callable[..., Path], not_compiled: None
+) -> None:
+    """As a request does whose prompt differs from the middle on: what is kept stays as it was."""
+    model = small_model(checkpoint, "qwen3_moe")
+    caches = make_prompt_cache(model)
+    run(model, TOKENS[:100], caches)
+    if quantized:
+        maybe_quantize_kv_cache(caches, 0, 32, 8)
+    shared = SharedPrompts().share("model", TOKENS[:100], caches)
+    expected = run(model, [1, 2], copy.deepcopy(shared))
+    other = copy.deepcopy(shared)
+    trim_prompt_cache(other, 60)
+    run(model, TOKENS[200:260], other)
+    assert np.array_equal(run(model, [1, 2], copy.deepcopy(shared)), expected)
 
 
 @pytest.mark.parametrize(

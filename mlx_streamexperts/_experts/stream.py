@@ -381,7 +381,8 @@ class ExpertStream(Closing):
             if self._closed:
                 return
             planned = self.planned_cache
-            slots = share_slots(planned - min(nbytes, self.most_given_back), self.needs())
+            given = max(0, min(nbytes, self.most_given_back))
+            slots = share_slots(planned - given, self.needs())
             taken = sum(n * x.expert_bytes for n, x in zip(slots, self.layers, strict=True))
             try:
                 self._open(slots, keep=True)

@@ -7,6 +7,7 @@ that keeps them apart belongs to the process, so the system drops it when the pr
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import threading
@@ -18,6 +19,7 @@ from typing import Any
 
 from .._errors import StreamError
 
+_ATTEMPTS = 100  # to lock a folder that others keep removing
 LOCK = ".mlx-streamexperts.lock"
 
 
@@ -95,12 +97,14 @@ def try_lock(file: Path, create: bool = True) -> int | None:
 
 def _acquire(file: Path) -> int | None:
     """A descriptor that holds the lock; None on a file system without locks."""
-    while True:
+    for attempt in itertools.count():
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             fd = try_lock(file)
-        except FileNotFoundError:  # another writer ended and removed its empty folder
-            continue
+        except FileNotFoundError as e:
+            if attempt == _ATTEMPTS:  # so do some file systems say that they take no folders
+                raise StreamError(f"{file.parent}: cannot be created: {e.strerror}") from e
+            continue  # another writer ended and removed its empty folder
         except OSError as e:
             if e.filename is not None:  # errors of locking itself name no file
                 raise StreamError(f"{e.filename}: cannot be written: {e.strerror}") from e
@@ -116,6 +120,7 @@ def _acquire(file: Path) -> int | None:
             if os.path.samestat(os.fstat(fd), file.stat()):
                 return fd
         os.close(fd)  # its owner removed the file after we opened it and before we locked it
+    raise AssertionError
 
 
 def _busy(file: Path, advice: str) -> str:

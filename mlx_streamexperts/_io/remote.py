@@ -71,6 +71,7 @@ class Repository:
 
     Raises:
         One of `HUB_ERRORS`: the repository cannot be reached. `hub.fetching` turns them into ours.
+        CheckpointError: a file's size is none.
     """
 
     def __init__(self, repo: str) -> None:
@@ -82,7 +83,12 @@ class Repository:
         for file in info.siblings or ():
             if "/" not in file.rfilename:
                 sha256 = None if file.lfs is None else file.lfs.sha256
-                self.files[file.rfilename] = RemoteFile(int(file.size or 0), sha256)
+                size = 0 if file.size is None else file.size
+                if type(size) is not int or size < 0:
+                    raise CheckpointError(
+                        f"{self.name}: {file.rfilename}: the Hub says that it has {size!r} bytes"
+                    )
+                self.files[file.rfilename] = RemoteFile(size, sha256)
         self._stopped = threading.Event()
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> bytearray:
@@ -186,7 +192,7 @@ class Repository:
             total = None if length is None else int(length)
         elif answer.status_code == 206:
             said = answer.headers.get("Content-Range", "")
-            match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", said)
+            match = re.fullmatch(r"bytes ([0-9]{1,15})-([0-9]{1,15})/([0-9]{1,15}|\*)", said)
             if match is None or int(match[1]) != begin or not begin <= int(match[2]) < end:
                 raise self._refused(
                     name, f"asked for bytes {begin}-{end - 1}, the server sends {said!r}"
@@ -223,4 +229,5 @@ def pieces(spans: Sequence[Span]) -> Iterator[Span]:
 
 def _seconds(retry_after: str | None) -> float:
     """What a server asks to wait, at most five minutes; a date counts as nothing."""
-    return min(300.0, float(retry_after)) if retry_after and retry_after.isdigit() else 0.0
+    asked = re.fullmatch("[0-9]{1,9}", retry_after or "")
+    return min(300.0, float(asked[0])) if asked else 0.0

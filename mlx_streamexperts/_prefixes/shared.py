@@ -75,7 +75,10 @@ class SharedCaches:
                 arrays = []
                 for i in range(count):
                     parts = [s.rows[f"{number}.{name}.{i}"] for s in self.segments]
-                    arrays.append(parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-2))
+                    # Never a segment's own array: a cache that was trimmed is written in place.
+                    arrays.append(
+                        copy.copy(parts[0]) if len(parts) == 1 else mx.concatenate(parts, axis=-2)
+                    )
                 mx.eval(arrays)
                 set_row_arrays(cache, name, arrays)
         return caches

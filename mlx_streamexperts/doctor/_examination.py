@@ -178,7 +178,8 @@ def examine_machines(args: argparse.Namespace) -> list[MachineExamination]:
     if not machines:
         with headers_only(str(demo_model())) as (folder, downloaded):
             demo = _discover(folder, config, args)
-            here, measured = _measure(demo, downloaded, config, args.drive_seconds)
+            # The demonstration model's experts are tiny; large ones are read in megabytes.
+            here, measured = _measure(demo, downloaded, config, args.drive_seconds, 1 << 20)
             machines = [here]
     found = []
     for machine in (_with_drive(m, args.drive) for m in machines):
@@ -241,7 +242,11 @@ def _verdict(
 
 
 def _measure(
-    found: DiscoveredModel, downloaded: bool, config: StreamConfig, seconds: float
+    found: DiscoveredModel,
+    downloaded: bool,
+    config: StreamConfig,
+    seconds: float,
+    size: int | None = None,
 ) -> tuple[Machine, Measured]:
     """Measure what decides the speed here; the drive only if the weights are on it.
 
@@ -250,12 +255,13 @@ def _measure(
         downloaded: whether its weights are here.
         config: how it would be read.
         seconds: of reads at the depth of the reader.
+        size: of a read, in bytes, wherever it falls; None reads this model's experts.
     """
     if not 0 < seconds <= _LONGEST:
         raise StreamError(
             f"--drive-seconds must be above 0 and at most {_LONGEST}, got {seconds:g}"
         )
-    parts = _expert_parts(found, config) if downloaded else []
+    parts = _expert_parts(found, config, size) if downloaded else []
     direct = downloaded and direct_works(Path(parts[0][0]))
     rates: list[DriveRate] = []
     cached = None
@@ -280,17 +286,20 @@ def _measure(
     return machine, Measured(str(mx.default_device()), in_place_works(), rates, direct, cached)
 
 
-def _expert_parts(found: DiscoveredModel, config: StreamConfig) -> list[Place]:
-    """The reads of some of the model's experts, each no longer than `read_size`."""
+def _expert_parts(
+    found: DiscoveredModel, config: StreamConfig, size: int | None = None
+) -> list[Place]:
+    """The reads of some of the model's experts, each no longer than `read_size`; or of `size`."""
     longest = parse_size(config.with_defaults().read_size)
     rng = np.random.default_rng(0)
     parts: list[Place] = []
-    if not found.layers or unwritten(found.layers):
+    if size is not None or not found.layers or unwritten(found.layers):
         # Experts that are still to be converted are in no file, and a row is less than a drive's
         # block. Any part of the files stands for them.
         names = sorted(found.rows.files) or [str(f) for f in found.shards]
         sizes = [(f, os.path.getsize(f)) for f in names]
-        size = max((x.expert_bytes // len(x.tensors) for x in found.layers), default=4096)
+        if size is None:
+            size = max((x.expert_bytes // len(x.tensors) for x in found.layers), default=4096)
         size = max(1, min(max(4096, size), longest, *(nbytes for _, nbytes in sizes)))
         for _ in range(_MEASURED_EXPERTS):
             file, nbytes = sizes[int(rng.integers(len(sizes)))]

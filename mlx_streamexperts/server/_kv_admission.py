@@ -272,6 +272,11 @@ class BoundedPromptCache(LRUPromptCache):
     def insert_cache(
         self, model: Any, tokens: list[int], prompt_cache: list[Any], **options: Any
     ) -> None:
+        if sum(c.nbytes for c in prompt_cache) > self._admission.prompt_cache_budget():
+            # Evaluated, it would be in memory a second time beside the running batch's. mlx-lm's
+            # loop goes on referring to the list.
+            prompt_cache.clear()
+            return
         # A cache taken out of a batch is an unevaluated slice: it would keep the KV cache of the
         # whole batch in memory, unseen by any count.
         mx.eval([c.state for c in prompt_cache])
@@ -282,6 +287,7 @@ class BoundedPromptCache(LRUPromptCache):
             shared.never_trim()
         # mlx-lm goes through what it keeps and copies it, and nothing else.
         super().insert_cache(model, tokens, shared, **options)  # type: ignore[arg-type]
+        prompt_cache.clear()
         self.trim_to(n_bytes=self._admission.prompt_cache_budget())
 
     def trim_to(self, *, n_sequences: int | None = None, n_bytes: int | None = None) -> None:

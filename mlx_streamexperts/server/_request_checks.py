@@ -205,9 +205,13 @@ def _is_call(call: dict[str, Any]) -> bool:
 
 def _tools(value: Any) -> str | None:
     good = are(value, dict) and all(
-        isinstance(f := t.get("function"), dict) and isinstance(f.get("name"), str) for t in value
+        isinstance(f := t.get("function"), dict)
+        and isinstance(f.get("name"), str)
+        and isinstance(f.get("parameters"), dict | None)
+        for t in value
     )
-    return None if good else "must be a list of objects with a function that has a name"
+    must = "must be a list of objects with a function that has a name, and parameters as a schema"
+    return None if good else must
 
 
 def _tool_choice(value: Any) -> str | None:

@@ -136,7 +136,7 @@ class OllamaForm(Form):
 
     def _done(self, last: Piece, usage: Usage) -> dict[str, Any]:
         now = time.monotonic_ns()
-        first = self._first or now
+        first = self._first or self._begun  # of a whole reply only its end is known
         return {
             "done": True,
             "done_reason": "length" if last.finish_reason == "length" else "stop",
