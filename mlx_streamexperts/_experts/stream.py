@@ -503,28 +503,26 @@ class ExpertStream(Closing):
         total = sum(x.experts * x.expert_bytes for x, count in grow if count == x.experts)
         shown = bool(self.config.progress and total and not keep)
         with progress_bar("Loading experts", shown, total) as bar:
-            for layer, count in shrink:
-                new = count * layer.expert_bytes
-                before = layer.cache.slots * layer.expert_bytes
-                with layer.lock:
-                    counted = layer.cache.stats
-                    self._open_layer(layer, count, keep and held + new <= most)
-                    if keep:
-                        layer.cache.stats = counted
-                        mx.clear_cache()  # at once: other programs wait for it
-                held += new - before
-            mx.clear_cache()  # before other layers grow, so that all stays within the budget
-            for layer, count in grow:
-                new, whole = count * layer.expert_bytes, count == layer.experts
-                before = layer.cache.slots * layer.expert_bytes
+
+            def reopen(layer: ExpertLayer, count: int) -> None:
+                nonlocal held
+                whole, fits = count == layer.experts, held + count * layer.expert_bytes <= most
+                held += (count - layer.cache.slots) * layer.expert_bytes
                 with layer.lock:  # no call may see it half-filled
                     counted = layer.cache.stats
-                    self._open_layer(layer, count, keep and not whole and held + new <= most)
+                    self._open_layer(layer, count, keep and fits and not whole)
                     for nbytes in layer.load_all() if whole else ():
                         bar.update(nbytes)
                     if keep:
                         layer.cache.stats = counted
-                held += new - before
+
+            for layer, count in shrink:
+                reopen(layer, count)
+                if keep:
+                    mx.clear_cache()  # at once: other programs wait for it
+            mx.clear_cache()  # before other layers grow, so that all stays within the budget
+            for layer, count in grow:
+                reopen(layer, count)
         if not keep:
             self._reader.stats = ReadStats()
 

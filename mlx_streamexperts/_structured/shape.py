@@ -172,41 +172,65 @@ def _qwen3_coder(
     functions: list[dict[str, Any]], many: bool, template: str, marker: Marker
 ) -> list[str]:
     begin, end = marker("<tool_call>"), marker("</tool_call>")
-    rules = [f"call: {_alternatives('call', len(functions))}"]
-    for i, f in enumerate(functions):
-        heads = lambda name: _quoted(f"<parameter={name}>\n")  # noqa: E731
-        fields, values = _fields(i, f, heads, "\n", _quoted("</parameter>\n"))
-        head = _quoted(f"\n<function={f['name']}>\n")
-        rules.append(f'call{i}: {begin} {head} {fields} "</function>\\n" {end}')
-        rules += values
+    calls = _by_argument(
+        functions,
+        lambda name: f"{begin} " + _quoted(f"\n<function={name}>\n"),
+        lambda argument: _quoted(f"<parameter={argument}>\n"),
+        ("\n", _quoted("</parameter>\n")),
+        rf'"</function>\n" {end}',
+    )
     more = r'("\n" call)*' if many else ""
-    return [f"calls: call {more}", *rules]
+    return [f"calls: call {more}", *calls]
 
 
 def _glm47(functions: list[dict[str, Any]], many: bool, template: str, marker: Marker) -> list[str]:
     begin, end = marker("<tool_call>"), marker("</tool_call>")
     key, of, value, close = map(marker, ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"))
-    heads = lambda name: f"LINE? {key} {_quoted(name)} {of} LINE? {value}"  # noqa: E731
-    rules = [f"call: {_alternatives('call', len(functions))}", r'LINE: "\n"']
-    for i, f in enumerate(functions):
-        fields, values = _fields(i, f, heads, "", close)
-        rules.append(f"call{i}: {begin} {_quoted(f['name'])} {fields} LINE? {end}")
-        rules += values
-    return [f"calls: call {'(LINE? call)*' if many else ''}", *rules]
+    calls = _by_argument(
+        functions,
+        lambda name: f"{begin} {_quoted(name)}",
+        lambda argument: f"LINE? {key} {_quoted(argument)} {of} LINE? {value}",
+        ("", close),
+        f"LINE? {end}",
+    )
+    return [f"calls: call {'(LINE? call)*' if many else ''}", r'LINE: "\n"', *calls]
 
 
 def _minimax_m2(
     functions: list[dict[str, Any]], many: bool, template: str, marker: Marker
 ) -> list[str]:
     begin, end = marker("<minimax:tool_call>"), marker("</minimax:tool_call>")
+    calls = _by_argument(
+        functions,
+        lambda name: _quoted(f'<invoke name="{name}">\n'),
+        lambda argument: _quoted(f'<parameter name="{argument}">'),
+        ("", _quoted("</parameter>\n")),
+        r'"</invoke>\n"',
+    )
+    return [rf'calls: {begin} "\n" call{"+" if many else ""} {end}', *calls]
+
+
+def _by_argument(
+    functions: list[dict[str, Any]],
+    begin: Callable[[str], str],
+    head: Callable[[str], str],
+    tail: tuple[str, str],
+    end: str,
+) -> list[str]:
+    """Rules of calls whose arguments stand one by one. All but `tail[0]` are the grammar's words.
+
+    Args:
+        functions: their descriptions.
+        begin: what stands before the arguments, by the function's name.
+        head: what stands before a value, by the argument's name.
+        tail: text between a value and what ends it, and that.
+        end: what ends a call.
+    """
     rules = [f"call: {_alternatives('call', len(functions))}"]
     for i, f in enumerate(functions):
-        heads = lambda name: _quoted(f'<parameter name="{name}">')  # noqa: E731
-        fields, values = _fields(i, f, heads, "", _quoted("</parameter>\n"))
-        head = f'<invoke name="{f["name"]}">\n'
-        rules.append(f'call{i}: {_quoted(head)} {fields} "</invoke>\\n"')
-        rules += values
-    return [rf'calls: {begin} "\n" call{"+" if many else ""} {end}', *rules]
+        fields, values = _fields(i, f, head, *tail)
+        rules += [f"call{i}: {begin(f['name'])} {fields} {end}", *values]
+    return rules
 
 
 def _fields(
