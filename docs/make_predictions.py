@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from mlx_streamexperts._analysis.catalogue import KNOWN_MODELS, KnownModel, known_model
-from mlx_streamexperts._analysis.predict import REPORTED, Range, predict
+from mlx_streamexperts._analysis.predict import REPORTED, predict
 from mlx_streamexperts._errors import BudgetError
 from mlx_streamexperts._memory.hardware import named_machine
 from mlx_streamexperts._osinfo import apple_budget
@@ -59,26 +59,17 @@ def row(model: KnownModel, mac: str) -> str:
     except BudgetError:
         return ""
     p = predict(plan, machine)
-    first = span(p.first_token) + " s"
+    first = p.first_token.rounded(2) + " s"
     reported = [
         f"{r.tokens_per_s}"
         for r in REPORTED
         if r.machine == mac and known_model(r.model_type, r.layers) == model and r.top_k is None
     ]
     return (
-        f"| {mac} | {model.name} | {plan.resident_share:.0%} | {span(p.tokens_per_s)} | "
+        f"| {mac} | {model.name} | {plan.resident_share:.0%} | {p.tokens_per_s.rounded(2)} | "
         f"{first} | {'' if model.exact else 'about '}{model.disk / 1e9:.0f} GB | "
         f"{', '.join(reported)} |\n"
     )
-
-
-def span(value: Range) -> str:
-    """Two digits of each value."""
-    likely, low, high = (
-        f"{v:.2g}" if v < 100 else f"{round(v, -1):.0f}"
-        for v in (value.likely, value.low, value.high)
-    )
-    return f"{likely} ({low} to {high})"
 
 
 def readme_table() -> str:
@@ -95,9 +86,8 @@ def page_text() -> str:
         model = known_model(r.model_type, r.layers)
         assert model is not None
         try:
-            found = span(
-                predict(model.plan(r.memory, r.top_k), named_machine(r.machine)).tokens_per_s
-            )
+            there = predict(model.plan(r.memory, r.top_k), named_machine(r.machine))
+            found = there.tokens_per_s.rounded(2)
         except BudgetError:
             found = "does not fit"
         checks += (

@@ -15,12 +15,13 @@ from mlx_streamexperts.server import _context as context
 from mlx_streamexperts.server._context import ContextChoice, choose_context, enough, start_line
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A model of 1 MB of experts whose KV cache takes 1,000 bytes for each 1,024 tokens."""
-    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 131_072}))
+class Model:
+    """1 MB of experts, and a KV cache that takes 1,000 bytes for each 1,024 tokens."""
 
-    def planned(_: str, config: StreamConfig, trust_remote_code: bool) -> Any:
+    def __init__(self, folder: Path, *_: Any, **options: Any) -> None:
+        self.model_config = json.loads((folder / "config.json").read_text())
+
+    def plan(self, config: StreamConfig) -> Any:
         tokens, memory = config.context_tokens or 4096, config.memory or 500_000
         cache = min(1_000_000, memory - 1000 * (tokens // 1024))
         if cache < 10_000:
@@ -30,7 +31,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
             memory=memory, cache=cache, resident_share=cache / 1_000_000, longest_context=free
         )
 
-    monkeypatch.setattr(context, "plan", planned)
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 131_072}))
+    monkeypatch.setattr(context, "discover", Model)
     return str(tmp_path)
 
 

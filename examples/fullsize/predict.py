@@ -18,7 +18,6 @@ import vlm
 import write
 from layout import HERE
 
-from mlx_streamexperts._analysis.predict import Range
 from mlx_streamexperts.doctor import examine
 from mlx_streamexperts.doctor._command import setup_arg_parser as doctor_arguments
 from mlx_streamexperts.doctor._examination import DoesNotFit, Verdict
@@ -50,20 +49,11 @@ def _row(name: str, found: Verdict | DoesNotFit) -> str:
         return f"| {name} | {found.machine.name} | does not fit, {needed} | | | | | |\n"
     plan, p = found.plan, found.prediction
     # Arithmetic is not modelled, so a prompt that hardly reads has no prediction.
-    first = f"{_span(p.first_token)} s" if plan.resident_share < 0.9 else "not predicted"
+    first = f"{p.first_token.rounded(2)} s" if plan.resident_share < 0.9 else "not predicted"
     return (
         f"| {name} | {found.machine.name} | {plan.bound / 1e9:.0f} GB | {plan.trunk / 1e9:.1f} GB "
-        f"| {plan.resident_share:.0%} | {_span(p.tokens_per_s)} | {first} | {p.limit} |\n"
+        f"| {plan.resident_share:.0%} | {p.tokens_per_s.rounded(2)} | {first} | {p.limit} |\n"
     )
-
-
-def _span(value: Range) -> str:
-    """Two digits of each value."""
-    likely, low, high = (
-        f"{v:.2g}" if v < 99.5 else f"{round(v, -1):.0f}"
-        for v in (value.likely, value.low, value.high)
-    )
-    return f"{likely} ({low} to {high})"
 
 
 def main(argv: list[str] | None = None) -> int:

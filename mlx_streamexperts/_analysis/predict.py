@@ -84,7 +84,19 @@ class Range:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.likely:.3g} ({self.low:.3g} to {self.high:.3g})"
+        return self.rounded(3)
+
+    def rounded(self, digits: int) -> str:
+        """The likely value and the range, as text.
+
+        Args:
+            digits: significant ones of each value.
+        """
+        likely, low, high = (
+            f"{v:.{digits}g}" if v < 10**digits - 0.5 else f"{round(v, -1):.0f}"
+            for v in (self.likely, self.low, self.high)
+        )
+        return f"{likely} ({low} to {high})"
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from .._analysis.predict import predict
 from .._config import StreamConfig, format_size
 from .._errors import BudgetError, StreamError
-from .._io.checkpoint import read_json_object
-from .._loading.load import plan
+from .._loading.discover import discover
 from .._memory.budget import Plan, text_config
 from .._memory.hardware import named_machine
 from .._osinfo import processor_name, total_memory_bytes
@@ -61,13 +61,15 @@ def choose_context(
     if config.context_tokens is not None or cache_only or config.pipeline:
         return None
 
+    trust = {"trust_remote_code": trust_remote_code}
+    models = [discover(Path(f), config, trust, as_converted=True) for f in folders]
+
     def planned(tokens: int | None) -> list[Plan]:
-        asked = replace(config, context_tokens=tokens)
-        return [plan(f, config=asked, trust_remote_code=trust_remote_code) for f in folders]
+        return [m.plan(replace(config, context_tokens=tokens)) for m in models]
 
     before = planned(None)
     config = replace(config, memory=before[0].memory)
-    most = min(_most_context(f) for f in folders)
+    most = min(_most_context(m.model_config) for m in models)
     free = min(p.longest_context for p in before)  # what the default leaves over, if anything
     for tokens in (n for n in _LENGTHS if free < n <= most):
         share = _WANTED_SHARE if tokens <= _WANTED else _SHARE
@@ -85,10 +87,9 @@ def enough(prompt: int) -> int:
     return -(-(prompt + _REPLY) // _STEP) * _STEP
 
 
-def _most_context(folder: str) -> int:
+def _most_context(model_config: dict[str, Any]) -> int:
     """Tokens that a model was made for; the longest of ours if its configuration does not say."""
-    stated = text_config(read_json_object(Path(folder) / "config.json", "configuration", dict))
-    most = stated.get("max_position_embeddings")
+    most = text_config(model_config).get("max_position_embeddings")
     return most if isinstance(most, int) and most > 0 else _LENGTHS[0]
 
 
