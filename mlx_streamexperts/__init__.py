@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ._lazy import lazy_names
 from ._open_files import keep_limits
 
 if TYPE_CHECKING:
@@ -75,17 +75,7 @@ _HOME = {
     "._prefixes.remembered": "PrefixCache prefill",
     "._progress": "Progress",
 }
-"""Where each public name comes from. Imported when it is asked for: mlx-lm takes a second."""
+"""Where each public name comes from."""
 
 
-def __getattr__(name: str) -> Any:
-    for module, names in _HOME.items():
-        if name in names.split():
-            value = globals()[name] = getattr(importlib.import_module(module, __name__), name)
-            return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    """The public names; modules of commands are imported by name."""
-    return [*__all__, "__version__"]
+__getattr__, __dir__ = lazy_names(__name__, _HOME, "__version__")

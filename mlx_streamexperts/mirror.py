@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ._cli.options import describe, ended, failed
+from ._cli.options import add_reading_arguments, describe, ended, failed
 from ._config import StreamConfig, format_size, parse_size
 from ._errors import CheckpointError, StreamError
 from ._io.checkpoint import read_json_object
@@ -79,14 +79,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="compare every byte of the copies that are there already, too",
     )
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run the model code that the checkpoint brings, if it does",
-    )
-    parser.add_argument(
-        "--no-progress", action="store_false", dest="progress", help="show no progress bars"
-    )
+    add_reading_arguments(parser)
     return parser
 
 

@@ -159,6 +159,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return build
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose experts are larger than a file system's blocks."""
+    folder = tmp_path_factory.mktemp("original") / "model"
+    return families.build("qwen3_moe", folder, quantize=None)
+
+
 @pytest.fixture
 def streamed(checkpoint: Callable[..., Path]) -> Iterator[tuple[nn.Module, ExpertStream]]:
     """A small streamed qwen3_moe with a quarter of its experts in cache; closed afterwards."""

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import families
 import huggingface_hub
 import mlx.core as mx
 import mlx_lm.utils
@@ -24,13 +23,6 @@ from mlx_streamexperts._experts import from_hub
 from mlx_streamexperts._io import remote
 
 TOKENS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose experts are larger than a file system's blocks."""
-    folder = tmp_path_factory.mktemp("original") / "model"
-    return families.build("qwen3_moe", folder, quantize=None)
 
 
 @pytest.fixture

@@ -24,12 +24,17 @@ def options(parser: object) -> set[str]:
     return {s for a in parser._actions for s in a.option_strings}  # type: ignore[attr-defined]
 
 
+def streaming_options() -> set[str]:
+    """The options of `StreamConfig`; `about` has none, and `progress` is --no-progress."""
+    fields = {"--" + f.replace("_", "-") for f in StreamConfig.__dataclass_fields__}
+    fields = fields - {"--mirrors"} | {"--mirror"}  # it can be stated several times
+    return fields - {"--progress", "--about"}
+
+
 def test_every_option_of_mlx_lm_and_every_streaming_option_is_there() -> None:
     ours = options(generate.setup_arg_parser())
     assert options(stock.setup_arg_parser()) <= ours
-    fields = {"--" + f.replace("_", "-") for f in StreamConfig.__dataclass_fields__}
-    fields = fields - {"--mirrors"} | {"--mirror"}  # it can be stated several times
-    assert fields - {"--progress", "--about"} <= ours
+    assert streaming_options() <= ours
     assert "--no-progress" in ours
 
 

@@ -21,7 +21,7 @@ PACKAGE = Path(mlx_streamexperts.__file__).parent
 # A module may import from its own group and from the groups above it in this list. A command may
 # import from all of them, but never from another command.
 LAYERS = (
-    "_errors _open_files _osinfo _hooks _listeners _closing _progress",
+    "_errors _lazy _open_files _osinfo _hooks _listeners _closing _progress",
     "_io",
     "_cache",
     "_config",
@@ -214,3 +214,12 @@ def test_imports_of_version_0_1_work() -> None:
 
     assert NAMED_MACHINES
     assert all(map(callable, (simulate, read_trace, Runner, Tuner, Workload, space)))
+
+
+@pytest.mark.parametrize("command", ["convert", "doctor", "tune"])
+def test_a_command_shows_its_public_names(command: str) -> None:
+    module = importlib.import_module(f"mlx_streamexperts.{command}")
+    assert dir(module) == sorted(module.__all__)
+    assert all(hasattr(module, name) for name in module.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = module.nothing

@@ -11,7 +11,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import families
 import mlx.core as mx
 import mlx_lm.utils
 import numpy as np
@@ -26,13 +25,6 @@ from mlx_streamexperts._io.moved import read_moved
 from mlx_streamexperts.convert import main as convert
 
 TOKENS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose experts are larger than a file system's blocks."""
-    folder = tmp_path_factory.mktemp("original") / "model"
-    return families.build("qwen3_moe", folder, quantize=None)
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from conftest import demo_texts
 from prometheus_client.parser import text_string_to_metric_families
 from serving import Running, serving, until
 
-from mlx_streamexperts import StreamConfig, demo_model
 from mlx_streamexperts import _osinfo as platform
+from mlx_streamexperts import demo_model
 from mlx_streamexperts._cli.stock_parsers import stock_parser
 from mlx_streamexperts.server import _command as server
 from mlx_streamexperts.server._generation import stock
@@ -64,16 +64,14 @@ def test_a_reply_is_the_one_of_mlx_lm_with_everything_loaded(
 
 
 def test_every_option_of_mlx_lm_and_every_streaming_option_is_there() -> None:
-    from test_generate import options
+    from test_generate import options, streaming_options
 
     ours, stocks = (
         options(server.setup_arg_parser()),
         options(stock_parser("mlx_lm.server", "main")),
     )
     assert {"--prompt-cache-bytes", "--decode-concurrency"} <= stocks <= ours
-    fields = {"--" + f.replace("_", "-") for f in StreamConfig.__dataclass_fields__}
-    fields = fields - {"--mirrors"} | {"--mirror"}  # it can be stated several times
-    assert fields - {"--progress", "--about"} <= ours
+    assert streaming_options() <= ours
 
 
 def test_completions(running: Running, expected: dict[str, str]) -> None:

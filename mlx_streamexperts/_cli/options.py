@@ -65,6 +65,11 @@ def add_output_arguments(
     parser.add_argument(
         "--overwrite", action="store_true", help=f"discard what {overwritten} left in --out"
     )
+    add_reading_arguments(parser)
+
+
+def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a command that goes through a whole checkpoint."""
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",

@@ -411,6 +411,8 @@ def read_json_object(
         if (size := file.stat().st_size) > MAX_HEADER_BYTES:
             raise ValueError(f"{size:,} bytes, more than {MAX_HEADER_BYTES:,}")
         content = json.loads(file.read_text("utf-8"), object_pairs_hook=made_of)
+    except FileNotFoundError as e:
+        raise CheckpointError(f"{file}: there is no such file") from e
     except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(f"{file}: not readable as JSON: {e}") from e
     if not isinstance(content, dict):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from .._lazy import lazy_names
 from ._options import setup_arg_parser
 
 __all__ = ["Runner", "Tuner", "Workload", "main", "setup_arg_parser", "space"]
+
+__getattr__, __dir__ = lazy_names(
+    __name__, {"._command": "Runner Tuner Workload space"}, "main setup_arg_parser"
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -15,11 +18,3 @@ def main(argv: list[str] | None = None) -> int:
     from ._command import main as run
 
     return run(argv)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(name)
-    from . import _command
-
-    return getattr(_command, name)
