@@ -500,6 +500,8 @@ def test_mirror_checks_free_space_first(
     assert run_mirror(several_shards[0], tmp_path / "out") == 1
     assert "100 are free" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    assert run_mirror(several_shards[0], several_shards[0]) == 1
+    assert "is the source itself" in capsys.readouterr().err
 
 
 def test_mirror_killed_at_any_moment_leaves_a_mirror_that_works(

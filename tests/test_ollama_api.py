@@ -52,6 +52,7 @@ def chat(client: ollama.Client, **options: Any) -> Any:
     assert [c.function for c in calls] == [c.function for c in whole.message.tool_calls or []]
     assert (part.done, part.done_reason) == (True, whole.done_reason)
     assert (part.eval_count, part.prompt_eval_count) == (whole.eval_count, whole.prompt_eval_count)
+    assert min(part.eval_duration, whole.eval_duration) > 0  # clients divide by it
     return whole
 
 

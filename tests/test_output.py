@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 import signal
 import subprocess
 import sys
@@ -137,4 +138,20 @@ def test_a_file_system_without_locks_is_warned_of(
 def test_where_no_folder_can_be_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StreamError, match="cannot be written"), exclusive(tmp_path / "file", "x"):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_refused_at_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/proc says of a new folder that there is no such file, as of a parent that is gone."""
+
+    def gone(*_: object, **__: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "x")
+
+    monkeypatch.setattr(Path, "mkdir", gone)
+    with (
+        pytest.raises(StreamError, match="folder: cannot be created: No such file"),
+        exclusive(tmp_path / "folder", "writing"),
+    ):
         pass

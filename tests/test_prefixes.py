@@ -351,6 +351,9 @@ def test_generate_and_chat_use_it(capsys: Capture, tmp_path: Path, not_compiled:
     assert ", 0 B written" in said[1]
     assert generate.main(["-p", "x", *options, "--draft-model", "y"]) == 1
     assert "--prefix-cache does not work with --draft-model" in capsys.readouterr().err
+    (tmp_path / "file").write_bytes(b"")
+    assert generate.main(["-p", "hi", "--prefix-cache", str(tmp_path / "file" / "folder")]) == 1
+    assert "folder: cannot be created: Not a directory" in capsys.readouterr().err
     assert {"--prefix-cache", "--prefix-bytes"} <= {
         s for a in chat.setup_arg_parser()._actions for s in a.option_strings
     }

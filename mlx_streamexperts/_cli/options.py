@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -101,11 +102,18 @@ def check_prefix_arguments(args: argparse.Namespace) -> None:
     """Refuse what does not work with a prefix cache.
 
     Raises:
-        StreamError: names the option, or a size is not understood.
+        StreamError: names the option, a size is not understood, or the folder takes no files.
     """
     if args.prefix_cache is None:
         return
     parse_size(args.prefix_bytes)
+    folder = Path(args.prefix_cache)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as e:
+        raise StreamError(f"--prefix-cache {folder}: cannot be created: {e.strerror}") from e
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StreamError(f"--prefix-cache {folder}: nothing can be written there")
     for option in ("draft_model", "prompt_cache_file"):
         if getattr(args, option, None) is not None:
             flag = "--" + option.replace("_", "-")

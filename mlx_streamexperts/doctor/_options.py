@@ -22,7 +22,7 @@ from .._memory.hardware import NAMED_MACHINES
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The options of `doctor`, and those of streaming."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model")
+    model = parser.add_argument("--model")
     parser.add_argument(
         "--machine",
         action="append",
@@ -76,4 +76,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "download (a minute or two); --model FOLDER names files to read",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-    return make_parser(parser, "doctor", __doc__)
+    make_parser(parser, "doctor", __doc__)
+    model.help = (
+        "model folder or Hugging Face repository. Default: describe this machine, and say which "
+        "well-known models suit it"
+    )
+    return parser
