@@ -23,7 +23,7 @@ from .._errors import CheckpointError, ExpertReadError
 from .._osinfo import content_sample, file_mark
 from .checkpoint import file_identity
 from .files import ShardFiles, deliver, direct_works
-from .ranges import ByteRange
+from .ranges import ByteRange, span_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -196,8 +196,7 @@ class Mirrors:
         up = [d for d in self._holders[ranges[0].file] if not d.down]
         if not up:
             return True
-        nbytes = ranges[-1].offset + len(ranges[-1].into) - ranges[0].offset
-        return self._best(up, nbytes).reads < self._depth
+        return self._best(up, span_bytes(ranges)).reads < self._depth
 
     def read(self, ranges: Sequence[ByteRange]) -> tuple[int, Drive, int]:
         """Read ranges that lie side by side in one file, from one of the drives that hold it.
@@ -210,7 +209,7 @@ class Mirrors:
             GivenUpError: the read hung, and the caller's work has been given to another thread.
         """
         file = ranges[0].file
-        nbytes = ranges[-1].offset + len(ranges[-1].into) - ranges[0].offset
+        nbytes = span_bytes(ranges)
         tried: list[Drive] = []
         while True:
             with self._lock:

@@ -29,6 +29,11 @@ class ByteRange(NamedTuple):
     tensor: str
 
 
+def span_bytes(run: Sequence[ByteRange]) -> int:
+    """Bytes that one read of ranges side by side takes."""
+    return run[-1].offset + len(run[-1].into) - run[0].offset
+
+
 def merge(ranges: Sequence[ByteRange], read_bytes: int) -> list[list[ByteRange]]:
     """Group ranges that lie side by side in a file, no group longer than `read_bytes`.
 

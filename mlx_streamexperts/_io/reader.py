@@ -27,7 +27,7 @@ from .._listeners import Listeners
 from .._osinfo import raise_thread_priority
 from .files import ShardFiles, label
 from .mirrors import Drive, GivenUpError, Mirrors
-from .ranges import ByteRange, merge
+from .ranges import ByteRange, merge, span_bytes
 
 DEMAND, PREFETCH = 0, 1
 """Priorities: a layer waits for a demand read; a prefetch may be of use later."""
@@ -494,7 +494,7 @@ class ExpertReader:
                     reads += calls
                     moves += moved
                     places.append((drive, run))
-                nbytes += run[-1].offset + len(run[-1].into) - run[0].offset
+                nbytes += span_bytes(run)
             except GivenUpError:
                 self._requeue(threading.get_ident())
                 return False
@@ -525,8 +525,7 @@ class ExpertReader:
             if places and self.mirrors is not None and not stats.drive_bytes:
                 stats.drive_bytes = dict.fromkeys((d.folder for d in self.mirrors.drives), 0)
             for drive, run in places:
-                size = run[-1].offset + len(run[-1].into) - run[0].offset
-                stats.drive_bytes[drive.folder] += size
+                stats.drive_bytes[drive.folder] += span_bytes(run)
             stats.moved += moves
             for run, _ in failures:
                 stats.errors += len(run)
