@@ -18,7 +18,7 @@ import json
 import random
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,16 +69,20 @@ class Said:
     ending: str
 
 
-def cases(count: int = 5, long: int = 3) -> list[Case]:
-    """`count` plain requests to each API, `long` with a shared prompt, and those with tools."""
+def cases(count: int = 5, long: int = 3, lengths: Sequence[int] = LENGTHS) -> list[Case]:
+    """`count` plain requests to each API, `long` with a shared prompt, and those with tools.
+
+    Args:
+        lengths: of plain replies, in tokens.
+    """
     short = soak.prompts(long=0)[::5]
     before = soak.prompts(long=1)[-1].partition("\n\n")[0]
     found = []
     for n, prompt in enumerate([*short[:count], *short[:long]]):
-        system, length = before if n >= count else None, LENGTHS[n % len(LENGTHS)]
+        system, length = before if n >= count else None, lengths[n % len(lengths)]
         name = "plain" if system is None else "shared prompt"
         found += [Case(name, *request) for request in _everywhere(prompt, length, system)]
-    chat, _, messages, responses, ollama = _everywhere(short[0], 40, None)
+    chat, _, messages, responses, ollama = _everywhere(short[0], 120, None)
     held, forced = "held to a schema", "forced call"
     stated = {"type": "json_schema", "name": "a", "schema": SCHEMA}
     theirs = {"name": "look", "input_schema": SCHEMA}
