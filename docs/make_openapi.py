@@ -46,13 +46,11 @@ def ref(name: str) -> Schema:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def thing(properties: Schema, *required: str, closed: bool = False, **more: Any) -> Schema:
-    """An object; a closed one has no further properties."""
+def thing(properties: Schema, *required: str, **more: Any) -> Schema:
+    """An object."""
     made: Schema = {"type": "object", "properties": dict(sorted(properties.items()))}
     if required:
         made["required"] = list(required)
-    if closed:
-        made["additionalProperties"] = False
     return {**made, **more}
 
 
@@ -65,14 +63,17 @@ def optional(schema: Schema) -> Schema:
 
 
 def options(properties: Schema, *required: str) -> Schema:
-    """A closed object whose properties may be null, which is the default, unless required."""
+    """An object whose properties may be null, which is the default, unless they are required.
+
+    It has no further ones, but for some that are null.
+    """
     each = {k: s if k in required else optional(s) for k, s in properties.items()}
-    return thing(each, *required, closed=True)
+    return thing(each, *required, additionalProperties=NULL)
 
 
+NULL: Schema = {"type": "null"}
 FLAG: Schema = {"type": "boolean"}
 OBJECT: Schema = {"type": "object"}
-NULL: Schema = {"type": "null"}
 MODEL = ref("ModelName")
 TEMPERATURE = either({"const": 0}, number(1e-6))
 STOP = either(text(minLength=1), array(text(minLength=1), maxItems=64))
