@@ -74,6 +74,7 @@ def options(properties: Schema, *required: str) -> Schema:
 NULL: Schema = {"type": "null"}
 FLAG: Schema = {"type": "boolean"}
 OBJECT: Schema = {"type": "object"}
+ANY: Schema = {}  # strings by their API; the server gives them to the model's template
 MODEL = ref("ModelName")
 TEMPERATURE = either({"const": 0}, number(1e-6))
 STOP = either(text(minLength=1), array(text(minLength=1), maxItems=64))
@@ -85,8 +86,8 @@ REASON = one_of("stop", "length", "tool_calls")
 CALL = thing(
     {
         "function": thing({"name": text(), "arguments": either(text(), OBJECT, NULL)}, "name"),
-        "id": text(),
-        "type": text(),
+        "id": ANY,
+        "type": ANY,
     },
     "function",
 )
@@ -105,17 +106,17 @@ CHAT_MESSAGE = thing(
         "content": either(text(), NULL, array(either(TEXT_PART, IMAGE_PART))),
         "name": optional(text()),
         "tool_calls": optional(array(CALL)),
-        "tool_call_id": text(),
-        "reasoning": text(),
-        "reasoning_content": text(),
+        "tool_call_id": ANY,
+        "reasoning": ANY,
+        "reasoning_content": ANY,
     },
     "role",
 )
 TOOL = thing(
     {
-        "type": text(),
+        "type": ANY,
         "function": thing(
-            {"name": text(), "parameters": optional(OBJECT), "description": text()}, "name"
+            {"name": text(), "parameters": optional(OBJECT), "description": ANY}, "name"
         ),
     },
     "function",
@@ -127,7 +128,7 @@ FORMAT = either(
     thing(
         {
             "type": {"const": "json_schema"},
-            "json_schema": thing({"name": text(), "schema": OBJECT}, "schema"),
+            "json_schema": thing({"name": ANY, "schema": OBJECT}, "schema"),
         },
         "type",
         "json_schema",
