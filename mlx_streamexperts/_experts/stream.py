@@ -328,6 +328,8 @@ class ExpertStream(Closing):
             least = sum(n.minimum * n.expert_bytes for n in needs)
             if has - over < least:
                 enough = self.plan.bound + over - (has - least)
+                if self.plan.row_cache:  # it keeps its size
+                    instead += f", state less than {format_size(self.plan.row_cache)} of row_cache"
                 raise BudgetError(
                     f"{what} does not fit: it needs {format_size(needed)} beside the "
                     f"{format_size(active)} that MLX holds within {format_size(self.plan.bound)}, "
