@@ -171,6 +171,8 @@ class Passes:
         """
         plan, past = self._holder.plan, end - tokens
         needed = plan.pass_bytes_of(tokens, past, one.sequences, quantized, added)
+        if one.sequences > 1 and self._holder.batches_copied_whole:
+            needed += sum(getattr(c, "nbytes", 0) for c in leaves(one.caches or ()))
         rewind: Any = getattr(self._local, "rewind", None)
         kept = rewind.kept_bytes if rewind is not None else 0
         if kept and bytes_over_bound(mx.get_active_memory() + needed + kept) > 0:

@@ -161,7 +161,10 @@ class AdmittedBatch(BatchGenerator):
         self._run_prompts = self._prompt_batch.prompt
         self._prompt_batch.prompt = self._prompts  # of this one object, which mlx-lm keeps
         self._stated_step = self.prefill_step_size
-        self._lossy = stream(model).lossy if is_streamed(model) else None
+        self._lossy = None
+        if is_streamed(model):
+            self._lossy = stream(model).lossy
+            stream(model).batches_copied_whole = False
         admission.finish_all()
 
     def insert_segments(self, *args: Any, **options: Any) -> Any:
