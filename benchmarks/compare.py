@@ -35,7 +35,7 @@ from compare_report import markdown
 from decode import prompt_tokens
 from random_model import write_random_model
 
-from mlx_streamexperts import demo_model
+from mlx_streamexperts import demo_model, mirror
 
 ADAPTERS = Path(__file__).parent / "adapters"
 
@@ -48,6 +48,7 @@ class System:
         adapter: `adapters/run_<adapter>.py`.
         requirement: pinned package of a rival, in its own environment; None for this one.
         store: folder name of its own copy of the experts, "" where it reads the checkpoint.
+        mirrored: reads copies of the experts' files beside them, in the folders of `--mirrors`.
         options: passed to the adapter. `by_state` adds options by page-cache state.
     """
 
@@ -55,6 +56,7 @@ class System:
     adapter: str
     requirement: str | None = None
     store: str = ""
+    mirrored: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     by_state: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -69,14 +71,16 @@ SYSTEMS = [
     System("stock", "stock"),
     System("ours", "ours", by_state=_OURS),
     System("ours, packed", "ours", store="ours", by_state=_OURS),
+    System("ours, mirrored", "ours", mirrored=True, by_state=_OURS),
+    System("mlx-vlm offload", "mlx_vlm", "mlx-vlm==0.7.10", "mlx-vlm"),
     System("bigrig", "bigrig", "bigrig==0.9.1", "bigrig"),
-    System("bigrig, slots", "bigrig", "bigrig==0.9.1", "bigrig", {"views": False}),
+    System("bigrig, slots", "bigrig", "bigrig==0.9.1", "bigrig", options={"views": False}),
     System("boyle", "boyle", "boyle==0.2.1"),
     System("boyle, packed", "boyle", "boyle==0.2.1", "boyle"),
     System("nunspark", "nunspark", "nunspark==0.13.0", "nunspark"),
     System(
         "nunspark, look-ahead", "nunspark", "nunspark==0.13.0", "nunspark",
-        {"lookahead": True, "bulk_warm": True},
+        options={"lookahead": True, "bulk_warm": True},
     ),
 ]  # fmt: skip
 
@@ -156,6 +160,9 @@ def prepare(
         except subprocess.CalledProcessError as e:
             refused[s.name] = f"cannot be installed: {e}"
             continue
+        for copy in mirrors_of(args, folder) if s.mirrored else ():
+            if mirror.main([str(folder), copy, "--no-progress"]):
+                refused[s.name] = f"cannot be mirrored to {copy}"
         if not s.store:
             continue
         store = store_of(args.work, folder, s)
@@ -176,6 +183,10 @@ def prepare(
 
 def store_of(work: Path, folder: Path, system: System) -> Path:
     return work / "stores" / folder.name / system.store
+
+
+def mirrors_of(args: argparse.Namespace, folder: Path) -> list[str]:
+    return [str(drive / folder.name) for drive in args.mirrors]
 
 
 def compare_model(args: argparse.Namespace, name: str, report: dict[str, Any]) -> None:
@@ -211,6 +222,8 @@ def compare_model(args: argparse.Namespace, name: str, report: dict[str, Any]) -
                                 str(store_of(args.work, folder, s) / "data") if s.store else None
                             ),
                         }  # fmt: skip
+                        if s.mirrored:
+                            job["options"]["mirrors"] = mirrors_of(args, folder)
                         if s.name in refused:
                             result: dict[str, Any] = {"refused": refused[s.name]}
                         elif s.name == "stock" and share != args.shares[0]:
@@ -269,6 +282,12 @@ def main() -> None:
     add("--decode", type=int, default=32, help="timed decode steps")
     add("--repeats", type=int, default=5)
     add("--systems", type=lambda t: t.split(";"), help="names, separated by semicolons")
+    add(
+        "--mirrors",
+        type=numbers(Path),
+        help="folders for the copies of 'ours, mirrored', each on a drive of its own (default: two "
+        "in WORK, on the one drive that it has)",
+    )
     add("--timeout", type=float, default=600, help="seconds for one run")
     add("--json", type=Path, help="default: WORK/compare.json")
     add("--markdown", type=Path, help="default: WORK/compare.md")
@@ -285,6 +304,7 @@ def main() -> None:
     if args.systems and (unknown := set(args.systems) - {s.name for s in SYSTEMS}):
         parser.error(f"unknown systems {sorted(unknown)}: {'; '.join(s.name for s in SYSTEMS)}")
     args.work.mkdir(parents=True, exist_ok=True)
+    args.mirrors = args.mirrors or [args.work / "mirrors" / n for n in ("1", "2")]
     args.json = args.json or args.work / "compare.json"
     args.markdown = args.markdown or args.work / "compare.md"
     report: dict[str, Any] = {

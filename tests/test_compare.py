@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -23,14 +26,50 @@ def job(folder: Path, **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_ours_and_stock_do_the_same_work(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def stock(checkpoint: Callable[..., Path]) -> dict[str, Any]:
+    return compare.call(sys.executable, "stock", job(checkpoint("qwen3_moe")), 100)
+
+
+def test_ours_and_stock_do_the_same_work(
+    checkpoint: Callable[..., Path], stock: dict[str, Any]
+) -> None:
     folder = checkpoint("qwen3_moe")
-    stock = compare.call(sys.executable, "stock", job(folder), 100)
     ours = compare.call(sys.executable, "ours", job(folder), 100)
     assert stock["outputs"] == ours["outputs"] and len(ours["outputs"]) == 4
     assert stock["slot_bytes"] is None
     assert ours["slot_bytes"] == job(folder)["cache_bytes"]
     assert len(ours["step_seconds"]) == 3 and ours["counters"]["misses"] > 0
+
+
+def test_ours_reads_from_all_mirrors(
+    checkpoint: Callable[..., Path], stock: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = checkpoint("qwen3_moe")
+    args = argparse.Namespace(
+        work=tmp_path, mirrors=[tmp_path / "1", tmp_path / "2"], models=[], timeout=100
+    )
+    (system,) = [s for s in compare.SYSTEMS if s.mirrored]
+    assert compare.prepare(args, [system], folder, 1)[1] == {}
+    copies = compare.mirrors_of(args, folder)
+    mirrored = job(folder, options={"mirrors": copies})
+    ours = compare.call(sys.executable, "ours", mirrored, 100)
+    assert ours["outputs"] == stock["outputs"]
+    assert list(ours["counters"]["drive_bytes"]) == [str(folder), *copies]
+
+
+def test_mlx_vlms_offload_does_the_same_work(
+    checkpoint: Callable[..., Path], stock: dict[str, Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("mlx_vlm.moe_offload", reason="mlx-vlm is not installed: extra `vlm`")
+    folder = checkpoint("qwen3_moe")
+    there = job(folder, store=str(tmp_path))
+    packed = compare.call(sys.executable, "mlx_vlm", there | {"pack": True}, 100)
+    assert packed["pack_seconds"] > 0
+    theirs = compare.call(sys.executable, "mlx_vlm", there, 100)
+    assert theirs["slot_bytes"] <= there["cache_bytes"]
+    assert theirs["counters"]["misses"] > 0
+    assert [x[0] for x in theirs["outputs"]] == [x[0] for x in stock["outputs"]]
 
 
 def test_a_crash_and_a_silence_are_results(checkpoint: Callable[..., Path]) -> None:

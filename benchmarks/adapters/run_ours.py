@@ -24,6 +24,7 @@ class OurSession(Session):
             "wait_seconds": s.read.wait_seconds, "seconds": s.seconds,
             "waves": s.waves, "overlapped": s.overlapped,
             "bypasses_page_cache": stream(self.model).bypasses_page_cache,
+            "drive_bytes": s.read.drive_bytes,
         }  # fmt: skip
 
 
@@ -33,7 +34,8 @@ def open_session(job: dict) -> Session:
     with patch(config=config):
         model, _ = mlx_lm.utils.load_model(folder)
     files = sorted(p for p in Path(store).iterdir() if p.is_file()) if store else None
-    return OurSession(model, files or expert_files(folder))
+    copies = [f for m in job["options"].get("mirrors", ()) for f in expert_files(Path(m))]
+    return OurSession(model, [*(files or expert_files(folder)), *copies])
 
 
 def pack(job: dict) -> None:

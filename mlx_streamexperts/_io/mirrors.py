@@ -36,7 +36,9 @@ _PIECE_STEP_BYTES = 16_384
 # A drive's rate is that of about the last half second in which it was busy.
 _WINDOW_SECONDS = 0.5
 # A drive that was slow and is not used any more may have recovered: every so many seconds
-# it is taken to be twice as fast, up to the fastest that it ever was.
+# it is taken to be twice as fast, up to the fastest that it ever was. If the read that it then gets
+# is faster than its rate, that alone counts: one read held up for 50 ms had kept a drive as fast as
+# the other out of use for 5 s and more.
 _RECOVERY_SECONDS = 0.5
 # Until it has read so much, it may have been slow because the machine was busy, and may recover to
 # be as fast as any: otherwise one read that was held up at the start would rule it out for good.
@@ -64,7 +66,7 @@ class Drive:
         holds: the size of each file, by its path in the model's own folder.
         reads: under way, hung ones included.
         pending: bytes of reads under way.
-        rate: bytes/s while it was busy, all reads together; None until one has ended.
+        rate: bytes/s while it was busy, all reads together; None until two have ended.
         best: the highest rate so far.
         total: bytes that it has read.
         down: it failed, and is not used.
@@ -81,6 +83,7 @@ class Drive:
     down: bool = False
     since: float = 0.0  # when its last read ended, or when it became busy
     last: float = 0.0  # when its last read began
+    tried: bool = False  # the read that ends next is the first after a while
     up_since: float = -math.inf  # monotonic clock
     probe_after: float = 0.0  # seconds from its failure, or its last probe
     probe_at: float = 0.0
@@ -92,7 +95,7 @@ class Drive:
 
     def begin(self, nbytes: int, now: float) -> None:
         if self.reads == 0:
-            self.since = now
+            self.since, self.tried = now, now - self.last > _RECOVERY_SECONDS
         self.reads += 1
         self.pending += nbytes
         self.last = now
@@ -104,9 +107,14 @@ class Drive:
         busy, self.since = now - self.since, now
         if delivered:
             self.total += nbytes
+            if self.total == nbytes:  # it opened the file: 0.1 to 1 ms, the next ones took 0.01
+                return
+            if self.tried and nbytes > (self.rate or 0.0) * busy:  # what was slow is over
+                self.window = [0.0, 0.0]
             self.window[0] += nbytes
             self.window[1] += busy
             self.rate = self.window[0] / max(self.window[1], 1e-9)
+            self.tried = False
             self.best = max(self.best, self.rate)
             if self.window[1] > _WINDOW_SECONDS:
                 self.window = [x / 2 for x in self.window]
