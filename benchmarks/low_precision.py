@@ -396,10 +396,11 @@ def speed(read: float, drive: str) -> float:
 
 
 def tables(data: dict[str, Any]) -> str:
-    """Markdown of all figures: of each share price and reads, and what the drives make of these."""
+    """Markdown of the settings that all shares have: price and reads, and speeds by drive."""
     heads = [f"{float(share):.1%} resident | times the tokens/s" for share in data]
     lines = ["| setting | " + " | ".join(heads) + " |", "|---" * (1 + 2 * len(data)) + "|"]
-    for name in (EXACT, *SETTINGS):
+    common = [name for name in (EXACT, *SETTINGS) if all(name in x for x in data.values())]
+    for name in common:
         cells = [f"`{name}`" if name != EXACT else EXACT]
         for found in data.values():
             base, x = found[EXACT]["read"], found[name]
