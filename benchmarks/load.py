@@ -75,7 +75,7 @@ def cases(count: int = 5, long: int = 3, lengths: Sequence[int] = LENGTHS) -> li
     Args:
         lengths: of plain replies, in tokens.
     """
-    short = soak.prompts(long=0)[::5]
+    short = soak.prompts(long=0)[::3]
     before = soak.prompts(long=1)[-1].partition("\n\n")[0]
     found = []
     for n, prompt in enumerate([*short[:count], *short[:long]]):

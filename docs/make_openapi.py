@@ -46,13 +46,11 @@ def ref(name: str) -> Schema:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def thing(properties: Schema, *required: str, closed: bool = False, **more: Any) -> Schema:
-    """An object; a closed one has no further properties."""
+def thing(properties: Schema, *required: str, **more: Any) -> Schema:
+    """An object."""
     made: Schema = {"type": "object", "properties": dict(sorted(properties.items()))}
     if required:
         made["required"] = list(required)
-    if closed:
-        made["additionalProperties"] = False
     return {**made, **more}
 
 
@@ -65,14 +63,18 @@ def optional(schema: Schema) -> Schema:
 
 
 def options(properties: Schema, *required: str) -> Schema:
-    """A closed object whose properties may be null, which is the default, unless required."""
+    """An object whose properties may be null, which is the default, unless they are required.
+
+    It has no further ones, but for some that are null.
+    """
     each = {k: s if k in required else optional(s) for k, s in properties.items()}
-    return thing(each, *required, closed=True)
+    return thing(each, *required, additionalProperties=NULL)
 
 
+NULL: Schema = {"type": "null"}
 FLAG: Schema = {"type": "boolean"}
 OBJECT: Schema = {"type": "object"}
-NULL: Schema = {"type": "null"}
+ANY: Schema = {}  # strings by their API; the server gives them to the model's template
 MODEL = ref("ModelName")
 TEMPERATURE = either({"const": 0}, number(1e-6))
 STOP = either(text(minLength=1), array(text(minLength=1), maxItems=64))
@@ -84,8 +86,8 @@ REASON = one_of("stop", "length", "tool_calls")
 CALL = thing(
     {
         "function": thing({"name": text(), "arguments": either(text(), OBJECT, NULL)}, "name"),
-        "id": text(),
-        "type": text(),
+        "id": ANY,
+        "type": ANY,
     },
     "function",
 )
@@ -104,17 +106,17 @@ CHAT_MESSAGE = thing(
         "content": either(text(), NULL, array(either(TEXT_PART, IMAGE_PART))),
         "name": optional(text()),
         "tool_calls": optional(array(CALL)),
-        "tool_call_id": text(),
-        "reasoning": text(),
-        "reasoning_content": text(),
+        "tool_call_id": ANY,
+        "reasoning": ANY,
+        "reasoning_content": ANY,
     },
     "role",
 )
 TOOL = thing(
     {
-        "type": text(),
+        "type": ANY,
         "function": thing(
-            {"name": text(), "parameters": optional(OBJECT), "description": text()}, "name"
+            {"name": text(), "parameters": optional(OBJECT), "description": ANY}, "name"
         ),
     },
     "function",
@@ -126,7 +128,7 @@ FORMAT = either(
     thing(
         {
             "type": {"const": "json_schema"},
-            "json_schema": thing({"name": text(), "schema": OBJECT}, "schema"),
+            "json_schema": thing({"name": ANY, "schema": OBJECT}, "schema"),
         },
         "type",
         "json_schema",

@@ -210,6 +210,9 @@ def test_errors_have_anthropics_form(running: Running, client: anthropic.Anthrop
         {"messages": [{"role": "user", "content": [{"type": "document"}]}]},
         {"messages": [{"role": "user", "content": [{"type": "image", "source": 1}]}]},
         {"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]},
+        {"messages": [{"role": "user", "content": [
+            {"type": "tool_result", "tool_use_id": "a", "content": {}},
+        ]}]},
         {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "input": 1}]}]},
         {"tools": [1]}, {"tools": [{"name": 1}]}, {"tools": [{"type": "web_search_20250305"}]},
         {"tools": [TOOL], "tool_choice": {"type": "some"}}, {"tool_choice": {"type": "any"}},

@@ -145,6 +145,7 @@ def test_effort_and_what_it_refuses(running: Running, monkeypatch: pytest.Monkey
         ("input", [1]), ("input", [{"type": "item_reference", "id": "a"}]), ("input", []),
         ("input", [{"role": "user", "content": [{"type": "input_file"}]}]),
         ("input", [{"type": "function_call"}]), ("input", [{"role": "tool", "content": "a"}]),
+        ("input", [{"type": "reasoning", "content": ""}]),
         ("text", {"format": {"type": "xml"}}), ("text", {"verbosity": "low"}), ("reasoning", 1),
     )  # fmt: skip
     for field, value in wrong:

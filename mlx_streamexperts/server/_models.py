@@ -153,7 +153,8 @@ class ModelProvider(stock.ModelProvider):
             self.follower = expert_stream.follow(stop=self.should_stop)
             self.cli_args.prefill_step_size = self._stated_step or plan.prefill_tokens
             logging.info(f"Loaded {args[0]}: {plan}")
-        self.tokenizer.encode("")  # drops a truncation that its file states: later calls only read
+        if getattr(self.tokenizer, "is_fast", False):
+            self.tokenizer.encode("")  # drops a truncation that its file states; later calls read
         most = self.admission.reply_limit(0)
         assert self.model_key is not None
         self.loaded = Loaded(self.model_key[0], self.tokenizer, most)

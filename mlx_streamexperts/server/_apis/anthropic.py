@@ -250,7 +250,8 @@ def _image(block: dict[str, Any], where: str) -> str:
 def _result(block: dict[str, Any], where: str) -> dict[str, Any]:
     content = block.get("content")
     if not isinstance(content, str):
-        content = "\n".join(_texts(content or [], f"{where}.content"))
+        texts = [] if content is None else _texts(content, f"{where}.content")
+        content = "\n".join(texts)
     if block.get("is_error"):
         content = f"Error: {content}"
     called = text_of(block.get("tool_use_id"), f"{where}.tool_use_id")

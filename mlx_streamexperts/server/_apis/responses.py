@@ -325,8 +325,8 @@ def _add(message: dict[str, Any], kind: str, item: dict[str, Any], where: str) -
         calls = message.setdefault("tool_calls", [])
         calls.append({"id": called, "type": "function", "function": function})
     else:
-        said = ""
-        for part in objects(item.get("content") or [], f"{where}.content"):
+        said, content = "", item.get("content")
+        for part in objects([] if content is None else content, f"{where}.content"):
             said += text_of(part.get("text"), f"{where}.content.text")
         if said:
             message["reasoning_content"] = message.get("reasoning_content", "") + said
