@@ -28,6 +28,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -116,7 +117,7 @@ class Load:
         seed: int = 0,
     ) -> None:
         self._address = urlsplit(url).netloc
-        self._expected, self._think, self._kinds, self._seed = expected, think, kinds, seed
+        self._expected, self._think, self.kinds, self._seed = expected, think, kinds, seed
         self._stop, self._lock, self._tally = threading.Event(), threading.Lock(), Tally()
         # Prompts that end with the line's end are what the template makes of a message.
         self._texts = [p for p in expected if p + "\n" in expected]
@@ -141,7 +142,7 @@ class Load:
     def _client(self, seed: int) -> None:
         rng = random.Random(seed)
         while not self._stop.is_set():
-            self.ask(rng.choices(list(self._kinds), list(self._kinds.values()))[0], rng)
+            self.ask(rng.choices(list(self.kinds), list(self.kinds.values()))[0], rng)
             self._stop.wait(rng.expovariate(1 / self._think) if self._think else 0)
 
     def ask(self, kind: str, rng: random.Random) -> None:
@@ -248,13 +249,15 @@ class Load:
 class Server:
     """The server's process, and what can be seen of it from outside."""
 
-    def __init__(self, memory: str, log: Path) -> None:
+    def __init__(
+        self, memory: str, log: Path, template: str = TEMPLATE, limits: Sequence[str] = LIMITS
+    ) -> None:
         self._log, self._heap = log.open("w+"), log.with_suffix(".heap")
         self._samples = 0  # taken so far
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("soak_server.py")), str(self._heap),
              "--port", "0", "--no-progress", "--log-level", "WARNING", "--memory", memory,
-             "--chat-template", TEMPLATE, *LIMITS],
+             "--chat-template", template, *limits],
             stderr=self._log,
         )  # fmt: skip
         self.url = ""
@@ -365,16 +368,21 @@ def minute(at: float, now: dict[str, Any], before: dict[str, Any], seen: Tally) 
     }
 
 
-def run(args: argparse.Namespace, expected: dict[str, dict[str, str]], log: Path) -> dict[str, Any]:
-    """The soak; returns the record."""
-    server = Server(args.memory, log)
-    load = Load(server.url, expected, args.think)
+def run(
+    args: argparse.Namespace, server: Server, make: Callable[[str], Load], log: Path
+) -> dict[str, Any]:
+    """The soak; returns the record.
+
+    Args:
+        make: the clients of a server at this URL.
+    """
+    load = make(server.url)
     rows: list[dict[str, Any]] = []
     wrong: list[dict[str, str]] = []
     errors: list[str] = []
     kinds: Counter[str] = Counter()
     try:
-        for kind in KINDS:  # which opens shards and starts threads
+        for kind in load.kinds:  # which opens shards and starts threads
             load.ask(kind, random.Random(kind))
         server.idle()
         start = before = snapshot(server)
@@ -399,7 +407,7 @@ def run(args: argparse.Namespace, expected: dict[str, dict[str, str]], log: Path
         stopped = server.stop()
     Path(f"{log}.full").write_text(stopped.pop("log"))
     return {
-        "minutes": args.minutes, "memory": args.memory, "limits": LIMITS, "clients": args.clients,
+        "minutes": args.minutes, "memory": args.memory, "clients": args.clients,
         "think_s": args.think, "kinds": dict(kinds), "start": start, "end": end, **stopped,
         "wrong": wrong[:20], "errors": errors[:20], "rows": rows,
     }  # fmt: skip
@@ -424,7 +432,11 @@ def main() -> None:
         replies = Path(scratch) / "stock.json"
         command = [sys.executable, __file__, "--out", str(args.out), "--stock", str(replies)]
         subprocess.run(command, check=True)
-        record = run(args, json.loads(replies.read_text()), args.out.with_suffix(".log"))
+        expected, log = json.loads(replies.read_text()), args.out.with_suffix(".log")
+        record = run(
+            args, Server(args.memory, log), lambda url: Load(url, expected, args.think), log
+        )
+    record["limits"] = LIMITS
     record["verdict"] = verdict(record)
     args.out.write_text(json.dumps(record, indent=1) + "\n")
     print(*record["verdict"]["words"], sep="\n")

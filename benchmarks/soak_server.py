@@ -5,11 +5,15 @@
 Resident memory is what is in use and what malloc keeps for later, which goes up and down by more
 than a leak would be. So every five seconds a line of SAMPLES says how many bytes of malloc's are in
 use beside those that MLX counts (glibc's mallinfo2(3)); elsewhere the file stays empty.
+
+The kernel would keep megabytes for a client that reads slowly. Here it keeps a few kilobytes, so
+that such a client makes its server wait within seconds.
 """
 
 from __future__ import annotations
 
 import ctypes
+import socket
 import sys
 import threading
 import time
@@ -17,9 +21,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_streamexperts.server._command import main
+from mlx_streamexperts.server import _command
 
 EVERY = 5.0  # seconds
+KEPT = 4096  # bytes of a reply that the kernel keeps, twice
 
 
 class _Figures(ctypes.Structure):
@@ -32,6 +37,14 @@ class _Figures(ctypes.Structure):
             "fordblks", "keepcost",
         )
     ]  # fmt: skip
+
+
+class Narrow(_command.Server):
+    """The server, with short queues to its clients."""
+
+    def server_bind(self) -> None:
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KEPT)  # connections inherit it
+        super().server_bind()
 
 
 def sample(file: Path) -> None:
@@ -51,4 +64,5 @@ def sample(file: Path) -> None:
 
 if __name__ == "__main__":
     threading.Thread(target=sample, args=(Path(sys.argv[1]),), daemon=True).start()
-    sys.exit(main(sys.argv[2:]))
+    _command.Server = Narrow  # type: ignore[misc]
+    sys.exit(_command.main(sys.argv[2:]))

@@ -61,8 +61,12 @@ def drift(rows: list[dict[str, Any]], key: str) -> dict[str, Any] | None:
     return {"early": median(early), "late": median(late), "ratio": median(late) / median(early)}
 
 
-def verdict(record: dict[str, Any]) -> dict[str, Any]:
-    """Figures, `words`, and whether all promises were kept (`kept`)."""
+def verdict(record: dict[str, Any], against: str = "stock mlx-lm") -> dict[str, Any]:
+    """Figures, `words`, and whether all promises were kept (`kept`).
+
+    Args:
+        against: what replies were compared with.
+    """
     rows, start, end = record["rows"], record["start"], record["end"]
     measured = [k for k in _MEMORY if rows and rows[0].get(k) is not None and len(rows) > 5]
     memory = {k: growth(rows, k) for k in measured}
@@ -78,7 +82,7 @@ def verdict(record: dict[str, Any]) -> dict[str, Any]:
     promises: list[tuple[bool, str]] = [
         (
             not wrong and compared > 0,
-            f"{compared:,} of {requests:,} requests compared with stock mlx-lm, {wrong} differ",
+            f"{compared:,} of {requests:,} requests compared with {against}, {wrong} differ",
         ),
         (not errors, f"{errors} answers other than the ones there should be"),
         (peak <= promised, f"MLX's peak was {peak:.1f} MB, promised were {promised:.1f} MB"),

@@ -52,7 +52,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "repository",
         nargs="?",
-        help="a Hugging Face repository, if wanted with @ and a branch, tag or commit. It is "
+        help="a Hugging Face repository, if wanted with @ and a branch, tag or commit; a folder "
+        "on this machine is stated by --model. The repository is "
         "packed into --out by ranged requests, without ever holding the checkpoint. The result is "
         "a model folder of its own",
     )
@@ -92,6 +93,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = setup_arg_parser()
     args = parser.parse_args(argv)
+    if args.repository and Path(args.repository).exists():
+        parser.error(_as_folder(args))
     if args.replace + args.unpack + args.verify > 1:
         parser.error("--replace, --unpack and --verify exclude each other")
     if (args.replace or args.unpack) and (args.model is None or args.overwrite):
@@ -113,6 +116,16 @@ def main(argv: list[str] | None = None) -> int:
         return _move(args) if args.replace or args.unpack else _pack(args)
     except StreamError as e:
         return failed(e)
+
+
+def _as_folder(args: argparse.Namespace) -> str:
+    """What to write instead of a repository's name that names something on this machine."""
+    option = "--out" if args.verify else "--model"
+    out = "" if args.verify or args.replace or args.unpack or args.out else " --out FOLDER"
+    return (
+        f"{args.repository}: is on this machine, and only a repository of the Hub is named without "
+        f"an option: write {option} {args.repository}{out}"
+    )
 
 
 def _pack(args: argparse.Namespace) -> int:
@@ -139,8 +152,6 @@ def _pack_repository(args: argparse.Namespace) -> int:
     from ._io.remote import Repository
 
     asked = args.repository
-    if Path(asked).exists():
-        raise StreamError(f"{asked}: is on this machine: --model {asked}")
     before = begun(args.out, asked)
     with fetching(asked, "cannot be packed"):
         name = asked if before is None else f"{asked.partition('@')[0]}@{before['commit']}"

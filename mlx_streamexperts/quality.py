@@ -73,15 +73,17 @@ def main(argv: list[str] | None = None) -> int:
         texts = bundled_texts() if args.text is None else [_read(args.text)]
         config, model = stream_settings(args, _INSTEAD)
         assert model is not None
-        found: list[Price] = []
-        with progress_bar("Settings", config.progress, unit=" settings") as bar:
-            for price in measure(
-                model, config, texts, args.tried, args.tokens, args.window,
-                args.prompt_tokens, args.task_items, args.trust_remote_code,
-            ):  # fmt: skip
-                found.append(price)
+        with progress_bar("Measuring", config.progress, unit=" windows") as bar:
+
+            def show(setting: str, total: int) -> None:
+                bar.total = total
+                bar.set_postfix_str(setting)
                 bar.update(1)
-                bar.set_postfix_str(price.setting)
+
+            found = list(measure(
+                model, config, texts, args.tried, args.tokens, args.window,
+                args.prompt_tokens, args.task_items, args.trust_remote_code, show,
+            ))  # fmt: skip
         if args.json is not None:
             args.json.write_text(json.dumps([p.as_dict() for p in found], indent=1) + "\n")
         if args.plot is not None:

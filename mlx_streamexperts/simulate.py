@@ -16,31 +16,21 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from ._analysis.plots import plot_rates
 from ._analysis.replay import BEST
 from ._analysis.simulation import CANDIDATES, FIRST_CALLS, Report, simulate, with_expert_bytes
 from ._cli.options import describe, ended
-from ._config import format_size, parse_size
+from ._config import parse_size
 from ._errors import StreamError
 from ._experts.trace import read_trace
 from ._memory.hardware import NAMED_MACHINES as NAMED_MACHINES
-from ._memory.hardware import Machine, named_machine, parse_rate
+from ._memory.hardware import Machine, named_machine
 
 _DEFAULT_POLICIES = ("lru", "s3fifo", "lfu", "lrfu", BEST)
 _DEFAULT_SHARES = "0.125,0.25,0.375,0.5,0.75"
-
-
-def parse_ssd(text: str, machine: Machine) -> Machine:
-    """A machine with another drive, of `7GB/s`, or of `7GB/s:100us` with a read's latency.
-
-    Raises:
-        StreamError: the text has another form.
-    """
-    rate, latency = parse_rate(text, machine.drive_latency)
-    return replace(machine, drive_rate=rate, drive_latency=latency, drive_share=(1.0, 1.0))
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -98,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
 def _machine(args: argparse.Namespace) -> Machine:
     """The machine that tokens/s are predicted for."""
     machine = named_machine(args.machine)
-    return parse_ssd(args.ssd, machine) if args.ssd else machine
+    return machine.with_drive(args.ssd) if args.ssd else machine
 
 
 def _conclusion(report: Report) -> Iterator[str]:
@@ -136,10 +126,9 @@ def _shares(text: str) -> list[float]:
 def _lines(report: Report, args: argparse.Namespace) -> list[str]:
     """The report for people."""
     machine = _machine(args)
-    low, high = (share * machine.drive_rate for share in machine.drive_share)
-    drive = format_size(high) if low == high else f"{format_size(low)} to {format_size(high)}"
     head = f"{'share':>6s}  {'policy':8s} {'division':8s}"
-    lines = [f"Tokens/s are predicted for {machine.name}, drive {drive}/s (--machine, --ssd)"]
+    where = f"{machine.name} whose drive reads {machine.drive_text}"
+    lines = [f"Tokens/s are predicted for an {where} (--machine and --ssd state another)"]
     for name in dict.fromkeys(r.trace for r in report.rows):
         lines += ["", name, f"{head} {'hits':>7s} {'compuls.':>9s} {'capacity':>9s} "]
         lines[-1] += f"{'decode hits':>11s} {'missed/token':>12s} {'tokens/s':>9s} (predicted)"

@@ -213,6 +213,23 @@ def test_a_repository_that_changes_between_runs_is_refused(
     assert "some/repo is being packed there" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "--model {0} --out FOLDER;"),
+        (["--out", "packed"], "--model {0};"),
+        (["--replace"], "--model {0};"),
+        (["--verify"], "--out {0};"),
+    ],
+)
+def test_a_folder_in_a_repositorys_place_is_told_its_option(
+    options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        pack.main([str(tmp_path), *options])
+    assert f"write {said.format(tmp_path)}" in capsys.readouterr().err
+
+
 def test_room_is_checked_before_anything_is_fetched(
     server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import io
 import json
 import shutil
 import sys
@@ -14,7 +15,16 @@ import mlx_lm
 import pytest
 from conftest import QUIET
 
-from mlx_streamexperts import StreamConfig, StreamError, demo_model, generate, load, plan, stream
+from mlx_streamexperts import (
+    StreamConfig,
+    StreamError,
+    chat,
+    demo_model,
+    generate,
+    load,
+    plan,
+    stream,
+)
 from mlx_streamexperts._loading.demo import DEMO_PROMPT
 
 stock = importlib.import_module("mlx_lm.generate")
@@ -56,6 +66,17 @@ def test_the_embedded_model_gets_a_prompt_that_it_can_complete(
     model, tokenizer = mlx_lm.load(str(demo_model()))
     expected = mlx_lm.generate(model, tokenizer, DEMO_PROMPT, max_tokens=20)
     assert capsys.readouterr().out.strip() == expected.strip()
+
+
+def test_nothing_to_read_is_called_that(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert chat.main(["--cache", "10MB", "--no-progress"]) == 0
+    out = capsys.readouterr().out
+    assert "Experts: none was used" in out and "hit rate" not in out
+    assert generate.main(["--prompt", "", "--cache", "10MB", "--no-progress"]) == 1
+    assert "error: the prompt is empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("cache", ["10MB", "1GB"])

@@ -25,7 +25,8 @@ def admission() -> KVAdmission:
     admission = KVAdmission()
     planned = plan(str(demo_model()), memory="1GB")
     planned = replace(planned, footprint=None, context_stated=True)
-    admission.open(replace(planned, context_tokens=4096, kv=4096 * 100), vocabulary=1000)
+    planned = replace(planned, context_tokens=4096, kv=4096 * 100, prefill_tokens=64)
+    admission.open(planned, vocabulary=1000)
     admission.state_bytes = 0  # a sequence was measured
     return admission
 
@@ -45,20 +46,30 @@ def test_a_request_waits_until_there_is_room(admission: KVAdmission) -> None:
 
 
 def test_each_sequence_takes_as_much_as_the_longest(admission: KVAdmission) -> None:
-    admission.running = {0: 1000, 1: 1000, 2: 1000}
+    admission.running = dict.fromkeys(range(3), 980)
     assert admission.admit(10)  # 4 x 1024
     assert not admission.admit(1025)
     admission.running[3] = 1
     assert not admission.admit(1)  # 5 x 1024
 
 
+def test_prompts_of_a_pass_are_padded_to_the_longest_chunk(admission: KVAdmission) -> None:
+    """Of 64 tokens, two prompts get 32 each; those may come after the 1000 of the longer one."""
+    admission.running = {0: 1000}
+    assert admission.prompt_cache_budget() == (4096 - 1024) * 100
+    admission.running = {0: 1000, 1: 10}
+    assert admission.prompt_cache_budget() == (4096 - 2 * 1280) * 100
+    admission.running = {0: 992, 1: 10}
+    assert admission.prompt_cache_budget() == (4096 - 2 * 1024) * 100
+
+
 def test_state_that_does_not_grow_with_a_sequence_counts(admission: KVAdmission) -> None:
     assert admission.plan is not None
     planned = replace(admission.plan, kv=4096 * 100 + 50_000, state=50_000)
     admission.open(planned, vocabulary=1000)
-    admission.running = {0: 1000}
+    admission.running = {0: 980}
     assert admission.prompt_cache_budget() == 3072 * 100
-    assert admission.admit(1000)  # 2 x (1024 tokens and a state)
+    assert admission.admit(980)  # 2 x (1024 tokens and a state)
     assert not admission.admit(2000)  # two of 2048 tokens and one state fill the room
     admission.open(replace(planned, state=0), vocabulary=1000)  # a plan that knows of no state
     assert not admission.admit(1)  # until the first sequence has been measured

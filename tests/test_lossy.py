@@ -91,6 +91,13 @@ def test_anything_else_is_refused(wrong: int | str) -> None:
         StreamConfig(lossy=wrong)
 
 
+@pytest.mark.parametrize("wrong", ["skip=2", "prefer=5%"])
+def test_a_share_out_of_range_is_told_the_range(wrong: str) -> None:
+    name = wrong.partition("=")[0]
+    with pytest.raises(StreamError, match=f"'{wrong}' .* at most 0.5, for example {name}=0.05"):
+        Ways.parse(f"top=6,{wrong}")
+
+
 def plainly(
     ways: LayerWays, experts: np.ndarray, weights: np.ndarray, here: np.ndarray, scores: np.ndarray
 ) -> list[dict[int, float]]:

@@ -523,7 +523,10 @@ def test_mirror_copies_what_is_read_most_and_completes_it(
     assert run_mirror(folder, out, "--bytes", limit, "--most-read", trace) == 0
     assert list(contents(out)) == [second]  # of the layer that the trace has
     assert "1 of 2 files" in capsys.readouterr().out
-    assert run_mirror(folder, out, "--most-read", tmp_path / "hot.json") == 0
+    arguments = [str(folder), str(out), "--most-read", str(tmp_path / "hot.json")]
+    assert mirror.main(arguments) == 0
+    shown = capsys.readouterr().err
+    assert "Copied: 100%" in shown and "Checked: 100%" in shown
     assert sorted(contents(out)) == [first, second]
     assert all((folder / name).read_bytes() == data for name, data in contents(out).items())
     with (out / first).open("r+b") as f:  # where no sample is taken

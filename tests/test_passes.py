@@ -182,6 +182,12 @@ def test_a_longer_context_than_planned_is_taken_from_the_expert_cache(
     assert sum(after.slots) < sum(before.slots)
     assert after.cache == sum(x.cache.slots * x.expert_bytes for x in expert_stream.layers)
     assert mx.get_peak_memory() - base + before.trunk + before.cache <= before.bound
+    counted = expert_stream.stats()
+    free = after.bound + base - before.trunk - before.cache - mx.get_active_memory()
+    expert_stream.make_room(free + 1_000_000, "This", "ask")
+    assert expert_stream.plan.cache < after.cache
+    assert expert_stream.stats().cache == counted.cache  # and goes on from there
+    assert expert_stream.stats().read.bytes >= counted.read.bytes > 0
     expert_stream.resize(before.cache)  # the context is gone: the cache may have it back
     assert expert_stream.plan.slots == before.slots
     expert_stream.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,9 +82,10 @@ def test_the_command_measures_draws_and_recommends(
     arguments = ["--text", str(text), "--window", "24", "--prompt-tokens", "8", "--tokens", "24"]
     files = ["--json", str(tmp_path / "prices.json"), "--plot", str(tmp_path / "frontier.svg")]
     tried = ["--try", "skip=0.15", "--task-items", "1", "--budget", "0.5"]
-    assert quality.main([*arguments, *files, *tried, "--no-progress"]) == 0
+    assert quality.main([*arguments, *files, *tried]) == 0
     out, err = capsys.readouterr()
     assert "lossy:" not in err
+    assert re.search("Measuring: 100%.*2/2.*skip=0.15", err)
     exact, lossy = json.loads((tmp_path / "prices.json").read_text())
     assert exact["setting"] == "exact"
     assert (exact["decoded"]["kl_nats"], exact["mass_left_out"]) == (0, 0)

@@ -64,6 +64,8 @@ BAD: dict[str, tuple[Any, ...]] = {
         [{"role": "assistant", "content": "a", "tool_calls": [1]}],
         [{"role": "assistant", "content": "a", "tool_calls": [{"function": 1}]}],
         [{"role": "assistant", "content": "a", "tool_calls": [{"function": {"name": 1}}]}],
+        [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]}],
+        [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "[" * 99}}]}],
         [{"role": "user", "content": ""}],
     ),
     "metadata": (*OBJECTS, {"a": HALF}),
@@ -179,6 +181,15 @@ def test_all_sampling_fields_work_together(running: Running) -> None:
     for seed in ({}, {"seed": 2**63 - 1}):
         status, answer = running.post({**GOOD[TEXT], **fields, **seed})
         assert status == 200, answer
+
+
+@pytest.mark.parametrize(
+    "field", ["temperature", "frequency_penalty", "presence_penalty", "repetition_penalty"]
+)
+def test_a_whole_number_may_be_as_large_as_a_fraction(running: Running, field: str) -> None:
+    """MLX takes no integers above 64 bits."""
+    status, answer = running.post({"prompt": "a", "max_tokens": 2, field: 10**29})
+    assert status == 200, answer
 
 
 def test_what_no_table_can_have(running: Running) -> None:

@@ -312,6 +312,8 @@ def test_what_a_stream_tells_of_its_rows(checkpoint: Callable[..., Path]) -> Non
     patched.streams[0].reset()
     mx.eval(model(ids, cache=model.make_cache()))
     assert (stats.rows.early, patched.streams[0].stats().rows.hits) == (6, 6)
+    with pytest.raises(StreamError, match=r"send less, state less than .* of row_cache,"):
+        patched.streams[0].make_room(1 << 40, "A film", "send less")
     patched.streams[0].close()
     with pytest.raises(StreamError, match="closed"):
         model(ids)

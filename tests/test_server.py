@@ -6,6 +6,7 @@ import json
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -159,6 +160,53 @@ def test_conversations_at_once_are_each_what_it_is_alone(
     with ThreadPoolExecutor(len(begins)) as pool:
         talks = list(pool.map(talk, begins))
     assert talks == [alone(b) for b in begins]
+
+
+def test_a_prompt_becomes_tokens_beside_the_replies_of_others(
+    running: Running, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokenizing 5 MB takes seconds. Nobody else may wait for it."""
+    slow, other = list(expected)[:2]
+    begun, go_on = threading.Event(), threading.Event()
+    original = running.generator._prompt
+
+    def prompt(tokenizer: Any, request: Any, args: Any) -> Any:
+        if request.prompt == slow:
+            begun.set()
+            assert go_on.wait(60)
+        return original(tokenizer, request, args)
+
+    monkeypatch.setattr(running.generator, "_prompt", prompt)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(running.text, slow, LENGTH)
+        try:
+            assert begun.wait(60)
+            assert running.text(other, LENGTH) == expected[other]
+        finally:
+            go_on.set()
+        assert waiting.result() == expected[slow]
+
+
+def test_one_long_prompt_at_a_time_becomes_tokens(
+    running: Running, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes 150 times its text's memory meanwhile."""
+    at_once, most = [0], [0]
+    original = running.generator._prompt
+
+    def prompt(tokenizer: Any, request: Any, args: Any) -> Any:
+        at_once[0] += 1
+        most[0] = max(most[0], at_once[0])
+        time.sleep(0.01)
+        at_once[0] -= 1
+        return original(tokenizer, request, args)
+
+    monkeypatch.setattr("mlx_streamexperts.server._generation._LONG_PROMPT", 0)
+    monkeypatch.setattr(running.generator, "_prompt", prompt)
+    some = list(expected)[:4]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda p: running.text(p, 2), some))
+    assert most == [1]
 
 
 def test_models(running: Running) -> None:

@@ -75,7 +75,7 @@ def test_memory_holds_under_load(wide: Path) -> None:
 
 
 def test_memory_holds_for_a_prompt_as_long_as_the_context(wide: Path) -> None:
-    """mlx-lm keeps the prompt's KV cache before the reply: that would be there twice."""
+    """mlx-lm keeps its KV cache before the reply and takes it up again: it could be there twice."""
     config = StreamConfig(memory="2GB", context_tokens=1024, prefill_tokens=64)
     memory = plan(str(wide), config=config).minimum
     limits = ["--context-tokens", "1024", "--prefill-tokens", "64"]
@@ -83,12 +83,36 @@ def test_memory_holds_for_a_prompt_as_long_as_the_context(wide: Path) -> None:
     base = mx.get_active_memory()
     with serving("--model", str(wide), "--memory", str(memory), *limits) as running:
         cache = running.generator.model_provider.expert_stream.plan.cache
-        for _ in range(2):
+        for _ in range(4):
             mx.reset_peak_memory()
             status, reply = running.post({"prompt": [5, 6, 7] * 338, "max_tokens": 4})
             assert status == 200, reply
             assert mx.get_peak_memory() - base <= memory
         assert running.generator.model_provider.expert_stream.plan.cache == cache
+
+
+def test_memory_holds_where_prompts_join_and_leave_each_other(wide: Path) -> None:
+    """Two that fill the context, new ones and kept ones: mlx-lm would have 1.3 times the memory."""
+    config = StreamConfig(memory="2GB", context_tokens=1024, prefill_tokens=32)
+    memory = plan(str(wide), config=config).minimum
+    limits = ["--context-tokens", "1024", "--prefill-tokens", "32"]
+    gc.collect()
+    base = mx.get_active_memory()
+    with (
+        serving("--model", str(wide), "--memory", str(memory), *limits) as running,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        bodies = [{"prompt": [5 + i, 6, 7] * (160 + i), "max_tokens": 4} for i in range(2)]
+        said = []
+        for _ in range(3):
+            mx.reset_peak_memory()
+            replies = list(pool.map(running.post, bodies))
+            assert [status for status, _ in replies] == [200, 200]
+            assert mx.get_peak_memory() - base <= memory
+            said.append([r["choices"][0]["text"] for _, r in replies])
+        cached = [r["usage"]["prompt_tokens_details"]["cached_tokens"] for _, r in replies]
+        assert max(cached) > 400
+    assert said == said[:1] * 3
 
 
 def test_a_reply_is_no_longer_than_the_room_and_what_was_said_is_reused(wide: Path) -> None:

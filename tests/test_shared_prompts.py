@@ -85,6 +85,10 @@ def test_ten_conversations_take_one_system_prompt_and_ten_tails(
     assert mx.get_active_memory() - before < 0.02 * bytes_of_all
 
 
+def fits(added: int) -> bool:
+    return True
+
+
 @pytest.mark.parametrize("quantized", [False, True])
 def test_what_comes_back_can_be_trimmed_and_written(
     quantized: bool, checkpoint: Callable[..., Path], not_compiled: None
@@ -95,7 +99,7 @@ def test_what_comes_back_can_be_trimmed_and_written(
     run(model, TOKENS[:100], caches)
     if quantized:
         maybe_quantize_kv_cache(caches, 0, 32, 8)
-    shared = SharedPrompts().share("model", TOKENS[:100], caches)
+    shared = SharedPrompts().share("model", TOKENS[:100], list(caches), fits)
     expected = run(model, [1, 2], copy.deepcopy(shared))
     other = copy.deepcopy(shared)
     trim_prompt_cache(other, 60)
@@ -123,7 +127,7 @@ def test_what_is_kept_comes_back_bit_by_bit(
         run(model, told, caches)
         if family == "quantized":
             maybe_quantize_kv_cache(caches, 0, 32, 8)
-        kept.append((told, prompts.share("model", told, caches), caches))
+        kept.append((told, prompts.share("model", told, list(caches), fits), caches))
     for _, shared, caches in kept:
         copies = copy.deepcopy(shared)
         assert np.array_equal(run(model, [1, 2], copies), run(model, [1, 2], caches))
@@ -141,13 +145,30 @@ def test_other_bits_or_another_model_share_nothing(
     prompts = SharedPrompts()
     caches = make_prompt_cache(model)
     run(model, TOKENS[:100], caches)
-    first = prompts.share("model", TOKENS[:100], caches)
-    again = prompts.share("model", TOKENS[:100], caches)
+    first = prompts.share("model", TOKENS[:100], list(caches), fits)
+    again = prompts.share("model", TOKENS[:100], list(caches), fits)
     assert again.segments == first.segments
-    assert prompts.share("other", TOKENS[:100], caches).segments[0] is not first.segments[0]
+    other = prompts.share("other", TOKENS[:100], list(caches), fits)
+    assert other.segments[0] is not first.segments[0]
     caches[-1].values[..., 99, 0] += 1
-    changed = prompts.share("model", TOKENS[:100], caches)
+    changed = prompts.share("model", TOKENS[:100], list(caches), fits)
     assert changed.segments[0] is not first.segments[0]
+
+
+def test_it_hears_before_it_copies_how_much_a_prompt_adds(
+    checkpoint: Callable[..., Path], not_compiled: None
+) -> None:
+    model = small_model(checkpoint, "qwen3_moe")
+    prompts = SharedPrompts()
+    caches = make_prompt_cache(model)
+    run(model, TOKENS[:100], caches)
+    first = prompts.share("model", TOKENS[:80], list(caches), fits)
+    asked: list[int] = []
+    given = list(caches)
+    assert prompts.share("model", TOKENS[:100], given, lambda n: bool(asked.append(n))) is None
+    assert given == []
+    assert asked == [first.segments[0].nbytes // 80 * 20]
+    assert prompts.nbytes == first.segments[0].nbytes
 
 
 def test_replies_are_those_of_a_server_without_the_cache(

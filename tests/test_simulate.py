@@ -17,7 +17,7 @@ from mlx_streamexperts._analysis.sharing import hot_experts, keep_whole, miss_cu
 from mlx_streamexperts._analysis.simulation import CANDIDATES, simulate, speed
 from mlx_streamexperts._experts.trace import Routing, read_trace
 from mlx_streamexperts._memory.hardware import NAMED_MACHINES, Machine
-from mlx_streamexperts.simulate import main, parse_ssd
+from mlx_streamexperts.simulate import main
 
 EXPERTS = (12, 12, 6)
 BYTES = (1000, 1000, 2000)
@@ -183,10 +183,10 @@ def test_traces_of_different_models_are_refused(
 
 
 def test_a_drive_is_a_rate_and_a_latency() -> None:
-    machine = parse_ssd("7GB/s:150us", NAMED_MACHINES["M4 Max 128 GB"])
+    machine = NAMED_MACHINES["M4 Max 128 GB"].with_drive("7GB/s:150us")
     assert (machine.drive_rate, machine.drive_latency) == (7e9, 150e-6)
-    assert parse_ssd("500MB:2ms", machine).drive_latency == 2e-3
-    assert parse_ssd("1GB", machine).drive_latency == 150e-6
+    assert machine.with_drive("500MB:2ms").drive_latency == 2e-3
+    assert machine.with_drive("1GB").drive_latency == 150e-6
 
 
 def falling_curves(draw: st.DrawFn) -> list[np.ndarray]:
@@ -274,6 +274,6 @@ def test_it_names_the_machine_and_ends_with_a_conclusion(
     options = ["--machine", "m3 max 64", "--shares", "0.5,0.75", "--policies", "lru,lfu"]
     assert main([str(tmp_path / "talk.jsonl"), *options]) == 0
     first, *_, before, last = capsys.readouterr().out.splitlines()
-    assert first.startswith("Tokens/s are predicted for M3 Max 64 GB, drive 4.05 GB to 5.94 GB/s")
+    assert "for an M3 Max 64 GB whose drive reads 4.05 GB/s to 5.94 GB/s" in first
     assert before.startswith("talk: with 75.0% resident the best is l")
     assert last.startswith("From 50.0% to 75.0% resident saves ")

@@ -1,4 +1,4 @@
-"""benchmarks/soak.py for seconds: mixed requests at a tight budget leave nothing behind."""
+"""benchmarks/soak.py and load.py for seconds: mixed requests at a tight budget leave nothing."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from conftest import leftovers
 from serving import Running, serving, until
 
 from mlx_streamexperts.server._generation import Client
+from mlx_streamexperts.server._http import FORMS
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import load
 import soak
+from load import Said
 from soak_verdict import growth, verdict
 
 LENGTHS = (3, 8)
@@ -91,6 +94,33 @@ def test_clients_notice_a_wrong_text_and_a_wrong_status(
         monkeypatch.setattr(Client, "generate", lambda *args: 1 / 0)
         load.ask("whole", random.Random(1))
         assert load.take().errors
+
+
+def test_clients_of_every_api_get_what_they_get_alone() -> None:
+    options = ["--memory", "56MB", "--context-tokens", "2048", *load.LIMITS[2:]]
+    some = load.cases(count=1, long=0, lengths=(3,))
+    asked = some[:5]
+    assert {c.path for c in asked} == {*FORMS} - {"/chat/completions", "/v1/messages/count_tokens"}
+    gc.collect()
+    mx.clear_cache()
+    base = mx.get_active_memory()
+    with serving(*options, "--chat-template", load.TEMPLATE) as running:
+        mixed = load.Mixed(running.url, asked, slow=0.5)
+        assert all(said.text and said.ending for said in mixed.alone)
+        before = idle()
+        mx.reset_peak_memory()
+        mixed.start(4)
+        for kind in load.KINDS:
+            mixed.ask(kind, random.Random(kind))
+        mixed.stop()
+        seen = mixed.take()
+        assert seen.errors == [] and seen.wrong == []
+        assert seen.compared > 8 and set(seen.kinds) == set(load.KINDS)
+        assert idle() == before
+        assert mx.get_peak_memory() - base <= running.figures()["memory"]["budget"] == 56_000_000
+        mixed.alone = [Said("", (), "") for _ in mixed.alone]
+        mixed.ask("stream", random.Random(0))
+        assert len(mixed.take().wrong) == 1  # else the above would prove nothing
 
 
 def row(**changes: Any) -> dict[str, Any]:

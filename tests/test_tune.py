@@ -6,8 +6,6 @@ import itertools
 import json
 import random
 import shlex
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,11 +31,12 @@ from mlx_streamexperts import (
 from mlx_streamexperts import stream as stream_of
 from mlx_streamexperts._config import DEFAULTS
 from mlx_streamexperts.tune import _command as tune
-from mlx_streamexperts.tune import _options as options
 from mlx_streamexperts.tune import _runner as runner
 from mlx_streamexperts.tune import _tuner as tuner
+from mlx_streamexperts.tune import main, seconds, setup_arg_parser
 from mlx_streamexperts.tune._command import Outcome, Run, Tuner
 from mlx_streamexperts.tune._ledger import Ledger
+from mlx_streamexperts.tune._search import next_settings
 
 SPACE = {"threads": (8, 1, 4, 16), "prefetch": ("auto", "off", "on"), "prefetch_depth": (1, 2),
          "policy": ("lrfu", "lru")}  # fmt: skip
@@ -145,6 +144,18 @@ def test_the_best_combination_is_found_and_wins_again(file: Path) -> None:
     assert tried[: len(singles)] == singles  # each alone at first, so that the ledger tells
     for r in records:
         assert r["phase"] != "search" or r["kept"] == (r["ratio"] > 1 + r["noise"])
+
+
+def test_the_combination_that_promises_most_is_next() -> None:
+    space = {"threads": (8, 1, 4), "policy": ("lrfu", "lru")}
+    tried: list[tuple[dict[str, Any], float | None]] = [
+        ({"threads": 1}, None), ({"threads": 4}, 1.2), ({"policy": "lru"}, 0.9),
+    ]  # fmt: skip
+    assert next_settings(space, tried) == {"threads": 4, "policy": "lru"}
+    tried.append(({"threads": 4, "policy": "lru"}, 0.5))
+    assert next_settings(space, tried) == {"threads": 1, "policy": "lru"}  # which failed alone
+    tried.append(({"threads": 1, "policy": "lru"}, None))
+    assert next_settings(space, tried) is None
 
 
 def test_what_pays_only_together_is_tried_after_each_alone(file: Path) -> None:
@@ -371,20 +382,6 @@ def test_only_what_changes_no_result_can_be_tried(settings: dict[str, Any], mess
         Machine().tuner().once(settings)
 
 
-def test_without_optuna_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(StreamError, match="pip install 'optuna"):
-        Machine().tuner().tune()
-    assert Machine().tuner().once({"threads": 16})["kept"]  # needs no search
-
-
-def test_importing_the_package_and_its_commands_imports_no_optuna() -> None:
-    code = "import sys, mlx_streamexperts.tune as t; print(t.Tuner, *sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "mlx_streamexperts.tune._tuner" in out.stdout
-    assert "optuna" not in out.stdout
-
-
 def test_prompts_of_a_file(tmp_path: Path) -> None:
     text, jsonl = tmp_path / "a.txt", tmp_path / "a.jsonl"
     text.write_text("one\nline more\n\n\n\ntwo\n")
@@ -400,7 +397,7 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     assert len(set(runner.shipped_prompts())) == 4
 
 
-SHORT = ["--tokens", "3", "--warm-up", "2", "--seed", "1", *QUIET]
+SHORT = ["--tokens", "3", "--warm-up", "2", *QUIET]
 
 
 @pytest.fixture
@@ -423,7 +420,7 @@ def test_the_embedded_model_is_tuned_for_real(
 ) -> None:
     """Within a budget, the cache's share included."""
     arguments = ["--memory", "90MB", *SHORT, *prompts]
-    assert tune.main([*arguments, "--trials", "2", "--quality-budget", "0.01"]) == 0
+    assert main([*arguments, "--trials", "2", "--quality-budget", "0.01"]) == 0
     out, err = capsys.readouterr()
     assert "Lossy: not measured: the text has" in out  # the prompts are too short
     assert "Trials: 2, as many as were asked for" in out
@@ -440,7 +437,7 @@ def test_the_embedded_model_is_tuned_for_real(
         assert 0 < t["hit_rate"] < 1
         assert t["tokens_per_s"] > 0
         assert all(seconds > 0 for seconds in t["first_token"])
-    assert tune.main(arguments) == 1
+    assert main(arguments) == 1
     assert "--resume" in capsys.readouterr().err
 
 
@@ -452,7 +449,7 @@ def test_what_wins_is_saved_for_every_command(
     machine = Machine()
     monkeypatch.setattr(runner.Runner, "run", lambda self, settings: machine.run(settings))
     monkeypatch.setattr(runner.Runner, "stock", lambda self: None)
-    assert tune.main([*SHORT, *prompts, "--policy", "lrfu", "--trials", "20"]) == 0
+    assert main([*SHORT, *prompts, "--policy", "lrfu", "--trials", "20"]) == 0
     out = capsys.readouterr().out
     assert "Settings: tuned.json" in out
     assert "(verified)" in out
@@ -487,7 +484,7 @@ def test_a_winning_share_of_the_budget_is_saved_in_bytes(
     machine = Machine(change=lambda s: gain if s.get("cache_share") == 0.7 else {})
     monkeypatch.setattr(runner.Runner, "run", lambda self, settings: machine.run(settings))
     monkeypatch.setattr(runner.Runner, "stock", lambda self: None)
-    assert tune.main([*SHORT, *prompts, "--memory", "90MB", "--trials", "2"]) == 0
+    assert main([*SHORT, *prompts, "--memory", "90MB", "--trials", "2"]) == 0
     config = StreamConfig.load("tuned.json")
     assert (config.memory, config.cache) == (whole.memory, int(0.7 * whole.cache))
     saved = plan(str(demo_model()), config=config)
@@ -509,7 +506,7 @@ def test_a_share_is_of_what_other_models_leave() -> None:
 
 
 def test_the_printed_command_has_the_files_that_settings_cannot_hold() -> None:
-    args = tune.setup_arg_parser().parse_args(["--model", "my model", "--store", "s", "--out", "o"])
+    args = setup_arg_parser().parse_args(["--model", "my model", "--store", "s", "--out", "o"])
     assert tune._command(args).endswith("--settings o --model 'my model' --store s")
 
 
@@ -545,7 +542,7 @@ def test_one_trial_is_one_line(
     folder: Path, prompts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = ["--once", '{"threads": 2, "overlap": "auto"}']
-    assert tune.main([*SHORT, *prompts, *one]) == 0
+    assert main([*SHORT, *prompts, *one]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["settings"] == {"threads": 2}
     assert record["ratio"] > 0
@@ -558,14 +555,14 @@ def test_the_results_are_compared_with_stock(
 ) -> None:
     """Where it fits; one of its own tokens changed is noticed."""
     arguments = [*SHORT, *prompts, "--ledger", str(file), "--once", '{"threads": 2}']
-    assert tune.main(arguments) == 0
+    assert main(arguments) == 0
     assert lines(file)[1]["same_as_stock"] is True
     assert lines(file)[2]["kept"] in (True, False)
     before = runner.Runner.stock
     monkeypatch.setattr(
         runner.Runner, "stock", lambda self: (before(self)[0], "one bit is another")
     )
-    assert tune.main([*arguments, "--overwrite"]) == 1
+    assert main([*arguments, "--overwrite"]) == 1
     assert len(lines(file)) == 1
 
 
@@ -573,13 +570,13 @@ def test_a_dry_run_loads_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(runner.Runner, "run", None)
-    assert tune.main(["--memory", "90MB", "--threads", "8", "--dry-run", *QUIET]) == 0
+    assert main(["--memory", "90MB", "--threads", "8", "--dry-run", *QUIET]) == 0
     said = json.loads(capsys.readouterr().out)
     assert "threads" not in said["space"]
     assert said["space"]["cache_share"][0] == 1.0
     assert (said["out"], said["ledger"]) == ("tuned.json", "tuned.ledger.jsonl")
     assert not list(folder.iterdir())
-    assert tune.main(["--cache", "10MB", "--dry-run", *QUIET]) == 0
+    assert main(["--cache", "10MB", "--dry-run", *QUIET]) == 0
     assert "cache_share" not in json.loads(capsys.readouterr().out)["space"]
 
 
@@ -596,18 +593,18 @@ def test_a_dry_run_loads_nothing(
 def test_bad_input_is_one_clear_line(
     arguments: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tune.main([*QUIET, *arguments]) == 1
+    assert main([*QUIET, *arguments]) == 1
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("arguments", [["--once", "[]"], ["--once", "{"], ["--time-limit", "soon"]])
 def test_what_cannot_be_parsed_is_refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
-        tune.main(arguments)
+        main(arguments)
 
 
 def test_times() -> None:
-    assert [options.seconds(t) for t in ("90", "90s", "1.5m", "2h")] == [90, 90, 90, 7200]
+    assert [seconds(t) for t in ("90", "90s", "1.5m", "2h")] == [90, 90, 90, 7200]
 
 
 def test_the_page_cache_is_dropped_before_each_run(

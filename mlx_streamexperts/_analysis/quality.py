@@ -10,8 +10,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,7 @@ def measure(
     prompt: int = 32,
     items: int = 12,
     trust: bool = False,
+    on_window: Callable[[str, int], None] = lambda setting, total: None,
 ) -> Iterator[Price]:
     """Load a model and measure what lossy settings cost and bring; see `prices`.
 
@@ -248,6 +250,7 @@ def measure(
             are shorter than a window, but longer than two prompts, are one.
         items: of the bundled task; 0 for none.
         trust: run the model code that the checkpoint brings.
+        on_window: see `prices`.
 
     Raises:
         StreamError: a setting or a size is not understood, the texts are too short, or nothing is
@@ -275,7 +278,7 @@ def measure(
         ids = [t for text in texts for t in tokenizer.encode(text)]
         cut = windows(ids, max(2 * prompt, min(window, len(ids))), tokens)
         task = bundled_task(tokenizer, items) if items else []
-        yield from prices(model, cut, settings, prompt, task)
+        yield from prices(model, cut, settings, prompt, task, on_window)
 
 
 def _load(folder: str, config: StreamConfig, prefer: bool, trust: bool) -> tuple[nn.Module, Any]:
@@ -301,6 +304,7 @@ def prices(
     settings: Sequence[str],
     prompt: int,
     items: Sequence[Choice] = (),
+    on_window: Callable[[str, int], None] = lambda setting, total: None,
 ) -> Iterator[Price]:
     """Measure settings on texts: the exact model first, then one after the other.
 
@@ -313,6 +317,8 @@ def prices(
         settings: values of `lossy`.
         prompt: tokens of each text that are its prompt.
         items: of the bundled task, decoded token by token.
+        on_window: called after each text of each setting, with the setting and the number of
+            such calls in all.
 
     Yields:
         A price as soon as it is known.
@@ -327,7 +333,8 @@ def prices(
     after = [[t[1 : prompt + 1] for t in texts], [t[prompt + 1 :] for t in texts]]
     exact: _Ran | None = None
     for setting, way in ways.items():
-        ran = _run(model, run, way, texts, prompt, items)
+        told = partial(on_window, setting, len(ways) * len(texts))
+        ran = _run(model, run, way, texts, prompt, items, told)
         exact = exact or ran
         yield Price(
             setting,
@@ -339,7 +346,7 @@ def prices(
 
 def _run(
     model: nn.Module, run: LossyRun, ways: Ways | None, texts: Sequence[Sequence[int]], prompt: int,
-    items: Sequence[Choice],
+    items: Sequence[Choice], on_window: Callable[[], None],
 ) -> _Ran:  # fmt: skip
     s = stream(model)
     prompts: list[np.ndarray] = []
@@ -360,6 +367,7 @@ def _run(
                 seconds[part] += time.perf_counter() - begin
                 nbytes[part] += s.reader.stats.bytes - before
                 (decoded if part else prompts).append(np.concatenate(rows))
+            on_window()
         stats = run.stats()
         score = task_score(model, items, alone=1 << 30) if items else None
     counts = [sum(len(t[:prompt]) for t in texts), sum(len(t[prompt:]) for t in texts)]

@@ -84,7 +84,12 @@ class Ways:
         top = []
         for part in str(stated).replace(" ", "").split(","):
             name, _, value = part.partition("=")
-            if name in shares and (share := _share(value)) is not None:
+            if name in shares:
+                if (share := _share(value)) is None:
+                    raise StreamError(
+                        f"lossy={stated!r}: {part!r} is out of range: {name} takes a share above 0 "
+                        f"and at most {MOST_SHARE}, for example {name}=0.05"
+                    )
                 shares[name] = share
             elif name == "top" and (match := re.fullmatch(r"(\d+)(?:@(\d+)-(\d+))?", value)):
                 count, first, last = (int(x) if x else None for x in match.groups())

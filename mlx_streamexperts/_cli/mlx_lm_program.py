@@ -19,6 +19,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from .._config import StreamConfig, format_size
+from .._errors import StreamError
 from .._experts.stream import ExpertStream, stream
 from .._experts.timeline import Timeline
 from .._hooks import swapped
@@ -170,6 +171,8 @@ def _watched(stock: ModuleType, session: Session, warm_up: int) -> Iterator[None
         experts_first = bytes_first = 0
         first, first_elapsed = True, 0.0
         total = None if len(rest) < 2 or isinstance(rest[1], str) else len(rest[1])
+        if total == 0:
+            raise StreamError("the prompt is empty: --prompt takes the text to go on with")
         caught = ending(session.interrupts, streamed, options.get("prompt_cache"))
         shown = prompt_line(streamed, total, streamed.config.progress)
         start = time.perf_counter()

@@ -67,12 +67,12 @@ class StreamStats:
         """
         if self.layer_hit_rates and self.resident_layers == len(self.layer_hit_rates):
             return [("Experts", "all resident, nothing was streamed")]
+        used = (
+            f"{self.cache.hit_rate:.1%} hit rate{resident} ({self.cache.compulsory} first uses, "
+            f"{self.cache.capacity} misses after eviction)"
+        )
         lines = [
-            (
-                "Experts",
-                f"{self.cache.hit_rate:.1%} hit rate{resident} ({self.cache.compulsory} first "
-                f"uses, {self.cache.capacity} misses after eviction)",
-            ),
+            ("Experts", used if self.calls else "none was used: the model was not run"),
             (
                 "Read",
                 f"{format_size(self.read.bytes)} in {self.read.reads} reads, "

@@ -328,6 +328,8 @@ class ExpertStream(Closing):
             least = sum(n.minimum * n.expert_bytes for n in needs)
             if has - over < least:
                 enough = self.plan.bound + over - (has - least)
+                if self.plan.row_cache:  # it keeps its size
+                    instead += f", state less than {format_size(self.plan.row_cache)} of row_cache"
                 raise BudgetError(
                     f"{what} does not fit: it needs {format_size(needed)} beside the "
                     f"{format_size(active)} that MLX holds within {format_size(self.plan.bound)}, "
@@ -345,7 +347,7 @@ class ExpertStream(Closing):
                 f"and keeps {format_size(taken)}. A larger context_tokens plans for longer "
                 "contexts and for batches, a reserve for other arrays"
             )
-            self._open(slots)
+            self._open(slots, counting=True)
             self.plan = replace(self.plan, cache=taken, slots=tuple(slots))
             hold_limits(self, self.plan, self.config.wired == "auto")
 
@@ -482,14 +484,16 @@ class ExpertStream(Closing):
         with self._changing, self.run_ahead.paused() if self.run_ahead else nullcontext():
             yield
 
-    def _open(self, slots: Sequence[int], keep: bool = False) -> None:
+    def _open(self, slots: Sequence[int], keep: bool = False, counting: bool = False) -> None:
         """Give each layer its number of slots, and read in layers that fit entirely.
 
         Args:
             slots: of each layer.
             keep: move experts to the new slots where that takes no more than the cache before or
                 after, and go on counting.
+            counting: go on counting in any case, or all counters of the cache and of reads are 0.
         """
+        counting = counting or keep
         shrink, grow = [], []
         for layer, count in zip(self.layers, slots, strict=True):
             whole = count == layer.experts
@@ -513,7 +517,7 @@ class ExpertStream(Closing):
                     self._open_layer(layer, count, keep and fits and not whole)
                     for nbytes in layer.load_all() if whole else ():
                         bar.update(nbytes)
-                    if keep:
+                    if counting:
                         layer.cache.stats = counted
 
             for layer, count in shrink:
@@ -523,7 +527,7 @@ class ExpertStream(Closing):
             mx.clear_cache()  # before other layers grow, so that all stays within the budget
             for layer, count in grow:
                 reopen(layer, count)
-        if not keep:
+        if not counting:
             self._reader.stats = ReadStats()
 
     def _open_layer(self, layer: ExpertLayer, slots: int, keep: bool = False) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from .._config import parse_size
+from .._config import format_size, parse_size
 from .._errors import StreamError
 
 
@@ -40,6 +40,24 @@ class Machine:
     sync_share: float = 1.0
     arithmetic_rate: float = 0.0
     arithmetic_share: tuple[float, float] = (1.0, 1.0)
+
+    def with_drive(self, stated: str) -> Machine:
+        """The same machine with the drive that is stated; its rate is taken as it is.
+
+        Args:
+            stated: for example "7GB/s", or "7GB/s:100us" with a read's latency.
+
+        Raises:
+            StreamError: the text has another form.
+        """
+        rate, latency = parse_rate(stated, self.drive_latency)
+        return replace(self, drive_rate=rate, drive_latency=latency, drive_share=(1.0, 1.0))
+
+    @property
+    def drive_text(self) -> str:
+        """The rate that reads of experts may reach, for people: "4.05 GB/s to 5.94 GB/s"."""
+        low, high = (f"{format_size(share * self.drive_rate)}/s" for share in self.drive_share)
+        return low if low == high else f"{low} to {high}"
 
 
 # GB/s of memory by Apple's specifications. The chips with two figures: see `_SLOWER`.

@@ -8,7 +8,7 @@ what comes out is what went in.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -79,7 +79,7 @@ class SharedCaches:
                     arrays.append(
                         copy.copy(parts[0]) if len(parts) == 1 else mx.concatenate(parts, axis=-2)
                     )
-                mx.eval(arrays)
+                # Not evaluated: each layer is copied when it is first used, not all at once.
                 set_row_arrays(cache, name, arrays)
         return caches
 
@@ -112,13 +112,20 @@ class SharedPrompts:
         """Bytes of all segments, each counted once."""
         return sum(s.nbytes for s in {s for prompt in self._all for s in prompt.segments})
 
-    def share(self, model: Any, tokens: list[int], caches: list[Any]) -> SharedCaches:
+    def share(
+        self, model: Any, tokens: list[int], caches: list[Any], room: Callable[[int], bool]
+    ) -> SharedCaches | None:
         """The caches of a prompt, with the rows that other prompts have too.
 
         Args:
             model: whose they are.
             tokens: all that the caches hold.
-            caches: of one sequence; they stay as they are.
+            caches: of one sequence. The list is emptied, so that nothing is there twice for longer
+                than a layer is copied.
+            room: hears how many bytes will be added to `nbytes`; False if there is no room.
+
+        Returns:
+            None if there is no room.
         """
         rows = {
             f"{number}.{name}.{i}": array[..., : len(tokens), :]
@@ -132,14 +139,21 @@ class SharedPrompts:
             if grows(cache):
                 for name in ROWS:
                     setattr(cache, name, None if type(cache) is KVCache else ())
+        caches.clear()
+        ids = np.asarray(tokens, np.int64)
         made = SharedCaches(model, shells, [])
-        if rows:
-            self._fill(made, np.asarray(tokens, np.int64), rows)
+        done = self._take_shared(made, ids, rows) if rows else len(ids)
         self._all.add(made)
+        if not room(sum(a.nbytes for a in rows.values()) * (len(ids) - done) // len(ids)):
+            return None
+        if done < len(ids):
+            made.segments.append(Segment(ids[done:], _cut(rows, done, len(ids))))
+        for cache in leaves(shells):
+            mx.eval(vars(cache))
         return made
 
-    def _fill(self, made: SharedCaches, ids: Tokens, rows: dict[str, mx.array]) -> None:
-        """Give it segments: those that are there, then one of its own."""
+    def _take_shared(self, made: SharedCaches, ids: Tokens, rows: dict[str, mx.array]) -> int:
+        """Give it the segments that are there; returns of how many tokens."""
         others = [p for p in self._all if p.model == made.model and p.kinds == made.kinds]
         best = max(others, key=lambda p: p.common(ids), default=None)
         left, done = (0, 0) if best is None else (best.common(ids), 0)
@@ -150,8 +164,7 @@ class SharedPrompts:
                 break
             made.segments.append(segment if whole else self._divide(segment, count))
             done, left = done + count, left - count
-        if done < len(ids):
-            made.segments.append(Segment(ids[done:], _cut(rows, done, len(ids))))
+        return done
 
     def _divide(self, segment: Segment, count: int) -> Segment:
         """Divide a segment in all prompts that have it; returns the first part."""
@@ -175,10 +188,10 @@ def _never() -> bool:
 
 
 def _cut(rows: dict[str, mx.array], begin: int, end: int) -> dict[str, mx.array]:
-    """Rows of some of the tokens, in memory of their own."""
+    """Take the rows of some of the tokens, in memory of their own; `rows` is empty afterwards."""
     found = {}
-    for name, array in rows.items():
-        found[name] = mx.contiguous(array[..., begin:end, :])
+    for name in list(rows):
+        found[name] = mx.contiguous(rows.pop(name)[..., begin:end, :])
         mx.eval(found[name])
     return found
 

@@ -205,11 +205,8 @@ def _names(args: argparse.Namespace) -> list[str]:
 
 
 def _with_drive(machine: Machine, drive: str | None) -> Machine:
-    """The machine with the drive that `--drive` states, if it does: its rate is taken as it is."""
-    if drive is None:
-        return machine
-    rate, latency = parse_rate(drive, machine.drive_latency)
-    return replace(machine, drive_rate=rate, drive_latency=latency, drive_share=(1.0, 1.0))
+    """The machine with the drive that `--drive` states, if it does."""
+    return machine if drive is None else machine.with_drive(drive)
 
 
 def _on_machine(

@@ -146,12 +146,8 @@ def help_most(verdict: Verdict) -> str:
 
 def assumed(machine: Machine) -> str:
     """What a prediction for a machine that is not here rests on."""
-    low, high = (share * machine.drive_rate for share in machine.drive_share)
-    drive = f"{format_size(high)}/s"
-    if low < high:
-        drive = f"{format_size(low)}/s to {drive}"
     return (
-        f"  Assumed, not measured: drive {drive} (--drive states yours), memory "
+        f"  Assumed, not measured: drive {machine.drive_text} (--drive states yours), memory "
         f"{format_size(machine.memory_rate)}/s by specification."
     )
 

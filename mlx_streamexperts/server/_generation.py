@@ -14,6 +14,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from copy import copy, deepcopy
 from dataclasses import replace
 from queue import Empty, Queue
 from typing import Any, NoReturn
@@ -33,6 +35,7 @@ from ._refusals import Asked, BadRequestError, ClientGone, Refused, generation_f
 from ._request_counters import RequestCounters
 
 _ALIVE_SECONDS = 1.0
+_LONG_PROMPT = 1 << 16  # characters
 _ALIVE = (-1, -1)  # in the place of mlx-lm's (tokens done, tokens in all)
 
 
@@ -66,6 +69,8 @@ class GenerationThread(stock.ResponseGenerator):
         self._clients: dict[int, Client] = {}  # by id of the request
         self._replies: dict[Any, Client] = {}  # of running requests, by their queue
         self._tokenized: dict[int, Any] = {}  # by id of the request
+        # Tokenizing 5 MB takes 770 MB meanwhile, and 4 s: one such prompt at a time.
+        self._long_prompt = threading.Lock()
         self.admission.save_cache = self._save_cache
         provider.should_stop = self._should_stop
         super().__init__(provider, prompt_cache)
@@ -202,8 +207,11 @@ class GenerationThread(stock.ResponseGenerator):
         known = self._tokenized.pop(id(request), None)
         if known is not None and known[0] is request:
             return known[1]
-        result = self._prompt(tokenizer, request, args)
-        param = "messages" if request.request_type == "chat" else "prompt"
+        client = self._clients.get(id(request))
+        result = None if client is None else client.take_tokens(tokenizer)
+        if result is None:
+            result = self._prompt(tokenizer, request, args)
+        param = _param(request)
         prompt = result[0]
         if not prompt:
             raise BadRequestError("the prompt is empty: send some text", param)
@@ -213,17 +221,10 @@ class GenerationThread(stock.ResponseGenerator):
                 f"{self.model_provider.known_tokens} tokens; its tokenizer knows more",
                 param,
             )
-        limit = self.admission.reply_limit(len(prompt))
-        if limit is not None:
-            if limit < 1:
-                raise BadRequestError(
-                    f"the prompt has {len(prompt)} tokens, but this server has memory for "
-                    f"{len(prompt) + limit} tokens of prompt and reply; shorten it, or start the "
-                    f"server with --context-tokens {enough(len(prompt))} (and a larger --memory, "
-                    "if it then says that this is too small)",
-                    param,
-                )
-            args.max_tokens = min(args.max_tokens, limit)
+        most = self.admission.reply_limit(0)
+        check_length(len(prompt), most, param)
+        if most is not None:
+            args.max_tokens = min(args.max_tokens, most - len(prompt))
         self._hold_to_shape(args, tokenizer, prompt)
         self._try_out(args, tokenizer)
         return result
@@ -242,6 +243,37 @@ class GenerationThread(stock.ResponseGenerator):
             return super()._tokenize(tokenizer, request, args)
         except Exception as e:  # the chat template failed, or does not know a role
             raise BadRequestError(f"the prompt cannot be turned into tokens: {e}") from e
+
+    def tokenize_ahead(self, request: Any, args: Any, client: Client) -> None:
+        """Turn a request's prompt into tokens in the thread of its connection.
+
+        The generation thread then finds them at its client. It does so itself where this cannot:
+        if the model is not loaded, or generates on several machines, if the prompt has pictures
+        (whose arrays belong to a thread), or if the tokenizer is Python, which no thread runs
+        beside another.
+
+        Raises:
+            BadRequestError: the prompt can never be answered.
+            ClientGone: the client left before its turn.
+        """
+        loaded = self.model_provider.loaded
+        if (
+            self._is_distributed
+            or loaded is None
+            or loaded.path != args.model.model
+            or not getattr(loaded.tokenizer, "is_fast", False)
+            or any(stock._image_parts(request.messages))
+        ):
+            return
+        own = copy(request)
+        own.messages = deepcopy(request.messages)  # mlx-lm writes into them
+        long = _characters(request) > _LONG_PROMPT
+        with self._long_prompt if long else nullcontext():
+            if client.gone():
+                raise ClientGone
+            result = self._prompt(loaded.tokenizer, own, args)
+            check_length(len(result[0]), loaded.most_tokens, _param(request))
+        client.give_tokens(loaded.tokenizer, result)
 
     def count_prompt(self, request: Any, args: Any) -> int:
         """Tokens of a request's prompt, for a thread that waits for nothing else.
@@ -313,6 +345,38 @@ class GenerationThread(stock.ResponseGenerator):
         restore_random_state()
 
 
+def check_length(tokens: int, most: int | None, param: str) -> None:
+    """Refuse a prompt that leaves no room for a reply.
+
+    Args:
+        tokens: of the prompt.
+        most: tokens of prompt and reply for which there is memory; None if nothing bounds them.
+        param: the request's field that has the prompt.
+
+    Raises:
+        BadRequestError: says what would do.
+    """
+    if most is not None and tokens >= most:
+        raise BadRequestError(
+            f"the prompt has {tokens} tokens, but this server has memory for {most} tokens of "
+            "prompt and reply; shorten it, or start the server with --context-tokens "
+            f"{enough(tokens)} (and a larger --memory, if it then says that this is too small)",
+            param,
+        )
+
+
+def _param(request: Any) -> str:
+    """The field that has the prompt."""
+    return "messages" if request.request_type == "chat" else "prompt"
+
+
+def _characters(request: Any) -> int:
+    """Length of the prompt's text, tools included, or of its list of tokens."""
+    if request.request_type != "chat":
+        return len(request.prompt)
+    return sum(len(str(part)) for part in (request.messages, request.tools))
+
+
 class _Reply:
     """The reply queue of a request; its client sees how far the prompt is."""
 
@@ -367,6 +431,16 @@ class Client:
         self.prompt: tuple[int, int] | None = None
         self.began = 0.0, 0
         self.keep_alive: Callable[[Progress | None], None] | None = None
+        self._tokens: tuple[Any, Any] | None = None  # the tokenizer, and what it made of the prompt
+
+    def give_tokens(self, tokenizer: Any, result: Any) -> None:
+        """Keep what mlx-lm's `_tokenize` returns for the generation thread."""
+        self._tokens = tokenizer, result
+
+    def take_tokens(self, tokenizer: Any) -> Any:
+        """What was kept, once; None if nothing was, or another model's tokenizer made it."""
+        kept, self._tokens = self._tokens, None
+        return kept[1] if kept is not None and kept[0] is tokenizer else None
 
     def begin(self, context: Any) -> None:
         """The prompt is taken."""
@@ -428,6 +502,7 @@ class Client:
         args.model.draft = "default_model"
         self.generator.register(request, self)
         try:
+            self.generator.tokenize_ahead(request, args, self)
             context, responses = self.generator.generate(request, args, progress)
         except ClientGone as e:
             raise Refused(499, "the client has left") from e

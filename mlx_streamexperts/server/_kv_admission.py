@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import (
     ArraysCache,
@@ -26,10 +25,12 @@ from .._errors import PassStoppedError
 from .._experts.stream import is_streamed, stream
 from .._loading.combinations import trims
 from .._memory.budget import Plan
-from .._memory.footprint import STEP
+from .._memory.footprint import leaves, whole_steps
 from .._prefixes.remembered import PrefixCache
 from .._prefixes.shared import SharedPrompts
+from .._prefixes.states import grows
 from ._audience import Audience, Waiting, lowest
+from ._batches import PromptBatch, ReplyBatch, settle
 
 # Logits, their logarithms and the sampler's copies, of this step and the next, in float32.
 _LOGIT_BYTES = 24
@@ -126,8 +127,18 @@ class KVAdmission:
     def _batch_bytes(self, *tokens: int) -> int:
         """KV cache of a batch: every sequence takes as much as the longest."""
         assert self.plan is not None
-        longest = -(-max(tokens) // STEP) * STEP
-        return len(tokens) * (longest * self.plan.kv_token + (self.state_bytes or 0))
+        longest, sequences = max(tokens), len(tokens)
+        rows = sequences * whole_steps(longest)
+        # A pass pads its prompts to the longest chunk, whatever they hold already.
+        rows += max(
+            (
+                n * (whole_steps(longest + chunk) - whole_steps(longest))
+                for n in range(2, sequences + 1)
+                if (chunk := min(self.chunk_tokens(longest, n), longest))
+            ),
+            default=0,
+        )
+        return rows * self.plan.kv_token + sequences * (self.state_bytes or 0)
 
 
 class AdmittedBatch(BatchGenerator):
@@ -143,6 +154,10 @@ class AdmittedBatch(BatchGenerator):
         self._admission, self._audience = admission, audience
         self._clients: dict[int, Waiting | None] = {}  # by sequence id
         self._left: set[int] = set()  # sequences whose prompt was ended
+        self._prompt_batch = PromptBatch.empty(
+            model, self.sampler, prefill_step_size=self.prefill_step_size
+        )
+        self._generation_batch = ReplyBatch.empty(model, self.sampler)
         self._run_prompts = self._prompt_batch.prompt
         self._prompt_batch.prompt = self._prompts  # of this one object, which mlx-lm keeps
         self._stated_step = self.prefill_step_size
@@ -174,16 +189,21 @@ class AdmittedBatch(BatchGenerator):
             self._left.update(uids)
 
     def remove(self, uids: Any, *args: Any, **options: Any) -> Any:
-        save = self._admission.save_cache
-        if save is not None:  # a stop string has ended the reply, or the client left
-            for i, uid in enumerate(self._generation_batch.uids):
-                if uid in uids:
-                    cache = self._generation_batch.extract_cache(i)
-                    save(list(self._generation_batch.tokens[i]), cache)
+        replies, save = self._generation_batch, self._admission.save_cache
+        ended = [  # by a stop string, or the client left
+            (list(replies.tokens[i]), replies.extract_cache(i))
+            for i, uid in enumerate(replies.uids)
+            if uid in uids
+        ]
         removed = super().remove(uids, *args, **options)
+        settle(self._prompt_batch.prompt_cache)
+        settle(replies.prompt_cache, *(caches for _, caches in ended))
         self._admission.finish(uids)
         for uid in uids:
             self._clients.pop(uid, None)
+        if save is not None:
+            for tokens, caches in ended:
+                save(tokens, caches)
         return removed
 
     def next(self) -> Any:
@@ -272,23 +292,23 @@ class BoundedPromptCache(LRUPromptCache):
     def insert_cache(
         self, model: Any, tokens: list[int], prompt_cache: list[Any], **options: Any
     ) -> None:
-        if sum(c.nbytes for c in prompt_cache) > self._admission.prompt_cache_budget():
-            # Evaluated, it would be in memory a second time beside the running batch's. mlx-lm's
-            # loop goes on referring to the list.
-            prompt_cache.clear()
-            return
-        # A cache taken out of a batch is an unevaluated slice: it would keep the KV cache of the
-        # whole batch in memory, unseen by any count.
-        mx.eval([c.state for c in prompt_cache])
         if self._provider is not None and self._provider.prefixes is not None:
             self._provider.prefixes.save(tokens, prompt_cache)
-        shared = self._shared.share(model, tokens, prompt_cache)
-        if not trims(prompt_cache):
+        can_trim = trims(prompt_cache)
+        states = sum(c.nbytes for c in leaves(prompt_cache) if not grows(c))
+
+        def room(added: int) -> bool:
+            most = self._admission.prompt_cache_budget() - added - states
+            self.trim_to(n_bytes=most)
+            return self.nbytes <= most
+
+        shared = self._shared.share(model, tokens, prompt_cache, room)
+        if shared is None:
+            return
+        if not can_trim:
             shared.never_trim()
         # mlx-lm goes through what it keeps and copies it, and nothing else.
         super().insert_cache(model, tokens, shared, **options)  # type: ignore[arg-type]
-        prompt_cache.clear()
-        self.trim_to(n_bytes=self._admission.prompt_cache_budget())
 
     def trim_to(self, *, n_sequences: int | None = None, n_bytes: int | None = None) -> None:
         super().trim_to(n_sequences=n_sequences)

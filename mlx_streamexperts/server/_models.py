@@ -6,6 +6,7 @@ import argparse
 import gc
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,21 @@ from ._kv_admission import KVAdmission
 from ._refusals import Refused
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What the threads of connections may know of the loaded model, all of one moment.
+
+    Attributes:
+        path: its folder.
+        tokenizer: mlx-lm's.
+        most_tokens: of prompt and reply; None if nothing bounds them.
+    """
+
+    path: str
+    tokenizer: Any
+    most_tokens: int | None
+
+
 class ModelProvider(stock.ModelProvider):
     """mlx-lm's provider, for models that were named at the start and no others.
 
@@ -38,6 +54,7 @@ class ModelProvider(stock.ModelProvider):
         served: folder by every name that a request may use.
         listed: the names that `/v1/models` lists.
         known_tokens: number of tokens that both the model and its tokenizer know.
+        loaded: for other threads than the one that loads; None while no model is loaded.
         follower: tells how far the loaded model's pass is; None if no streamed model is loaded.
         prefixes: the loaded model's prompts on the drive; None without `--prefix-cache`.
         should_stop: asked while passes run: shall the pass under way end?
@@ -46,6 +63,7 @@ class ModelProvider(stock.ModelProvider):
     model: Any
     tokenizer: Any
     known_tokens = 1
+    loaded: Loaded | None = None
     follower: Follower | None = None
     should_stop: Callable[[], bool] | None = None
     prefixes: PrefixCache | None = None
@@ -135,6 +153,10 @@ class ModelProvider(stock.ModelProvider):
             self.follower = expert_stream.follow(stop=self.should_stop)
             self.cli_args.prefill_step_size = self._stated_step or plan.prefill_tokens
             logging.info(f"Loaded {args[0]}: {plan}")
+        self.tokenizer.encode("")  # drops a truncation that its file states: later calls only read
+        most = self.admission.reply_limit(0)
+        assert self.model_key is not None
+        self.loaded = Loaded(self.model_key[0], self.tokenizer, most)
 
     def unload(self) -> None:
         """Free the loaded model, even if something still refers to it.
@@ -142,6 +164,7 @@ class ModelProvider(stock.ModelProvider):
         mlx-lm's generation loop does: the next model would be loaded beside this one's trunk.
         """
         model, self._last = self._last, None  # mlx-lm forgets it first when its loop ends
+        self.loaded = None
         self.reset()
         self.admission.close()
         self.prefixes = self._vocabulary = None

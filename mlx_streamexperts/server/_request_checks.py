@@ -7,6 +7,7 @@ request asks for is silently ignored.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -34,6 +35,10 @@ MOST_CHOICES = 16
 """Replies that one request may ask for: `n` to each of its prompts."""
 
 _SMALLEST_TEMPERATURE = 1e-6  # logits are divided by it
+_FRACTIONS = (
+    "frequency_penalty", "min_p", "presence_penalty", "repetition_penalty", "temperature", "top_p",
+    "xtc_probability", "xtc_threshold",
+)  # fmt: skip
 
 
 def check_request(body: dict[str, Any], fetch_images: bool, chat: bool) -> dict[str, Any]:
@@ -52,7 +57,7 @@ def check_request(body: dict[str, Any], fetch_images: bool, chat: bool) -> dict[
     for path, value in _walk(body):
         if isinstance(value, float) and not math.isfinite(value):
             raise wrong(path, "must be finite")
-        if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+        if isinstance(value, str) and not _encodes(value):
             raise wrong(path, "has half of a surrogate pair, for which there are no tokens")
     fields = CHAT_FIELDS if chat else TEXT_FIELDS
     for key, value in body.items():
@@ -112,7 +117,7 @@ def _for_mlx_lm(body: dict[str, Any], fetch_images: bool) -> dict[str, Any]:
         for url in _image_urls(body["messages"]):
             if not url.startswith("data:"):
                 raise wrong("messages", "images must be data: URLs (--fetch-images allows others)")
-    for key in ("xtc_probability", "xtc_threshold"):
+    for key in _FRACTIONS:  # mlx-lm takes no integers for some, and MLX none above 64 bits
         if key in body:
             body[key] = float(body[key])
     options = body.get("stream_options")
@@ -131,6 +136,15 @@ def _for_mlx_lm(body: dict[str, Any], fetch_images: bool) -> dict[str, Any]:
     elif body.get("logprobs"):
         body["top_logprobs"] = 0
     return {k: v for k, v in body.items() if k not in NO_EFFECT}
+
+
+def _encodes(value: str) -> bool:
+    """Whether a string is text: all its surrogates come in pairs."""
+    try:
+        value.encode()  # 1,000 times as fast as a look at each character
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _walk(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -191,6 +205,8 @@ def _messages(value: Any) -> str | None:
         calls = message.get("tool_calls")
         if calls is not None and not (are(calls, dict) and all(map(_is_call, calls))):
             return "have tool_calls that are not a list of functions with a name and arguments"
+        if not all(_is_json(call["function"].get("arguments")) for call in calls or ()):
+            return "have tool_calls whose arguments are not JSON"
     return None
 
 
@@ -201,6 +217,17 @@ def _is_call(call: dict[str, Any]) -> bool:
         and isinstance(function.get("name"), str)
         and isinstance(function.get("arguments"), str | dict | None)
     )
+
+
+def _is_json(arguments: Any) -> bool:
+    """Whether arguments of a call can be given to a template: JSON in a string, or nothing."""
+    if not isinstance(arguments, str) or not arguments:
+        return True
+    try:
+        json.loads(arguments)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _tools(value: Any) -> str | None:

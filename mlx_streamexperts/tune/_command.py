@@ -1,4 +1,4 @@
-"""The command `tune`: _options.py says what it does."""
+"""The command `tune`, once its options are understood."""
 
 from __future__ import annotations
 
@@ -26,12 +26,11 @@ from .._loading.demo import demo_model
 from .._loading.tuned_for import tuned_for
 from .._progress import progress_bar
 from ._ledger import Ledger
-from ._options import setup_arg_parser
 from ._runner import CACHE_SHARE, Runner, Workload, read_prompts, shipped_prompts
 from ._search import Settings, Space
 from ._tuner import Outcome, Record, Run, Tuner
 
-__all__ = ["Ledger", "Outcome", "Run", "Runner", "Tuner", "Workload", "main", "space"]
+__all__ = ["Ledger", "Outcome", "Run", "Runner", "Tuner", "Workload", "run", "space"]
 
 _INSTEAD = "Use python -m mlx_streamexperts.generate, which prints tokens per second and hit rates"
 _VALUES: Space = {
@@ -49,9 +48,8 @@ _VALUES: Space = {
 """Values of each setting, the default first; likely winners come early."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    args = setup_arg_parser().parse_args(argv)
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
     try:
         config, model = stream_settings(args, _INSTEAD)
         assert model is not None
@@ -130,7 +128,7 @@ def _tune(args: argparse.Namespace, runner: Runner, config: StreamConfig) -> int
                 bar.write(f"{text}. Please report this", file=sys.stderr)
 
         tuner = Tuner(
-            runner.run, values, book, args.time_limit, args.trials, seed=args.seed,
+            runner.run, values, book, args.time_limit, args.trials,
             stock=runner.stock, together=together(values), on_record=note,
         )  # fmt: skip
         if once:

@@ -19,12 +19,12 @@ import mlx.nn as nn
 import mlx_lm
 import mlx_lm.utils
 
+from .._analysis.quality import bundled_texts
 from .._cache.expert_map import fewest_slots
 from .._config import StreamConfig, parse_size
 from .._errors import StreamError
 from .._experts.bank import numbers
 from .._experts.stream import expert_files, refuse_without_experts, stream
-from .._loading.demo import demo_model
 from .._loading.discover import DiscoveredModel, discover
 from .._loading.lazy_load import original_load_model
 from .._loading.load import patch
@@ -36,7 +36,7 @@ from ._tuner import Run
 CACHE_SHARE = "cache_share"
 """The setting for the part of the budget's room that the expert cache takes, 0 to 1."""
 
-_TOPICS = 4
+_SHIPPED = 4
 
 
 @dataclass(frozen=True)
@@ -201,11 +201,9 @@ class Runner:
 
 
 def shipped_prompts() -> list[str]:
-    """One text of each of some topics that the embedded model knows."""
-    by_topic: dict[str, str] = {}
-    for entry in json.loads((demo_model() / "prompts.json").read_text()):
-        by_topic.setdefault(entry["topic"], entry["prompt"])
-    return list(by_topic.values())[:: max(1, len(by_topic) // _TOPICS)][:_TOPICS]
+    """Some texts that come with the package, of several tasks and languages."""
+    texts = bundled_texts()
+    return texts[:: len(texts) // _SHIPPED][:_SHIPPED]
 
 
 def read_prompts(file: Path) -> list[str]:

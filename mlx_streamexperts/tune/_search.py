@@ -1,103 +1,69 @@
-"""Which settings to try next: each value alone, then proposals of Optuna's, none of them twice.
-
-Only a search imports Optuna (extra `tune`).
-"""
+"""Which settings to try next. Knows their values and what earlier ones gave, and nothing else."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .._errors import StreamError
 
 Settings = dict[str, Any]
 Space = dict[str, Sequence[Any]]
+"""The values of each setting, the default first."""
 
 
-class Search:
-    """An Optuna study over settings; it maximizes the ratio of tokens/s to the defaults'.
-
-    Args:
-        space: the values of each setting, the default first.
-        changed: reduces settings to those that differ from the defaults and matter.
-        known: settings that were tried and their ratios; None if they failed or are disqualified.
-        seed: of its random numbers.
-        together: settings that may pay only together; tried after each value alone.
+def check(settings: Settings, space: Space) -> None:
+    """Refuse what is not in the space.
 
     Raises:
-        StreamError: Optuna is not installed.
+        StreamError: there is no such setting, or its value has another type.
     """
-
-    def __init__(
-        self,
-        space: Space,
-        changed: Callable[[Settings], Settings],
-        known: Iterable[tuple[Settings, float | None]],
-        seed: int,
-        together: Iterable[Settings] = (),
-    ) -> None:
-        try:
-            import optuna
-        except ImportError as e:
-            raise StreamError("tuning needs the optuna library: pip install 'optuna>=4,<6'") from e
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        sampler = optuna.samplers.TPESampler(seed=seed)
-        self._failed = optuna.trial.TrialState.FAIL
-        self._study = optuna.create_study(direction="maximize", sampler=sampler)
-        self._random, self._changed = random.Random(seed), changed
-        self._kinds: dict[str, Any] = {
-            k: optuna.distributions.CategoricalDistribution(list(v)) for k, v in space.items()
-        }
-        # Every combination, by the settings in it that matter.
-        self._untried: dict[frozenset[tuple[str, Any]], Settings] = {}
-        for chosen in itertools.product(*space.values()):
-            combination = dict(zip(space, chosen, strict=True))
-            self._untried.setdefault(self._key(combination), combination)
-        defaults = {name: values[0] for name, values in space.items()}
-        for settings, ratio in [({}, 1.0), *known]:
-            self._untried.pop(self._key(settings), None)
-            if ratio is not None:
-                self._study.add_trial(
-                    optuna.trial.create_trial(
-                        params={**defaults, **settings},
-                        distributions=self._kinds,
-                        value=math.log(ratio),
-                    )
-                )
-        alone = [{name: value} for name, values in space.items() for value in values[1:]]
-        for settings in (*alone, *together):
-            if self._key(settings) in self._untried:
-                self._study.enqueue_trial({**defaults, **settings})
-
-    def ask(self) -> Settings | None:
-        """Settings that were not tried yet; None if there are none left.
-
-        Optuna soon repeats what it knows to be good; the nearest untried settings replace that.
-        """
-        if not self._untried:
-            return None
-        self._trial = self._study.ask(self._kinds)
-        proposed = self._trial.params
-        if self._key(proposed) not in self._untried:
-            self.tell(None)
-            nearest = min(
-                self._untried.values(),
-                key=lambda s: (sum(s[k] != v for k, v in proposed.items()), self._random.random()),
+    for name, value in settings.items():
+        if name not in space:
+            raise StreamError(
+                f"{name!r} is no setting to tune here: it is one of {', '.join(space)}, "
+                "those that were not stated as options"
             )
-            self._study.enqueue_trial(nearest)
-            self._trial = self._study.ask(self._kinds)
-        del self._untried[self._key(self._trial.params)]
-        return self._changed(self._trial.params)
+        if type(value) is not type(default := space[name][0]):
+            raise StreamError(f"{name}={value!r}: a value such as {default!r} is needed")
 
-    def tell(self, ratio: float | None) -> None:
-        """Report the ratio of the settings that were asked for last; None if they failed."""
-        if ratio is None:
-            self._study.tell(self._trial, state=self._failed)
-        else:
-            self._study.tell(self._trial, math.log(ratio))
 
-    def _key(self, settings: Settings) -> frozenset[tuple[str, Any]]:
-        return frozenset(self._changed(settings).items())
+def changed(settings: Mapping[str, Any], space: Space) -> Settings:
+    """The settings that differ from the defaults and have an effect."""
+    idle = "prefetch_depth" if settings.get("prefetch") == "off" else None
+    return {n: v for n, v in settings.items() if v != space[n][0] and n != idle}
+
+
+def next_settings(
+    space: Space, tried: Iterable[tuple[Settings, float | None]], together: Iterable[Settings] = ()
+) -> Settings | None:
+    """The settings to try next: each value alone, then `together`, then all other combinations.
+
+    The combination comes first whose values alone gave the most, multiplied.
+
+    Args:
+        space: the settings.
+        tried: settings and their tokens/s over the defaults'; None if they failed or were
+            disqualified.
+        together: settings that may pay only together.
+
+    Returns:
+        What differs from the defaults; None if nothing is left.
+    """
+    ratios = {frozenset(settings.items()): ratio for settings, ratio in tried}
+    ratios[frozenset()] = 1.0
+    alone = [{name: value} for name, values in space.items() for value in values[1:]]
+    for settings in (*alone, *together):
+        if frozenset(changed(settings, space).items()) not in ratios:
+            return changed(settings, space)
+
+    def promise(settings: Settings) -> float:
+        return math.prod(ratios.get(frozenset([item])) or 0.0 for item in settings.items())
+
+    chosen = itertools.product(*space.values())
+    combinations = (dict(zip(space, values, strict=True)) for values in chosen)
+    different = (changed(c, space) for c in combinations)
+    left = (s for s in different if frozenset(s.items()) not in ratios)
+    return max(left, key=promise, default=None)

@@ -16,7 +16,7 @@ from typing import Any
 
 from .._errors import StreamError
 from ._ledger import Ledger
-from ._search import Search, Settings, Space
+from ._search import Settings, Space, changed, check, next_settings
 
 _BASELINES = 4  # the first warms up; three more make two pairs that show the noise
 _FEW = 5  # candidates worth a search
@@ -85,7 +85,6 @@ class Tuner:
         trials: the most candidates to try, those in the ledger included.
         stock: returns digests of mlx-lm's own tokens and logits, or None if the model does not fit
             unstreamed; None for the logits if this device may sum in another order for it.
-        seed: of the search.
         together: settings that may pay only together.
         on_record: called with every record.
         clock: returns seconds.
@@ -99,14 +98,13 @@ class Tuner:
         seconds: float = 600.0,
         trials: int | None = None,
         stock: Callable[[], tuple[str, str | None] | None] = lambda: None,
-        seed: int = 0,
         together: Sequence[Settings] = (),
         on_record: Callable[[Record], None] = lambda record: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run, self._space, self._ledger = run, space, ledger
         self._together = together
-        self._seconds, self._trials, self._run_stock, self._seed = seconds, trials, stock, seed
+        self._seconds, self._trials, self._run_stock = seconds, trials, stock
         self._on_record, self._clock, self._began = on_record, clock, clock()
         self._stock: tuple[str, str | None] | None = None
         self._run_seconds: list[float] = []
@@ -130,24 +128,21 @@ class Tuner:
         Raises:
             StreamError: a setting is not in the space, or the defaults cannot be run.
         """
-        changed = self.changed(settings)
+        check(settings, self._space)
         if not self._baselines:
             self._start(2)
-        return self._try(changed, "once")
+        return self._try(changed(settings, self._space), "once")
 
     def tune(self) -> Outcome:
         """Search, then let the best win again. Ctrl-C ends the search with the best so far.
 
         Raises:
-            StreamError: Optuna is not installed; the defaults cannot be run, or their results
-                differ from earlier ones or from mlx-lm's without streaming.
+            StreamError: the defaults cannot be run, or their results differ from earlier ones or
+                from mlx-lm's without streaming.
         """
-        known = [(r["settings"], _score(r)) for r in self._of("search")]
         try:
-            seed = self._seed + len(known)
-            search = Search(self._space, self.changed, known, seed, self._together)
             self._start(_BASELINES)
-            ended = self._search(search)
+            ended = self._search()
             best = self._verified()
         except KeyboardInterrupt:
             ended, best = "interrupted", next(iter(self._finalists()), None)
@@ -158,26 +153,6 @@ class Tuner:
             [r for r in self._records if r.get("disqualified")],
             best,
         )
-
-    def changed(self, settings: Settings) -> Settings:
-        """The settings that differ from the defaults and matter.
-
-        Raises:
-            StreamError: a setting is not in the space, or its value has another type.
-        """
-        for name, value in settings.items():
-            if name not in self._space:
-                raise StreamError(
-                    f"{name!r} is no setting to tune here: it is one of {', '.join(self._space)}, "
-                    "those that were not stated as options"
-                )
-            if type(value) is not type(default := self._space[name][0]):
-                raise StreamError(f"{name}={value!r}: a value such as {default!r} is needed")
-        default = {name: values[0] for name, values in self._space.items()}
-        changed = {n: settings[n] for n in default if settings.get(n, default[n]) != default[n]}
-        if settings.get("prefetch", default.get("prefetch")) == "off":
-            changed.pop("prefetch_depth", None)  # has no effect
-        return changed
 
     def _start(self, baselines: int) -> None:
         """Run mlx-lm's own model if it fits, then the defaults until their noise is known."""
@@ -239,7 +214,8 @@ class Tuner:
         left = self._seconds - (self._clock() - self._began)
         return max(0, int(left / statistics.median(self._run_seconds)) // 2 - _ROUNDS)
 
-    def _search(self, search: Search) -> str:
+    def _search(self) -> str:
+        """Try settings until there is a reason to end; returns it."""
         while self._trials is None or len(self._of("search")) < self._trials:
             # A candidate and a baseline, and the runs that verify one.
             if not self._time_for(2 + 2 * _ROUNDS):
@@ -251,9 +227,11 @@ class Tuner:
                     f"the time is over. A run takes {took:.0f} s here, and a candidate needs two: "
                     f"--time-limit {math.ceil(enough / 60)}m has room for {_FEW}"
                 )
-            if (settings := search.ask()) is None:
+            tried = [(r["settings"], _score(r)) for r in self._of("search")]
+            settings = next_settings(self._space, tried, self._together)
+            if settings is None:
                 return "nothing is left to try"
-            search.tell(_score(self._try(settings, "search")))
+            self._try(settings, "search")
         return "as many as were asked for"
 
     def _of(self, phase: str) -> list[Record]:

@@ -1,0 +1,112 @@
+"""mlx-lm's batches, whose KV caches are rebuilt one layer at a time.
+
+When a sequence joins or leaves a batch, mlx-lm copies the KV caches of all layers and lets go of
+the old ones afterwards: a server's KV cache would be in memory twice. Here each layer lets go of
+its old rows before the next one is copied. The rows are a whole number of steps, as `KVAdmission`
+counts them.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import GenerationBatch, PromptProcessingBatch
+from mlx_lm.models.cache import ArraysCache, BatchKVCache
+
+from .._memory.footprint import leaves, whole_steps
+from .._prefixes.states import ROWS
+
+
+class PromptBatch(PromptProcessingBatch):
+    """The prompts that are being computed."""
+
+    def extend(self, batch: PromptProcessingBatch) -> None:
+        super().extend(batch)
+        _settle_joined(self.prompt_cache, batch.prompt_cache)
+
+    def split(self, indices: list[int]) -> PromptProcessingBatch:
+        parted = super().split(indices)
+        settle(self.prompt_cache, parted.prompt_cache)
+        return parted
+
+    def extract_cache(self, idx: int) -> list[Any]:
+        """The caches of one prompt. Keys and values are views of the batch's: copy what to keep."""
+        found: list[Any] = _own_states(super().extract_cache(idx))
+        for batch, cache in zip(leaves(self.prompt_cache), leaves(found), strict=True):
+            if type(batch) is BatchKVCache and batch.keys is not None:
+                rows = slice(int(batch.left_padding[idx].item()), batch._idx)
+                cache.keys = batch.keys[idx : idx + 1, :, rows]
+                cache.values = batch.values[idx : idx + 1, :, rows]
+        return found
+
+    def prompt(self, tokens: list[list[int]]) -> None:
+        layers = list(self.prompt_cache)
+        for cache in layers:
+            cache.finalize = partial(_finalize, cache)
+        try:
+            super().prompt(tokens)
+        finally:
+            for cache in layers:
+                del cache.finalize
+
+
+class ReplyBatch(GenerationBatch):
+    """The replies that are being generated."""
+
+    def extend(self, batch: GenerationBatch) -> None:
+        super().extend(batch)
+        _settle_joined(self.prompt_cache, batch.prompt_cache)
+
+    def extract_cache(self, idx: int) -> list[Any]:
+        return _own_states(super().extract_cache(idx))
+
+    def next(self) -> list[Any]:
+        responses: list[Any] = super().next()
+        if ended := [r.prompt_cache for r in responses if r.prompt_cache is not None]:
+            settle(self.prompt_cache, *ended)
+        return responses
+
+
+def settle(*batches: list[Any]) -> None:
+    """Evaluate caches that were cut out of the same ones, a layer of all of them at a time."""
+    for layer in zip(*(caches for caches in batches if caches), strict=True):
+        caches = list(leaves(layer))
+        for name in ROWS:  # keys, then values
+            mx.eval([vars(cache).get(name) for cache in caches])
+            for cache in caches:
+                if type(cache) is BatchKVCache and cache.keys is not None:
+                    array = _with_rows(getattr(cache, name), whole_steps(cache._idx))
+                    setattr(cache, name, array)
+                    mx.eval(array)
+        mx.eval([vars(cache) for cache in caches])
+
+
+def _own_states(caches: list[Any]) -> list[Any]:
+    """Copy states of fixed size: mlx-lm's are views, which keep those of the whole batch."""
+    for cache in leaves(caches):
+        if type(cache) is ArraysCache:
+            cache.cache = [None if a is None else mx.contiguous(a) for a in cache.cache]
+    return caches
+
+
+def _finalize(cache: Any) -> None:
+    """Move the rows of padded prompts to their places."""
+    type(cache).finalize(cache)
+    settle([cache])
+
+
+def _settle_joined(joined: list[Any], taken: list[Any]) -> None:
+    """Evaluate caches that took in others. mlx-lm still refers to those: they are dropped."""
+    for i, cache in enumerate(joined):
+        settle([cache])
+        if taken is not joined:
+            taken[i] = None
+
+
+def _with_rows(array: mx.array, rows: int) -> mx.array:
+    """A KV cache's array with room for so many rows, [B, heads, rows, width], in its own memory."""
+    if array.shape[2] < rows:
+        return mx.pad(array, [(0, 0), (0, 0), (0, rows - array.shape[2]), (0, 0)])
+    return mx.contiguous(array[..., :rows, :])
