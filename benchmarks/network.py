@@ -13,7 +13,8 @@ message takes longer with it (`more`), measured with nothing but messages:
     prompt of n chunks = one chunk on both ranks + (n - 1) x one chunk on one + a token + 2 n more
 
 The second has each chunk pay for its messages. "Full pipe" pays for them once, and "one by one" is
-a prompt whose chunks wait for each other. All predictions are those of a round for itself.
+a prompt whose chunks wait for each other. Each figure is that of its quietest round, since whatever
+else runs on the machine only adds.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -96,12 +96,12 @@ def main() -> None:
     parser.add_argument("--cache", default="5MB", help="of each rank")
     parser.add_argument("--delays", default="0,1,5", help="milliseconds of a message")
     parser.add_argument("--rate", default="1GB", help="bytes/s of the link")
-    parser.add_argument("--tokens", type=int, default=15, help="timed tokens a round")
+    parser.add_argument("--tokens", type=int, default=10, help="timed tokens a round")
     parser.add_argument("--warm-up", type=int, default=50)
     parser.add_argument("--messages", type=int, default=30, help="timed messages a round")
     parser.add_argument("--chunk", type=int, default=16, help="tokens of a prompt's chunk")
     parser.add_argument("--chunks", type=int, default=8, help="of the long prompt")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -141,7 +141,7 @@ def main() -> None:
 def measure(
     count: int, delays: list[float], relays: list[Relay], processes: list[subprocess.Popen[str]]
 ) -> list[dict[float, dict[str, float]]]:
-    """By round and delay: the seconds of the rank that ended last."""
+    """By round and delay: seconds of the rank that ended last."""
     rounds = []
     for number in range(count):
         found: dict[float, dict[str, float]] = {}
@@ -164,24 +164,22 @@ def measure(
 def print_table(
     chunks: int, delays: list[float], rounds: list[dict[float, dict[str, float]]]
 ) -> None:
-    """Medians of the rounds, in milliseconds."""
+    """What the quietest round of each delay took, in milliseconds."""
     head = ["added delay", "message", "token", "predicted", f"prompt of {chunks} chunks",
             "predicted", "full pipe", "one by one"]  # fmt: skip
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
-    for delay in delays:
-        rows = []
-        for found in rounds:
-            without, there = found[delays[0]], found[delay]
-            more, token = there["message"] - without["message"], without["token"]
-            chunk = without["chunk"] - token  # a prompt's last token is a pass of its own
-            pipe = (chunks + 1) / 2 * chunk + token
-            rows.append([
-                delay, there["message"], there["token"], token + 2 * more, there["prompt"],
-                pipe + 2 * chunks * more, pipe + 2 * more,
-                chunks * (chunk + 2 * more) + token + 2 * more,
-            ])  # fmt: skip
-        middle = [1e3 * statistics.median(column) for column in zip(*rows, strict=True)]
-        print("| " + " | ".join(f"{m:.3g} ms" for m in middle) + " |")
+    least = {d: {key: min(r[d][key] for r in rounds) for key in rounds[0][d]} for d in delays}
+    without = least[delays[0]]
+    chunk = without["chunk"] - without["token"]  # a prompt's last token is a pass of its own
+    pipe = (chunks + 1) / 2 * chunk + without["token"]
+    for delay, there in least.items():
+        more = there["message"] - without["message"]
+        row = [
+            delay, there["message"], there["token"], without["token"] + 2 * more, there["prompt"],
+            pipe + 2 * chunks * more, pipe + 2 * more,
+            chunks * (chunk + 2 * more) + without["token"] + 2 * more,
+        ]  # fmt: skip
+        print("| " + " | ".join(f"{1e3 * x:.3g} ms" for x in row) + " |")
 
 
 if __name__ == "__main__":

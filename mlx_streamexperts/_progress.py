@@ -5,13 +5,18 @@ Knows neither models nor files: it gets numbers and functions.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TextIO
 
 from tqdm import tqdm
 
 from ._closing import Closing
+
+_TERMINAL_SECONDS, _PIPE_SECONDS = 1.0, 10.0
+_ERASE = "\r\x1b[2K"
 
 
 def progress_bar(what: str, shown: bool, total: int | None = None, unit: str = "B") -> tqdm:
@@ -92,3 +97,59 @@ class Clock(Closing):
         self._over.set()
         if self._thread is not threading.current_thread():
             self._thread.join()
+
+
+class StatusLine(Closing):
+    """Tells again and again how far long work is.
+
+    A terminal gets one line, written anew each second and removed at the end. A file or a pipe gets
+    a line now and then.
+
+    Args:
+        text: returns the line.
+        file: where to write it; standard error if None.
+        seconds: between two lines. None: one second in a terminal, ten elsewhere.
+        shown: write anything at all.
+    """
+
+    def __init__(
+        self,
+        text: Callable[[], str],
+        file: TextIO | None = None,
+        seconds: float | None = None,
+        shown: bool = True,
+    ) -> None:
+        self._text, self._file = text, sys.stderr if file is None else file
+        self._terminal, self._shown = self._file.isatty(), shown
+        self._is_there = False  # in a terminal
+        self._lock = threading.Lock()
+        wait = _TERMINAL_SECONDS if self._terminal else _PIPE_SECONDS
+        wait = wait if seconds is None else seconds
+        self._clock = Clock(self.show, wait) if shown else None
+
+    def show(self) -> None:
+        """Write the line now."""
+        text = self._text()
+        with self._lock:
+            self._write(text if self._terminal else text + "\n")
+            self._is_there = self._terminal
+
+    def say(self, text: str) -> None:
+        """Write a line that stays."""
+        with self._lock:
+            self._write(text + "\n")
+            self._is_there = False
+
+    def close(self) -> None:
+        """Remove the line."""
+        if self._clock is not None:
+            self._clock.close()
+        with self._lock:
+            if self._is_there:
+                self._write("")
+            self._is_there = False
+
+    def _write(self, text: str) -> None:
+        if self._shown:
+            self._file.write((_ERASE if self._terminal else "") + text)
+            self._file.flush()

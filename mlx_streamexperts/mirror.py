@@ -160,7 +160,7 @@ def _mirror(source: _Source, args: argparse.Namespace, limit: int | None) -> int
     checked = needed + sum(f.stat().st_size for f in again)
     with (
         progress_bar("Copied", args.progress and needed > 0, needed) as copying,
-        progress_bar("Checked", args.progress, checked) as checking,
+        progress_bar("Checked", args.progress and checked > 0, checked) as checking,
     ):
         for file in again:
             if _digest(file) != _digest(args.dir / file.name, checking.update):

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 from ._cli.options import ended, failed, interrupted, make_parser
 from ._config import format_size
 from ._errors import StreamError
-from ._progress import progress_bar
 
 if TYPE_CHECKING:
     from ._analysis.quality import Price
@@ -73,17 +72,10 @@ def main(argv: list[str] | None = None) -> int:
         texts = bundled_texts() if args.text is None else [_read(args.text)]
         config, model = stream_settings(args, _INSTEAD)
         assert model is not None
-        with progress_bar("Measuring", config.progress, unit=" windows") as bar:
-
-            def show(setting: str, total: int) -> None:
-                bar.total = total
-                bar.set_postfix_str(setting)
-                bar.update(1)
-
-            found = list(measure(
-                model, config, texts, args.tried, args.tokens, args.window,
-                args.prompt_tokens, args.task_items, args.trust_remote_code, show,
-            ))  # fmt: skip
+        found = list(measure(
+            model, config, texts, args.tried, args.tokens, args.window,
+            args.prompt_tokens, args.task_items, args.trust_remote_code, config.progress,
+        ))  # fmt: skip
         if args.json is not None:
             args.json.write_text(json.dumps([p.as_dict() for p in found], indent=1) + "\n")
         if args.plot is not None:

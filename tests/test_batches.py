@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import families
 import mlx.core as mx
@@ -16,7 +19,30 @@ from conftest import QUIET, all_experts, load_streamed, smallest_cache
 from mlx_lm import batch_generate
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_streamexperts import demo_model, load, stream
+from mlx_streamexperts import BudgetError, demo_model, load, patch, plan, stream
+
+
+@pytest.mark.parametrize("times", [1.0, 1.8])
+def test_a_batch_has_room_for_the_copies_that_mlx_lm_makes(
+    times: float, tmp_path: Path, not_compiled: None
+) -> None:
+    """Of its KV cache, 131 kB a token, when a sequence joins or ends. Or it is refused."""
+    changes = {"vocab_size": 512, "num_hidden_layers": 8, "head_dim": 128}
+    changes |= {"num_attention_heads": 16, "num_key_value_heads": 16}
+    with mock.patch.dict(families.FAMILIES["qwen3_moe"], changes):
+        families.build("qwen3_moe", tmp_path, quantize=None)
+    config = replace(QUIET, context_tokens=256, prefill_tokens=64)
+    memory = int(times * plan(str(tmp_path), config=replace(config, memory="2GB")).minimum)
+    gc.collect()
+    before = mx.get_active_memory()
+    with patch(memory=memory, config=config):
+        model, _ = mlx_lm.utils.load_model(tmp_path)
+    _, tokenizer = mlx_lm.load(str(demo_model()), lazy=True)
+    mx.reset_peak_memory()
+    prompts = [[5, 6, 7] * 50, [8, 6, 7] * 30]
+    with nullcontext() if times > 1 else pytest.raises(BudgetError, match="the batch"):
+        batch_generate(model, tokenizer, prompts, max_tokens=3, prefill_step_size=64)
+    assert mx.get_peak_memory() - before <= memory
 
 
 @pytest.mark.parametrize("prefetch", ["off", "on"])

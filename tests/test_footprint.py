@@ -176,6 +176,14 @@ def test_room_in_caches() -> None:
     assert footprint.allocated([window, full], 6) == 0
     assert footprint.allocated([window, full], 7) == 256
     assert footprint.tokens_in(full) == 250
+    layers = ((LayerCache(100, kept=8),), (LayerCache(10),))
+    small = replace(SMALL, layers=layers)
+    assert not footprint.windows_full([window, full], 4)
+    assert small.grown(256, 4) == 100 * 12 + 10 * 256
+    window.update_and_fetch(mx.zeros((1, 1, 11, 4)), mx.zeros((1, 1, 11, 4)))
+    assert footprint.windows_full([window, full], 4)  # 7 of the window and 4 new ones
+    assert not footprint.windows_full([window, full], 5)
+    assert small.grown(256, 4, windows_full=True) == 10 * 256
 
 
 def test_a_gpu_holds_what_it_has_not_finished() -> None:

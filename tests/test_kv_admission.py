@@ -42,7 +42,7 @@ def test_a_request_waits_until_there_is_room(admission: KVAdmission) -> None:
     assert admission.prompt_cache_budget() == 0
     admission.finish([7, 8])
     assert admission.admit(3000)
-    assert admission.prompt_cache_budget() == (4096 - 3072) * 100
+    assert admission.prompt_cache_budget() == (4096 - 3255) * 100  # it may run outside a batch
 
 
 def test_each_sequence_takes_as_much_as_the_longest(admission: KVAdmission) -> None:
@@ -114,6 +114,19 @@ def test_a_prompt_that_is_cached_whole_leaves_a_token_to_run(
     assert rest == ([7] if trims else [5, 6, 7])
     assert found[0].offset == 2 if trims else found is None
     assert not trims or kept.offset == 3  # what is kept stays whole
+
+
+def test_a_kept_prompt_comes_without_the_rows_that_are_not_used(admission: KVAdmission) -> None:
+    """A request outside a batch would keep them beside its own."""
+    kept = KVCache()
+    kept.update_and_fetch(*(mx.ones((1, 1, 300, 4)) for _ in range(2)))
+    prompts = BoundedPromptCache(admission)
+    prompts.insert_cache("model", list(range(5, 305)), [kept])
+    found, rest = prompts.fetch_nearest_cache("model", [*range(5, 55), 1, 2])
+    assert rest == [1, 2]
+    assert found[0].keys.shape == found[0].values.shape == (1, 1, 50, 4)
+    admission.pending = 1010  # up to 1265 rows, since its own steps follow the 50
+    assert admission.prompt_cache_budget() == (4096 - 1265) * 100
 
 
 def test_prompts_share_the_tokens_of_a_pass(admission: KVAdmission) -> None:

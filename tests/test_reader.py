@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -25,6 +26,7 @@ from hypothesis import strategies as st
 
 from mlx_streamexperts import _osinfo as platform
 from mlx_streamexperts._errors import ExpertReadError, StreamError
+from mlx_streamexperts._io import reader as reader_module
 from mlx_streamexperts._io.files import direct_works
 from mlx_streamexperts._io.ranges import ByteRange
 from mlx_streamexperts._io.reader import DEMAND, PREFETCH, ExpertReader, Ticket
@@ -779,6 +781,37 @@ def test_nothing_is_left_behind(direct: bool, shard: Path, tmp_path: Path) -> No
 
 
 # What the counters say.
+
+
+def test_quick_reads_are_one_job_of_the_waiting_thread(
+    shard: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until they become slow: then others help again."""
+    clock = itertools.count()
+    step = 1e-6
+    stub = SimpleNamespace(perf_counter=lambda: next(clock) * step, sleep=time.sleep)
+    monkeypatch.setattr(reader_module, "time", stub)
+    jobs: list[tuple[int, str]] = []
+    reader = ExpertReader(4)
+    try:
+        reader.on_read.add(
+            lambda ranges, *_: jobs.append((len(ranges), threading.current_thread().name))
+        )
+        offsets = range(0, 12_000, 1000)  # 12 reads
+        parts = [bytearray(100) for _ in offsets]
+        ranges = [wanted(shard, o, p, o) for o, p in zip(offsets, parts, strict=True)]
+        for _ in range(20):
+            jobs.clear()
+            reader.submit(ranges).wait()
+        assert jobs == [(12, threading.current_thread().name)]
+        assert parts == [CONTENT[o : o + 100] for o in offsets]
+        step = 1.0
+        for _ in range(3):
+            jobs.clear()
+            reader.submit(ranges).wait()
+        assert [n for n, _ in jobs] == [2] * 6
+    finally:
+        reader.close()
 
 
 def test_counters(shard: Path) -> None:

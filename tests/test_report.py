@@ -32,6 +32,7 @@ from mlx_streamexperts.report import _page as page
 from mlx_streamexperts.report import _power as power
 from mlx_streamexperts.report import _quality as quality
 from mlx_streamexperts.report import _speed as speed
+from mlx_streamexperts.report import main
 from mlx_streamexperts.report._drive import _factor, seconds_behind
 from mlx_streamexperts.report._locality import reuse_distances, token_overlap
 from mlx_streamexperts.report._panels import COLOURS, PANELS
@@ -63,7 +64,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(report, "QUICK", replace(report.QUICK, lengths=(8, 16), batches=(1, 2)))
-        assert report.main([*TINY, "--out", str(folder)]) == 0
+        assert main([*TINY, "--out", str(folder)]) == 0
     return folder
 
 
@@ -282,7 +283,7 @@ def test_shortcuts_leave_the_stock_model_as_it_was() -> None:
 
 def test_a_page_can_be_written_again(written: Path, tmp_path: Path) -> None:
     again = ["--render", str(written / "report.json"), "--out", str(tmp_path)]
-    assert report.main(again) == 0
+    assert main(again) == 0
     assert (tmp_path / "report.html").read_text() == (written / "report.html").read_text()
 
 
@@ -296,7 +297,7 @@ def test_what_cannot_be_reported_is_refused(
         (["--render", str(other)], "not a report"),
         (["--tokens", "0"], "--tokens must be above 0"),
     ):
-        assert report.main([*arguments, "--out", str(tmp_path / "out")]) == 1
+        assert main([*arguments, "--out", str(tmp_path / "out")]) == 1
         assert text in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

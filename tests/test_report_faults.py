@@ -25,6 +25,7 @@ from mlx_streamexperts.report import _power as power
 from mlx_streamexperts.report import _quality as quality
 from mlx_streamexperts.report import _speed as speed
 from mlx_streamexperts.report import _study as study
+from mlx_streamexperts.report import main
 from mlx_streamexperts.report._drive import ReadLog
 from mlx_streamexperts.report._panels import PANELS
 from mlx_streamexperts.report._report import (
@@ -60,7 +61,7 @@ def test_a_run_that_is_interrupted_leaves_what_it_measured(
     (tmp_path / "report.json").write_text("of an earlier run")
     monkeypatch.setattr(study.drive, "rates_by_size", interrupt)
     monkeypatch.setattr(report, "QUICK", replace(study.QUICK, lengths=(8,), batches=(1,)))
-    assert report.main([*TINY, "--out", str(tmp_path)]) == 130
+    assert main([*TINY, "--out", str(tmp_path)]) == 130
     assert "Ended while at: the drive" in capsys.readouterr().err
     kept = json.loads((tmp_path / "unfinished.json").read_text())
     jsonschema.validate(kept, SCHEMA)
@@ -115,7 +116,7 @@ def test_a_page_that_fails_loses_no_measurement(
     monkeypatch.setattr(report, "measure", lambda *_: [made])
     monkeypatch.setattr(page, "render", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        report.main(["--out", str(tmp_path), "--no-progress"])
+        main(["--out", str(tmp_path), "--no-progress"])
     written = json.loads(json.dumps(as_json(made)))  # JSON has lists for tuples
     assert json.loads((tmp_path / "report.json").read_text()) == written
 
@@ -134,7 +135,7 @@ def test_what_came_after_the_last_step_is_kept_too(
 
     monkeypatch.setattr(report, "measure", interrupted)
     monkeypatch.setattr(page, "svg", lambda *_: "")
-    assert report.main(["--out", str(tmp_path), "--no-progress"]) == 130
+    assert main(["--out", str(tmp_path), "--no-progress"]) == 130
     assert json.loads((tmp_path / "unfinished.json").read_text())["power"] == drawn
 
 
@@ -176,7 +177,7 @@ def test_a_file_that_is_no_whole_report_is_refused(
     for spoil in (lambda: found["speed"].update(by_prompt=5), lambda: found.pop("method")):
         spoil()
         (tmp_path / "bad.json").write_text(json.dumps(found))
-        assert report.main(["--render", str(tmp_path / "bad.json"), "--out", str(tmp_path)]) == 1
+        assert main(["--render", str(tmp_path / "bad.json"), "--out", str(tmp_path)]) == 1
         assert "not a whole report" in capsys.readouterr().err
     assert [f.name for f in tmp_path.iterdir()] == ["bad.json"]
 
@@ -184,7 +185,7 @@ def test_a_file_that_is_no_whole_report_is_refused(
 def test_too_little_context_is_refused_before_anything_is_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert report.main(["--context-tokens", "100", "--out", str(tmp_path)]) == 1
+    assert main(["--context-tokens", "100", "--out", str(tmp_path)]) == 1
     assert f"--context-tokens {64 + speed.SUSTAINED_TOKENS}" in capsys.readouterr().err
 
 

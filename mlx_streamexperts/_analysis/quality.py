@@ -27,6 +27,7 @@ from .._errors import StreamError, UnsupportedModelError
 from .._experts.lossy import LossyRun
 from .._experts.stream import ExpertStream, stream
 from .._loading.load import load
+from .._progress import progress_bar
 
 DATA = Path(__file__).parent.parent / "data"
 EXACT = "exact"
@@ -236,7 +237,7 @@ def measure(
     prompt: int = 32,
     items: int = 12,
     trust: bool = False,
-    on_window: Callable[[str, int], None] = lambda setting, total: None,
+    progress: bool = False,
 ) -> Iterator[Price]:
     """Load a model and measure what lossy settings cost and bring; see `prices`.
 
@@ -250,7 +251,7 @@ def measure(
             are shorter than a window, but longer than two prompts, are one.
         items: of the bundled task; 0 for none.
         trust: run the model code that the checkpoint brings.
-        on_window: see `prices`.
+        progress: show a bar with the time left.
 
     Raises:
         StreamError: a setting or a size is not understood, the texts are too short, or nothing is
@@ -278,7 +279,14 @@ def measure(
         ids = [t for text in texts for t in tokenizer.encode(text)]
         cut = windows(ids, max(2 * prompt, min(window, len(ids))), tokens)
         task = bundled_task(tokenizer, items) if items else []
-        yield from prices(model, cut, settings, prompt, task, on_window)
+        with progress_bar("Measuring", progress, unit=" windows") as bar:
+
+            def show(setting: str, total: int) -> None:
+                bar.total = total
+                bar.set_postfix_str(setting)
+                bar.update(1)
+
+            yield from prices(model, cut, settings, prompt, task, show)
 
 
 def _load(folder: str, config: StreamConfig, prefer: bool, trust: bool) -> tuple[nn.Module, Any]:

@@ -84,8 +84,11 @@ class ExpertStream(Closing):
         on_pass: hear of the model's passes.
         folder: the checkpoint's; None for a model that did not come from a folder.
         lossy: what passes leave out; None for a model that was loaded exact.
+        batches_copied_whole: batches need room for a copy of their KV cache, as with mlx-lm's
+            `batch_generate`.
     """
 
+    batches_copied_whole = True
     lossy: LossyRun | None = None
 
     folder: Path | None = None

@@ -185,8 +185,13 @@ def partial_name(file: Path) -> Path:
 
 def write_json(file: Path, content: dict[str, Any], indent: int | None = 4) -> None:
     """Write a JSON file completely or not at all."""
-    with whole(file) as partial, partial.open("w") as f:
-        json.dump(content, f, indent=indent)
+    write_text(file, json.dumps(content, indent=indent))
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file in UTF-8 completely or not at all."""
+    with whole(file) as partial, partial.open("w", encoding="utf-8") as f:
+        f.write(text)
         f.flush()
         os.fsync(f.fileno())
 

@@ -42,6 +42,10 @@ _HELP_SECONDS = 300e-6
 _QUICK_SECONDS = 40e-6
 _QUICK_BYTES = 1 << 20
 
+# It takes them in jobs of about this length, short enough for others to help if reads become slow.
+# A layer of the embedded model with two misses from a checkpoint: one job instead of six.
+_ALONE_SECONDS = 150e-6
+
 # A waiting thread checks this often for workers that died and for wake-ups that got lost.
 _CHECK_SECONDS = 0.05
 
@@ -261,17 +265,19 @@ class ExpertReader:
         if self.mirrors is not None:
             longest = self.mirrors.piece_bytes(nbytes, longest)
         runs = merge(ranges, longest)
-        # Handing out a small read costs as much as the read: then no more jobs than threads.
+        # Handing out a small read costs as much as the read: then no more jobs than threads, and
+        # few if the waiting thread does them all.
         each = 1
-        if nbytes < _SMALL_READ_BYTES * len(runs):
+        alone = priority == DEMAND and nbytes < _QUICK_BYTES and self.quick and self.mirrors is None
+        if alone:
+            each = max(1, int(_ALONE_SECONDS / max(self._read_seconds, 1e-6)))
+        elif nbytes < _SMALL_READ_BYTES * len(runs):
             each = -(-len(runs) // max(8, len(self._threads)))
         ticket, jobs = Ticket(self), []
         for i in range(0, len(runs), each):
             job = Job(runs[i : i + each], priority, ticket)
             jobs.append(job)
-            for run in job.runs:
-                for r in run:
-                    job.experts.add(r.expert)
+            job.experts = {r.expert for run in job.runs for r in run}
             for expert in job.experts:
                 ticket.left.setdefault(expert, set()).add(job)
         with self._lock:
@@ -285,7 +291,7 @@ class ExpertReader:
                 job.behind = behind
                 self._order += 1
                 heapq.heappush(self._queue, (priority, self._order, job))
-        if priority == DEMAND and nbytes < _QUICK_BYTES and self.quick and self.mirrors is None:
+        if alone:
             ticket.unassigned = len(jobs)
         else:
             self.wake(len(jobs))
@@ -513,7 +519,8 @@ class ExpertReader:
         with self._lock:
             stats, seconds = self.stats, end - start
             self._job_seconds += 0.05 * (seconds - self._job_seconds)
-            self._read_seconds += 0.05 * (seconds / max(1, reads) - self._read_seconds)
+            weight = min(0.3, 0.05 * reads)
+            self._read_seconds += weight * (seconds / max(1, reads) - self._read_seconds)
             self.quick = self._read_seconds < _QUICK_SECONDS
             stats.read_seconds += seconds
             stats.reads += reads

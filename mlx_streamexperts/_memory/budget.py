@@ -201,7 +201,13 @@ class Plan:
         return chunks
 
     def pass_bytes_of(
-        self, tokens: int, past: int, sequences: int, quantized: bool = False, added: int = 0
+        self,
+        tokens: int,
+        past: int,
+        sequences: int,
+        quantized: bool = False,
+        added: int = 0,
+        windows_full: bool = False,
     ) -> int:
         """Work space of a pass and the KV cache that it adds, in bytes.
 
@@ -209,10 +215,12 @@ class Plan:
             tokens: tokens of each sequence in the pass.
             past, sequences, quantized: as for `next_pass`.
             added: tokens that the caches allocate for the pass.
+            windows_full: the windows among them grow no more.
         """
         if self.footprint is None:
             return 0
-        grown = self.footprint.grown(added, tokens) + (0 if past else self.footprint.state)
+        grown = self.footprint.grown(added, tokens, windows_full)
+        grown += 0 if past else self.footprint.state
         work = self.footprint.work(tokens, past + tokens, sequences, quantized)
         return work + sequences * grown
 

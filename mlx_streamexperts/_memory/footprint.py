@@ -91,16 +91,20 @@ class Footprint:
             total += c.state + c.token * (tokens + STEP - 1)  # it grows by whole steps
         return total
 
-    def grown(self, added: int, chunk: int = 0) -> int:
+    def grown(self, added: int, chunk: int = 0, windows_full: bool = False) -> int:
         """KV cache that a sequence's next tokens add, in bytes.
 
         Args:
             added: tokens that its caches allocate.
             chunk: as for `kv`.
+            windows_full: its windows hold as much as they will after these tokens.
         """
         total = 0
         for c in (c for layer in self.layers for c in layer):
-            total += c.token * (added if c.kept is None else min(added, c.kept + chunk))
+            if c.kept is None:
+                total += c.token * added
+            elif not windows_full:
+                total += c.token * min(added, c.kept + chunk)
         return total
 
     def work(self, chunk: int, context: int, sequences: int = 1, quantized: bool = False) -> int:
@@ -175,6 +179,16 @@ def allocated(caches: Sequence[Any], tokens: int) -> int:
             free = keys.shape[2] - tokens_in(cache)
             return 0 if tokens <= free else whole_steps(tokens)
     return whole_steps(tokens)
+
+
+def windows_full(caches: Sequence[Any], tokens: int) -> bool:
+    """Are all windows as long as they will be after `tokens` more of each sequence?"""
+    for cache in leaves(caches):
+        if (kept := kept_tokens(cache)) is not None:
+            keys = getattr(cache, "keys", None)
+            if not isinstance(keys, mx.array) or keys.shape[2] < kept + tokens - 1:
+                return False
+    return True
 
 
 def tokens_in(cache: Any) -> int:

@@ -22,9 +22,16 @@ _MAPPED_BYTES, _MAPPED_BY_THREAD = 256 << 20, 64 << 20
 
 
 class Holder(Protocol):
-    """Holds a model's memory: its `ExpertStream`."""
+    """Holds a model's memory: its `ExpertStream`.
+
+    Attributes:
+        plan: how it is divided.
+        batches_copied_whole: mlx-lm copies the KV cache of a batch whenever a sequence joins or
+            leaves it, of all layers at once. The server does it layer by layer.
+    """
 
     plan: Plan
+    batches_copied_whole: bool
 
     def held_bytes(self) -> int:
         """Bytes that the model holds, and may yet take by its plan."""

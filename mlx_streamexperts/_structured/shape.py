@@ -275,6 +275,7 @@ def _fields(
     return " ".join(parts), rules
 
 
+# By the name of mlx-lm's tool parser.
 _WRITERS = {
     "glm47": _glm47,
     "json_tools": _json_tools,
@@ -283,6 +284,3 @@ _WRITERS = {
     "mistral": _mistral,
     "qwen3_coder": _qwen3_coder,
 }
-
-FORCED = tuple(sorted(_WRITERS))
-"""Names of the tool parsers of mlx-lm whose calls a grammar can force."""

@@ -1,28 +1,26 @@
-"""The command `report`: _options.py says what it does."""
+"""The command `report`, once its options are understood."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from .._cli.options import failed
 from .._cli.settings import stream_settings
 from .._errors import StreamError
 from .._experts.lossy import refuse_lossy
-from ._options import NUMBERS, setup_arg_parser
-from ._page import UNFINISHED, check_libraries, limits, write_data, write_page
-from ._report import SCHEMA, VERSION, Report, as_json, from_json
+from ._page import UNFINISHED, check_libraries, write_data, write_page
+from ._report import SCHEMA, VERSION, Report, from_json
 from ._study import FULL, QUICK, Settings, measure
 
 _INSTEAD = "Use python -m mlx_streamexperts.generate, which prints tokens per second and hit rates"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    args = setup_arg_parser().parse_args(argv)
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
     try:
         check_libraries()
         page = _measured(args) if args.render is None else _rendered(args.render, args.out)
@@ -43,10 +41,11 @@ def _rendered(file: Path, out: Path) -> Path:
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise StreamError(f"{file}: not a report of version {VERSION}") from e
     try:
-        page = write_page(from_json(Report, found), out)
+        report = from_json(Report, found)
+        page = write_page(report, out)
     except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise StreamError(f"{file}: not a whole report: {e!r}") from e
-    write_data(found, out)
+    write_data(report, out)
     return page
 
 
@@ -64,20 +63,18 @@ def _measured(args: argparse.Namespace) -> Path | None:
     report: Report | None = None
     try:
         for report in measure(model, config, settings, name, args.note):
-            report.limits = limits(report)
-            write_data(as_json(report), args.out, UNFINISHED)  # lasts, however this process ends
+            write_data(report, args.out, UNFINISHED)  # lasts, however this process ends
     except BaseException as e:
         if report is None:
             raise
-        report.limits = limits(report)  # it may have got a part since
-        write_data(as_json(report), args.out, UNFINISHED)
+        write_data(report, args.out, UNFINISHED)  # it may have got a part since
         page = write_page(report, args.out, UNFINISHED)
         print(f"Ended while at: {report.unfinished}. What was measured: {page}", file=sys.stderr)
         if isinstance(e, KeyboardInterrupt):
             return None
         raise
     assert report is not None
-    write_data(as_json(report), args.out)  # first: the page may fail
+    write_data(report, args.out)  # first: the page may fail
     page = write_page(report, args.out)
     for suffix in (".json", ".html"):
         (args.out / UNFINISHED).with_suffix(suffix).unlink(missing_ok=True)
@@ -86,7 +83,8 @@ def _measured(args: argparse.Namespace) -> Path | None:
 
 def _settings(args: argparse.Namespace) -> Settings:
     full = args.full or (args.model is not None and not args.quick)
-    stated = {n: v for n in NUMBERS if (v := getattr(args, n)) is not None}
+    names = [f.name for f in fields(Settings)]
+    stated = {n: v for n in names if (v := getattr(args, n, None)) is not None}
     if wrong := [n for n, v in stated.items() if not v > 0]:
         raise StreamError(f"--{wrong[0].replace('_', '-')} must be above 0")
     settings = replace(FULL if full else QUICK, **stated)

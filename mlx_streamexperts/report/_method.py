@@ -1,4 +1,4 @@
-"""Method: machine, versions, checkpoint and options of a report. Nothing in it names a user."""
+"""Method: machine, versions, checkpoint, options and prompts. Nothing in it names a user."""
 
 from __future__ import annotations
 
@@ -14,14 +14,27 @@ from typing import Any
 
 import mlx.core as mx
 
+from .._analysis.quality import DATA
 from .._experts.stream import ExpertStream, expert_files
 from .._io.checkpoint import header_identity, read_checkpoint
 from .._io.files import direct_works
 from .._osinfo import processor_name, total_memory_bytes
-from ._prompts import Prompt
-from ._report import Host, Method, Model, PromptSize, Settings
+from ._report import Host, Kind, Method, Model, PromptSize, Settings
 
 _PACKAGES = ("mlx-streamexperts", "mlx", "mlx-lm", "numpy", "transformers", "matplotlib")
+
+
+class Prompt(Kind):
+    tokens: list[int]  # of the model's own tokenizer
+
+
+def report_prompts(tokenizer: Any, count: int | None = None) -> list[Prompt]:
+    """The shipped prompts, at most `count` of them, spread over tasks and languages."""
+    texts = json.loads((DATA / "report-prompts.json").read_text())
+    if count is not None:
+        count = max(1, min(count, len(texts)))
+        texts = [texts[i * len(texts) // count] for i in range(count)]
+    return [Prompt(t["task"], t["language"], tokenizer.encode(t["text"])) for t in texts]
 
 
 def method(

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import functools
 import io
-import os
+import json
 import re
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .._analysis.plots import pyplot
+from .._analysis.quality import DATA
 from .._analysis.replay import BEST
 from .._config import format_size
 from .._errors import StreamError
-from .._io.output import whole, write_json
+from .._io.output import write_text
 from ._panels import COLOURS, PANELS, STYLE, Panel, alike, quarter
 from ._power import counted
-from ._report import Report
+from ._report import Report, as_json
 
-DATA = Path(__file__).parent.parent / "data"
 # Those with panels, and their titles; the method comes before, the limits after.
 SECTIONS = {
     "speed": "Speed",
@@ -49,28 +47,22 @@ def write_page(report: Report, folder: Path, name: str = "report") -> Path:
     Raises:
         StreamError: the folder cannot be written, or a library is missing.
     """
-    text = render(report)
-    page = folder / f"{name}.html"
-    with _into(folder), whole(page) as partial, partial.open("w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    return page
+    return _write(folder / f"{name}.html", render(report))
 
 
-def write_data(found: dict[str, Any], folder: Path, name: str = "report") -> None:
-    """Write `NAME.json`, whole or not at all; raises as `write_page`."""
-    with _into(folder):
-        write_json(folder / f"{name}.json", found, indent=1)
+def write_data(report: Report, folder: Path, name: str = "report") -> None:
+    """Write `NAME.json`, its `limits` brought up to date; raises as `write_page`."""
+    report.limits = limits(report)
+    _write(folder / f"{name}.json", json.dumps(as_json(report), indent=1))
 
 
-@contextmanager
-def _into(folder: Path) -> Iterator[None]:
+def _write(file: Path, text: str) -> Path:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, text)
     except OSError as e:
-        raise StreamError(f"{folder}: cannot write the report: {e.strerror}") from e
+        raise StreamError(f"{file.parent}: cannot write the report: {e.strerror}") from e
+    return file
 
 
 def render(report: Report) -> str:

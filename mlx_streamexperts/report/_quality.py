@@ -23,7 +23,7 @@ from .._analysis.quality import Choice, difference, logits, task_score
 from .._config import format_size
 from .._loading.lazy_load import original_load_model
 from .._osinfo import available_memory_bytes, device_memory_bytes
-from ._prompts import Prompt
+from ._method import Prompt
 from ._report import Exactness, Judged, Lossy, Model, Quality
 
 _TOP_K = ("top_k", "num_experts_per_tok")

@@ -20,8 +20,8 @@ from mlx_lm.generate import batch_generate, generate_step
 
 from .._experts.stream import stream
 from . import _report as report
+from ._method import Prompt
 from ._power import Sensors
-from ._prompts import Prompt
 from ._report import Repeats
 
 SUSTAINED_TOKENS = 256  # generated after each prompt of the sustained run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from .._analysis.quality import bundled_task
-from .._closing import Closing
 from .._config import DEFAULT_CONTEXT, StreamConfig, format_size
 from .._errors import StreamError
 from .._experts.stream import ExpertStream, refuse_without_experts, stream
@@ -22,17 +20,16 @@ from .._experts.trace import read_trace
 from .._loading.combinations import batches
 from .._loading.load import load, plan
 from .._osinfo import drop_page_cache
-from .._progress import Clock, progress_bar
+from .._progress import StatusLine
 from . import _drive as drive
 from . import _speed as speed
 from ._locality import locality
-from ._method import load_average, method
+from ._method import Prompt, load_average, method, report_prompts
 from ._power import counted, find_sensors
-from ._prompts import Prompt, report_prompts
 from ._quality import Exam, quality
 from ._report import SCHEMA, VERSION, ColdStart, Drive, Power, Repeats, Report, Settings, Speed
 
-_STEPS = 10
+_STEPS = 11
 _LOGITS_BYTES = 256 << 20  # of all prompts: a vocabulary of 150,000 has 0.6 MB a token
 _STEADY_SHARE = 0.25  # of the experts, if no budget is stated and all would fit
 
@@ -60,25 +57,30 @@ def measure(
     needed = settings.prompt_tokens + max(settings.tokens, speed.SUSTAINED_TOKENS)
     if (config.context_tokens or DEFAULT_CONTEXT) < needed:
         raise StreamError(f"a report needs --context-tokens {needed} or more: prompt and reply")
-    shown = config.progress
-    config = replace(config, progress=False) if not sys.stderr.isatty() else config
+    shown, config = config.progress, replace(config, progress=False)
     config = with_something_to_stream(folder, config)
     load, begin = load_average(), time.perf_counter()
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    with _Step(shown) as begun:
-        begun.begin("loading")
+    status = _Status()
+    with StatusLine(status, shown=shown) as line:
+        line.show()
         model, tokenizer, cold = _cold_start(folder, config)
-        begun.reads_of(stream(model))
+        status.stream = stream(model)
         prompts = _cut(report_prompts(tokenizer, settings.prompts), settings.prompt_tokens)
         how = method(Path(folder), name, stream(model), settings, prompts, load)
         report = Report(SCHEMA, VERSION, created, note, "", 0.0, how, Speed(cold))
         with stream(model):
             for step in _measure(model, tokenizer, prompts, report):
-                begun.begin(step)
+                status.step, status.steps = step, status.steps + 1
+                line.show()
                 if step == "warming up":
                     warm = time.perf_counter()
                 elif step == "decoding":
-                    begun.expect(_seconds_in_all(time.perf_counter() - warm, settings))
+                    seconds = _seconds_in_all(time.perf_counter() - warm, settings)
+                    line.say(
+                        f"Report: about {max(1, round(seconds / 60))} min in all; Ctrl-C "
+                        "leaves a page of what was measured by then"
+                    )
                 report.unfinished, report.seconds = step, time.perf_counter() - begin
                 yield report
             width = int(model(mx.array([[0]])).shape[-1])
@@ -91,51 +93,19 @@ def measure(
     yield report
 
 
-class _Step(Closing):
-    """Shows the step under way, the time, and bytes read: a step may take minutes.
+class _Status:
+    """The step under way, bytes read, and the time: a step may take minutes."""
 
-    A terminal gets a bar that moves every second, a file or a pipe a line now and then.
-    """
+    def __init__(self) -> None:
+        self.step, self.steps = "loading", 1
+        self.stream: ExpertStream | None = None
+        self._begin = time.perf_counter()
 
-    def __init__(self, shown: bool) -> None:
-        terminal = sys.stderr.isatty()
-        self._name, self._begin = "", time.perf_counter()
-        self._stream: ExpertStream | None = None
-        self._lines = shown and not terminal
-        self._bar = progress_bar("Report", shown and terminal, _STEPS, unit="step")
-        self._clock = Clock(self._show, 1.0 if terminal else 30.0) if shown else None
-
-    def begin(self, name: str) -> None:
-        """The next step begins."""
-        self._bar.update(bool(self._name))
-        self._name = name
-        self._show()
-
-    def expect(self, seconds: float) -> None:
-        """Say how long the whole report will take."""
-        if self._lines or not self._bar.disable:
-            text = (
-                f"Report: about {max(1, round(seconds / 60))} minutes in all; Ctrl-C leaves a page "
-            )
-            self._bar.write(text + "of what was measured by then", file=sys.stderr)
-
-    def reads_of(self, expert_stream: ExpertStream) -> None:
-        """Show this stream's reads."""
-        self._stream = expert_stream
-
-    def close(self) -> None:
-        if self._clock is not None:
-            self._clock.close()
-        self._bar.close()
-
-    def _show(self) -> None:
-        text = self._name
-        if self._stream is not None:
-            text += f", {format_size(self._stream.reader.stats.bytes)} read"
-        self._bar.set_postfix_str(text)
-        if self._lines:
-            seconds = time.perf_counter() - self._begin
-            print(f"Report: {text}, {seconds:.0f} s", file=sys.stderr, flush=True)
+    def __call__(self) -> str:
+        nbytes = 0 if self.stream is None else self.stream.reader.stats.bytes
+        seconds = time.perf_counter() - self._begin
+        done = f"{format_size(nbytes)} read, {seconds:.0f} s"
+        return f"Report: {self.step} (step {self.steps} of {_STEPS}), {done}"
 
 
 def _seconds_in_all(warm_up: float, s: Settings) -> float:

@@ -43,6 +43,8 @@ class PromptBatch(PromptProcessingBatch):
 
     def prompt(self, tokens: list[list[int]]) -> None:
         layers = list(self.prompt_cache)
+        for cache in leaves(layers):
+            _grow(cache, max(map(len, tokens)))
         for cache in layers:
             cache.finalize = partial(_finalize, cache)
         try:
@@ -92,9 +94,31 @@ def _own_states(caches: list[Any]) -> list[Any]:
 
 
 def _finalize(cache: Any) -> None:
-    """Move the rows of padded prompts to their places."""
+    """Move the rows of padded prompts to their places, and drop padding that all of them have.
+
+    It would add up: mlx-lm drops it when a sequence leaves.
+    """
     type(cache).finalize(cache)
+    for batch in leaves([cache]):
+        if type(batch) is BatchKVCache and batch.keys is not None:
+            padding = min(batch.left_padding.tolist())
+            batch.keys, batch.values = (a[..., padding:, :] for a in (batch.keys, batch.values))
+            batch._idx -= padding
+            batch.left_padding -= padding
     settle([cache])
+
+
+def _grow(cache: Any, tokens: int) -> None:
+    """Make room for the next tokens, in whole steps.
+
+    mlx-lm adds steps to the rows in use: 757 tokens in chunks of 10 take 1,006 rows, not 768.
+    """
+    if type(cache) is BatchKVCache and cache.keys is not None:
+        rows = whole_steps(cache._idx + tokens)
+        for name in ROWS:
+            if getattr(cache, name).shape[2] < rows:
+                setattr(cache, name, _with_rows(getattr(cache, name), rows))
+                mx.eval(getattr(cache, name))
 
 
 def _settle_joined(joined: list[Any], taken: list[Any]) -> None:

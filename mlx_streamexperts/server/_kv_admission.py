@@ -25,10 +25,10 @@ from .._errors import PassStoppedError
 from .._experts.stream import is_streamed, stream
 from .._loading.combinations import trims
 from .._memory.budget import Plan
-from .._memory.footprint import leaves, whole_steps
+from .._memory.footprint import STEP, leaves, whole_steps
 from .._prefixes.remembered import PrefixCache
 from .._prefixes.shared import SharedPrompts
-from .._prefixes.states import grows
+from .._prefixes.states import ROWS, grows, row_arrays, set_row_arrays
 from ._audience import Audience, Waiting, lowest
 from ._batches import PromptBatch, ReplyBatch, settle
 
@@ -116,7 +116,12 @@ class KVAdmission:
         if self.plan is None:
             return 1 << 62
         tokens = [t for t in (*self.running.values(), self.pending) if t]
-        return max(0, self.plan.kv_room - (self._batch_bytes(*tokens) if tokens else 0))
+        if not tokens:
+            return self.plan.kv_room
+        taken = self._batch_bytes(*tokens)
+        if not self.running:  # outside a batch, steps are added to the rows in use
+            taken += (self.pending + STEP - 1 - whole_steps(self.pending)) * self.plan.kv_token
+        return max(0, self.plan.kv_room - taken)
 
     def chunk_tokens(self, stated: int, prompts: int) -> int:
         """Tokens that each of `prompts` prompts contributes to one pass; `stated` at most."""
@@ -161,7 +166,10 @@ class AdmittedBatch(BatchGenerator):
         self._run_prompts = self._prompt_batch.prompt
         self._prompt_batch.prompt = self._prompts  # of this one object, which mlx-lm keeps
         self._stated_step = self.prefill_step_size
-        self._lossy = stream(model).lossy if is_streamed(model) else None
+        self._lossy = None
+        if is_streamed(model):
+            self._lossy = stream(model).lossy
+            stream(model).batches_copied_whole = False
         admission.finish_all()
 
     def insert_segments(self, *args: Any, **options: Any) -> Any:
@@ -287,6 +295,10 @@ class BoundedPromptCache(LRUPromptCache):
                 return None, tokens
             trim_prompt_cache(found, 1)
             rest = tokens[-1:]
+        for cache in filter(grows, leaves(found or ())):  # mlx-lm keeps the rows that it trims
+            for name in ROWS:
+                arrays = [a[..., : cache.offset, :] for a in row_arrays(cache, name)]
+                set_row_arrays(cache, name, arrays)
         return found, rest
 
     def insert_cache(

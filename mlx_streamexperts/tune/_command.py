@@ -159,7 +159,8 @@ def _lossy(args: argparse.Namespace, runner: Runner, best: Settings) -> str:
     config, texts = runner.applied(best, runner.config), runner.workload.prompts
     try:
         found = measure(
-            model, config, texts, prompt=16, items=0, trust=args.trust_remote_code
+            model, config, texts, prompt=16, items=0, trust=args.trust_remote_code,
+            progress=args.progress,
         )  # fmt: skip
         return recommendation(list(found), args.quality_budget)
     except StreamError as e:

@@ -10,14 +10,15 @@ import gc
 import hashlib
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm
 import mlx_lm.utils
+from mlx_lm.generate import generate_step
 
 from .._analysis.quality import bundled_texts
 from .._cache.expert_map import fewest_slots
@@ -45,7 +46,7 @@ class Workload:
 
     Attributes:
         prompts: texts.
-        tokens: of each prompt's reply, greedy; fewer if the model ends it.
+        tokens: of each prompt's reply, greedy; the end of a text does not end it.
         warm_up: untimed tokens of a reply to the first prompt, before the others.
         page_cache: "keep" the files' pages, or "drop" those of the experts before each run.
     """
@@ -87,8 +88,8 @@ class Runner:
         if self.plan.memory is not None:  # the same in every run, whatever is free by then
             self.config = replace(self.config, memory=self.plan.memory)
         self._files = [Path(f) for f in expert_files(self.located.layers)]
-        self._tokenizer: Any = mlx_lm.utils.load_tokenizer(folder, self._trust)
-        self._prompts = [self._encoded(text) for text in workload.prompts]
+        tokenizer = mlx_lm.utils.load_tokenizer(folder, self._trust)
+        self._prompts = [_encoded(tokenizer, text) for text in workload.prompts]
         if workload.page_cache == "drop" and not drop_page_cache(self._files[0]):
             raise StreamError("this system cannot be asked to drop its page cache: use keep")
 
@@ -160,19 +161,11 @@ class Runner:
             settings |= {"cache": cache, "memory": self.plan.memory}
         return replace(config, **settings)
 
-    def _encoded(self, text: str) -> list[int]:
-        """A prompt's tokens, as mlx_lm.generate has them."""
-        tokenizer = self._tokenizer
-        if not tokenizer.has_chat_template:
-            return list(tokenizer.encode(text))
-        messages = [{"role": "user", "content": text}]
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
-
     def _warm_up(self, model: nn.Module) -> str:
         """Generate untimed tokens; returns the digest of their logits."""
         digest = hashlib.sha256()
-        for response in self._generate(model, self._prompts[0], self.workload.warm_up):
-            digest.update(numbers(response.logprobs.astype(mx.float32)).tobytes())
+        for _, logprobs in self._generate(model, self._prompts[0], self.workload.warm_up):
+            digest.update(numbers(logprobs.astype(mx.float32)).tobytes())
         return digest.hexdigest()
 
     def _replies(self, model: nn.Module) -> tuple[list[float], list[float], str]:
@@ -180,24 +173,26 @@ class Runner:
         rates, first, replies = list[float](), list[float](), list[list[int]]()
         for prompt in self._prompts:
             tokens, times = [], [time.perf_counter()]
-            for response in self._generate(model, prompt, self.workload.tokens):
-                tokens.append(response.token)
+            for token, _ in self._generate(model, prompt, self.workload.tokens):
+                tokens.append(token)
                 times.append(time.perf_counter())
-            if len(tokens) < 2:
-                raise StreamError(
-                    f"the model ends its reply to prompt {len(replies) + 1} at once: nothing can "
-                    "be timed; use other prompts"
-                )
             first.append(times[1] - times[0])
             rates.append((len(tokens) - 1) / (times[-1] - times[1]))
             replies.append(tokens)
         return rates, first, _digest(json.dumps(replies))
 
-    def _generate(self, model: nn.Module, prompt: list[int], tokens: int) -> Any:
-        step = self.plan.prefill_tokens
-        return mlx_lm.stream_generate(
-            model, self._tokenizer, prompt, max_tokens=tokens, prefill_step_size=step
-        )
+    def _generate(self, model: nn.Module, prompt: list[int], tokens: int) -> Iterator[Any]:
+        """Tokens and log-probabilities; the end of a text does not end it."""
+        chunk = self.plan.prefill_tokens
+        return generate_step(mx.array(prompt), model, max_tokens=tokens, prefill_step_size=chunk)
+
+
+def _encoded(tokenizer: Any, text: str) -> list[int]:
+    """A prompt's tokens, as mlx_lm.generate has them."""
+    if not tokenizer.has_chat_template:
+        return list(tokenizer.encode(text))
+    messages = [{"role": "user", "content": text}]
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
 
 
 def shipped_prompts() -> list[str]:
