@@ -168,7 +168,7 @@ def test_what_follows_the_program_is_the_programs(capsys: Capture, tmp_path: Pat
     assert run.main([*SMALL, str(file), DEMO, "--cache", "1kB", "--help"]) == 7
     out, err = capsys.readouterr()
     assert out == f"beside {[DEMO, '--cache', '1kB', '--help']} __main__\n"
-    assert "25.4%" in err
+    assert "expert cache 9.98 MB" in err
     assert sys.path == before
 
 
