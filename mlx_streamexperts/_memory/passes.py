@@ -18,7 +18,7 @@ import mlx.nn as nn
 from .._errors import PassStoppedError
 from .._hooks import Check, Pass, intercept, intercept_passes, logits_of
 from .._listeners import Listeners
-from .footprint import allocated, leaves, tokens_in, windows_full
+from .footprint import allocated, cache_bytes, leaves, tokens_in, windows_full
 from .process_memory import Holder, bytes_over_bound
 from .rewind import Rewind
 
@@ -173,7 +173,7 @@ class Passes:
         full = windows_full(one.caches or (), tokens)
         needed = plan.pass_bytes_of(tokens, past, one.sequences, quantized, added, full)
         if one.sequences > 1 and self._holder.batches_copied_whole:
-            needed += sum(getattr(c, "nbytes", 0) for c in leaves(one.caches or ()))
+            needed += cache_bytes(one.caches or ())
         rewind: Any = getattr(self._local, "rewind", None)
         kept = rewind.kept_bytes if rewind is not None else 0
         if kept and bytes_over_bound(mx.get_active_memory() + needed + kept) > 0:

@@ -15,7 +15,9 @@ import mlx.core as mx
 from mlx_lm.generate import GenerationBatch, PromptProcessingBatch
 from mlx_lm.models.cache import ArraysCache, BatchKVCache
 
-from .._memory.footprint import leaves, whole_steps
+from .._experts.stream import is_streamed, stream
+from .._memory.footprint import cache_bytes, leaves, whole_steps
+from .._memory.process_memory import bytes_over_bound
 from .._prefixes.states import ROWS
 
 
@@ -23,7 +25,9 @@ class PromptBatch(PromptProcessingBatch):
     """The prompts that are being computed."""
 
     def extend(self, batch: PromptProcessingBatch) -> None:
+        before = cache_bytes(self.prompt_cache) + cache_bytes(batch.prompt_cache)
         super().extend(batch)
+        _make_room(self.model, cache_bytes(self.prompt_cache) - before)
         _settle_joined(self.prompt_cache, batch.prompt_cache)
 
     def split(self, indices: list[int]) -> PromptProcessingBatch:
@@ -43,8 +47,12 @@ class PromptBatch(PromptProcessingBatch):
 
     def prompt(self, tokens: list[list[int]]) -> None:
         layers = list(self.prompt_cache)
+        before = cache_bytes(layers)
         for cache in leaves(layers):
             _grow(cache, max(map(len, tokens)))
+        _make_room(self.model, cache_bytes(layers) - before)
+        for cache in leaves(layers):
+            mx.eval(vars(cache))
         for cache in layers:
             cache.finalize = partial(_finalize, cache)
         try:
@@ -58,7 +66,9 @@ class ReplyBatch(GenerationBatch):
     """The replies that are being generated."""
 
     def extend(self, batch: GenerationBatch) -> None:
+        before = cache_bytes(self.prompt_cache) + cache_bytes(batch.prompt_cache)
         super().extend(batch)
+        _make_room(self.model, cache_bytes(self.prompt_cache) - before)
         _settle_joined(self.prompt_cache, batch.prompt_cache)
 
     def extract_cache(self, idx: int) -> list[Any]:
@@ -109,7 +119,7 @@ def _finalize(cache: Any) -> None:
 
 
 def _grow(cache: Any, tokens: int) -> None:
-    """Make room for the next tokens, in whole steps.
+    """Give a cache rows for the next tokens, in whole steps. Nothing is evaluated.
 
     mlx-lm adds steps to the rows in use: 757 tokens in chunks of 10 take 1,006 rows, not 768.
     """
@@ -118,7 +128,16 @@ def _grow(cache: Any, tokens: int) -> None:
         for name in ROWS:
             if getattr(cache, name).shape[2] < rows:
                 setattr(cache, name, _with_rows(getattr(cache, name), rows))
-                mx.eval(getattr(cache, name))
+
+
+def _make_room(model: Any, added: int) -> None:
+    """Let the expert cache give up slots for what a batch adds, as before a pass.
+
+    Raises:
+        BudgetError: it does not fit, which `KVAdmission` should have prevented.
+    """
+    if is_streamed(model) and bytes_over_bound(mx.get_active_memory() + added) > 0:
+        stream(model).make_room(added, "a larger batch", "send fewer requests at once")
 
 
 def _settle_joined(joined: list[Any], taken: list[Any]) -> None:
