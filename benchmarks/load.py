@@ -11,7 +11,6 @@ the one that its request got alone. The record and the verdict are those of `soa
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import http.client
 import json
@@ -20,7 +19,6 @@ import socket
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import soak
@@ -316,13 +314,7 @@ def _with(case: Case, **more: Any) -> Case:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--memory", default="76MB", help="the promise (default: %(default)s)")
-    parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--out", type=Path, required=True, help="record (.json)")
+    parser = soak.setup_arg_parser(__doc__, minutes=10, memory="76MB", clients=64)
     args = parser.parse_args()
     args.think, log = 0.0, args.out.with_suffix(".log")
     server = soak.Server(args.memory, log, TEMPLATE, LIMITS)

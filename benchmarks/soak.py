@@ -413,15 +413,23 @@ def run(
     }  # fmt: skip
 
 
-def main() -> None:
+def setup_arg_parser(
+    text: str | None, minutes: float, memory: str, clients: int
+) -> argparse.ArgumentParser:
+    """The options of a load: help text, and defaults."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--memory", default="46MB", help="the promise (default: %(default)s)")
-    parser.add_argument("--clients", type=int, default=3)
-    parser.add_argument("--think", type=float, default=4.0, help="mean seconds between requests")
+    parser.add_argument("--minutes", type=float, default=minutes)
+    parser.add_argument("--memory", default=memory, help="the promise (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=clients)
     parser.add_argument("--out", type=Path, required=True, help="record (.json)")
+    return parser
+
+
+def main() -> None:
+    parser = setup_arg_parser(__doc__, minutes=60, memory="46MB", clients=3)
+    parser.add_argument("--think", type=float, default=4.0, help="mean seconds between requests")
     parser.add_argument("--stock", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     asked = [q for p in prompts() for q in (p, p + "\n")]

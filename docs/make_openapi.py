@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mlx_streamexperts.server._request_checks import MOST_CHOICES
+
 PAGE = Path(__file__).with_name("openapi.json")
 MOST = (1 << 31) - 1
 
@@ -236,7 +238,7 @@ COMMON = {
     "max_tokens": integer(1),
     "min_p": number(0, 1),
     "model": MODEL,
-    "n": integer(1, 16),
+    "n": integer(1, MOST_CHOICES),
     "num_draft_tokens": integer(),
     "presence_context_size": integer(),
     "presence_penalty": number(),

@@ -35,6 +35,13 @@ def run(model: nn.Module, tokens: list[int], caches: list[Any]) -> np.ndarray:
     return np.array(logits[:, -1].astype(mx.float32))
 
 
+def computed(model: nn.Module, tokens: list[int]) -> list[Any]:
+    """Caches of a prompt."""
+    caches: list[Any] = make_prompt_cache(model)
+    run(model, tokens, caches)
+    return caches
+
+
 def test_ten_conversations_take_one_system_prompt_and_ten_tails(
     checkpoint: Callable[..., Path], not_compiled: None
 ) -> None:
@@ -95,8 +102,7 @@ def test_what_comes_back_can_be_trimmed_and_written(
 ) -> None:
     """As a request does whose prompt differs from the middle on: what is kept stays as it was."""
     model = small_model(checkpoint, "qwen3_moe")
-    caches = make_prompt_cache(model)
-    run(model, TOKENS[:100], caches)
+    caches = computed(model, TOKENS[:100])
     if quantized:
         maybe_quantize_kv_cache(caches, 0, 32, 8)
     shared = SharedPrompts().share("model", TOKENS[:100], list(caches), fits)
@@ -123,8 +129,7 @@ def test_what_is_kept_comes_back_bit_by_bit(
         TOKENS[:200],
         [(TOKENS[0] + 1) % 128, *TOKENS[8:80]],
     ):
-        caches = make_prompt_cache(model)
-        run(model, told, caches)
+        caches = computed(model, told)
         if family == "quantized":
             maybe_quantize_kv_cache(caches, 0, 32, 8)
         kept.append((told, prompts.share("model", told, list(caches), fits), caches))
@@ -142,9 +147,7 @@ def test_other_bits_or_another_model_share_nothing(
     checkpoint: Callable[..., Path], not_compiled: None
 ) -> None:
     model = small_model(checkpoint, "qwen3_moe")
-    prompts = SharedPrompts()
-    caches = make_prompt_cache(model)
-    run(model, TOKENS[:100], caches)
+    prompts, caches = SharedPrompts(), computed(model, TOKENS[:100])
     first = prompts.share("model", TOKENS[:100], list(caches), fits)
     again = prompts.share("model", TOKENS[:100], list(caches), fits)
     assert again.segments == first.segments
@@ -159,9 +162,7 @@ def test_it_hears_before_it_copies_how_much_a_prompt_adds(
     checkpoint: Callable[..., Path], not_compiled: None
 ) -> None:
     model = small_model(checkpoint, "qwen3_moe")
-    prompts = SharedPrompts()
-    caches = make_prompt_cache(model)
-    run(model, TOKENS[:100], caches)
+    prompts, caches = SharedPrompts(), computed(model, TOKENS[:100])
     first = prompts.share("model", TOKENS[:80], list(caches), fits)
     asked: list[int] = []
     given = list(caches)
