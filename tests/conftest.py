@@ -5,9 +5,12 @@ from __future__ import annotations
 import gc
 import json
 import os
+import stat
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import families
@@ -62,10 +65,19 @@ def assert_same(expected: list[np.ndarray], got: list[np.ndarray], what: str) ->
         assert np.array_equal(a, b), f"{what}: call {step}, off by {np.abs(a - b).max()}"
 
 
-def leftovers() -> tuple[list[str], int]:
-    """Names of threads (but for the progress bars' own), and the number of open descriptors."""
-    names = sorted(t.name for t in threading.enumerate() if t.name != "tqdm_monitor")
-    return names, len(os.listdir("/dev/fd"))
+def leftovers() -> Counter[str]:
+    """Threads, but for the progress bars' own, and open descriptors: how many of each.
+
+    `leftovers() - before` is what has been left since. What was there before may go meanwhile: a
+    model of an earlier test may hold its threads and files until the garbage collector comes by.
+    """
+    found = Counter(f"thread {t.name}" for t in threading.enumerate() if t.name != "tqdm_monitor")
+    for fd in os.listdir("/dev/fd"):
+        with suppress(OSError):  # the one that listed them
+            of = os.fstat(int(fd))
+            number = f" {of.st_dev}:{of.st_ino}" if stat.S_ISREG(of.st_mode) else ""
+            found[f"descriptor of {stat.filemode(of.st_mode)[0]}{number}"] += 1
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm.utils
 import numpy as np
-from conftest import load_streamed, smallest_cache
+from conftest import leftovers, load_streamed, smallest_cache
 
 from mlx_streamexperts import ExpertStream, StreamConfig, StreamError, stream
 
@@ -82,7 +82,7 @@ def with_signals(folder: Path, expected: list[np.ndarray], seconds: float) -> di
     model = load_streamed(folder, 1 << 40, config)
     expert_stream: ExpertStream = stream(model)
     expert_stream.resize(2 * smallest_cache(expert_stream))
-    threads, files = threading.active_count(), len(os.listdir("/dev/fd"))
+    before = leftovers()
     armed, over = threading.Event(), threading.Event()
     start = time.monotonic()
     mx.eval(model(TOKENS[1]))
@@ -117,8 +117,7 @@ def with_signals(folder: Path, expected: list[np.ndarray], seconds: float) -> di
     sender.join()
     for which, t in enumerate(TOKENS):
         counts["wrong"] += not np.array_equal(np.array(model(t)), expected[which])
-    counts["threads"] = threading.active_count() + 1 - threads - 1
-    counts["files"] = len(os.listdir("/dev/fd")) - files
+    counts["left"] = (leftovers() - before).total()
     expert_stream.close()
     counts["readers"] = sum(t.name.startswith("expert-reader") for t in threading.enumerate())
     return counts

@@ -74,18 +74,19 @@ class Watched:
             cache = layer.cache
             taken = [int(cache.slot_of[e]) for e in cache.resident]
             assert sorted(taken + cache._free) == list(range(cache.slots))  # none lost, none twice
-        assert leftovers()[0] == self.left[0]
+        new = leftovers() - self.left
+        assert not [name for name in new if name.startswith("thread")]
 
 
 @pytest.fixture
 def watched(folder: Path) -> Iterator[Watched]:
-    gc.collect()  # an earlier test's model may hold files until then
+    gc.collect()  # else an earlier model that goes meanwhile would hide a file that stays
     before = leftovers()
     mx.clear_cache()
     made = Watched(folder)
     yield made
     made.stream.close()
-    assert leftovers() == before
+    assert not leftovers() - before
 
 
 # Files that change under a loaded model.
@@ -414,7 +415,7 @@ def test_ctrl_c_at_every_step_of_speculation(run_ahead: str, folder: Path) -> No
     assert interrupted > 0.5 * len(times)
     watched.assert_sound()
     watched.stream.close()
-    assert leftovers() == before
+    assert not leftovers() - before
 
 
 Place = tuple[str, int]
@@ -513,7 +514,7 @@ def test_ctrl_c_at_random_moments(run_ahead: str, checkpoint: Callable[..., Path
     """Real signals, about a hundred a second, during calls with misses and prefetches."""
     counts = run_apart("signals", checkpoint("qwen3_moe"), "1", RUN_AHEAD=run_ahead)
     assert counts["interrupted"] > 20 and counts["calls"] > 0
-    assert counts["wrong"] == counts["threads"] == counts["files"] == counts["readers"] == 0
+    assert counts["wrong"] == counts["left"] == counts["readers"] == 0
 
 
 # Reads that fail in the C library.

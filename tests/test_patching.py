@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import random
 import shutil
 import threading
@@ -19,7 +18,7 @@ import mlx_lm
 import mlx_lm.utils
 import numpy as np
 import pytest
-from conftest import QUIET, load_streamed, smallest_cache
+from conftest import QUIET, leftovers, load_streamed, smallest_cache
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from mlx_streamexperts import (
@@ -168,7 +167,7 @@ def test_close_frees_memory_files_and_threads(checkpoint: Callable[..., Path]) -
     folder = checkpoint("qwen3_moe")
     gc.collect()
     mx.clear_cache()
-    files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    before = leftovers()
     active = mx.get_active_memory()
     for _ in range(3):
         model = load_streamed(folder, 1 << 40)
@@ -182,18 +181,17 @@ def test_close_frees_memory_files_and_threads(checkpoint: Callable[..., Path]) -
         del model, expert_stream
     gc.collect()
     mx.clear_cache()
-    assert len(os.listdir("/proc/self/fd")) <= files
-    assert threading.active_count() <= threads
+    assert not leftovers() - before
     assert mx.get_active_memory() <= active + 4096
 
 
 def test_a_collected_model_closes_its_stream(checkpoint: Callable[..., Path]) -> None:
-    threads = threading.active_count()
+    before = leftovers()
     model = load_streamed(checkpoint("qwen3_moe"), 1 << 40)
-    assert threading.active_count() > threads
+    assert leftovers() - before
     del model
     gc.collect()
-    assert threading.active_count() <= threads
+    assert not leftovers() - before
 
 
 def test_resize_to_too_little_changes_nothing(streamed: tuple[nn.Module, ExpertStream]) -> None:

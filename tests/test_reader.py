@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import leftovers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -773,11 +774,10 @@ def test_nothing_is_left_behind(direct: bool, shard: Path, tmp_path: Path) -> No
         reader.close()
 
     use()
-    threads, descriptors = set(threading.enumerate()), len(os.listdir("/dev/fd"))
+    before = leftovers()
     for _ in range(5):
         use()
-    assert set(threading.enumerate()) == threads
-    assert len(os.listdir("/dev/fd")) == descriptors
+    assert not leftovers() - before
 
 
 # What the counters say.
