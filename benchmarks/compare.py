@@ -107,6 +107,12 @@ def checkpoint(work: Path, name: str) -> Path:
         return folder
     if name == "4bit":
         return write_random_model(work / "models" / "4bit", layers=4, experts=256, bits=4)
+    if name == "heavy":
+        # A token takes 1.3 parameters outside the experts for each one in them: 101 and 75 million
+        # here; in Qwen3.5-397B-A17B 9.4 and 7.5 billion.
+        return write_random_model(
+            work / "models" / "heavy", layers=4, experts=128, bits=4, heads=160
+        )
     if name == "float32":
         return write_random_model(work / "models" / "float32", layers=4)
     return Path(name)
@@ -275,7 +281,12 @@ def main() -> None:
     add(
         "--work", type=Path, required=True, help="folder for environments, models and packed copies"
     )
-    add("--models", type=names, default=["demo", "4bit", "float32"], help="or a folder's path")
+    add(
+        "--models",
+        type=names,
+        default=["demo", "4bit", "float32", "heavy"],
+        help="a folder's path, or demo (the embedded one), 4bit, float32, heavy (its trunk)",
+    )
     add("--shares", type=numbers(float), default=[0.125, 0.25, 0.5])
     add("--states", type=names, default=["cold", "warm"], help="of cold, once, warm")
     add("--prompts", type=numbers(int), default=[64, 1024], help="tokens")

@@ -15,6 +15,7 @@ def main() -> None:
         parser.add_argument("--" + name, type=int, default=default)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--inner", type=int, default=768)
+    parser.add_argument("--heads", type=int, help="of 64 elements each; more make a heavier trunk")
     args = vars(parser.parse_args())
     write_random_model(args.pop("folder"), **args)
 

@@ -25,6 +25,7 @@ def write_random_model(
     inner: int = 768,
     bits: int = 0,
     vocab: int = 16384,
+    heads: int | None = None,
     dtype: mx.Dtype = mx.float32,
 ) -> Path:
     """Write the checkpoint; does nothing if `folder` already holds the same configuration.
@@ -33,14 +34,17 @@ def write_random_model(
         folder: destination; anything else in it is removed.
         bits: 0 for unquantized experts, else affine with group size 64.
         vocab: tokens; the default exceeds the embedded tokenizer's.
+        heads: of 64 elements each in a layer's attention; None: `hidden` elements together. More
+            make the trunk heavier beside the same experts.
     """
+    heads = heads or hidden // 64
     quantization = {"group_size": 64, "bits": bits, "mode": "affine"}
     config = {
         "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"],
         "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": 2 * hidden,
         "moe_intermediate_size": inner, "num_hidden_layers": layers, "num_experts": experts,
         "num_experts_per_tok": top_k, "norm_topk_prob": True, "decoder_sparse_step": 1,
-        "mlp_only_layers": [], "num_attention_heads": hidden // 64, "num_key_value_heads": 2,
+        "mlp_only_layers": [], "num_attention_heads": heads, "num_key_value_heads": 2,
         "head_dim": 64, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": True,
         "max_position_embeddings": 32768,
     }  # fmt: skip
@@ -67,16 +71,16 @@ def write_random_model(
     def matrix(*shape: int) -> mx.array:
         return (mx.random.normal(shape) * shape[-1] ** -0.5).astype(dtype)
 
-    heads, kv = hidden, 2 * 64
+    queries, kv = heads * 64, 2 * 64
     for i in range(layers):
         at = f"model.layers.{i}."
         tensors = {
             at + "input_layernorm.weight": mx.ones(hidden, dtype),
             at + "post_attention_layernorm.weight": mx.ones(hidden, dtype),
-            at + "self_attn.q_proj.weight": matrix(heads, hidden),
+            at + "self_attn.q_proj.weight": matrix(queries, hidden),
             at + "self_attn.k_proj.weight": matrix(kv, hidden),
             at + "self_attn.v_proj.weight": matrix(kv, hidden),
-            at + "self_attn.o_proj.weight": matrix(hidden, heads),
+            at + "self_attn.o_proj.weight": matrix(hidden, queries),
             at + "self_attn.q_norm.weight": mx.ones(64, dtype),
             at + "self_attn.k_norm.weight": mx.ones(64, dtype),
             at + "mlp.gate.weight": matrix(experts, hidden),
