@@ -128,7 +128,10 @@ def test_memory_holds_where_prompts_join_and_leave_each_other(wide: Path) -> Non
 def test_memory_holds_where_another_model_takes_over(
     wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its first prompt counted as nothing: three short ones joined it, padded to its length."""
+    """What the first one kept goes, and the second one's first prompt counts like all others.
+
+    It counted as nothing, so that three short ones joined it, each padded to its length.
+    """
     memory, options = smallest(wide, context=512, chunk=64)
     twin = twin_of(wide, tmp_path)
     started: list[int] = []
@@ -141,6 +144,8 @@ def test_memory_holds_where_another_model_takes_over(
     monkeypatch.setattr(KVAdmission, "start", start)
     base = mx.get_active_memory()
     with serving(*options, "--also-serve", str(twin)) as running, ThreadPoolExecutor(4) as pool:
+        generator = running.generator
+        before = generator.model_provider.expert_stream.plan.others
         assert running.post({"prompt": [5, 6, 7] * 150, "max_tokens": 1})[0] == 200
         mx.reset_peak_memory()
         bodies = [{"model": "twin", "prompt": [5, 6, 7] * 160, "max_tokens": 8}]
@@ -150,6 +155,7 @@ def test_memory_holds_where_another_model_takes_over(
         for reply in [first, *(pool.submit(running.post, b) for b in bodies[1:])]:
             assert reply.result()[0] == 200
         assert mx.get_peak_memory() - base <= memory
+        assert generator.model_provider.expert_stream.plan.others <= before + 1_000_000
     assert started == [451, 488, 4, 4, 4]
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from copy import copy, deepcopy
 from dataclasses import replace
+from functools import partial
 from queue import Empty, Queue
 from typing import Any, NoReturn
 
@@ -73,6 +74,7 @@ class GenerationThread(stock.ResponseGenerator):
         self._long_prompt = threading.Lock()
         self.admission.save_cache = self._save_cache
         provider.should_stop = self._should_stop
+        provider.forget_prompts = partial(prompt_cache.trim_to, n_sequences=0)
         super().__init__(provider, prompt_cache)
 
     def register(self, request: Any, client: Client) -> None:
