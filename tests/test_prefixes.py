@@ -138,6 +138,28 @@ def test_what_is_damaged_is_computed_again(harm: str, model: nn.Module, tmp_path
     assert kept.read_tokens >= 3 * CHUNK  # it is whole again
 
 
+@pytest.mark.parametrize("harm", ["cut", "deleted", "a folder"])
+def test_a_file_that_goes_while_it_is_read(harm: str, model: nn.Module, tmp_path: Path) -> None:
+    """A mapped file would end the process: its pages could not be read any more."""
+    run(model, PrefixCache(model, tmp_path, "1GB"))
+    kept = PrefixCache(model, tmp_path, "1GB")
+    chain = kept._chain(max(kept._entries.heads(kept._identity)))
+    assert chain is not None
+    file = chain[0].file
+    assert chain[0].array("0.keys.0").shape[-2] > 0
+    if harm == "cut":
+        os.truncate(file, file.stat().st_size // 2)
+    else:
+        file.unlink()
+        if harm == "a folder":
+            file.mkdir()
+    caches = make_prompt_cache(model)
+    assert not kept._put(caches, chain, len(TOKENS) - 1)
+    assert all(c.empty() for c in caches)
+    with pytest.raises(entries.DamagedError, match="keys"):
+        chain[0].array("1.keys.0")
+
+
 def test_another_model_or_chunk_has_its_own(
     model: nn.Module, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -295,10 +317,6 @@ def test_two_processes_share_a_folder_that_is_too_small(model: nn.Module, tmp_pa
         assert turn % 3 == 0 or np.array_equal(got, whole)
         assert sum(f.stat().st_size for f in files(tmp_path / "both")) <= most
     assert all(kept.evicted for kept in two)
-    chain = two[0]._chain(max(two[0]._entries.heads(two[0]._identity)))
-    shutil.rmtree(tmp_path / "both")
-    assert chain is not None
-    assert chain[0].array("0.keys.0").shape[-2] > 0  # what is open can be read to its end
 
 
 KILLED = """

@@ -6,8 +6,9 @@
 
 A file is written under another name and renamed, so that kill -9 leaves no half of one. Each array
 has a checksum: after a power failure or a fault of the drive the file is deleted, never used.
-Several processes may share a folder: a file is never changed, and deleting one that another process
-has open does it no harm. No error of the drive goes further than a line in the log.
+Several processes may share a folder: a file is never changed, and a process that still wanted one
+that another deletes computes that prefix again. No error of the drive goes further than a line in
+the log: files are read, not mapped, since a mapped page that cannot be read ends the process.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import mmap
 import os
 import shutil
 import threading
@@ -56,31 +56,31 @@ class Entry:
     Attributes:
         file: the file.
         header: see above.
-        data: the whole file.
         start: where arrays begin.
     """
 
     file: Path
     header: dict[str, Any]
-    data: memoryview
     start: int
 
     def array(self, name: str) -> mx.array:
         """An array of the entry.
 
         Raises:
-            DamagedError: its bytes are not those that were written.
+            DamagedError: its bytes cannot be read, or are not those that were written.
         """
         try:
             at = self.header["arrays"][name]
-            raw = self.data[self.start + at["offset"] :][: at["bytes"]]
+            with self.file.open("rb") as f:
+                f.seek(self.start + at["offset"])
+                raw = f.read(at["bytes"])
             if hashlib.sha256(raw).hexdigest() != at["sha256"]:
                 raise DamagedError(f"{self.file}: {name} is damaged")
             flat = mx.array(np.frombuffer(raw, np.uint8))
             array = flat.view(getattr(mx, at["dtype"])).reshape(at["shape"])
             mx.eval(array)
             return array
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
+        except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
             raise DamagedError(f"{self.file}: {name}: {e!r}") from e
 
 
@@ -154,15 +154,15 @@ class Entries:
         file = self.folder / model / (name + SUFFIX)
         try:
             with file.open("rb") as f:
-                data = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
-            length = int.from_bytes(data[:8], "little")
-            raw, digest = data[8 : 8 + length], bytes(data[8 + length : 40 + length])
-            if length > min(_MOST_HEADER, len(data)) or hashlib.sha256(raw).digest() != digest:
+                length = int.from_bytes(f.read(8), "little")
+                raw = f.read(min(length, _MOST_HEADER))
+                digest = f.read(hashlib.sha256().digest_size)
+            if len(raw) != length or hashlib.sha256(raw).digest() != digest:
                 raise DamagedError(f"{file}: its header is damaged")
-            header = json.loads(bytes(raw))
+            header = json.loads(raw)
             if (header["format"], header["name"], header["model"]) != (FORMAT, name, model):
                 raise DamagedError(f"{file}: another entry's content")
-            return Entry(file, header, data, _aligned(40 + length))
+            return Entry(file, header, _aligned(40 + length))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, DamagedError) as e:
