@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx_lm.generate import GenerationBatch, PromptProcessingBatch
 from mlx_lm.models.cache import ArraysCache, BatchKVCache
 
+from .._errors import BudgetError
 from .._experts.stream import is_streamed, stream
 from .._memory.footprint import cache_bytes, leaves, whole_steps
 from .._memory.process_memory import bytes_over_bound
@@ -128,6 +129,15 @@ def _grow(cache: Any, tokens: int) -> None:
         for name in ROWS:
             if getattr(cache, name).shape[2] < rows:
                 setattr(cache, name, _with_rows(getattr(cache, name), rows))
+
+
+def has_room(model: Any, added: int) -> bool:
+    """Is there room for a prompt's KV cache, if the expert cache gives up what it can?"""
+    try:
+        _make_room(model, added)
+    except BudgetError:
+        return False
+    return True
 
 
 def _make_room(model: Any, added: int) -> None:
