@@ -9,6 +9,7 @@ counts them.
 from __future__ import annotations
 
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import mlx.core as mx
@@ -26,10 +27,10 @@ class PromptBatch(PromptProcessingBatch):
     """The prompts that are being computed."""
 
     def extend(self, batch: PromptProcessingBatch) -> None:
-        before = cache_bytes(self.prompt_cache) + cache_bytes(batch.prompt_cache)
+        # What joins has just been put together from kept caches: nothing of it is in memory yet.
+        held = [cache_bytes([cache]) for cache in self.prompt_cache]
         super().extend(batch)
-        _make_room(self.model, cache_bytes(self.prompt_cache) - before)
-        _settle_joined(self.prompt_cache, batch.prompt_cache)
+        _settle_joined(self.model, self.prompt_cache, batch.prompt_cache, held)
 
     def split(self, indices: list[int]) -> PromptProcessingBatch:
         parted = super().split(indices)
@@ -67,10 +68,10 @@ class ReplyBatch(GenerationBatch):
     """The replies that are being generated."""
 
     def extend(self, batch: GenerationBatch) -> None:
-        before = cache_bytes(self.prompt_cache) + cache_bytes(batch.prompt_cache)
+        both = zip_longest(self.prompt_cache, batch.prompt_cache)
+        held = [cache_bytes(caches) for caches in both]
         super().extend(batch)
-        _make_room(self.model, cache_bytes(self.prompt_cache) - before)
-        _settle_joined(self.prompt_cache, batch.prompt_cache)
+        _settle_joined(self.model, self.prompt_cache, batch.prompt_cache, held)
 
     def extract_cache(self, idx: int) -> list[Any]:
         return _own_states(super().extract_cache(idx))
@@ -150,9 +151,23 @@ def _make_room(model: Any, added: int) -> None:
         stream(model).make_room(added, "a larger batch", "send fewer requests at once")
 
 
-def _settle_joined(joined: list[Any], taken: list[Any]) -> None:
-    """Evaluate caches that took in others. mlx-lm still refers to those: they are dropped."""
-    for i, cache in enumerate(joined):
+def _settle_joined(model: Any, joined: list[Any], taken: list[Any], held: list[int]) -> None:
+    """Evaluate caches that took in others, whole steps of rows, a layer at a time.
+
+    mlx-lm still refers to the others: they are dropped. Each layer asks for its room when those
+    before it have let go of what they were made from. Asked for all at once, a kept prompt that
+    fits would be refused: it may be in memory for this batch alone.
+
+    Args:
+        model: whose they are.
+        joined: what the batch has now.
+        taken: the others; may be the same list.
+        held: bytes of each layer that were in memory before, and will not be afterwards.
+    """
+    for i, (cache, before) in enumerate(zip_longest(joined, held, fillvalue=0)):
+        for leaf in leaves([cache]):
+            _grow(leaf, 0)
+        _make_room(model, cache_bytes([cache]) - before)
         settle([cache])
         if taken is not joined:
             taken[i] = None
