@@ -152,7 +152,7 @@ def _make_room(model: Any, added: int) -> None:
 
 
 def _settle_joined(model: Any, joined: list[Any], taken: list[Any], held: list[int]) -> None:
-    """Evaluate caches that took in others, whole steps of rows, a layer at a time.
+    """Evaluate caches that took in others, a layer at a time.
 
     mlx-lm still refers to the others: they are dropped. Each layer asks for its room when those
     before it have let go of what they were made from. Asked for all at once, a kept prompt that
@@ -165,12 +165,18 @@ def _settle_joined(model: Any, joined: list[Any], taken: list[Any], held: list[i
         held: bytes of each layer that were in memory before, and will not be afterwards.
     """
     for i, (cache, before) in enumerate(zip_longest(joined, held, fillvalue=0)):
-        for leaf in leaves([cache]):
-            _grow(leaf, 0)
-        _make_room(model, cache_bytes([cache]) - before)
+        _make_room(model, sum(map(_settled_bytes, leaves([cache]))) - before)
         settle([cache])
         if taken is not joined:
             taken[i] = None
+
+
+def _settled_bytes(cache: Any) -> int:
+    """Bytes of a cache once `settle` has given it whole steps of rows."""
+    nbytes = cache_bytes([cache])
+    if type(cache) is BatchKVCache and cache.keys is not None:
+        return nbytes // cache.keys.shape[2] * whole_steps(cache._idx)
+    return nbytes
 
 
 def _with_rows(array: mx.array, rows: int) -> mx.array:
