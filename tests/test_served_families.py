@@ -165,7 +165,9 @@ def test_a_reply_is_gone_on_with_however_it_ended(
         told = [running.post({"prompt": p, "max_tokens": 10})[1] for p in prompts]
     assert [t["choices"][0]["text"] for t in told] == expected(folder, prompts)
     assert max(kept[: len(ends)]) == {None: 0, 0: 2, 1: 1}[draft]
-    for t in told[: len(ends)]:  # a pass that ends because nobody waits leaves nothing
+    for t in told[
+        :4
+    ]:  # later ones end while a pass is under way; if that ends too, nothing is kept
         assert t["usage"]["prompt_tokens_details"]["cached_tokens"] >= 39
 
 

@@ -76,6 +76,12 @@ def stream_settings(
         StreamError: an option or a size is invalid, or there is no such model.
     """
     config, model = from_arguments(args), args.model
+    files = getattr(args, "prompt_cache_file", None), getattr(args, "draft_model", None)
+    if None not in files:
+        raise StreamError(
+            "--prompt-cache-file does not work with --draft-model: the file has no KV cache of the "
+            "draft model; leave one of them out"
+        )
     if model is None and getattr(args, "prompt_cache_file", None) is None:
         model = str(demo_model())
         notice = f"No --model given: using the embedded demonstration model, {model}"
