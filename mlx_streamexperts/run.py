@@ -153,7 +153,7 @@ def _is_program(spec: ModuleSpec) -> bool:
 
 def _config(args: argparse.Namespace) -> StreamConfig:
     """Our options, with the settings that the program's own options imply."""
-    from ._cli.settings import following_stock_options
+    from ._cli.settings import check_draft_fits, following_stock_options
     from ._loading.combinations import Options, check_options
     from ._loading.load import resolve
 
@@ -165,13 +165,16 @@ def _config(args: argparse.Namespace) -> StreamConfig:
     parser.add_argument("--kv-group-size", type=int, default=Options.kv_group_size)
     parser.add_argument("--model")
     program_options, _ = parser.parse_known_args(args.arguments)
-    config = following_stock_options(from_arguments(args), program_options, args)
+    stated = from_arguments(args)
+    config = following_stock_options(stated, program_options, args)
     options = Options.of(program_options)
     if program_options.model is not None and options != Options():
         check_options(resolve(program_options.model), config, options)
     if config.prefill_tokens is None:
         stock = importlib.import_module("mlx_lm.generate")
         config = replace(config, prefill_tokens=stock.DEFAULT_PREFILL_STEP_SIZE)
+    if program_options.model is not None and stated.reserve is None:
+        check_draft_fits(program_options, program_options.model, config)
     return config
 
 

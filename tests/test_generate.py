@@ -110,6 +110,7 @@ def test_a_draft_model_changes_no_token(capsys: pytest.CaptureFixture[str]) -> N
         (["--image", "x.png"], "--image: this model, qwen3_moe, takes only text"),
         (["--model", "/no/such/folder"], "/no/such/folder: there is no such folder"),
         (["--threads", "0"], "at least 1"),
+        (["--draft-model", "x", "--prompt-cache-file", "y"], "does not work with --draft-model"),
     ],
 )
 def test_bad_input_is_one_clear_line(

@@ -11,10 +11,11 @@ from typing import Any
 import families
 import mlx_lm
 import pytest
-from serving import Running, letters, serving
+from serving import Running, letters, serving, until
 
 from mlx_streamexperts import generate, run
 from mlx_streamexperts.server import _command as server
+from mlx_streamexperts.server._kv_admission import BoundedPromptCache
 
 TEXT = "".join(chr(33 + i * 37 % 90) for i in range(400))
 
@@ -124,6 +125,49 @@ def test_a_draft_model_that_knows_fewer_tokens_is_refused(
     model = ["--model", str(checkpoints("mixtral", words=3000))]  # more than either model has
     options.append(str(checkpoints("qwen3_moe", words=3000, seed=1)))
     assert generate.main([*model, *options]) == 0
+
+
+@pytest.mark.parametrize("draft", [None, 0, 1])
+def test_a_reply_is_gone_on_with_however_it_ended(
+    draft: int | None,
+    checkpoints: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    not_compiled: None,
+) -> None:
+    """With a draft model mlx-lm keeps caches that lack a token, the draft model's two.
+
+    Drafts of the model itself are all accepted, those of another one are not.
+    """
+    folder, kept = checkpoints("qwen3_moe"), []
+    original = BoundedPromptCache.insert_cache
+
+    def insert(self: Any, model: Any, tokens: list[int], caches: list[Any], **options: Any) -> None:
+        kept.append(len(tokens) - min(c.offset for c in caches))
+        original(self, model, tokens, caches, **options)
+
+    monkeypatch.setattr(BoundedPromptCache, "insert_cache", insert)
+    ends: list[tuple[int, dict[str, Any]]] = [(n, {"num_draft_tokens": 2}) for n in (1, 3, 4, 5)]
+    ends.append((8, {"stop": expected(folder, [TEXT[4:44]])[0][2:4]}))
+    ends.append((8, {"logit_bias": {"96": 100}}))  # the end of the text
+    options = [] if draft is None else ["--draft-model", str(checkpoints("qwen3_moe", seed=draft))]
+    begun = [TEXT[i : i + 40] for i in range(len(ends) + 1)]
+    with served(folder, "--prompt-cache-size", "20", *options) as running:
+        said = [
+            running.text(p, most, seed=1, **end)
+            for p, (most, end) in zip(begun, ends, strict=False)
+        ]
+        with running.client().completions.create(
+            model="default_model", prompt=begun[-1], max_tokens=400, stream=True
+        ) as stream:
+            said.append(next(iter(stream)).choices[0].text)  # and the client leaves
+        until(lambda: running.figures()["traffic"]["active"] == 0)
+        prompts = [p + text + "ab" for p, text in zip(begun, said, strict=True)]
+        told = [running.post({"prompt": p, "max_tokens": 10})[1] for p in prompts]
+    assert [t["choices"][0]["text"] for t in told] == expected(folder, prompts)
+    # Later ones end while a pass is under way; if that ends too, nothing is kept.
+    assert max(kept[:4]) == {None: 0, 0: 2, 1: 1}[draft]
+    for t in told[:4]:
+        assert t["usage"]["prompt_tokens_details"]["cached_tokens"] >= 39
 
 
 def test_a_further_model_is_looked_at_at_the_start(

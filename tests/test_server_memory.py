@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import families
 import mlx.core as mx
 import openai
 import pytest
+from mlx_lm.models import llama
 from serving import serving, until
 
 from mlx_streamexperts import StreamConfig, demo_model, plan
@@ -157,6 +159,41 @@ def test_memory_holds_where_another_model_takes_over(
         assert mx.get_peak_memory() - base <= memory
         assert generator.model_provider.expert_stream.plan.others <= before + 1_000_000
     assert started == [451, 488, 4, 4, 4]
+
+
+def test_memory_holds_with_a_draft_model(
+    wide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], not_compiled: None
+) -> None:
+    """Its KV cache is as large as the other model's, and both are kept together."""
+    config = {
+        "model_type": "llama", "vocab_size": 12288, "hidden_size": 16, "num_hidden_layers": 4,
+        "intermediate_size": 16, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "head_dim": 128, "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    families.write(tmp_path, config, llama.Model(llama.ModelArgs.from_dict(config)), shards=1)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).symlink_to(demo_model() / name)
+    memory, options = smallest(wide, context=256, chunk=64)
+    options += ["--draft-model", str(tmp_path)]
+    assert server.main(["--port", "0", "--no-progress", *options]) == 1
+    refused = capsys.readouterr().err.splitlines()[-1]
+    assert f"for the draft model {tmp_path}: weights " in refused
+    needed = int(re.findall("need ([0-9,]+) bytes", refused)[0].replace(",", ""))
+    assert memory + (30 << 20) < needed < memory + (80 << 20)
+    options[options.index(str(memory))] = str(needed)
+    gc.collect()
+    base = mx.get_active_memory()
+    with serving(*options) as running:
+        generator = running.generator
+        cache = generator.model_provider.expert_stream.plan.cache
+        mx.reset_peak_memory()
+        for i in range(2):
+            status, reply = running.post({"prompt": [5 + i, 6, 7] * 80, "max_tokens": 8})
+            assert status == 200, reply
+            assert mx.get_peak_memory() - base <= needed
+            until(lambda: generator.prompt_cache.nbytes > 28 << 20)  # of two models
+            assert generator.prompt_cache.nbytes <= generator.admission.prompt_cache_budget()
+        assert generator.model_provider.expert_stream.plan.cache == cache
 
 
 def test_a_reply_is_no_longer_than_the_room_and_what_was_said_is_reused(wide: Path) -> None:

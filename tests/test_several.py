@@ -8,12 +8,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import families
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 import mlx_lm.utils
 import pytest
 from conftest import QUIET, load_streamed
+from mlx_lm.generate import generate_step, speculative_generate_step
+from mlx_lm.models import llama
 
 from mlx_streamexperts import (
     BudgetError,
@@ -25,6 +28,8 @@ from mlx_streamexperts import (
     plan,
     stream,
 )
+from mlx_streamexperts._loading import drafts
+from mlx_streamexperts._loading.drafts import Draft
 from mlx_streamexperts._memory import process_memory
 
 DEMO = str(demo_model())
@@ -142,6 +147,39 @@ def test_a_draft_model_with_experts_shares_the_promise(capsys: pytest.CaptureFix
     assert "were drafted and accepted" not in text[0]
     assert "9 of 12 tokens were drafted and accepted" in text[1]
     assert "Experts (second model): " in text[1]
+
+
+@pytest.mark.parametrize("divided", [True, False])
+def test_a_draft_models_prompt_stays_within_the_promise(
+    divided: bool,
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    not_compiled: None,
+) -> None:
+    """mlx-lm runs it in steps of 512 tokens, for which this draft model takes 50 MB."""
+    config = {
+        "model_type": "llama", "vocab_size": families.VOCAB, "hidden_size": 16,
+        "num_hidden_layers": 2, "intermediate_size": 8192, "num_attention_heads": 1,
+        "num_key_value_heads": 1, "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    families.write(tmp_path, config, llama.Model(llama.ModelArgs.from_dict(config)), shards=1)
+    prompt = mx.array(families.token_stream(families.VOCAB, 500, seed=1))
+    folder = checkpoint("qwen3_moe")
+    alone = generate_step(prompt, mlx_lm.utils.load_model(folder)[0], max_tokens=4)
+    expected = [token for token, _ in alone]
+    if not divided:
+        monkeypatch.setattr(drafts._DraftPasses, "step", lambda _, whole: whole())
+    room = Draft.read("it", tmp_path).leave_room(replace(ROOM, context_tokens=512))
+    gc.collect()
+    others, active = process_memory.held_bytes(), mx.get_active_memory()
+    memory = others + plan(str(folder), "1GB", config=room).minimum
+    with patch(config=replace(room, memory=memory)):
+        model, draft = (mlx_lm.utils.load_model(f)[0] for f in (folder, tmp_path))
+    mx.reset_peak_memory()
+    drafted = speculative_generate_step(prompt, model, draft, max_tokens=4)
+    assert [token for token, *_ in drafted] == expected
+    assert (mx.get_peak_memory() - active <= memory) == divided
 
 
 def test_freed_buffers_stay_limited_until_the_last_stream_closes(

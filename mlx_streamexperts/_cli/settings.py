@@ -12,13 +12,13 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from .._config import StreamConfig, format_size, from_arguments
-from .._errors import StreamError
-from .._io.checkpoint import read_checkpoint
+from .._config import StreamConfig, from_arguments
+from .._errors import BudgetError, StreamError
 from .._loading.combinations import Options, check_options
 from .._loading.demo import demo_model
+from .._loading.drafts import Draft
 from .._loading.libraries import require_mlx_lm
-from .._loading.load import local_folder, resolve
+from .._loading.load import local_folder, plan, resolve
 
 _JOIN_SECONDS = 120
 _DEMO_CACHE = "10MB"  # about a quarter of its experts, so that there is something to see
@@ -76,6 +76,12 @@ def stream_settings(
         StreamError: an option or a size is invalid, or there is no such model.
     """
     config, model = from_arguments(args), args.model
+    files = getattr(args, "prompt_cache_file", None), getattr(args, "draft_model", None)
+    if None not in files:
+        raise StreamError(
+            "--prompt-cache-file does not work with --draft-model: the file has no KV cache of the "
+            "draft model; leave one of them out"
+        )
     if model is None and getattr(args, "prompt_cache_file", None) is None:
         model = str(demo_model())
         notice = f"No --model given: using the embedded demonstration model, {model}"
@@ -91,9 +97,12 @@ def stream_settings(
         model = str(local_folder(model, config, trust=trust))
         if instead is not None:
             require_mlx_lm(model, config, "this command", instead)
+    stated = config.reserve is not None
     config = following_stock_options(config, args, args)
     if model is not None:
         check_options(model, config, Options.of(args), trust)
+        if not stated:
+            check_draft_fits(args, model, config)
     return config, model
 
 
@@ -112,9 +121,41 @@ def following_stock_options(
         config = replace(config, prefill_tokens=step)
     if kv_size and ours.context_tokens is None:
         config = replace(config, context_tokens=kv_size)
-    draft = getattr(args, "draft_model", None)
+    draft = draft_model(args)
     if draft is not None and config.reserve is None:
-        reserve = read_checkpoint(resolve(draft)).nbytes
-        print(f"Keeping {format_size(reserve)} for the draft model {draft}", file=sys.stderr)
-        config = replace(config, reserve=reserve)
+        config = draft.leave_room(config)
+        print(f"Keeping {draft.told(config)}", file=sys.stderr)
     return config
+
+
+def draft_model(args: argparse.Namespace) -> Draft | None:
+    """The draft model that a command line names.
+
+    Raises:
+        CheckpointError: there is none, or its files are damaged or incomplete.
+    """
+    name = getattr(args, "draft_model", None)
+    return None if name is None else Draft.read(name, resolve(name))
+
+
+def check_draft_fits(args: argparse.Namespace, model: str, config: StreamConfig) -> None:
+    """Refuse a draft model that does not fit beside the model, before any weight is read.
+
+    Args:
+        args: the command line that may name one.
+        model: the model to stream.
+        config: the options, with a reserve for the draft model.
+
+    Raises:
+        BudgetError: names the draft model, its parts, and the smallest memory that works.
+    """
+    draft = draft_model(args)
+    if draft is None or mx.distributed.init().size() > 1:  # several machines take none
+        return
+    try:
+        plan(model, config=config, trust_remote_code=getattr(args, "trust_remote_code", False))
+    except BudgetError as e:
+        raise BudgetError(
+            f"{e} The reserve is {draft.told(config)}; a smaller one needs less, or run without",
+            needed_bytes=e.needed_bytes,
+        ) from e

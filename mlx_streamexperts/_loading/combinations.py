@@ -228,7 +228,7 @@ class PassCheck:
             return
         if ids.shape[0] > 1 and not self._batches:
             self._check_padding(caches, ids.shape[1] == 1)
-        if sys._getframe(2).f_code in _SPECULATIVE:
+        if sys._getframe(2).f_code in SPECULATIVE:
             _check_drafts(self._model, caches)
 
     def _check_padding(self, caches: list[Any], is_step: bool) -> None:
@@ -283,7 +283,8 @@ def _code(code: CodeType) -> Iterator[CodeType]:
 
 
 # mlx-lm checks only before the first token whether the cache can be trimmed.
-_SPECULATIVE = frozenset(_code(speculative_generate_step.__code__))
+SPECULATIVE = frozenset(_code(speculative_generate_step.__code__))
+"""Code of mlx-lm's loop for draft models."""
 
 
 def _pass(model: Any, caches: list[Any], tokens: int) -> mx.array:

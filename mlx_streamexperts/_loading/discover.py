@@ -96,13 +96,7 @@ class DiscoveredModel:
         """
         try:
             needs = layer_needs(self.layers, self.model_config)
-            footprint = self._footprint()
-            heads = text_config(self.model_config).get("num_attention_heads") or 1
-            footprint = replace(
-                footprint,
-                scores=_SCORE_COPIES * heads * self.item_bytes,
-                unfinished=unfinished_bytes(self.item_bytes),
-            )
+            footprint = footprint_of(self.whole, self.modules, self.model_config, self.item_bytes)
             if self.stage is not None:  # only its own layers have a KV cache
                 footprint = footprint.of_layers(self.stage.start, self.stage.end)
             return divide(self.sizes, needs, self.model_config, config, footprint, held)
@@ -112,14 +106,6 @@ class DiscoveredModel:
             raise CheckpointError(
                 f"{self.shards[0].parent / 'config.json'}: its numbers make no sense: {e!r}"
             ) from e
-
-    def _footprint(self) -> Footprint:
-        """The footprint of the model's passes; cached, since planning again (`tune`) is common."""
-        config = self.model_config
-        key = json.dumps([config, str(mx.default_device())], sort_keys=True, default=str)
-        if key not in _footprints:
-            _footprints[key] = measure(self.whole, self.modules, text_config(config))
-        return _footprints[key]
 
 
 def discover(
@@ -213,7 +199,6 @@ def discover(
         tables=rows.nbytes,
         row_cache=rows.cache_bytes,
     )
-    item_bytes = max(a.dtype.size for a in parameters if mx.issubdtype(a.dtype, mx.floating))
     shards = sorted({t.file for t in checkpoint.tensors.values()})
     modules = expert_modules(whole, record.switches, record.projections)
     return DiscoveredModel(
@@ -221,7 +206,7 @@ def discover(
         model_config,
         layers,
         sizes,
-        item_bytes,
+        item_bytes_of(model),
         shards,
         whole,
         language,
@@ -233,6 +218,36 @@ def discover(
 
 
 _footprints: dict[str, Footprint] = {}
+
+
+def footprint_of(
+    model: nn.Module,
+    modules: list[tuple[nn.Module, int]],
+    model_config: dict[str, Any],
+    item_bytes: int,
+) -> Footprint:
+    """The footprint of a model's passes; cached, since planning again (`tune`) is common.
+
+    Args:
+        model: the part whose calls are passes, with all its layers; nothing of it is evaluated.
+        modules: its expert modules, as `expert_modules` finds them.
+        model_config: the checkpoint's config.json.
+        item_bytes: bytes of one activation.
+    """
+    key = json.dumps([model_config, str(mx.default_device())], sort_keys=True, default=str)
+    if key not in _footprints:
+        _footprints[key] = measure(model, modules, text_config(model_config))
+    heads = text_config(model_config).get("num_attention_heads") or 1
+    return replace(
+        _footprints[key],
+        scores=_SCORE_COPIES * heads * item_bytes,
+        unfinished=unfinished_bytes(item_bytes),
+    )
+
+
+def item_bytes_of(model: nn.Module) -> int:
+    """Bytes of one activation."""
+    return max(a.dtype.size for _, a in flatten(model) if mx.issubdtype(a.dtype, mx.floating))
 
 
 def expert_modules(

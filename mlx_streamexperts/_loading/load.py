@@ -39,6 +39,7 @@ from .._progress import progress_bar
 from . import patching, vlm
 from .combinations import PassCheck, token_rows
 from .discover import DiscoveredModel, alone_message, discover, has_expert_tensors
+from .drafts import bound_drafts
 from .early_rows import reading_early
 from .lazy_load import MLX_LM, MLX_VLM, original_load_model
 from .libraries import library
@@ -177,7 +178,8 @@ class patch:  # noqa: N801 - called like a function
 
     Use it as a context manager, or call `install` and later `remove`. Removing restores mlx-lm
     exactly; models loaded in between stay streamed. The first model must have routed experts.
-    Later ones without any, such as a draft model, load as usual.
+    Later ones without any load as usual; the prompt of one that drafts for a streamed model runs in
+    passes that fit into that model's budget.
 
     Args:
         memory, cache, config: as for `load`.
@@ -234,7 +236,9 @@ class patch:  # noqa: N801 - called like a function
             found = self._load(folder, lazy, arguments, MLX_LM)
         except UnsupportedModelError:
             if self._loads_whole(folder):
-                return original_load_model(folder, lazy, **arguments)
+                model, model_config = original_load_model(folder, lazy, **arguments)
+                bound_drafts(model, model_config, self.streams[-1])
+                return model, model_config
             raise
         return found.model, found.model_config
 

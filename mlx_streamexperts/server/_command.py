@@ -20,12 +20,13 @@ from mlx_lm import server as stock
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from .._cli.options import check_prefix_arguments, failed
-from .._cli.settings import stream_settings
-from .._config import StreamConfig, parse_size
+from .._cli.settings import draft_model, stream_settings
+from .._config import StreamConfig, from_arguments, parse_size
 from .._errors import StreamError
 from .._hooks import swapped
 from .._io.files import room_for_clients
 from .._loading.combinations import Options, check_options
+from .._loading.drafts import Draft
 from .._loading.load import patch, plan, resolve
 from ._audience import Audience
 from ._context import ContextChoice, choose_context, start_line
@@ -66,9 +67,16 @@ def main(argv: list[str] | None = None) -> int:
             check_options(other, config, Options.of(args), args.trust_remote_code)
         if len(served) > 1:
             config = _shared_budget(served, config, args.trust_remote_code)
-        choice = choose_context(list(served.values()), config, args.trust_remote_code)
+        draft = draft_model(args)
+        # A reserve that is stated stays as it is.
+        longer = draft.leave_room if draft and from_arguments(args).reserve is None else None
+        folders = list(served.values())
+        choice = choose_context(folders, config, args.trust_remote_code, longer)
         if choice is not None:
             config = replace(config, context_tokens=choice.tokens)
+            if longer is not None and draft is not None:
+                config = longer(config)
+                print(f"Keeping {draft.told(config)}", file=sys.stderr)
         args.model = model
         if not args.api_key and not is_loopback(args.host):
             print(
@@ -76,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
                 file=sys.stderr,
             )
         with patch(config=config), _interruptible():
-            _serve(args, served, aliases, choice)
+            _serve(args, served, aliases, choice, draft)
     except StreamError as e:
         return failed(e)
     except OSError as e:  # for example the address is in use
@@ -92,12 +100,13 @@ def _serve(
     served: dict[str, str],
     aliases: dict[str, str],
     choice: ContextChoice | None,
+    draft: Draft | None,
 ) -> None:
     """What mlx-lm's `main` does once it has parsed, with our parts; returns when it is stopped."""
     maybe_set_recommended_wired_limit()
     configure(args.log_level, args.log_format)
     admission = KVAdmission()
-    provider = ModelProvider(args, served, aliases, admission)
+    provider = ModelProvider(args, served, aliases, admission, draft)
     audience = Audience()
     prompt_cache = BoundedPromptCache(
         admission, args.prompt_cache_size, provider=provider, audience=audience
@@ -173,8 +182,7 @@ class Server(ThreadingHTTPServer):
             return
         host, port = str(self.server_address[0]), self.server_address[1]
         host = f"[{host}]" if ":" in host else host
-        opened = self._generator.model_provider.expert_stream
-        plan = opened.plan if opened else None
+        plan = self._generator.admission.plan
         print(start_line(f"http://{host}:{port}", plan, self._choice), file=sys.stderr, flush=True)
 
     def shutdown(self) -> None:

@@ -5,7 +5,7 @@ A longer context costs resident experts: its KV cache and work space come out of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,10 @@ class ContextChoice:
 
 
 def choose_context(
-    folders: Sequence[str], config: StreamConfig, trust_remote_code: bool
+    folders: Sequence[str],
+    config: StreamConfig,
+    trust_remote_code: bool,
+    longer: Callable[[StreamConfig], StreamConfig] | None = None,
 ) -> ContextChoice | None:
     """Choose the longest context that leaves nine tenths of the expert cache, at most the model's.
 
@@ -49,6 +52,7 @@ def choose_context(
         folders: of the models that are served within one budget.
         config: the options.
         trust_remote_code: run the model code that checkpoints bring.
+        longer: returns the options with a reserve for the context that they state.
 
     Returns:
         None if the context is stated, if only `cache` is (its contexts take what else is free), on
@@ -65,7 +69,8 @@ def choose_context(
     models = [discover(Path(f), config, trust, as_converted=True) for f in folders]
 
     def planned(tokens: int | None) -> list[Plan]:
-        return [m.plan(replace(config, context_tokens=tokens)) for m in models]
+        stated = replace(config, context_tokens=tokens)
+        return [m.plan(stated if longer is None else longer(stated)) for m in models]
 
     before = planned(None)
     config = replace(config, memory=before[0].memory)

@@ -243,6 +243,32 @@ def constant_bytes(caches: list[Any]) -> int:
     return sum(c.nbytes for c in inner if isinstance(c, ArraysCache))
 
 
+def made_even(tokens: list[int], caches: list[Any]) -> int:
+    """Remove from the caches of a sequence what not all of them hold.
+
+    mlx-lm's loop for draft models does not run the last token that the model chose itself, and the
+    draft model's caches may lack one more. mlx-lm keeps them under all tokens nevertheless, and
+    what went on from there would have wrong positions.
+
+    Args:
+        tokens: those that the caches shall hold.
+        caches: of all models that run the sequence.
+
+    Returns:
+        How many of the tokens all caches hold now; 0 if that is none, or if a cache holds more than
+        these and does not go back exactly.
+    """
+    held = {c.offset for c in leaves(caches) if isinstance(getattr(c, "offset", None), int)}
+    count = min([*held, len(tokens)])
+    if held <= {count}:
+        return count
+    if not (trims(caches) and can_trim_prompt_cache(caches)):
+        return 0
+    for cache in leaves(caches):
+        cache.trim(cache.offset - count)
+    return count
+
+
 class Remembering(Protocol):
     """The models' provider.
 
@@ -314,6 +340,10 @@ class BoundedPromptCache(LRUPromptCache):
     def insert_cache(
         self, model: Any, tokens: list[int], prompt_cache: list[Any], **options: Any
     ) -> None:
+        count = made_even(tokens, prompt_cache)
+        if not count:
+            return
+        tokens = tokens[:count]
         if self._provider is not None and self._provider.prefixes is not None:
             self._provider.prefixes.save(tokens, prompt_cache)
         can_trim = trims(prompt_cache)

@@ -18,6 +18,7 @@ from .._experts.follower import Follower
 from .._experts.lossy import last_line
 from .._experts.stream import ExpertStream, is_streamed, stream
 from .._loading.combinations import batches
+from .._loading.drafts import Draft, with_draft
 from .._memory.process_memory import unregister
 from .._prefixes.remembered import PrefixCache
 from .._structured.constraint import Vocabulary
@@ -49,6 +50,7 @@ class ModelProvider(stock.ModelProvider):
         served: folder by the name that `/v1/models` lists; the first is the default.
         aliases: further names of these folders.
         admission: gets the plan of each loaded model.
+        draft: the draft model of all of them; None for none.
 
     Attributes:
         served: folder by every name that a request may use.
@@ -77,11 +79,12 @@ class ModelProvider(stock.ModelProvider):
         served: dict[str, str],
         aliases: dict[str, str],
         admission: KVAdmission,
+        draft: Draft | None = None,
     ) -> None:
         self._last: Any = None  # the model that was loaded last
         super().__init__(argparse.Namespace(**vars(args)))
         self._stated_step = args.prefill_step_size  # None: as each model's plan says
-        self.admission, self.listed = admission, list(served)
+        self.admission, self.draft, self.listed = admission, draft, list(served)
         default = next(iter(served.values()))
         paths = {
             name: path for path in served.values() for name in (path, str(Path(path).resolve()))
@@ -144,7 +147,8 @@ class ModelProvider(stock.ModelProvider):
             plan = expert_stream.plan
             rows = expert_stream.token_rows or len(self.tokenizer)
             self.known_tokens = min(rows, len(self.tokenizer))  # either may know more
-            self.admission.open(plan, rows)
+            requests = plan if self.draft is None else with_draft(plan, self.draft)
+            self.admission.open(requests, rows)
             if (folder := self.cli_args.prefix_cache) is not None:
                 cli, adapter = self.cli_args, args[1] if args[1:] else None
                 self.prefixes = PrefixCache(
