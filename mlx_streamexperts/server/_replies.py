@@ -146,6 +146,7 @@ class Reply:
         self._tools, self._markers, self._single = tools, markers, single
         self._tool = ""  # text of the tool call that is being received
         self._called = False  # whether one is complete
+        self._cut = False  # whether the reply ends here, though the model has not ended it
         self._logprobs = None if tokenizer is None else TokenLogprobs(tokenizer)
         self._sent = ""  # text released so far
         self._received = 0  # characters received, sent or held back
@@ -172,6 +173,7 @@ class Reply:
             reason = "stop" if self._stop.found else response.finish_reason
             if reason is not None:
                 text += self._stop.flush()
+            self._cut = self._stop.found or reason == "length"
             self._sent += text
             self._received += len(response.text)
             *pieces, piece = self._split(text, last=reason is not None)
@@ -219,14 +221,16 @@ class Reply:
                 elif part and state == "normal":  # others are headers
                     pieces.append(Piece(part))
             self._state = state
-        if last and self._state == "tool" and self._tool:
+        if last and self._state == "tool":
             pieces.append(self._end_tool(""))
         return pieces or [Piece()]
 
     def _end_tool(self, marker: str) -> Piece:
-        """The tool call whose text has ended, or that text if it cannot be parsed."""
+        """The tool call whose text has ended, or that text if it is cut or cannot be parsed."""
         text, self._tool = self._tool, ""
-        calls = self._parse(text)
+        # Some of mlx-lm's parsers take half a call for a whole one.
+        cut = self._cut and marker != self._markers[1]
+        calls = [] if cut else self._parse(text)
         if not calls:
             return Piece(text=f"{self._markers[0]}{text}{marker}")
         self._called = True
