@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from mlx_lm.generate import TextStateMachine
+from mlx_lm.tool_parsers import json_tools
 
 from mlx_streamexperts.server._replies import Piece, Reply
 
@@ -49,26 +50,41 @@ WRITTEN = {
 WRITTEN["laguna"] = WRITTEN["glm47"]
 
 
-def replied(
-    parser: str, text: str, *, reason: str = "stop", stops: tuple[str, ...] = (), **options: Any
-) -> Piece:
-    """What this text becomes for a model that thinks and has this parser."""
+def states(parser: str) -> TextStateMachine:
+    """mlx-lm's, for a model that thinks and has this parser."""
     module = importlib.import_module(f"mlx_lm.tool_parsers.{parser}")
     begin, end = module.tool_call_start, module.tool_call_end
-    states = {
-        "normal": [("<think>", "reasoning"), (begin, "tool")],
-        "reasoning": [("</think>", "normal"), (begin, "tool")],
-        "tool": [(end, "normal")] if end else [],
-    }
+    return TextStateMachine(
+        {
+            "normal": [("<think>", "reasoning"), (begin, "tool")],
+            "reasoning": [("</think>", "normal"), (begin, "tool")],
+            "tool": [(end, "normal")] if end else [],
+        }
+    )
+
+
+def replied(
+    parser: str,
+    text: str,
+    *,
+    reason: str = "stop",
+    stops: tuple[str, ...] = (),
+    tools: Any = TOOLS,
+    **options: Any,
+) -> Piece:
+    """What this text becomes, whole and streamed."""
+    module = importlib.import_module(f"mlx_lm.tool_parsers.{parser}")
+    end = module.tool_call_end
     context = SimpleNamespace(
-        text_sm=TextStateMachine(states), initial_state="normal", tool_parser=module.parse_tool_call
+        text_sm=states(parser), initial_state="normal", tool_parser=module.parse_tool_call
     )
     found = []
     for texts in (list(text), [text]):  # streamed in single characters, and at once
         responses = [SimpleNamespace(text=t, token=1, finish_reason=None) for t in texts]
         responses.append(SimpleNamespace(text="", token=0, finish_reason=reason))
         total = Piece()
-        for piece in Reply(context, stops, None, TOOLS, (begin, end), **options).pieces(responses):
+        reply = Reply(context, stops, None, tools, end, think_end="</think>", **options)
+        for piece in reply.pieces(responses):
             total += piece
         found.append(total)
     one, other = found
@@ -96,3 +112,75 @@ def test_a_call_that_is_cut_is_text(parser: str) -> None:
         assert (called(cut), cut.text, cut.finish_reason) == ([], text[:at], "length")
     cut = replied(parser, text, stops=("STOP",))
     assert (called(cut), cut.text, cut.finish_reason) == ([], text[: text.index("STOP")], "stop")
+
+
+PROSE = "Qwen3 writes <think> before it reasons, and </think> after it."
+
+
+@pytest.mark.parametrize("parser", sorted(WRITTEN))
+def test_text_about_markers_is_text(parser: str) -> None:
+    """Reasoning begins only at the start of a reply, and a call is whole."""
+    module = importlib.import_module(f"mlx_lm.tool_parsers.{parser}")
+    begin, end = module.tool_call_start, module.tool_call_end
+    call = WRITTEN[parser].replace("CONTENT", "it")
+    told = replied(parser, PROSE)
+    assert (told.text, told.reasoning) == (PROSE, "")
+    full = replied(parser, f"\n<think>Hm, {begin} it?</think>{PROSE}\n{call}")
+    assert (full.reasoning, full.text) == (f"Hm, {begin} it?", f"\n{PROSE}\n")
+    assert called(full) == [write("it")]
+    if end:  # else a call goes on to the reply's end
+        full = replied(parser, f"<think>Hm.</think>{call}\n{call} <think>")
+        assert (full.reasoning, full.text) == ("Hm.", "\n <think>")
+        assert called(full) == [write("it")] * 2
+        for other in ("?", "<", "(" + end):
+            full = replied(parser, f"{begin} {other}{end}\n{call}")
+            assert full.text == f"{begin} {other}{end}\n"
+            assert called(full) == [write("it")]
+
+
+@pytest.mark.parametrize("parser", sorted(set(WRITTEN) - {"mistral"}))
+def test_an_argument_may_contain_the_markers_of_calls(parser: str) -> None:
+    """Mistral's calls end with the reply."""
+    module = importlib.import_module(f"mlx_lm.tool_parsers.{parser}")
+    begin, end = module.tool_call_start, module.tool_call_end
+    for content in (f"a {end} b", f"{begin} a {end} b {end} c", f"<think>a</think> {end}"):
+        text = WRITTEN[parser].replace("CONTENT", content)
+        full = replied(parser, f"Now: {text} Done")
+        if parser == "minicpm5":  # mlx-lm's parser takes it for the end
+            assert (full.calls, full.text) == ([], f"Now: {text} Done")
+        else:
+            assert (called(full), full.text) == ([write(content)], "Now:  Done")
+
+
+@pytest.mark.parametrize("parser", sorted(WRITTEN))
+def test_without_tools_there_are_no_calls(parser: str) -> None:
+    text = WRITTEN[parser].replace("CONTENT", "it") + " <think>"
+    for reason in ("stop", "length"):
+        said = replied(parser, f"<think>{text}</think>{text}", tools=None, reason=reason)
+        assert (said.reasoning, said.text, said.calls) == (text, text, [])
+        assert said.finish_reason == reason
+
+
+def test_an_answer_in_a_format_is_as_it_is() -> None:
+    """Tokens end its reasoning, and no marker in it counts once it has begun."""
+    call = WRITTEN["json_tools"].replace("CONTENT", "it")
+    answer = '{"x": "<think>a</think> ' + call + '"}'
+    texts = "<think>", "It writes </think> and " + call, "</think>", "\n" + answer, ""
+    context = SimpleNamespace(
+        text_sm=states("json_tools"), initial_state="normal", tool_parser=json_tools.parse_tool_call
+    )
+    reply = Reply(
+        context, (), None, TOOLS, "</tool_call>", answer=True, closing=(2,), think_end="</think>"
+    )
+    total = Piece()
+    for i, text in enumerate(texts):
+        end = "stop" if i + 1 == len(texts) else None
+        for piece in reply.pieces([SimpleNamespace(text=text, token=i, finish_reason=end)]):
+            total += piece
+    assert (total.reasoning, total.text, total.calls) == (texts[1], texts[3], [])
+    assert reply.reasoning_tokens == 2
+
+
+def test_a_completion_is_text() -> None:
+    text = "<think>a</think>" + WRITTEN["json_tools"]
+    assert replied("json_tools", text, plain=True).text == text

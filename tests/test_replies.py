@@ -73,7 +73,7 @@ class Letters:
 def parsed(text: str, tools: object) -> dict[str, object]:
     """The parser: f(1)."""
     name, _, argument = text.partition("(")
-    return {"name": name, "arguments": [int(argument.removesuffix(")"))]}
+    return {"name": name, "arguments": {"n": int(argument.removesuffix(")"))}}
 
 
 def replied(
@@ -96,8 +96,8 @@ def replied(
         for n, (t, i) in enumerate(zip(texts, ids, strict=True))
     ]
     context = SimpleNamespace(text_sm=STATES, initial_state="normal", tool_parser=parsed)
-    markers = "<call>", "</call>"
-    reply = Reply(context, stops, Letters(), None, markers, single)
+    tools = [{"function": {"name": "f"}}, {"function": {"name": "g"}}]
+    reply = Reply(context, stops, Letters(), tools, "</call>", single=single)
     return list(reply.pieces(responses))
 
 
@@ -127,7 +127,7 @@ def test_reasoning_and_tool_calls_are_apart() -> None:
         pieces = replied(texts, reason="stop")
         got = whole(pieces)
         assert (got.reasoning, got.text, got.finish_reason) == ("why", "so then ", "tool_calls")
-        assert [(c.name, c.arguments) for c in got.calls] == [("f", "[1]"), ("g", "[2]")]
+        assert [(c.name, c.arguments) for c in got.calls] == [("f", '{"n": 1}'), ("g", '{"n": 2}')]
         assert len({c.id for c in got.calls}) == 2
         kinds = [k for p in pieces for k in ("reasoning", "text", "calls") if getattr(p, k)]
         order = [k for i, k in enumerate(kinds) if kinds[i - 1 : i] != [k]]
