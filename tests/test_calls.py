@@ -184,3 +184,14 @@ def test_an_answer_in_a_format_is_as_it_is() -> None:
 def test_a_completion_is_text() -> None:
     text = "<think>a</think>" + WRITTEN["json_tools"]
     assert replied("json_tools", text, plain=True).text == text
+
+
+ANY = [{"type": "function", "function": {"name": "write", "parameters": {"type": "object"}}}]
+
+
+@pytest.mark.parametrize("parser", ["glm47", "json_tools", "kimi_k2", "longcat", "mistral"])
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e400", "[1e400]"])
+def test_a_call_with_a_number_that_json_has_not_is_text(parser: str, number: str) -> None:
+    text = WRITTEN[parser].replace('"CONTENT"', number).replace("CONTENT", number)
+    said = replied(parser, text, tools=ANY)
+    assert (said.text, said.calls, said.finish_reason) == (text, [], "stop")

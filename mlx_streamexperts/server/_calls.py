@@ -48,7 +48,7 @@ class Call:
     Attributes:
         id: the model's own if its calls have one, else a new one.
         name: of the function.
-        arguments: a JSON object.
+        arguments: a JSON object; NaN and infinities, which JSON has not, make a call text.
     """
 
     id: str
@@ -112,5 +112,5 @@ def _call(found: dict[str, Any], names: set[str]) -> Call:
     return Call(
         id=str(found.get("id") or f"call_{uuid.uuid4().hex[:24]}"),
         name=name,
-        arguments=json.dumps(arguments, ensure_ascii=False),
+        arguments=json.dumps(arguments, ensure_ascii=False, allow_nan=False),
     )
