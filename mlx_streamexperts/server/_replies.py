@@ -7,7 +7,9 @@ searched, and such a call is text. Nothing here knows HTTP or MLX.
 
 from __future__ import annotations
 
+import codecs
 import logging
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -330,7 +332,6 @@ class Reply:
         self._recent: tuple[int, ...] = ()  # the last tokens, as many as those
         self._logprobs = None if tokenizer is None else TokenLogprobs(tokenizer)
         self._sent = ""  # text released so far
-        self._received = 0  # characters received, sent or held back
         self.tokens = self.reasoning_tokens = 0
 
     @property
@@ -355,7 +356,6 @@ class Reply:
             if reason is not None:
                 text += self._stop.flush()
             self._sent += text
-            self._received += len(response.text)
             if self._closing:
                 self._recent = (*self._recent, response.token)[-len(self._closing) :]
                 self._sorter.closed = self._sorter.closed or self._recent == self._closing
@@ -388,7 +388,7 @@ class Reply:
         """Logprobs of the tokens whose text is now certain to be in the reply."""
         assert self._logprobs is not None
         if response.finish_reason != "stop":  # an end-of-sequence token has no text
-            self._logprobs.add(response, self._received)
+            self._logprobs.add(response, response.text)
         if last:
             return self._logprobs.rest(self._sent if self._stop.found else None)
         return self._logprobs.take(len(self._sent))
@@ -399,27 +399,49 @@ class TokenLogprobs:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._special = set(tokenizer.all_special_ids)
         self._ids: list[int] = []
         self._entries: list[dict[str, Any]] = []
         self._ends: list[int] = []  # length of the text up to and including each token
         self._taken = 0  # entries released so far
+        self._text = ""  # received so far
+        # What the tokens say: the same, but for a space before it, and in time.
+        self._said, self._decoder = "", codecs.getincrementaldecoder("utf-8")("replace")
+        self._dropped = 0  # characters that mlx-lm drops before a reply
 
-    def add(self, response: Any, end: int) -> None:
-        """Add a token; `end` is the length of the text with it, whether sent or held back."""
-        begin = self._ends[-1] if self._ends else 0
-        self._ids.append(response.token)
-        self._ends.append(end)
+    def add(self, response: Any, text: str) -> None:
+        """Add a token; `text` has come with it, whether it is sent or held back."""
+        token = response.token
+        named = self._named(token, response.logprob)
+        if not self._ids and named["token"].startswith(" "):
+            self._dropped = self._space_dropped(token)
+        begin = max(0, len(self._said) - self._dropped)
+        self._said += self._decoder.decode(self._bytes(token, named["token"]))
+        before, self._text = len(self._text), self._text + text
+        said = self._said[self._dropped :]
+        if not (said.startswith(self._text) or self._text.startswith(said)):
+            begin = before  # a tokenizer that changes spaces: its text may come late
+        self._ids.append(token)
+        self._ends.append(len(self._text))
         self._entries.append(
             {
-                "id": response.token,
+                "id": token,
                 "text_offset": begin,
-                **self._named(response.token, response.logprob),
+                **named,
                 "top_logprobs": [
                     {"id": t["id"], **self._named(t["id"], t["logprob"])}
                     for t in response.top_tokens
                 ],
             }
         )
+
+    def _space_dropped(self, token: int) -> int:
+        """How much mlx-lm leaves out of a reply that begins with this token."""
+        detokenizer = self._tokenizer.detokenizer
+        for _ in range(2):
+            detokenizer.add_token(token)
+        detokenizer.finalize()
+        return 2 * len(self._named(token, 0.0)["token"]) - len(detokenizer.text)
 
     def take(self, sent: int) -> list[dict[str, Any]]:
         """New entries of tokens that lie within the first `sent` characters of the text."""
@@ -454,16 +476,35 @@ class TokenLogprobs:
         return low
 
     def _named(self, token: int, logprob: float) -> dict[str, Any]:
-        """The token as text, and as bytes if it is whole characters."""
+        """The token as text, and as bytes unless it is a special one."""
         # Decoded twice: a first token loses the space before it.
         once, twice = (self._tokenizer.decode([token] * n) for n in (1, 2))
         text = twice[len(once) :] if twice.startswith(once) else once
-        whole = "\ufffd" not in text
         return {
             "token": text,
             "logprob": logprob,
-            "bytes": list(text.encode()) if whole else None,
+            "bytes": None if token in self._special else list(self._bytes(token, text)),
         }
+
+    def _bytes(self, token: int, text: str) -> bytes:
+        """The bytes of a token with this text, which may be a part of a character."""
+        if "\ufffd" in text:
+            name = self._tokenizer.convert_ids_to_tokens(token) or ""
+            if byte := re.fullmatch("<0x([0-9A-F]{2})>", name):  # as SentencePiece names it
+                return bytes.fromhex(byte[1])
+            if name and _BYTES.keys() >= set(name):
+                return bytes(_BYTES[letter] for letter in name)
+        return text.encode()
+
+
+def _bytes_by_letter() -> dict[str, int]:
+    """The letters that stand for bytes in vocabularies of GPT-2's kind."""
+    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(0x100) if b not in own]
+    return {chr(b): b for b in own} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+_BYTES = _bytes_by_letter()
 
 
 def completion_logprobs(entries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -476,14 +517,20 @@ def completion_logprobs(entries: list[dict[str, Any]]) -> dict[str, Any]:
     for entry in entries:
         named: dict[str, float] = {}
         for top in entry["top_logprobs"]:
-            named.setdefault(
-                top["token"], top["logprob"]
-            )  # of two tokens with one text, the likelier
+            named.setdefault(_name(top), top["logprob"])  # of two with one text, the likelier
         likeliest.append(named)
     return {
-        "tokens": [e["token"] for e in entries],
+        "tokens": [_name(e) for e in entries],
         "token_logprobs": [e["logprob"] for e in entries],
         "top_logprobs": likeliest,
         "text_offset": [e["text_offset"] for e in entries],
         "content": entries,
     }
+
+
+def _name(entry: dict[str, Any]) -> str:
+    """A token in completions: as OpenAI's, parts of a character have the names of their bytes."""
+    raw = bytes(entry["bytes"] or ())
+    if "\ufffd" in entry["token"] and raw and raw != entry["token"].encode():
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+    return str(entry["token"])
