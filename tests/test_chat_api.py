@@ -101,6 +101,15 @@ def test_a_call_whose_text_breaks_off_is_text(
     )
 
 
+def test_a_request_without_tools_gets_no_calls(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dictated(monkeypatch, OSLO)
+    for options in ({}, {"tools": [tool("weather")], "tool_choice": "none"}):
+        message, reason, calls = chat(running, **options)
+        assert (message.content, reason, calls) == (OSLO, "stop", [])
+
+
 def test_a_conversation_with_tools_goes_on(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,11 +168,12 @@ def test_reasoning_comes_before_the_format(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In any text, and only there: the script goes on with what the grammar refuses."""
-    script = "<think>{x} <b>Oslo</b></think>\n\n{"
+    reasoning = "{x} <b>Oslo</b> <tool_call> </think> x"  # letters: no token ends it there
+    script = ["<think>", *reasoning, "</think>\n\n{"]
     tokenizer = running.generator.model_provider.tokenizer
 
     def make(args: Any, tokenizer: Any) -> Any:
-        left = iter(tokenizer.encode(script))
+        left = iter([t for part in script for t in tokenizer.encode(part)])
 
         def sampler(logprobs: mx.array) -> mx.array:
             wanted = next(left, None)
@@ -176,7 +186,7 @@ def test_reasoning_comes_before_the_format(
 
     monkeypatch.setattr(stock, "_make_sampler", make)
     message, reason, _ = chat(running, response_format=SCHEMA, max_tokens=300)
-    assert message.reasoning_content == "{x} <b>Oslo</b>"
+    assert message.reasoning_content == reasoning
     assert json.loads(message.content)["city"] in ("Oslo", "Rome")
     assert reason == "stop"
     assert tokenizer.has_thinking

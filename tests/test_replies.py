@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import random
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from mlx_lm.generate import TextStateMachine
+from mlx_lm.tokenizer_utils import (
+    BPEStreamingDetokenizer,
+    NaiveStreamingDetokenizer,
+    SPMStreamingDetokenizer,
+    TokenizerWrapper,
+)
+from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
 
 from mlx_streamexperts.server._replies import (
     Piece,
@@ -63,7 +73,12 @@ def test_text_goes_out_as_soon_as_it_can_be_no_stop_string() -> None:
 
 
 class Letters:
-    """A tokenizer: a token is a character, but 0, which is half of an e with an accent."""
+    """A tokenizer: a token is a character, but 0 and 1, halves of an e with an accent."""
+
+    all_special_ids = (2,)
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return "<0xC3>" if token == 0 else "<0xA9>"
 
     def decode(self, ids: list[int]) -> str:
         raw = b"".join(b"\xc3" if i == 0 else b"\xa9" if i == 1 else chr(i).encode() for i in ids)
@@ -73,7 +88,7 @@ class Letters:
 def parsed(text: str, tools: object) -> dict[str, object]:
     """The parser: f(1)."""
     name, _, argument = text.partition("(")
-    return {"name": name, "arguments": [int(argument.removesuffix(")"))]}
+    return {"name": name, "arguments": {"n": int(argument.removesuffix(")"))}}
 
 
 def replied(
@@ -96,8 +111,8 @@ def replied(
         for n, (t, i) in enumerate(zip(texts, ids, strict=True))
     ]
     context = SimpleNamespace(text_sm=STATES, initial_state="normal", tool_parser=parsed)
-    markers = "<call>", "</call>"
-    reply = Reply(context, stops, Letters(), None, markers, single)
+    tools = [{"function": {"name": "f"}}, {"function": {"name": "g"}}]
+    reply = Reply(context, stops, Letters(), tools, "</call>", single=single)
     return list(reply.pieces(responses))
 
 
@@ -127,7 +142,7 @@ def test_reasoning_and_tool_calls_are_apart() -> None:
         pieces = replied(texts, reason="stop")
         got = whole(pieces)
         assert (got.reasoning, got.text, got.finish_reason) == ("why", "so then ", "tool_calls")
-        assert [(c.name, c.arguments) for c in got.calls] == [("f", "[1]"), ("g", "[2]")]
+        assert [(c.name, c.arguments) for c in got.calls] == [("f", '{"n": 1}'), ("g", '{"n": 2}')]
         assert len({c.id for c in got.calls}) == 2
         kinds = [k for p in pieces for k in ("reasoning", "text", "calls") if getattr(p, k)]
         order = [k for i, k in enumerate(kinds) if kinds[i - 1 : i] != [k]]
@@ -171,14 +186,72 @@ def test_tokens_are_named_when_their_text_has_gone_out(late: int) -> None:
         assert len(names) <= len(sent)
     assert sent == names == "aSbSTc"
     offsets = [e["text_offset"] for p in pieces for e in p.logprobs or ()]
-    assert offsets == ([0, 1, 2, 3, 4, 5] if not late else [0, 0, 1, 2, 3, 4])
+    assert offsets == [0, 1, 2, 3, 4, 5]
 
 
-def test_halves_of_a_character_have_no_bytes() -> None:
-    got = whole(replied(["", "é", "."], ids=[0, 1, 46]))
-    assert got.text == "é."
-    assert [e["bytes"] for e in got.logprobs or ()] == [None, None, [46]]
-    assert [e["id"] for e in got.logprobs or ()] == [0, 1, 46]
+def test_only_special_tokens_have_no_bytes() -> None:
+    got = whole(replied(["", "é", ".", "\x02"], ids=[0, 1, 46, 2]))
+    assert got.text == "é.\x02"
+    assert [e["bytes"] for e in got.logprobs or ()] == [[0xC3], [0xA9], [46], None]
+    assert [e["id"] for e in got.logprobs or ()] == [0, 1, 46, 2]
+
+
+def byte_letters(detokenizer: Any) -> TokenizerWrapper:
+    """GPT-2's kind: a letter for each byte, and for some words."""
+    words = [*sorted(ByteLevel.alphabet()), "Ġw", "ĠĠ"]
+    inner = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [("Ġ", "w"), ("Ġ", "Ġ")]))
+    inner.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    return TokenizerWrapper(PreTrainedTokenizerFast(tokenizer_object=inner), detokenizer, [0])
+
+
+def pieces_and_bytes(detokenizer: Any) -> TokenizerWrapper:
+    """SentencePiece's kind: characters, and bytes for those that are not among them."""
+    words = ["<unk>", *(f"<0x{b:02X}>" for b in range(256)), "▁", *"Hiwrldab\n", "▁w"]
+    vocabulary = {w: i for i, w in enumerate(words)}
+    inner = Tokenizer(
+        models.BPE(vocabulary, [("▁", "w")], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    inner.normalizer = normalizers.Replace(" ", "▁")
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    inner.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    return TokenizerWrapper(PreTrainedTokenizerFast(tokenizer_object=inner), detokenizer, [0])
+
+
+@pytest.mark.parametrize("text", [" Hi 😀 wörld 日本", " a  b\n\n  wé", "é"])
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        byte_letters(BPEStreamingDetokenizer),
+        byte_letters(NaiveStreamingDetokenizer),
+        pieces_and_bytes(SPMStreamingDetokenizer),
+    ],
+    ids=["letters", "letters-naive", "pieces"],
+)
+def test_bytes_and_offsets_of_tokens_are_those_of_the_text(
+    tokenizer: TokenizerWrapper, text: str
+) -> None:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    detokenizer, entries, sent = tokenizer.detokenizer, [], ""
+    names = TokenLogprobs(tokenizer)
+    for i, token in enumerate(ids):
+        detokenizer.add_token(token)
+        if i + 1 == len(ids):
+            detokenizer.finalize()
+        top = ({"id": token, "logprob": -1.0}, {"id": 5, "logprob": -2.0})
+        new = detokenizer.last_segment
+        names.add(SimpleNamespace(token=token, logprob=-1.0, top_tokens=top), new)
+        sent += new
+        entries += names.take(len(sent))
+    entries += names.rest(None)
+    assert sent in (text, text.removeprefix(" "))
+    assert b"".join(bytes(e["bytes"]) for e in entries) == text.encode()
+    before, dropped = b"", len(text) - len(sent)
+    for entry in entries:
+        at = max(0, len(before.decode("utf-8", "ignore")) - dropped)
+        assert entry["text_offset"] == at, entry
+        before += bytes(entry["bytes"])
+    assert all(len(top) == 2 for top in completion_logprobs(entries)["top_logprobs"])
 
 
 def test_a_token_that_ends_a_reply_is_not_named() -> None:
@@ -187,20 +260,19 @@ def test_a_token_that_ends_a_reply_is_not_named() -> None:
 
 
 def test_a_token_keeps_the_space_before_it() -> None:
-    class Trimming:
-        def decode(self, ids: list[int]) -> str:
-            return "".join(f" {i}" for i in ids).removeprefix(" ")
-
-    names = TokenLogprobs(Trimming())
-    names.add(SimpleNamespace(token=5, logprob=-1.0, top_tokens=()), 1)
-    assert [e["token"] for e in names.rest(None)] == [" 5"]
+    tokenizer = pieces_and_bytes(NaiveStreamingDetokenizer)
+    [token] = tokenizer.encode(" w", add_special_tokens=False)
+    names = TokenLogprobs(tokenizer)
+    names.add(SimpleNamespace(token=token, logprob=-1.0, top_tokens=()), "w")
+    assert [e["token"] for e in names.rest(None)] == [" w"]
 
 
 def test_logprobs_of_completions() -> None:
-    top = [{"token": "a", "logprob": -0.5}, {"token": "a", "logprob": -3.0}]
-    one = {"token": "ab", "logprob": -0.5, "top_logprobs": top}
+    top = [{"token": "a", "logprob": -0.5, "bytes": [97]}] * 2
+    top += [{"token": "\ufffd", "logprob": -3.0, "bytes": [b]} for b in (0xF0, 0x9F)]
+    one = {"token": "ab", "logprob": -0.5, "bytes": [97, 98], "top_logprobs": top}
     got = completion_logprobs([{**one, "text_offset": 0}, {**one, "text_offset": 2}])
     assert got["text_offset"] == [0, 2]
     assert got["tokens"] == ["ab", "ab"]
     assert got["token_logprobs"] == [-0.5, -0.5]
-    assert got["top_logprobs"] == [{"a": -0.5}] * 2
+    assert got["top_logprobs"] == [{"a": -0.5, r"bytes:\xf0": -3.0, r"bytes:\x9f": -3.0}] * 2

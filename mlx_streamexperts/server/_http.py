@@ -449,14 +449,18 @@ class Handler(stock.APIHandler):
         try:
             context, responses = client.start(request, arguments)
             provider = self.generator.model_provider
-            tokenizer = provider.tokenizer
+            tokenizer, shape = provider.tokenizer, arguments.shape
             reply = Reply(
                 context,
                 stops,
                 tokenizer if arguments.logprobs else None,
                 request.tools,
-                (tokenizer.tool_call_start or "", tokenizer.tool_call_end or ""),
+                tokenizer.tool_call_end or "",
                 single=not self.body.get("parallel_tool_calls", True),
+                answer=shape is not None and shape.schema is not None,
+                closing=() if shape is None else tokenizer.think_end_tokens or (),
+                think_end=tokenizer.think_end or "",
+                plain=not self._form.chat,
             )
             yield reply
             yield from reply.pieces(responses)
