@@ -266,15 +266,17 @@ def test_an_interrupted_run_goes_on(
     assert before == {f: f.stat().st_mtime_ns for f in out.glob("model*.safetensors")}
 
 
-_SLOW = """
-import sys, time
+# Stops in the middle of its second file, or a later one, until it is killed.
+_STUCK = """
+import pathlib, sys, time
 from mlx_streamexperts.convert import _shards as shards, main
-write_at = shards.write_at
-def slow(*arguments):
-    time.sleep(0.02)
+out, write_at = pathlib.Path(sys.argv[1]), shards.write_at
+def write(*arguments):
+    if list(out.glob("model*.safetensors")) and list(out.glob("model*.partial")):
+        time.sleep(600)
     write_at(*arguments)
-shards.write_at = slow
-sys.exit(main(sys.argv[1:]))
+shards.write_at = write
+sys.exit(main(sys.argv[2:]))
 """
 
 
@@ -282,7 +284,7 @@ def test_a_killed_run_goes_on(checkpoint: Build, tmp_path: Path) -> None:
     source = original(checkpoint, "qwen3_moe", tmp_path / "source")
     out = tmp_path / "out"
     command = ["--model", str(source), "--out", str(out), "--shard-size", "200kB", "--no-progress"]
-    process = subprocess.Popen([sys.executable, "-c", _SLOW, *command])
+    process = subprocess.Popen([sys.executable, "-c", _STUCK, str(out), *command])
     deadline = time.monotonic() + 60
     while not (list(out.glob("model*.safetensors")) and list(out.glob("model*.partial"))):
         assert process.poll() is None, "it finished before it could be killed"

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
 
 import families
 import mlx_lm.utils
@@ -35,9 +36,14 @@ def test_beats_come_while_a_caller_waits() -> None:
     assert awake.beats == beats
 
 
-def after(seconds: float, figure: Callable[[], int]) -> int:
-    time.sleep(seconds)
-    return figure()
+class Noted(SimpleQueue[None]):
+    """Notes how long its reader waits: None for ever."""
+
+    timeout: float | None = None
+
+    def get(self, block: bool = True, timeout: float | None = None) -> None:
+        self.timeout = timeout
+        return super().get(block, timeout)
 
 
 @pytest.mark.parametrize("scarce", [False, True])
@@ -45,7 +51,7 @@ def test_beats_go_on_between_requests_for_a_while(
     scarce: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keep_awake, "_IDLE_BEAT", 0.002)
-    monkeypatch.setattr(keep_awake, "_IDLE_SECONDS", 0.2)
+    monkeypatch.setattr(keep_awake, "SimpleQueue", Noted)
     asked = threading.Event()
 
     def is_scarce() -> bool:
@@ -61,7 +67,11 @@ def test_beats_go_on_between_requests_for_a_while(
         assert awake.beats == 0
     else:
         until(lambda: awake.beats > 2)
-        until(lambda: awake.beats == after(0.05, lambda: awake.beats))  # the machine may sleep now
+        monkeypatch.setattr(keep_awake, "_IDLE_SECONDS", 0.05)
+        until(lambda: awake._wake.timeout is None)  # type: ignore[attr-defined]
+        beats = awake.beats  # the machine may sleep now
+        time.sleep(0.01)
+        assert awake.beats == beats
     awake.close()
 
 

@@ -57,7 +57,6 @@ def test_a_drive_of_known_rate(file: tuple[str, int]) -> None:
     assert one.rate <= READ / 0.005
     assert one.latency >= 0.005
     assert one.rate < eight.rate <= 4.1e6
-    assert eight.mean_depth >= 7.2
 
 
 def test_a_drive_that_slows_down(file: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> None:

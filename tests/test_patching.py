@@ -186,6 +186,7 @@ def test_close_frees_memory_files_and_threads(checkpoint: Callable[..., Path]) -
 
 
 def test_a_collected_model_closes_its_stream(checkpoint: Callable[..., Path]) -> None:
+    gc.collect()
     before = leftovers()
     model = load_streamed(checkpoint("qwen3_moe"), 1 << 40)
     assert leftovers() - before

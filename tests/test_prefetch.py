@@ -25,6 +25,7 @@ from mlx_streamexperts import ExpertStream, demo_model, stream
 from mlx_streamexperts import _osinfo as platform
 from mlx_streamexperts._cache.expert_map import POLICIES, ExpertCache
 from mlx_streamexperts._experts.prefetch import RouterPrefetcher
+from mlx_streamexperts._io.reader import Ticket
 
 ALWAYS = replace(QUIET, prefetch="on")
 # Their routers are called outside of the block that holds the experts, or their experts get another
@@ -186,11 +187,12 @@ class Faulty:
 
     def __init__(self) -> None:
         self.failing = False
-        self.gate = threading.Event()
+        self.gate, self.entered = threading.Event(), threading.Event()
         self.gate.set()
         self._real = platform.read_into
 
     def __call__(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        self.entered.set()
         assert self.gate.wait(60)
         if self.failing and threading.current_thread().name.startswith("expert-reader"):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -240,15 +242,20 @@ def test_a_failed_prefetch_raises_nothing_and_takes_no_slot(
 
 
 def test_late_prefetches_are_waited_for_and_stale_ones_taken_back(
-    faulty: tuple[Faulty, nn.Module, ExpertStream, nn.Module],
+    faulty: tuple[Faulty, nn.Module, ExpertStream, nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, _, expert_stream, stock = faulty
     slots = expert_stream.layers[1].slots
-    whole = slots.cache.slots
+    whole, claim = slots.cache.slots, slots._claim
+
+    def claim_and_open(needed: Sequence[int]) -> dict[int, Ticket]:
+        claimed = claim(needed)  # before any has arrived
+        read.gate.set()
+        return claimed
+
+    monkeypatch.setattr(slots, "_claim", claim_and_open)
     read.gate.clear()
     slots.prefetch([0, 1, 2, 3])
-    opener = threading.Timer(0.05, read.gate.set)
-    opener.start()
     outputs_agree(expert_stream, stock, [1, 2, 5, 7])
     assert slots.prefetch_stats.late == 2
     assert slots.cache.stats.prefetched == 2
@@ -260,7 +267,6 @@ def test_late_prefetches_are_waited_for_and_stale_ones_taken_back(
     assert len(resident) + len(slots.cache._free) == whole
     for e in range(8):
         outputs_agree(expert_stream, stock, [e, (e + 1) % 8, (e + 3) % 8, (e + 5) % 8])
-    opener.join()
 
 
 def test_closing_and_resizing_with_prefetches_in_flight(
@@ -270,7 +276,9 @@ def test_closing_and_resizing_with_prefetches_in_flight(
     read, _, expert_stream, _ = faulty
     for end in (lambda: expert_stream.resize(smallest_cache(expert_stream)), expert_stream.close):
         read.gate.clear()
+        read.entered.clear()
         expert_stream.layers[1].slots.prefetch([0, 1, 2, 3])
+        assert read.entered.wait(60)
         opener = threading.Timer(0.05, read.gate.set)
         opener.start()
         end()

@@ -658,6 +658,10 @@ def test_cancel_waits_for_reads_under_way(shard: Path, monkeypatch: pytest.Monke
         ticket = reader.submit([wanted(shard, 0, memory), wanted(shard, 50, bytearray(10))])
         assert gate.entered.wait(PATIENCE)
         thread, raised = in_thread(lambda: reader.cancel(ticket))
+        give_up = time.monotonic() + PATIENCE
+        while reader._queue:  # it takes back the second one first
+            assert time.monotonic() < give_up
+            time.sleep(0.001)
         thread.join(0.05)
         assert thread.is_alive(), "cancel returned while a read was under way"
         gate.open.set()
@@ -862,11 +866,24 @@ def test_counters(shard: Path) -> None:
         reader.close()
 
 
+class WaitedFor:
+    """A ticket's gate that tells when a thread has begun to wait for it."""
+
+    def __init__(self, gate: threading.Lock) -> None:
+        self.begun = threading.Event()
+        self.release, self.locked, self._acquire = gate.release, gate.locked, gate.acquire
+
+    def acquire(self, timeout: float) -> bool:
+        self.begun.set()
+        return self._acquire(timeout=timeout)
+
+
 def test_standing_still_is_counted(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with gated_reader(monkeypatch, shard) as (reader, gate):
         ticket = reader.submit([wanted(shard, 100, bytearray(9))], PREFETCH)
+        ticket._gate = waited_for = WaitedFor(ticket._gate)  # type: ignore[assignment]
         thread, raised = in_thread(ticket.wait)
-        thread.join(0.05)
+        assert waited_for.begun.wait(PATIENCE)
         assert thread.is_alive() and reader.stats.wait_seconds == 0
         gate.open.set()
         join(thread)

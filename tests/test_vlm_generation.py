@@ -7,10 +7,11 @@ import gc
 import importlib
 import io
 import json
-import socket
+import queue
+import re
 import subprocess
 import sys
-import time
+import threading
 import urllib.request
 import wave
 from collections.abc import Callable, Iterator
@@ -285,14 +286,24 @@ def test_mlx_vlms_chat_runs(
 
 
 def test_mlx_vlms_server_answers(seeing: Path, pictures: list[str]) -> None:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
     command = [sys.executable, "-m", "mlx_streamexperts.run", "--cache", "400kB", "mlx_vlm.server"]
-    options = ["--model", str(seeing), "--host", "127.0.0.1", "--port", str(port)]
+    options = ["--model", str(seeing), "--host", "127.0.0.1", "--port", "0"]
     server = subprocess.Popen(
         [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+    assert server.stdout is not None
+    output, said, ports = server.stdout, list[str](), queue.SimpleQueue[int]()
+
+    def listen() -> None:
+        """Read all it says: a full pipe would stop it."""
+        for line in output:
+            said.append(line)
+            if found := re.search(r"running on http://127\.0\.0\.1:(\d+)", line):
+                ports.put(int(found[1]))
+        ports.put(0)  # it has ended
+
+    listener = threading.Thread(target=listen)
+    listener.start()
 
     def ask(content: Any) -> str:
         body = {"model": str(seeing), "max_tokens": 6, "temperature": 0}
@@ -306,11 +317,8 @@ def test_mlx_vlms_server_answers(seeing: Path, pictures: list[str]) -> None:
             return str(json.loads(reply.read())["choices"][0]["message"]["content"])
 
     try:
-        for _ in range(600):
-            with socket.socket() as knock:
-                if knock.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
+        port = ports.get(timeout=60)
+        assert port, "".join(said)
         stock, processor = vlm.load(str(seeing))
         assert ask("Hello") == vlm.generate(stock, processor, "Hello", max_tokens=6).text
         data = base64.b64encode(Path(pictures[0]).read_bytes()).decode()
@@ -318,8 +326,13 @@ def test_mlx_vlms_server_answers(seeing: Path, pictures: list[str]) -> None:
         assert ask([picture, {"type": "text", "text": "What?"}])
     finally:
         server.send_signal(2)
-        said = server.communicate(timeout=60)[0]
-    assert "misses after eviction" in said
+        try:
+            server.wait(60)
+        finally:
+            server.kill()
+            listener.join(60)
+            output.close()
+    assert "misses after eviction" in "".join(said)
 
 
 SEEING = [

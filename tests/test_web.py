@@ -7,8 +7,10 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from types import SimpleNamespace
+from unittest import mock
 
 import openai
 import pytest
@@ -242,6 +244,7 @@ def test_nulls_mean_the_default(running: Running) -> None:
 def test_too_many_requests_are_turned_away(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    until(lambda: running.figures()["traffic"]["active"] == 0)
     monkeypatch.setattr(web, "MOST_REQUESTS", 1)
     stream = running.client().completions.create(
         model="demo", prompt="In the", max_tokens=2000, stream=True
@@ -253,10 +256,31 @@ def test_too_many_requests_are_turned_away(
     until(lambda: running.figures()["traffic"]["active"] == 0)
 
 
-def test_a_slow_sender_holds_nobody_up(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web.Handler, "timeout", 0.3)
+@contextmanager
+def impatient(running: Running, send_buffer: int | None = None) -> Iterator[socket.socket]:
+    """A client that the server waits 0.3 s for, and for no other one."""
+    setup, taken = web.Handler.setup, threading.Event()
+
+    def patched(self: web.Handler) -> None:
+        self.timeout = 0.3
+        setup(self)
+        if send_buffer is not None:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+        taken.set()
+
+    with socket.socket() as connection:
+        connection.settimeout(60)
+        if send_buffer is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, send_buffer)
+        with mock.patch.object(web.Handler, "setup", patched):
+            connection.connect(("127.0.0.1", running.port))
+            assert taken.wait(60)
+        yield connection
+
+
+def test_a_slow_sender_holds_nobody_up(running: Running) -> None:
     threads = threading.active_count()
-    with socket.create_connection(("127.0.0.1", running.port), 20) as connection:
+    with impatient(running) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Length: 100\r\n\r\n{")
         assert running.text("NAME", 1)
         assert connection.recv(1) == b""  # it was dropped
@@ -292,22 +316,10 @@ def test_a_byte_now_and_then_keeps_no_thread(
             pytest.fail("it was listened to all the time")
 
 
-def test_a_client_that_takes_nothing_has_left(
-    running: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    setup = web.Handler.setup
-
-    def small(self: web.Handler) -> None:
-        setup(self)
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
-
+def test_a_client_that_takes_nothing_has_left(running: Running) -> None:
     before = running.figures()["traffic"]["requests"]["cancelled"]
     body = json.dumps({"prompt": "In the", "max_tokens": 3000, "stream": True}).encode()
-    with monkeypatch.context() as patched, socket.socket() as connection:
-        patched.setattr(web.Handler, "setup", small)
-        patched.setattr(web.Handler, "timeout", 0.3)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
-        connection.connect(("127.0.0.1", running.port))
+    with impatient(running, send_buffer=1) as connection:
         connection.sendall(POST + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
         until(lambda: running.figures()["traffic"]["requests"]["cancelled"] == before + 1)
         assert running.figures()["traffic"]["tokens"] < 3000
