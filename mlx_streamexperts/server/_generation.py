@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import replace
 from queue import Empty, Queue
@@ -69,7 +69,8 @@ class GenerationThread(stock.ResponseGenerator):
         self._clients: dict[int, Client] = {}  # by id of the request
         self._replies: dict[Any, Client] = {}  # of running requests, by their queue
         self._tokenized: dict[int, Any] = {}  # by id of the request
-        # Tokenizing 5 MB takes 770 MB meanwhile, and 4 s: one such prompt at a time.
+        # Tokenizing 5 MB takes 770 MB meanwhile, and 4 s: one such prompt at a time. A tokenizer
+        # that is Python has one prompt at a time, however short.
         self._long_prompt = threading.Lock()
         self.admission.save_cache = self._save_cache
         provider.should_stop = self._should_stop
@@ -210,7 +211,9 @@ class GenerationThread(stock.ResponseGenerator):
         client = self._clients.get(id(request))
         result = None if client is None else client.take_tokens(tokenizer)
         if result is None:
-            result = self._prompt(tokenizer, request, args)
+            # Long prompts do not wait for each other here: all replies would wait with them.
+            with nullcontext() if _runs_beside_others(tokenizer) else self._long_prompt:
+                result = self._prompt(tokenizer, request, args)
         param = _param(request)
         prompt = result[0]
         if not prompt:
@@ -261,19 +264,23 @@ class GenerationThread(stock.ResponseGenerator):
             self._is_distributed
             or loaded is None
             or loaded.path != args.model.model
-            or not getattr(loaded.tokenizer, "is_fast", False)
+            or not _runs_beside_others(loaded.tokenizer)
             or any(stock._image_parts(request.messages))
         ):
             return
         own = copy(request)
         own.messages = deepcopy(request.messages)  # mlx-lm writes into them
-        long = _characters(request) > _LONG_PROMPT
-        with self._long_prompt if long else nullcontext():
+        with self._turn(loaded.tokenizer, request):
             if client.gone():
                 raise ClientGone
             result = self._prompt(loaded.tokenizer, own, args)
             check_length(len(result[0]), loaded.most_tokens, _param(request))
         client.give_tokens(loaded.tokenizer, result)
+
+    def _turn(self, tokenizer: Any, request: Any) -> AbstractContextManager[Any]:
+        """Holds back what may not become tokens beside another prompt."""
+        short = _characters(request) <= _LONG_PROMPT
+        return nullcontext() if short and _runs_beside_others(tokenizer) else self._long_prompt
 
     def count_prompt(self, request: Any, args: Any) -> int:
         """Tokens of a request's prompt, for a thread that waits for nothing else.
@@ -287,7 +294,8 @@ class GenerationThread(stock.ResponseGenerator):
             message = "the model is not loaded now; send a message, then count"
             raise Refused(503, message, "not_loaded", "model")
         try:
-            return len(self._prompt(provider.tokenizer, request, args)[0])
+            with self._turn(tokenizer := provider.tokenizer, request):
+                return len(self._prompt(tokenizer, request, args)[0])
         except BadRequestError as e:
             raise Refused(400, str(e), "invalid_request", e.param) from e
 
@@ -368,6 +376,11 @@ def check_length(tokens: int, most: int | None, param: str) -> None:
 def _param(request: Any) -> str:
     """The field that has the prompt."""
     return "messages" if request.request_type == "chat" else "prompt"
+
+
+def _runs_beside_others(tokenizer: Any) -> bool:
+    """Whether threads may use it at once: not if it is Python."""
+    return bool(getattr(tokenizer, "is_fast", False))
 
 
 def _characters(request: Any) -> int:
