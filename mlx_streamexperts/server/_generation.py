@@ -36,6 +36,7 @@ from ._request_counters import RequestCounters
 
 _ALIVE_SECONDS = 1.0
 _LONG_PROMPT = 1 << 16  # characters
+_DROPPED = 1 << 16  # bytes after a request, each time that its client is looked for
 _ALIVE = (-1, -1)  # in the place of mlx-lm's (tokens done, tokens in all)
 
 
@@ -436,6 +437,7 @@ class Client:
 
     lossy: int | None = None
     first_token: float | None = None
+    _dropping = threading.Lock()
 
     def __init__(self, generator: GenerationThread, connection: socket.socket) -> None:
         self.generator, self._connection = generator, connection
@@ -478,7 +480,12 @@ class Client:
         try:
             poll = select.poll()  # `select.select` knows no descriptors above 1024
             poll.register(self._connection, select.POLLIN)
-            return bool(poll.poll(0)) and not self._connection.recv(1, socket.MSG_PEEK)
+            if not poll.poll(0):
+                return False
+            # A connection is for one request. What comes after it would hide the end, so it is
+            # dropped; two threads for one connection must not wait for the same bytes.
+            with self._dropping:
+                return bool(poll.poll(0)) and not self._connection.recv(_DROPPED)
         except (OSError, ValueError):
             return True
 
