@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import openai
 import pytest
-from serving import Running, call, chatting, dictated, prompts, serving
+from serving import QWEN_TEMPLATE, Running, call, chatting, dictated, prompts, serving
 
 CITY = {
     "type": "object",
@@ -137,6 +137,12 @@ def test_effort_and_what_it_refuses(running: Running, monkeypatch: pytest.Monkey
     seen = prompts(running, monkeypatch)
     response(running, reasoning={"effort": "low"}, max_output_tokens=1)
     assert "low effort" in seen[0]
+    tokenizer = running.generator.model_provider.tokenizer
+    silent = QWEN_TEMPLATE.replace("reasoning_effort", "nothing")
+    with monkeypatch.context() as patched:  # Codex sends it to every model
+        patched.setattr(tokenizer._tokenizer, "chat_template", silent)
+        response(running, reasoning={"effort": "low"}, max_output_tokens=1)
+    assert "low effort" not in seen[-1]
     wrong: tuple[tuple[str, Any], ...] = (
         ("previous_response_id", "resp_1"), ("store", True), ("background", True),
         ("conversation", "a"), ("include", ["file_search_call.results"]), ("truncation", "auto"),
