@@ -40,11 +40,14 @@ def response(running: Running, **options: Any) -> Any:
     client = running.client()
     whole = client.responses.create(**options)
     items: dict[int, str] = {}
+    statuses: list[str] = []
     last: Any = None
     for number, event in enumerate(client.responses.create(**options, stream=True)):
         assert event.sequence_number == number
         if event.type.endswith(".delta"):
             items[event.output_index] = items.get(event.output_index, "") + event.delta
+        if event.type == "response.output_item.done":
+            statuses.append(event.item.status)
         last = event
     assert last.type == f"response.{whole.status}"
     streamed = last.response
@@ -53,6 +56,7 @@ def response(running: Running, **options: Any) -> Any:
         return [i.model_dump(exclude={"id", "call_id"}) for i in items]
 
     assert said(streamed.output) == said(whole.output)
+    assert statuses == [i.status for i in whole.output]
     assert [items[n] for n in sorted(items)] == [
         i.arguments if i.type == "function_call" else i.content[0].text for i in whole.output
     ]
@@ -84,6 +88,17 @@ def test_reasoning_text_and_calls(running: Running, monkeypatch: pytest.MonkeyPa
     assert said.usage.output_tokens_details.reasoning_tokens > 0
     assert said.status == "completed"
     assert len(response(running, tools=[TOOL], parallel_tool_calls=False).output) == 3
+
+
+def test_only_the_item_that_is_cut_is_incomplete(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dictated(monkeypatch, f"I look.{OSLO}" + "\n" * 200)
+    whole = response(running, tools=[TOOL], max_output_tokens=150)
+    assert whole.status == "incomplete"
+    assert [i.status for i in whole.output] == ["completed", "completed"]
+    cut = response(running, tools=[TOOL], max_output_tokens=4)
+    assert [i.status for i in cut.output] == ["incomplete"]
 
 
 def test_events_come_in_order(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

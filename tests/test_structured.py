@@ -210,6 +210,20 @@ def test_the_mask_is_the_grammars() -> None:
     assert json.loads(text) in ("ab", "ac")
 
 
+def test_what_went_wrong_is_said_in_short() -> None:
+    """llguidance adds the grammar and its own state, 1,000 characters and more."""
+    words = vocabulary("json_tools", False)
+    constraint = Constraint(words, Shape({"enum": ["ab", "ac"]}), [])
+    processor = constraint.processor()
+    logits = mx.zeros((1, len(words.tokenizer)))
+    [token] = words.tokenizer.encode("z", add_special_tokens=False)
+    for _ in range(2):
+        processor(mx.array([token]), logits)
+    assert constraint.error
+    assert len(constraint.error) <= 300
+    assert "\n" not in constraint.error
+
+
 def test_generate_holds_its_reply_to_a_schema(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
