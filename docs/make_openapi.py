@@ -81,6 +81,7 @@ MODEL = ref("ModelName")
 TEMPERATURE = either({"const": 0}, number(1e-6))
 STOP = either(text(minLength=1), array(text(minLength=1), maxItems=64))
 TOKENS = array(integer(), minItems=1)
+LAST = "Where a reply is wanted, the last is not the assistant's."
 REASON = one_of("stop", "length", "tool_calls")
 
 # Parts of requests.
@@ -322,7 +323,7 @@ MESSAGES = {
             said_by(one_of("user", "system"), BLOCK_OF_USER),
             said_by({"const": "assistant"}, BLOCK_OF_ASSISTANT),
         ),
-        minItems=1,
+        minItems=1, description=LAST,
     ),
     "metadata": OBJECT,
     "model": MODEL,
@@ -372,7 +373,7 @@ OLLAMA_OPTIONS = {
 OLLAMA = {
     "format": either(one_of("", "json"), OBJECT),
     "keep_alive": either(text(), {"type": "number"}, FLAG),
-    "messages": array(OLLAMA_MESSAGE, minItems=1),
+    "messages": array(OLLAMA_MESSAGE, minItems=1, description=LAST),
     "model": MODEL,
     "options": options(OLLAMA_OPTIONS),
     "stream": FLAG,

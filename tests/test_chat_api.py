@@ -356,3 +356,9 @@ def test_without_llguidance_it_says_what_to_install(
     with pytest.raises(openai.BadRequestError, match="pip install llguidance") as e:
         chat(running, response_format={"type": "json_object"})
     assert e.value.param == "response_format"
+
+
+def test_an_empty_reply_is_text_too(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, content in (("", ""), ("<think>Hm.</think>", ""), (OSLO, None)):
+        dictated(monkeypatch, text)
+        assert chat(running, tools=[tool("weather")])[0].content == content

@@ -189,6 +189,14 @@ def test_an_error_in_a_stream_is_its_last_event(
         client.messages.create(**asked)
 
 
+def test_a_reply_that_is_begun_is_refused_but_counted(client: anthropic.Anthropic) -> None:
+    messages: Any = [*ASKED["messages"], {"role": "assistant", "content": '{"x":'}]
+    with pytest.raises(anthropic.BadRequestError, match="messages end with one of the assistant"):
+        client.messages.create(**ASKED | {"messages": messages})
+    counted = client.messages.count_tokens(model="default_model", messages=messages)
+    assert counted.input_tokens > 0
+
+
 def test_errors_have_anthropics_form(running: Running, client: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.BadRequestError) as e:
         client.messages.create(**ASKED, container="a")

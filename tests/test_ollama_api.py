@@ -109,6 +109,7 @@ def test_errors_have_ollamas_form(running: Running, client: ollama.Client) -> No
         {"messages": [{"role": "user", "images": [1]}]}, {"logprobs": True}, {"template": "a"},
         {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, {"options": {"seed": "a"}},
         {"options": {"num_predict": "a"}}, {"tools": [1]}, {"options": {"stop": [1]}},
+        {"messages": [*MESSAGES, {"role": "assistant", "content": "{"}]},
     )  # fmt: skip
     for fields in wrong:
         status, answer = running.post(

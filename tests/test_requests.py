@@ -33,6 +33,9 @@ TEXTS = (True, 0, 1.5, HALF, *STRANGE)
 FLAGS = (0, 1, "true", 2**63, *STRANGE)
 OBJECTS = (True, 0, 1.5, 2**63, "a", [], [1])
 
+DEEP: dict[str, Any] = {}
+for _ in range(600):
+    DEEP = {"a": DEEP}
 BAD: dict[str, tuple[Any, ...]] = {
     "adapters": TEXTS,
     "best_of": (2, 0, True, 1.0, "1", 2**63),
@@ -67,6 +70,7 @@ BAD: dict[str, tuple[Any, ...]] = {
         [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]}],
         [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "[" * 99}}]}],
         [{"role": "user", "content": ""}],
+        [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": DEEP}}]}],
     ),
     "metadata": (*OBJECTS, {"a": HALF}),
     "min_p": (*FLOATS, -0.1, 1.1),

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import openai
 import pytest
-from serving import Running, call, chatting, dictated, prompts, serving
+from serving import QWEN_TEMPLATE, Running, call, chatting, dictated, prompts, serving
 
 CITY = {
     "type": "object",
@@ -40,11 +40,14 @@ def response(running: Running, **options: Any) -> Any:
     client = running.client()
     whole = client.responses.create(**options)
     items: dict[int, str] = {}
+    statuses: list[str] = []
     last: Any = None
     for number, event in enumerate(client.responses.create(**options, stream=True)):
         assert event.sequence_number == number
         if event.type.endswith(".delta"):
             items[event.output_index] = items.get(event.output_index, "") + event.delta
+        if event.type == "response.output_item.done":
+            statuses.append(event.item.status)
         last = event
     assert last.type == f"response.{whole.status}"
     streamed = last.response
@@ -53,6 +56,7 @@ def response(running: Running, **options: Any) -> Any:
         return [i.model_dump(exclude={"id", "call_id"}) for i in items]
 
     assert said(streamed.output) == said(whole.output)
+    assert statuses == [i.status for i in whole.output]
     assert [items[n] for n in sorted(items)] == [
         i.arguments if i.type == "function_call" else i.content[0].text for i in whole.output
     ]
@@ -84,6 +88,17 @@ def test_reasoning_text_and_calls(running: Running, monkeypatch: pytest.MonkeyPa
     assert said.usage.output_tokens_details.reasoning_tokens > 0
     assert said.status == "completed"
     assert len(response(running, tools=[TOOL], parallel_tool_calls=False).output) == 3
+
+
+def test_only_the_item_that_is_cut_is_incomplete(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dictated(monkeypatch, f"I look.{OSLO}" + "\n" * 200)
+    whole = response(running, tools=[TOOL], max_output_tokens=150)
+    assert whole.status == "incomplete"
+    assert [i.status for i in whole.output] == ["completed", "completed"]
+    cut = response(running, tools=[TOOL], max_output_tokens=4)
+    assert [i.status for i in cut.output] == ["incomplete"]
 
 
 def test_events_come_in_order(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +152,12 @@ def test_effort_and_what_it_refuses(running: Running, monkeypatch: pytest.Monkey
     seen = prompts(running, monkeypatch)
     response(running, reasoning={"effort": "low"}, max_output_tokens=1)
     assert "low effort" in seen[0]
+    tokenizer = running.generator.model_provider.tokenizer
+    silent = QWEN_TEMPLATE.replace("reasoning_effort", "nothing")
+    with monkeypatch.context() as patched:  # Codex sends it to every model
+        patched.setattr(tokenizer._tokenizer, "chat_template", silent)
+        response(running, reasoning={"effort": "low"}, max_output_tokens=1)
+    assert "low effort" not in seen[-1]
     wrong: tuple[tuple[str, Any], ...] = (
         ("previous_response_id", "resp_1"), ("store", True), ("background", True),
         ("conversation", "a"), ("include", ["file_search_call.results"]), ("truncation", "auto"),

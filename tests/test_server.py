@@ -204,8 +204,20 @@ def test_one_long_prompt_at_a_time_becomes_tokens(
     monkeypatch.setattr("mlx_streamexperts.server._generation._LONG_PROMPT", 0)
     monkeypatch.setattr(running.generator, "_prompt", prompt)
     some = list(expected)[:4]
+
+    def count(text: str) -> tuple[int, Any]:
+        body = {"model": "demo", "messages": [{"role": "user", "content": text}]}
+        return running.post(body, "/v1/messages/count_tokens")
+
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda p: running.text(p, 2), some))
+        assert {status for status, _ in pool.map(count, some)} == {200}
+        tokenizer = running.generator.model_provider.tokenizer
+        monkeypatch.setattr("mlx_streamexperts.server._generation._LONG_PROMPT", 1 << 16)
+        monkeypatch.setattr(type(tokenizer._tokenizer), "is_fast", False)  # as if it were Python
+        counted = [pool.submit(count, p) for p in some]
+        assert running.text(some[0], 2)
+        assert {c.result()[0] for c in counted} == {200}
     assert most == [1]
 
 

@@ -14,7 +14,7 @@ from transformers import AddedToken
 
 from mlx_streamexperts import demo_model, generate
 from mlx_streamexperts._structured.constraint import Constraint, Vocabulary
-from mlx_streamexperts._structured.shape import _WRITERS, Shape, ShapeError
+from mlx_streamexperts._structured.shape import _WRITERS, Shape, ShapeError, tools_for_parser
 
 PROPERTIES = {
     "count": {"type": "integer"},
@@ -101,6 +101,80 @@ def test_a_call_that_the_grammar_lets_through_is_parsed(parser: str, special: bo
         assert taken(Constraint(words, Shape(tools=TOOLS), []), twice) == (twice, True)
 
 
+def one_argument(value: Any, **parameters: Any) -> tuple[dict[str, Any], ...]:
+    """A tool with one argument, `a`, of this schema."""
+    stated = {"type": "object", "properties": {"a": value}, "required": ["a"], **parameters}
+    return ({"type": "function", "function": {"name": "f", "parameters": stated}},)
+
+
+def either(*types: str) -> dict[str, Any]:
+    return {"anyOf": [{"type": t} for t in types]}
+
+
+ONE = {  # a call with one argument
+    "glm47": "<tool_call>f<arg_key>a</arg_key><arg_value>{}</arg_value></tool_call>",
+    "minimax_m2": '<minimax:tool_call>\n<invoke name="f">\n<parameter name="a">{}</parameter>\n'
+    "</invoke>\n</minimax:tool_call>",
+    "qwen3_coder": "<tool_call>\n<function=f>\n<parameter=a>\n{}\n</parameter>\n</function>\n"
+    "</tool_call>",
+}
+DEFS = {"$defs": {"City": {"type": "string", "enum": ["Oslo"]}, "Count": {"type": "integer"}}}
+
+
+def parsed(words: Vocabulary, text: str, tools: Any, held: bool) -> Any:
+    tokenizer = words.tokenizer
+    body = text.removeprefix(tokenizer.tool_call_start).removesuffix(tokenizer.tool_call_end)
+    return tokenizer.tool_parser(body, tools_for_parser(tools, held))["arguments"]
+
+
+@pytest.mark.parametrize("parser", sorted(ONE))
+def test_an_argument_of_any_schema_is_read_as_it_was_written(parser: str) -> None:
+    words = vocabulary(parser, True)
+    held: tuple[tuple[Any, str, Any], ...] = (
+        (either("string", "null"), '"Oslo"', "Oslo"), (either("string", "null"), "null", None),
+        ({"type": ["string", "null"]}, '"12"', "12"), ({"enum": ["Oslo", 3]}, '"Oslo"', "Oslo"),
+        ({"const": "Oslo"}, '"Oslo"', "Oslo"), ({"$ref": "#/$defs/City"}, '"Oslo"', "Oslo"),
+        (either("integer", "null"), "3", 3), (either("boolean", "null"), "true", True),
+        ({"type": "integer"}, str(2**53 + 1), 2**53 + 1), ({"$ref": "#/$defs/Count"}, "3", 3),
+        ({"type": "string"}, "12", "12"), ({"type": "string", "enum": ["x", None]}, "x", "x"),
+    )  # fmt: skip
+    for schema, written, value in held:
+        tools = one_argument(schema, **DEFS)
+        text = ONE[parser].format(written)
+        assert taken(Constraint(words, Shape(tools=tools), []), text) == (text, True), schema
+        assert parsed(words, text, tools, held=True) == {"a": value}, schema
+    free: tuple[tuple[Any, str, Any], ...] = (
+        (either("string", "null"), "Oslo", "Oslo"), (either("integer", "null"), "3", 3),
+        (either("boolean", "null"), "true", True), ({"$ref": "#/$defs/Count"}, "3", 3),
+        ({"$ref": "#/$defs/City"}, "12", "12"), (True, "Oslo", "Oslo"),
+    )  # fmt: skip
+    for schema, written, value in free:
+        tools = one_argument(schema, **DEFS)
+        assert parsed(words, ONE[parser].format(written), tools, held=False) == {"a": value}, schema
+
+
+@pytest.mark.parametrize("parser", sorted(ONE))
+def test_a_call_never_loses_arguments_that_its_parameters_hide(parser: str) -> None:
+    words = vocabulary(parser, True)
+    [tool] = one_argument({"type": "string"})
+    within = {"$ref": "#/$defs/A~1B", "$defs": {"A/B": tool["function"]["parameters"]}}
+    tools = ({"type": "function", "function": {"name": "f", "parameters": within}},)
+    text = ONE[parser].format("12")
+    constraint = Constraint(words, Shape(tools=tools), [])
+    assert taken(constraint, text) == (text, True)
+    assert not taken(constraint, text.replace("12", "").replace("a", "b", 1))[1]
+    assert parsed(words, text, tools, held=True) == {"a": "12"}
+    for parameters in (
+        {"$ref": "https://x/y"}, {"$ref": "#/$ref"}, {"anyOf": [within]}, {"allOf": [within]},
+        {"properties": [1]}, {"properties": {}, "required": ["a"]}, {"required": True},
+    ):  # fmt: skip
+        tools = ({"type": "function", "function": {"name": "f", "parameters": parameters}},)
+        assert tools_for_parser(tools, held=False)[0]["function"]["name"] == "f"
+        with pytest.raises(ShapeError, match="'f'") as e:
+            Constraint(words, Shape(tools=tools, param="tool_choice"), [])
+        assert e.value.param == "tools"
+
+
 def test_other_forms_of_tool_calls_are_refused_by_name() -> None:
     with pytest.raises(ShapeError, match="gemma4"):
         Constraint(vocabulary("gemma4", False), Shape(tools=TOOLS, param="tool_choice"), [])
@@ -134,6 +208,20 @@ def test_the_mask_is_the_grammars() -> None:
         text += tokenizer.decode([likely[0]])
         tokens = mx.concatenate([tokens, mx.array([likely[0]])])
     assert json.loads(text) in ("ab", "ac")
+
+
+def test_what_went_wrong_is_said_in_short() -> None:
+    """llguidance adds the grammar and its own state, 1,000 characters and more."""
+    words = vocabulary("json_tools", False)
+    constraint = Constraint(words, Shape({"enum": ["ab", "ac"]}), [])
+    processor = constraint.processor()
+    logits = mx.zeros((1, len(words.tokenizer)))
+    [token] = words.tokenizer.encode("z", add_special_tokens=False)
+    for _ in range(2):
+        processor(mx.array([token]), logits)
+    assert constraint.error
+    assert len(constraint.error) <= 300
+    assert "\n" not in constraint.error
 
 
 def test_generate_holds_its_reply_to_a_schema(

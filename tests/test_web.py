@@ -366,6 +366,19 @@ def test_a_storm_of_clients_that_leave(running: Running) -> None:
     until(lambda: not running.generator._clients)  # replies are sent before
 
 
+def test_a_client_that_sends_more_and_leaves_is_missed(running: Running) -> None:
+    """Whole replies: nothing is written to the client that could fail."""
+    before = running.figures()["traffic"]["requests"]["cancelled"]
+    asked = {"prompt": "In the beginning", "max_tokens": 3000, "n": 2, "logit_bias": {"0": -100}}
+    body = json.dumps(asked).encode()
+    with socket.create_connection(("127.0.0.1", running.port), 20) as connection:
+        connection.sendall(POST + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        until(lambda: running.figures()["traffic"]["active"] == 1)
+        connection.sendall(b"\r\n" * 40_000)
+    until(lambda: running.figures()["traffic"]["active"] == 0)
+    assert running.figures()["traffic"]["requests"]["cancelled"] == before + 1
+
+
 def test_a_key_is_asked_for_wherever_something_is_shown(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,8 +102,7 @@ class Constraint:
         text = vocabulary.grammar(shape)
         self._matcher = LLMatcher(vocabulary.tokens, LLMatcher.grammar_from_lark(text), log_level=0)
         if self._matcher.is_error():
-            reason = " ".join(str(self._matcher.get_error()).split())
-            raise ShapeError(f"cannot be turned into a grammar: {reason[:300]}", shape.param)
+            raise ShapeError(f"cannot be turned into a grammar: {_why(self._matcher)}", shape.param)
 
     def processor(self) -> Processor:
         """A logits processor of mlx-lm's for one reply from its beginning."""
@@ -183,4 +182,9 @@ class Processor:
         return allowed
 
     def _fail(self) -> None:
-        self._constraint.error = str(self._matcher.get_error()) or "no token fits the format"
+        self._constraint.error = _why(self._matcher) or "no token fits the format"
+
+
+def _why(matcher: Any) -> str:
+    """What llguidance says is wrong, without the grammar and the state that it adds."""
+    return " ".join(str(matcher.get_error()).split())[:300]

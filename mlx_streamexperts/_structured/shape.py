@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 from .._errors import StreamError
 
@@ -103,6 +104,85 @@ def _parameters(function: dict[str, Any]) -> dict[str, Any]:
     if "type" in schema or "$ref" in schema or "anyOf" in schema or "oneOf" in schema:
         return schema
     return {**schema, "type": "object"}
+
+
+def tools_for_parser(tools: Any, held: bool) -> Any:
+    """A copy of the tools from which mlx-lm's parsers read each argument as it was written.
+
+    They look at the `type` of a property alone: one that states its types another way is text to
+    `qwen3_coder`, and one with a `$ref` to `minimax_m2`, too.
+
+    Args:
+        tools: OpenAI's tools, checked; None or empty if there are none.
+        held: whether a grammar writes the calls. All but plain strings are JSON then.
+    """
+    return tools and [{**tool, "function": _for_parser(tool["function"], held)} for tool in tools]
+
+
+def _for_parser(function: dict[str, Any], held: bool) -> dict[str, Any]:
+    schema = _parameters(function)
+    schema = _resolved(schema, schema)
+    properties = schema.get("properties")
+    if not isinstance(properties, dict):
+        return function
+    typed = {name: _typed(value, schema, held) for name, value in properties.items()}
+    return {**function, "parameters": {**schema, "properties": typed}}
+
+
+def _typed(value: Any, root: dict[str, Any], held: bool) -> dict[str, Any]:
+    """A property for the parsers: what has the type "object" is JSON to all of them."""
+    schema: dict[str, Any] = value if isinstance(value, dict) else {}
+    plain = schema.get("type")
+    if held:
+        return schema if plain == "string" else {"type": "object"}
+    if isinstance(plain, str):
+        return schema
+    types = _types(schema, root)
+    if types == {"string"}:
+        return {"type": "string"}
+    # Models write text as it is, and it may look like JSON: where text is allowed, the parser says.
+    return {"type": "object"} if types and "string" not in types else schema
+
+
+_JSON_TYPES = {
+    bool: "boolean", dict: "object", float: "number", int: "integer", list: "array", str: "string",
+}  # fmt: skip
+
+
+def _types(schema: dict[str, Any], root: dict[str, Any], depth: int = 4) -> set[str]:
+    """The JSON types that a schema allows; none if it does not say."""
+    schema = _resolved(schema, root)
+    stated = schema.get("type", [])
+    if isinstance(stated, str):
+        return {stated}
+    if isinstance(stated, list) and stated:
+        return {str(t) for t in stated}
+    if isinstance(schema.get("enum"), list):
+        return {_JSON_TYPES.get(type(value), "null") for value in schema["enum"]}
+    if "const" in schema:
+        return {_JSON_TYPES.get(type(schema["const"]), "null")}
+    parts = schema.get("anyOf") or schema.get("oneOf")
+    if not isinstance(parts, list) or not depth:
+        return set()
+    found = [_types(p, root, depth - 1) if isinstance(p, dict) else set() for p in parts]
+    return set().union(*found) if all(found) else set()
+
+
+def _resolved(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
+    """A schema in the place of a reference to it, if that is one within `root`."""
+    for _ in range(8):  # references may go in a circle
+        reference = schema.get("$ref")
+        if not isinstance(reference, str) or not reference.startswith("#/"):
+            break
+        target: Any = root
+        for key in reference[2:].split("/"):
+            key = unquote(key).replace("~1", "/").replace("~0", "~")
+            target = target.get(key) if isinstance(target, dict) else None
+        if not isinstance(target, dict):
+            break
+        rest = {key: value for key, value in schema.items() if key != "$ref"}
+        schema = {**target, **rest}
+    return schema
 
 
 def _alternatives(name: str, count: int) -> str:
@@ -247,15 +327,23 @@ def _fields(
 
     Returns:
         what stands for them in the function's rule, and further rules.
+
+    Raises:
+        ShapeError: it is not known which arguments there are.
     """
     schema = _parameters(function)
+    schema = _resolved(schema, schema)
+    _check_arguments(function["name"], schema)
     shared = {k: schema[k] for k in ("$defs", "definitions") if k in schema}
     required = schema.get("required") or []
     parts, rules = [], []
     for j, (name, value) in enumerate((schema.get("properties") or {}).items()):
         rule = f"value{of}_{j}"
         is_text = isinstance(value, dict) and value.get("type") == "string"
-        if is_text and not ("enum" in value or "const" in value):
+        listed = is_text and ("enum" in value or "const" in value)
+        words = (value.get("enum") or [value.get("const")]) if listed else []
+        words = [w for w in words if isinstance(w, str)]
+        if is_text and not listed:
             if close.startswith("<["):  # a token, which is no text
                 rules.append(f"{rule}: /(?s:.*)/")
                 ended = f"{rule} {close}"
@@ -263,9 +351,8 @@ def _fields(
                 rules.append(f"{rule}[suffix={close}]: /(?s:.*)/")
                 ended = rule
         else:
-            if is_text:
-                words = value.get("enum") or [value["const"]]
-                rules.append(f"{rule}: {' | '.join(_quoted(str(w)) for w in words)}")
+            if words:
+                rules.append(f"{rule}: {' | '.join(map(_quoted, words))}")
             else:
                 whole = {**value, **shared} if isinstance(value, dict) else value
                 rules.append(f"{rule}: %json {json.dumps(_bounded(whole))}")
@@ -273,6 +360,28 @@ def _fields(
         field = f"{head(name)} {ended}"
         parts.append(field if name in required else f"({field})?")
     return " ".join(parts), rules
+
+
+def _check_arguments(name: str, schema: dict[str, Any]) -> None:
+    """Refuse parameters that would lose arguments: these are written by `properties` alone."""
+    properties, required = schema.get("properties") or {}, schema.get("required") or []
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        raise ShapeError(f"has a function {name!r} whose parameters are no JSON schema", "tools")
+    hidden = [key for key in ("$ref", "anyOf", "oneOf", "allOf") if key in schema]
+    if hidden and not properties:
+        raise ShapeError(
+            f"has a function {name!r} whose parameters say {hidden[0]} instead of properties: this "
+            "model's calls cannot be forced for it; state its properties, or use tool_choice "
+            "'auto'",
+            "tools",
+        )
+    missing = [r for r in required if r not in properties]
+    if missing:
+        raise ShapeError(
+            f"has a function {name!r} that requires {missing[0]!r}, which is not among its "
+            "properties",
+            "tools",
+        )
 
 
 # By the name of mlx-lm's tool parser.

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import replace
 from functools import partial
@@ -37,6 +37,7 @@ from ._request_counters import RequestCounters
 
 _ALIVE_SECONDS = 1.0
 _LONG_PROMPT = 1 << 16  # characters
+_DROPPED = 1 << 16  # bytes after a request, each time that its client is looked for
 _ALIVE = (-1, -1)  # in the place of mlx-lm's (tokens done, tokens in all)
 
 
@@ -70,7 +71,8 @@ class GenerationThread(stock.ResponseGenerator):
         self._clients: dict[int, Client] = {}  # by id of the request
         self._replies: dict[Any, Client] = {}  # of running requests, by their queue
         self._tokenized: dict[int, Any] = {}  # by id of the request
-        # Tokenizing 5 MB takes 770 MB meanwhile, and 4 s: one such prompt at a time.
+        # Tokenizing 5 MB takes 770 MB meanwhile, and 4 s: one such prompt at a time. A tokenizer
+        # that is Python has one prompt at a time, however short.
         self._long_prompt = threading.Lock()
         self.admission.save_cache = self._save_cache
         provider.should_stop = self._should_stop
@@ -219,7 +221,9 @@ class GenerationThread(stock.ResponseGenerator):
         client = self._clients.get(id(request))
         result = None if client is None else client.take_tokens(tokenizer)
         if result is None:
-            result = self._prompt(tokenizer, request, args)
+            # Long prompts do not wait for each other here: all replies would wait with them.
+            with nullcontext() if _runs_beside_others(tokenizer) else self._long_prompt:
+                result = self._prompt(tokenizer, request, args)
         param = _param(request)
         prompt = result[0]
         if not prompt:
@@ -270,19 +274,23 @@ class GenerationThread(stock.ResponseGenerator):
             self._is_distributed
             or loaded is None
             or loaded.path != args.model.model
-            or not getattr(loaded.tokenizer, "is_fast", False)
+            or not _runs_beside_others(loaded.tokenizer)
             or any(stock._image_parts(request.messages))
         ):
             return
         own = copy(request)
         own.messages = deepcopy(request.messages)  # mlx-lm writes into them
-        long = _characters(request) > _LONG_PROMPT
-        with self._long_prompt if long else nullcontext():
+        with self._turn(loaded.tokenizer, request):
             if client.gone():
                 raise ClientGone
             result = self._prompt(loaded.tokenizer, own, args)
             check_length(len(result[0]), loaded.most_tokens, _param(request))
         client.give_tokens(loaded.tokenizer, result)
+
+    def _turn(self, tokenizer: Any, request: Any) -> AbstractContextManager[Any]:
+        """Holds back what may not become tokens beside another prompt."""
+        short = _characters(request) <= _LONG_PROMPT
+        return nullcontext() if short and _runs_beside_others(tokenizer) else self._long_prompt
 
     def count_prompt(self, request: Any, args: Any) -> int:
         """Tokens of a request's prompt, for a thread that waits for nothing else.
@@ -296,7 +304,8 @@ class GenerationThread(stock.ResponseGenerator):
             message = "the model is not loaded now; send a message, then count"
             raise Refused(503, message, "not_loaded", "model")
         try:
-            return len(self._prompt(provider.tokenizer, request, args)[0])
+            with self._turn(tokenizer := provider.tokenizer, request):
+                return len(self._prompt(tokenizer, request, args)[0])
         except BadRequestError as e:
             raise Refused(400, str(e), "invalid_request", e.param) from e
 
@@ -379,6 +388,11 @@ def _param(request: Any) -> str:
     return "messages" if request.request_type == "chat" else "prompt"
 
 
+def _runs_beside_others(tokenizer: Any) -> bool:
+    """Whether threads may use it at once: not if it is Python."""
+    return bool(getattr(tokenizer, "is_fast", False))
+
+
 def _characters(request: Any) -> int:
     """Length of the prompt's text, tools included, or of its list of tokens."""
     if request.request_type != "chat":
@@ -432,6 +446,7 @@ class Client:
 
     lossy: int | None = None
     first_token: float | None = None
+    _dropping = threading.Lock()
 
     def __init__(self, generator: GenerationThread, connection: socket.socket) -> None:
         self.generator, self._connection = generator, connection
@@ -474,7 +489,12 @@ class Client:
         try:
             poll = select.poll()  # `select.select` knows no descriptors above 1024
             poll.register(self._connection, select.POLLIN)
-            return bool(poll.poll(0)) and not self._connection.recv(1, socket.MSG_PEEK)
+            if not poll.poll(0):
+                return False
+            # A connection is for one request. What comes after it would hide the end, so it is
+            # dropped; two threads for one connection must not wait for the same bytes.
+            with self._dropping:
+                return bool(poll.poll(0)) and not self._connection.recv(_DROPPED)
         except (OSError, ValueError):
             return True
 

@@ -32,6 +32,7 @@ from mlx_lm import server as stock
 from .._cache.lossy import Ways
 from .._errors import StreamError
 from .._progress import Progress
+from .._structured.shape import tools_for_parser
 from ._apis.anthropic import CountForm, MessagesForm
 from ._apis.form import Form, Usage
 from ._apis.ollama import VERSION, OllamaForm, show, tags
@@ -454,7 +455,7 @@ class Handler(stock.APIHandler):
                 context,
                 stops,
                 tokenizer if arguments.logprobs else None,
-                request.tools,
+                tools_for_parser(request.tools, shape is not None),
                 tokenizer.tool_call_end or "",
                 single=not self.body.get("parallel_tool_calls", True),
                 answer=shape is not None and shape.schema is not None,

@@ -34,6 +34,7 @@ from ._field_checks import (
 MOST_CHOICES = 16
 """Replies that one request may ask for: `n` to each of its prompts."""
 
+_DEEPEST = 200  # Python copies and writes lists and objects one within another to about 450
 _SMALLEST_TEMPERATURE = 1e-6  # logits are divided by it
 _FRACTIONS = (
     "frequency_penalty", "min_p", "presence_penalty", "repetition_penalty", "temperature", "top_p",
@@ -148,16 +149,23 @@ def _encodes(value: str) -> bool:
 
 
 def _walk(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every key and plain value in a JSON object, with its path."""
-    left: list[tuple[str, Any]] = [("", body)]
+    """Every key and plain value in a JSON object, with its path.
+
+    Raises:
+        Refused: it is nested too deeply.
+    """
+    left: list[tuple[str, Any, int]] = [("", body, 0)]
     while left:
-        path, value = left.pop()
+        path, value, depth = left.pop()
+        if depth > _DEEPEST:
+            field = path.partition(".")[0].partition("[")[0]
+            raise wrong(field, f"is nested more than {_DEEPEST} deep")
         if isinstance(value, dict):
             for key, inner in value.items():
                 yield path or "a field's name", key
-                left.append((f"{path}.{key}" if path else key, inner))
+                left.append((f"{path}.{key}" if path else key, inner, depth + 1))
         elif isinstance(value, list):
-            left += [(f"{path}[{i}]", inner) for i, inner in enumerate(value)]
+            left += [(f"{path}[{i}]", inner, depth + 1) for i, inner in enumerate(value)]
         else:
             yield path, value
 

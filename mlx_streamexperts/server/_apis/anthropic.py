@@ -25,7 +25,7 @@ from .._field_checks import (
 from .._refusals import Refused
 from .._replies import Piece
 from .blocks import Block, Blocks, Step, blocks_of
-from .form import Form, Usage, added, event
+from .form import Form, Usage, added, check_last, event
 
 _ANY: Check = lambda value: None  # noqa: E731, checked where it is translated
 
@@ -96,6 +96,8 @@ class MessagesForm(Form):
         chat: dict[str, Any] = {"messages": _system(given.get("system"))}
         for i, message in enumerate(objects(given["messages"], "messages")):
             chat["messages"] += _messages(message, f"messages[{i}]")
+        if self.count(0) is None:  # a reply is wanted
+            check_last(chat["messages"])
         for key in ("max_tokens", "model", "stream", "temperature", "top_k", "top_p"):
             if key in given:
                 chat[key] = given[key]

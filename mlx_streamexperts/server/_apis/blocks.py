@@ -20,12 +20,14 @@ class Block:
         number: position in the reply.
         text: all of it so far; of a call, its arguments as JSON.
         call: of a call.
+        cut: whether the reply was cut within it.
     """
 
     kind: str
     number: int
     text: str = ""
     call: Call | None = None
+    cut: bool = False
 
 
 class Blocks:
@@ -56,11 +58,12 @@ class Blocks:
             yield "more", block, block.text
             yield from self.close()
 
-    def close(self) -> Iterator[Step]:
-        """End the block that is open, if one is."""
+    def close(self, cut: bool = False) -> Iterator[Step]:
+        """End the block that is open, if one is. `cut`: because the reply is cut."""
         self._white = ""
         if self._open is not None:
             block, self._open = self._open, None
+            block.cut = cut
             yield "end", block, ""
 
     def _append(self, kind: str, text: str) -> Iterator[Step]:
@@ -88,4 +91,6 @@ def blocks_of(pieces: Sequence[Piece]) -> list[Block]:
     for piece in pieces:
         for _ in blocks.add(piece):
             pass
+    for _ in blocks.close(bool(pieces) and pieces[-1].finish_reason == "length"):
+        pass
     return blocks.all

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .._field_checks import wrong
 from .._refusals import Refused
 from .._replies import Piece
 
@@ -84,6 +85,19 @@ class Form:
     def error_event(self, refused: Refused) -> bytes:
         """An error after a streamed reply has begun."""
         return event(self.error(refused))
+
+
+def check_last(messages: Sequence[dict[str, Any]]) -> None:
+    """Refuse a chat that ends with the beginning of a reply.
+
+    The APIs that have this go on with that text. mlx-lm's templates would begin another turn.
+    """
+    if messages and messages[-1]["role"] == "assistant":
+        raise wrong(
+            "messages",
+            "end with one of the assistant: this server does not go on with a reply that is begun; "
+            "end with one of the user, and say there how the reply is to begin",
+        )
 
 
 def event(data: dict[str, Any], name: str | None = None) -> bytes:

@@ -26,7 +26,7 @@ from .._field_checks import (
 )
 from .._refusals import Refused
 from .._replies import Call, Piece
-from .form import Form, Usage, added
+from .form import Form, Usage, added, check_last
 
 VERSION = "0.12.0"
 """The version of Ollama whose API this is; clients ask for it."""
@@ -97,6 +97,7 @@ class OllamaForm(Form):
             ],
             "stream": given.get("stream", True),
         }
+        check_last(chat["messages"])
         if given.get("tools"):
             chat["tools"] = given["tools"]
         for key, value in check_fields(given.get("options", {}), _OPTIONS, "options").items():

@@ -83,7 +83,7 @@ class ChatForm(OpenAIForm):
     def _choice(self, choice: int, piece: Piece) -> dict[str, Any]:
         message: dict[str, Any] = {
             "role": "assistant",
-            "content": piece.text or None,
+            "content": piece.text or (None if piece.calls else ""),
             **_reasoning(piece),
         }
         if piece.calls:

@@ -122,7 +122,8 @@ class ResponsesForm(Form):
         return b"".join(self._step(step) for step in self._blocks.add(piece))
 
     def end(self, usage: Usage) -> bytes:
-        closed = b"".join(self._step(step) for step in self._blocks.close())
+        cut = self._last.finish_reason == "length"
+        closed = b"".join(self._step(step) for step in self._blocks.close(cut))
         response = self._finished(self._blocks.all, self._last, usage)
         return closed + self._event(f"response.{response['status']}", {"response": response})
 
@@ -147,7 +148,7 @@ class ResponsesForm(Form):
         what, block, text = step
         at: dict[str, Any] = {"output_index": block.number}
         if what != "more":
-            status = "in_progress" if what == "begin" else "completed"
+            status = "in_progress" if what == "begin" else _status(block)
             begun = Block(block.kind, block.number, "", block.call) if what == "begin" else block
             item = {**at, "item": self._item(begun, status)}
         at["item_id"] = self._item_id(block)
@@ -190,9 +191,7 @@ class ResponsesForm(Form):
 
     def _finished(self, blocks: list[Block], last: Piece, usage: Usage) -> dict[str, Any]:
         cut = last.finish_reason == "length"
-        output = [self._item(block, "completed") for block in blocks]
-        if cut and output:
-            output[-1]["status"] = "incomplete"
+        output = [self._item(block, _status(block)) for block in blocks]
         reason = {"reason": "max_output_tokens"} if cut else None
         return self._response("incomplete" if cut else "completed", output, usage, reason)
 
@@ -230,6 +229,11 @@ class ResponsesForm(Form):
             "usage": None if usage is None else _usage(usage),
             "user": given.get("user"),
         }
+
+
+def _status(block: Block) -> str:
+    """Of an item whose block has ended."""
+    return "incomplete" if block.cut else "completed"
 
 
 def _part(block: Block) -> dict[str, Any]:
