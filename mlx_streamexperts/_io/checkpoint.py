@@ -38,6 +38,7 @@ _SHARDS = "model*.safetensors"
 INDEX = "model.safetensors.index.json"
 MOVED = "model-experts-moved-to-a-packed-store.safetensors"
 """A note, see moved.py: no shard. Every library that reads shards stops at it."""
+INDEX_ASIDE = f"{INDEX}.aside"  # the index as it was, while it leads to that note
 CONVERSION = "convert.json"  # a conversion writes this file first and config.json last
 PACKING = "packing.json"  # so does packing a repository of the Hub
 
@@ -427,8 +428,10 @@ def _are_sizes(value: Any) -> TypeGuard[list[int]]:
 
 def read_index(folder: Path) -> dict[str, str]:
     """Tensor name -> file name, from the parts of the index file that are valid."""
+    aside = folder / INDEX_ASIDE
+    file = aside if aside.exists() else folder / INDEX
     try:
-        weight_map = read_json_object(folder / INDEX, "weight_map", dict).get("weight_map")
+        weight_map = read_json_object(file, "weight_map", dict).get("weight_map")
     except CheckpointError:
         return {}
     if not isinstance(weight_map, dict):
