@@ -120,7 +120,7 @@ def test_a_model_of_mlx_vlm_loads_from_the_files_that_its_index_names(
     for file in folder.glob("model*.safetensors"):
         file.unlink()
     for name, part in (
-        ("model-experts.safetensors", experts),
+        ("experts-alone.safetensors", experts),
         ("model-rest.safetensors", {n: a for n, a in tensors.items() if n not in experts}),
     ):
         mx.save_safetensors(str(folder / name), part)

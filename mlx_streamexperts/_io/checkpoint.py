@@ -143,7 +143,8 @@ class Checkpoint:
 
     Attributes:
         folder: the model folder.
-        tensors: every tensor of every `model*.safetensors` file in it.
+        tensors: every tensor of every file that its library reads: `model*.safetensors`, or what
+            mlx-vlm chooses.
         absent: tensors that the index names and no file has, with the file that should have them.
             This is only a hint: the index may belong to another conversion, or name tensors that
             the model does not need.
@@ -182,15 +183,24 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(_no_files(folder, promised))
     tensors: dict[str, TensorEntry] = {}
     for file in files:
-        for entry in read_header(file):
-            if entry.name in tensors:
-                raise CheckpointError(
-                    f"tensor {entry.name} is in both {tensors[entry.name].file} and {file}: "
-                    "remove the shard that does not belong to this checkpoint"
-                    + _pattern_in_name(folder)
-                )
-            tensors[entry.name] = entry
+        add_shard(tensors, folder, file)
     return Checkpoint(folder, tensors, {t: f for t, f in promised.items() if t not in tensors})
+
+
+def add_shard(tensors: dict[str, TensorEntry], folder: Path, file: Path) -> None:
+    """Add the tensors of a model folder's shard to those of others.
+
+    Raises:
+        CheckpointError: as `read_checkpoint`.
+    """
+    for entry in read_header(file):
+        if entry.name in tensors:
+            raise CheckpointError(
+                f"tensor {entry.name} is in both {tensors[entry.name].file} and {file}: "
+                "remove the shard that does not belong to this checkpoint"
+                + _pattern_in_name(folder)
+            )
+        tensors[entry.name] = entry
 
 
 def shard_files(folder: Path) -> list[Path]:
