@@ -32,7 +32,7 @@ PAGE_BYTES = mmap.PAGESIZE
 """Size of a virtual-memory page: 4 KiB on most Linux machines, 16 KiB on Apple silicon."""
 
 _MAX_BUFFERS_PER_READ = 512  # IOV_MAX is 1024 on Linux and macOS
-_F_NOCACHE = 48  # <sys/fcntl.h> on macOS
+_F_RDADVISE, _F_NOCACHE = 44, 48  # <sys/fcntl.h> on macOS
 _F_FULLFSYNC, _F_PUNCHHOLE = 51, 99  # the same
 _KEEP_SIZE_PUNCH_HOLE = 3  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, <linux/falloc.h>
 _OPEN_MAX = 10_240  # <sys/syslimits.h> on macOS
@@ -79,6 +79,15 @@ def open_buffered(path: Path) -> int:
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
     return fd
+
+
+def announce_read(fd: int, offset: int, nbytes: int) -> None:
+    """Let the system begin to read into its page cache; returns at once. Only advice: no errors."""
+    with suppress(OSError):
+        if sys.platform == "darwin":  # struct radvisory, <sys/fcntl.h>; fcntl(2)
+            fcntl.fcntl(fd, _F_RDADVISE, struct.pack("@qi4x", offset, min(nbytes, 2**31 - 1)))
+        elif hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def read_into(fd: int, buffers: Sequence[memoryview], offset: int) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
 from conftest import load_streamed
 from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
 
-from mlx_streamexperts import demo_model, plan, stream
+from mlx_streamexperts import PrefixCache, demo_model, plan, stream
 from mlx_streamexperts.server._kv_admission import (
     BoundedPromptCache,
     KVAdmission,
@@ -127,6 +128,38 @@ def test_a_kept_prompt_comes_without_the_rows_that_are_not_used(admission: KVAdm
     assert found[0].keys.shape == found[0].values.shape == (1, 1, 50, 4)
     admission.pending = 1010  # up to 1265 rows, since its own steps follow the 50
     assert admission.prompt_cache_budget() == (4096 - 1265) * 100
+
+
+def test_a_prompt_from_the_drive_has_room_before_it_is_read(
+    admission: KVAdmission, tmp_path: Path
+) -> None:
+    """Neither other prompts nor a shorter beginning in memory stay beside what is read."""
+    model = load_streamed(demo_model(), 1 << 40)
+    kept = PrefixCache(model, tmp_path, "1GB")
+
+    def computed(tokens: int) -> list[KVCache]:
+        caches: list[KVCache] = make_prompt_cache(model)
+        for cache in caches:
+            cache.update_and_fetch(*(mx.random.uniform(shape=(1, 1, tokens, 256)),) * 2)
+            mx.eval(cache.keys, cache.values)
+        return caches
+
+    token_bytes = sum(c.nbytes for c in computed(256)) // 256
+    assert admission.plan is not None
+    admission.plan = replace(admission.plan, context_tokens=768, kv=768 * token_bytes)
+    whole, other = list(range(512)), list(range(600, 1112))
+    kept.save(whole, computed(512))
+    base = mx.get_active_memory()
+    prompts = BoundedPromptCache(admission, provider=SimpleNamespace(model=model, prefixes=kept))
+    for tokens in (other, whole[:400]):  # more than there is room for: one of them goes
+        prompts.insert_cache("model", tokens, computed(len(tokens)))
+        mx.reset_peak_memory()
+        admission.pending = len(whole)
+        found, rest = prompts.fetch_nearest_cache("model", whole)
+        assert (found[0].offset, rest) == (511, [511])
+        assert mx.get_peak_memory() - base <= admission.plan.kv
+        assert len(prompts) == 0
+        admission.pending, found = 0, None
 
 
 def test_prompts_share_the_tokens_of_a_pass(admission: KVAdmission) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -362,6 +363,24 @@ def test_reads_past_a_macs_page_cache_are_aligned(
     assert all(offset % 16_384 == 0 and nbytes % 16_384 == 0 for offset, nbytes in reads)
 
 
+def test_a_read_is_announced_to_a_mac(
+    mac: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fcntl(2): `struct radvisory { off_t ra_offset; int ra_count; }`."""
+    asked: list[tuple[int, int, bytes]] = []
+    monkeypatch.setattr(fcntl, "fcntl", lambda *given: asked.append(given))
+    platform.announce_read(7, 3 << 33, 8500)
+    platform.announce_read(7, 0, 3 << 33)
+    assert [(fd, command) for fd, command, _ in asked] == [(7, 44)] * 2
+    numbers = [struct.unpack("=qi", raw[:12]) for _, _, raw in asked]
+    assert numbers == [(3 << 33, 8500), (0, 2**31 - 1)]
+    assert {len(raw) for *_, raw in asked} == {16}  # as large as the C structure
+
+
+def test_a_read_that_cannot_be_announced_is_no_error() -> None:
+    platform.announce_read(10**6, 0, 100)
+
+
 def test_a_macs_file_system_without_it(
     mac: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -414,6 +433,12 @@ def test_what_is_read_of_the_trunk_is_not_counted_twice(
     free = int(3.9 * GB) + 2 * GB - left
     monkeypatch.setattr(module, "available_memory_bytes", lambda: free)
     monkeypatch.setattr(module, "direct_works", lambda file: True)
+    monkeypatch.setattr(module, "TINY_READ_BYTES", 0)
     assert not expert_stream._decide_bypass()
     monkeypatch.setattr(module, "available_memory_bytes", lambda: free - GB // 10)
     assert expert_stream._decide_bypass()
+    layer = expert_stream.layers[0]
+    for more in (0, 1):  # parts that are smaller than that go through the page cache
+        part = layer.expert_bytes // len(layer.tensors) + more
+        monkeypatch.setattr(module, "TINY_READ_BYTES", part)
+        assert expert_stream._decide_bypass() is not bool(more)

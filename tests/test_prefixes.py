@@ -110,6 +110,15 @@ def test_only_new_rows_are_written(model: nn.Module, tmp_path: Path) -> None:
     assert oct(files(tmp_path)[0].parent.stat().st_mode)[-3:] == "700"
 
 
+def test_nothing_is_read_without_room(model: nn.Module, tmp_path: Path) -> None:
+    kept = PrefixCache(model, tmp_path, "1GB")
+    prefill(model, TOKENS, kept)
+    caches, heard = make_prompt_cache(model), []
+    assert kept.restore(caches, TOKENS, room=lambda n: bool(heard.append(n))) == 0
+    assert heard == [192, 128, 64]
+    assert kept.read_bytes == 0 and caches[0].empty()
+
+
 @pytest.mark.parametrize("harm", ["bit", "header", "cut", "empty", "foreign", "lost parent"])
 def test_what_is_damaged_is_computed_again(harm: str, model: nn.Module, tmp_path: Path) -> None:
     expected = run(model, PrefixCache(model, tmp_path, "1GB"))

@@ -814,6 +814,40 @@ def test_quick_reads_are_one_job_of_the_waiting_thread(
         reader.close()
 
 
+def test_small_reads_that_wait_for_the_drive_are_announced(
+    shard: Path, direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the page cache, all of a call before the first is read, until they wait no more."""
+    clock = itertools.count()
+    step = 1.0
+    stub = SimpleNamespace(perf_counter=lambda: next(clock) * step, sleep=time.sleep)
+    monkeypatch.setattr(reader_module, "time", stub)
+    announced: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        platform, "announce_read", lambda fd, offset, nbytes: announced.append((offset, nbytes))
+    )
+    places = range(0, 12_000, 1000)
+    reader = ExpertReader(4, direct=direct)
+
+    def read(size: int, priority: int = DEMAND) -> list[tuple[int, int]]:
+        announced.clear()
+        parts = [bytearray(size) for _ in places]
+        ranges = [wanted(shard, o, p, o) for o, p in zip(places, parts, strict=True)]
+        reader.submit(ranges, priority).wait()
+        assert parts == [CONTENT[o : o + size] for o in places]
+        return announced.copy()
+
+    try:
+        assert read(100) == []  # nothing is known yet
+        assert read(100) == ([] if direct else [(o, 100) for o in places])
+        assert read(100, PREFETCH) == []
+        step = 1e-6
+        until = [read(100) for _ in range(30)]
+        assert until[-1] == []
+    finally:
+        reader.close()
+
+
 def test_counters(shard: Path) -> None:
     reader = ExpertReader(1)
     try:

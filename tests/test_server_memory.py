@@ -18,7 +18,7 @@ import families
 import mlx.core as mx
 import openai
 import pytest
-from serving import serving
+from serving import serving, until
 
 from mlx_streamexperts import StreamConfig, demo_model, plan
 from mlx_streamexperts.server import _command as server
@@ -47,6 +47,15 @@ def smallest(folder: Path, context: int, chunk: int) -> tuple[int, list[str]]:
     options = ["--model", str(folder), "--memory", str(memory)]
     gc.collect()
     return memory, [*options, "--context-tokens", str(context), "--prefill-tokens", str(chunk)]
+
+
+def twin_of(folder: Path, beside: Path) -> Path:
+    """The same model under another name."""
+    twin = beside / "twin"
+    twin.mkdir()
+    for file in folder.iterdir():
+        (twin / file.name).symlink_to(file.resolve())
+    return twin
 
 
 def admit_everything(admission: KVAdmission, tokens: int) -> bool:
@@ -116,6 +125,40 @@ def test_memory_holds_where_prompts_join_and_leave_each_other(wide: Path) -> Non
     assert said == said[:1] * 3
 
 
+def test_memory_holds_where_another_model_takes_over(
+    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the first one kept goes, and the second one's first prompt counts like all others.
+
+    It counted as nothing, so that three short ones joined it, each padded to its length.
+    """
+    memory, options = smallest(wide, context=512, chunk=64)
+    twin = twin_of(wide, tmp_path)
+    started: list[int] = []
+    original = KVAdmission.start
+
+    def start(admission: KVAdmission, sequences: list[int]) -> None:
+        started.append(admission.pending)
+        original(admission, sequences)
+
+    monkeypatch.setattr(KVAdmission, "start", start)
+    base = mx.get_active_memory()
+    with serving(*options, "--also-serve", str(twin)) as running, ThreadPoolExecutor(4) as pool:
+        generator = running.generator
+        before = generator.model_provider.expert_stream.plan.others
+        assert running.post({"prompt": [5, 6, 7] * 150, "max_tokens": 1})[0] == 200
+        mx.reset_peak_memory()
+        bodies = [{"model": "twin", "prompt": [5, 6, 7] * 160, "max_tokens": 8}]
+        bodies += [{"model": "twin", "prompt": [i, 6, 7], "max_tokens": 1} for i in range(3)]
+        first = pool.submit(running.post, bodies[0])
+        until(lambda: len(started) > 1)
+        for reply in [first, *(pool.submit(running.post, b) for b in bodies[1:])]:
+            assert reply.result()[0] == 200
+        assert mx.get_peak_memory() - base <= memory
+        assert generator.model_provider.expert_stream.plan.others <= before + 1_000_000
+    assert started == [451, 488, 4, 4, 4]
+
+
 def test_a_reply_is_no_longer_than_the_room_and_what_was_said_is_reused(wide: Path) -> None:
     stocks = importlib.import_module("mlx_lm.generate").BatchGenerator
     limits = ["--context-tokens", "48", "--prefill-tokens", "16"]
@@ -145,10 +188,7 @@ def test_a_second_model_takes_the_place_of_the_first(
         peaks.append(mx.get_peak_memory() - base)
 
     monkeypatch.setattr(ModelProvider, "_load", measured)
-    twin = tmp_path / "twin"
-    twin.mkdir()
-    for file in wide.iterdir():
-        (twin / file.name).symlink_to(file.resolve())
+    twin_of(wide, tmp_path)
     limits = ["--memory", "60MB", "--context-tokens", "64", "--prefill-tokens", "16"]
     gc.collect()
     base = mx.get_active_memory()

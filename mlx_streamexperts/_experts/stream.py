@@ -25,9 +25,10 @@ from .._distributed.pipeline import Stage
 from .._distributed.ranks import Ranks
 from .._distributed.watch import Watch
 from .._errors import BudgetError, CheckpointError, StreamError, UnsupportedModelError
+from .._io.checkpoint import extents
 from .._io.files import allow_open, direct_works
 from .._io.mirrors import find_mirrors
-from .._io.reader import ExpertReader, ReadStats
+from .._io.reader import TINY_READ_BYTES, ExpertReader, ReadStats
 from .._listeners import Listeners
 from .._memory.budget import Plan, check_resize, experts_per_token
 from .._memory.passes import PassListener
@@ -575,6 +576,8 @@ class ExpertStream(Closing):
         if self.config.bypass_page_cache == "off":
             return False
         files = expert_files(self.layers) or sorted(self._rows.files)
+        if self.config.bypass_page_cache == "auto" and _reads_are_tiny(self.layers):
+            return False
         possible = all(direct_works(Path(f)) for f in files[:1])
         if self.config.bypass_page_cache == "on":
             if not possible:
@@ -644,6 +647,15 @@ def refuse_without_experts(layers: Sequence[object], why: str) -> None:
             f"{why}, and this model has none: only its tables that are looked up by token stay on "
             "the drive"
         )
+
+
+def _reads_are_tiny(layers: Sequence[ExpertLayer]) -> bool:
+    """Does an expert lie in tiny parts? Then the page cache is the faster way to the drive."""
+    streamed = [x for x in layers if not x.resident and x.tensors]
+    if not streamed or unwritten(streamed):
+        return False
+    reads = extents([t.stored for t in streamed[0].tensors.values()], [0])
+    return streamed[0].expert_bytes < TINY_READ_BYTES * len(reads)
 
 
 def unwritten(layers: Sequence[ExpertLayer]) -> bool:

@@ -9,7 +9,7 @@ import fcntl
 import mmap
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 from .. import _osinfo as platform
 from .._errors import ExpertReadError, StreamError
 from .checkpoint import shard_files
-from .ranges import ByteRange
+from .ranges import ByteRange, span_bytes
 
 _REPLACED = "the file was replaced by another one, or rewritten, after the model was loaded"
 
@@ -86,6 +86,16 @@ class ShardFiles:
                     raise self._failure(ranges, offset, None)
                 buffers[0] = buffers[0][count:]
         return calls
+
+    def announce(self, runs: Iterable[Sequence[ByteRange]]) -> None:
+        """Let the system begin reads through the page cache. Files that are not open are left out.
+
+        Args:
+            runs: each of ranges that lie side by side in one file.
+        """
+        for run in runs:
+            if opened := self._files.get(run[0].file):
+                platform.announce_read(opened[0], run[0].offset, span_bytes(run))
 
     def fetch(self, ranges: Sequence[ByteRange]) -> tuple[memoryview, int]:
         """Read ranges that lie side by side in one file into aligned memory of this thread.

@@ -46,6 +46,17 @@ _QUICK_BYTES = 1 << 20
 # A layer of the embedded model with two misses from a checkpoint: one job instead of six.
 _ALONE_SECONDS = 150e-6
 
+TINY_READ_BYTES = 16 << 10
+"""Reads that are shorter on average go through the page cache, even if it is short of memory.
+
+If they wait for the drive, they are announced together: the drive gets all at once without a thread
+each, and the waiting thread soon finds most of them there. Nothing in the page cache, 12.5 %
+resident, tokens/s against eight threads past the page cache, by the average of nine reads an
+expert: 1.1 with 8.5 kB, 0.95 with 27 kB, 0.89 with 61 kB. A Mac reads whole pages of 16 kB past it.
+"""
+_FORGET = 0.9  # a job whose first read does not wait says this much less that others do
+_MOST_WAIT = 5 * _QUICK_SECONDS
+
 # A waiting thread checks this often for workers that died and for wake-ups that got lost.
 _CHECK_SECONDS = 0.05
 
@@ -240,6 +251,7 @@ class ExpertReader:
         self._order = 0
         self._taken: dict[int, Job] = {}  # under way, by thread
         self._job_seconds, self._read_seconds = 0.0, _QUICK_SECONDS  # moving averages: job, read
+        self._wait_seconds = 0.0  # of a job's first read, the longest of late
         self._lock = threading.Lock()
         self._work: SimpleQueue[None] = SimpleQueue()  # one item wakes one worker
         self._closed = False
@@ -268,7 +280,11 @@ class ExpertReader:
         # Handing out a small read costs as much as the read: then no more jobs than threads, and
         # few if the waiting thread does them all.
         each = 1
-        alone = priority == DEMAND and nbytes < _QUICK_BYTES and self.quick and self.mirrors is None
+        small = priority == DEMAND and nbytes < _QUICK_BYTES and self.mirrors is None
+        tiny = small and not self.direct and nbytes < TINY_READ_BYTES * len(runs)
+        if tiny and self._wait_seconds > _QUICK_SECONDS:
+            self._files.announce(runs)
+        alone = small and self.quick
         if alone:
             each = max(1, int(_ALONE_SECONDS / max(self._read_seconds, 1e-6)))
         elif nbytes < _SMALL_READ_BYTES * len(runs):
@@ -487,7 +503,7 @@ class ExpertReader:
         Returns:
             False if the job hung and another thread has it now.
         """
-        start = time.perf_counter()
+        start = first = time.perf_counter()
         reads = nbytes = moves = 0
         places: list[tuple[Drive, list[ByteRange]]] = []
         failures: list[tuple[list[ByteRange], ExpertReadError]] = []
@@ -501,6 +517,8 @@ class ExpertReader:
                     moves += moved
                     places.append((drive, run))
                 nbytes += span_bytes(run)
+                if run is job.runs[0]:
+                    first = time.perf_counter()
             except GivenUpError:
                 self._requeue(threading.get_ident())
                 return False
@@ -519,8 +537,10 @@ class ExpertReader:
         with self._lock:
             stats, seconds = self.stats, end - start
             self._job_seconds += 0.05 * (seconds - self._job_seconds)
-            weight = min(0.3, 0.05 * reads)
-            self._read_seconds += weight * (seconds / max(1, reads) - self._read_seconds)
+            self._wait_seconds = max(min(first - start, _MOST_WAIT), _FORGET * self._wait_seconds)
+            # The first of announced reads waits for the others, too: it says nothing about them.
+            each = (end - first) / (reads - 1) if reads > 1 else seconds
+            self._read_seconds += min(0.3, 0.05 * reads) * (each - self._read_seconds)
             self.quick = self._read_seconds < _QUICK_SECONDS
             stats.read_seconds += seconds
             stats.reads += reads

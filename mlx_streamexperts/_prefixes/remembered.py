@@ -100,7 +100,12 @@ class PrefixCache:
         return self._entries.evicted
 
     def restore(
-        self, caches: list[Any], tokens: Sequence[int], aligned: bool = False, beyond: int = 0
+        self,
+        caches: list[Any],
+        tokens: Sequence[int],
+        aligned: bool = False,
+        beyond: int = 0,
+        room: Callable[[int], bool] | None = None,
     ) -> int:
         """Fill new caches with the longest prefix that is there.
 
@@ -110,6 +115,7 @@ class PrefixCache:
             aligned: take a prefix only if it was computed in whole chunks, and is whole chunks or
                 all of the tokens: to compute all of them would stop there too.
             beyond: take a prefix only if it is longer than this by what is worth an entry.
+            room: hears how many tokens will be read, before they are; False if there is no room.
 
         Returns:
             The prefix's tokens; 0 if there is none, and the caches are still empty.
@@ -121,7 +127,9 @@ class PrefixCache:
         ]  # fmt: skip
         for count, name in sorted(found, reverse=True):
             chain = self._chain(name)
-            if chain is not None and self._put(caches, chain, count):
+            if chain is None or (room is not None and not room(count)):
+                continue
+            if self._put(caches, chain, count):
                 for entry in chain:
                     self._entries.used(entry)
                 self.read_tokens += count

@@ -9,12 +9,14 @@ counts them.
 from __future__ import annotations
 
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import GenerationBatch, PromptProcessingBatch
 from mlx_lm.models.cache import ArraysCache, BatchKVCache
 
+from .._errors import BudgetError
 from .._experts.stream import is_streamed, stream
 from .._memory.footprint import cache_bytes, leaves, whole_steps
 from .._memory.process_memory import bytes_over_bound
@@ -25,10 +27,10 @@ class PromptBatch(PromptProcessingBatch):
     """The prompts that are being computed."""
 
     def extend(self, batch: PromptProcessingBatch) -> None:
-        before = cache_bytes(self.prompt_cache) + cache_bytes(batch.prompt_cache)
+        # What joins has just been put together from kept caches: nothing of it is in memory yet.
+        held = [cache_bytes([cache]) for cache in self.prompt_cache]
         super().extend(batch)
-        _make_room(self.model, cache_bytes(self.prompt_cache) - before)
-        _settle_joined(self.prompt_cache, batch.prompt_cache)
+        _settle_joined(self.model, self.prompt_cache, batch.prompt_cache, held)
 
     def split(self, indices: list[int]) -> PromptProcessingBatch:
         parted = super().split(indices)
@@ -66,10 +68,10 @@ class ReplyBatch(GenerationBatch):
     """The replies that are being generated."""
 
     def extend(self, batch: GenerationBatch) -> None:
-        before = cache_bytes(self.prompt_cache) + cache_bytes(batch.prompt_cache)
+        both = zip_longest(self.prompt_cache, batch.prompt_cache)
+        held = [cache_bytes(caches) for caches in both]
         super().extend(batch)
-        _make_room(self.model, cache_bytes(self.prompt_cache) - before)
-        _settle_joined(self.prompt_cache, batch.prompt_cache)
+        _settle_joined(self.model, self.prompt_cache, batch.prompt_cache, held)
 
     def extract_cache(self, idx: int) -> list[Any]:
         return _own_states(super().extract_cache(idx))
@@ -130,6 +132,15 @@ def _grow(cache: Any, tokens: int) -> None:
                 setattr(cache, name, _with_rows(getattr(cache, name), rows))
 
 
+def has_room(model: Any, added: int) -> bool:
+    """Is there room for a prompt's KV cache, if the expert cache gives up what it can?"""
+    try:
+        _make_room(model, added)
+    except BudgetError:
+        return False
+    return True
+
+
 def _make_room(model: Any, added: int) -> None:
     """Let the expert cache give up slots for what a batch adds, as before a pass.
 
@@ -140,12 +151,32 @@ def _make_room(model: Any, added: int) -> None:
         stream(model).make_room(added, "a larger batch", "send fewer requests at once")
 
 
-def _settle_joined(joined: list[Any], taken: list[Any]) -> None:
-    """Evaluate caches that took in others. mlx-lm still refers to those: they are dropped."""
-    for i, cache in enumerate(joined):
+def _settle_joined(model: Any, joined: list[Any], taken: list[Any], held: list[int]) -> None:
+    """Evaluate caches that took in others, a layer at a time.
+
+    mlx-lm still refers to the others: they are dropped. Each layer asks for its room when those
+    before it have let go of what they were made from. Asked for all at once, a kept prompt that
+    fits would be refused: it may be in memory for this batch alone.
+
+    Args:
+        model: whose they are.
+        joined: what the batch has now.
+        taken: the others; may be the same list.
+        held: bytes of each layer that were in memory before, and will not be afterwards.
+    """
+    for i, (cache, before) in enumerate(zip_longest(joined, held, fillvalue=0)):
+        _make_room(model, sum(map(_settled_bytes, leaves([cache]))) - before)
         settle([cache])
         if taken is not joined:
             taken[i] = None
+
+
+def _settled_bytes(cache: Any) -> int:
+    """Bytes of a cache once `settle` has given it whole steps of rows."""
+    nbytes = cache_bytes([cache])
+    if type(cache) is BatchKVCache and cache.keys is not None:
+        return nbytes // cache.keys.shape[2] * whole_steps(cache._idx)
+    return nbytes
 
 
 def _with_rows(array: mx.array, rows: int) -> mx.array:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from copy import copy, deepcopy
 from dataclasses import replace
+from functools import partial
 from queue import Empty, Queue
 from typing import Any, NoReturn
 
@@ -73,6 +74,7 @@ class GenerationThread(stock.ResponseGenerator):
         self._long_prompt = threading.Lock()
         self.admission.save_cache = self._save_cache
         provider.should_stop = self._should_stop
+        provider.forget_prompts = partial(prompt_cache.trim_to, n_sequences=0)
         super().__init__(provider, prompt_cache)
 
     def register(self, request: Any, client: Client) -> None:
@@ -139,16 +141,16 @@ class GenerationThread(stock.ResponseGenerator):
             if self.admission.running:  # requests for the loaded model finish first
                 self._waiting = item
                 return None
-            tokens = 0  # unknown before its tokenizer is loaded; nothing else is running
+            # Nothing else is running. `_tokenize` counts it when its tokenizer has been loaded.
         else:
             try:
                 tokens = self._count_tokens(request, args)
             except Exception as e:
                 reply.put(e)
                 return None
-        if not self.admission.admit(tokens):
-            self._waiting = item
-            return None
+            if not self.admission.admit(tokens):
+                self._waiting = item
+                return None
         self._replies[reply] = client
         self.audience.latest = client
         return _Reply(reply, client), request, args
@@ -200,13 +202,20 @@ class GenerationThread(stock.ResponseGenerator):
         """Tokens of prompt and reply. mlx-lm's own `_tokenize` call later gets the same result."""
         tokenizer = self.model_provider.tokenizer
         if id(request) not in self._tokenized:
-            self._tokenized = {id(request): (request, self._tokenize(tokenizer, request, args))}
+            self._tokenized = {id(request): (request, self._checked(tokenizer, request, args))}
         return len(self._tokenized[id(request)][1][0]) + args.max_tokens
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         known = self._tokenized.pop(id(request), None)
         if known is not None and known[0] is request:
             return known[1]
+        result = self._checked(tokenizer, request, args)
+        if not self._is_distributed:  # a model's first request: it runs alone
+            self.admission.admit(len(result[0]) + args.max_tokens)
+        return result
+
+    def _checked(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        """The request's tokens, which the loaded model can answer; shortens the reply to fit."""
         client = self._clients.get(id(request))
         result = None if client is None else client.take_tokens(tokenizer)
         if result is None:

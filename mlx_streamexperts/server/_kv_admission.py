@@ -30,7 +30,7 @@ from .._prefixes.remembered import PrefixCache
 from .._prefixes.shared import SharedPrompts
 from .._prefixes.states import ROWS, grows, row_arrays, set_row_arrays
 from ._audience import Audience, Waiting, lowest
-from ._batches import PromptBatch, ReplyBatch, settle
+from ._batches import PromptBatch, ReplyBatch, has_room, settle
 
 # Logits, their logarithms and the sampler's copies, of this step and the next, in float32.
 _LOGIT_BYTES = 24
@@ -128,6 +128,10 @@ class KVAdmission:
         if self.plan is None:
             return stated
         return max(1, min(stated, self.plan.prefill_tokens // max(1, prompts)))
+
+    def sequence_bytes(self, tokens: int) -> int:
+        """KV cache of one sequence; 0 if nothing bounds it."""
+        return 0 if self.plan is None else self._batch_bytes(tokens)
 
     def _batch_bytes(self, *tokens: int) -> int:
         """KV cache of a batch: every sequence takes as much as the longest."""
@@ -283,13 +287,19 @@ class BoundedPromptCache(LRUPromptCache):
             found, rest = None, tokens
         else:
             found, rest = super().fetch_nearest_cache(model, tokens)
+        self.trim_to(n_bytes=self._admission.prompt_cache_budget())
         provider = self._provider
         if provider is not None and (kept := provider.prefixes) is not None:
             caches = make_prompt_cache(provider.model)
             beyond = len(tokens) - len(rest) if found is not None else 0
-            if end := kept.restore(caches, tokens[:-1], beyond=beyond):
+
+            def room(count: int) -> bool:
+                nonlocal found, rest
+                found, rest = None, tokens  # shorter: never in memory beside what is read
+                return has_room(provider.model, self._admission.sequence_bytes(count))
+
+            if end := kept.restore(caches, tokens[:-1], beyond=beyond, room=room):
                 found, rest = caches, tokens[end:]
-        self.trim_to(n_bytes=self._admission.prompt_cache_budget())
         if found is not None and not rest:  # the last token must run, or there are no logits
             if not (trims(found) and can_trim_prompt_cache(found)):
                 return None, tokens

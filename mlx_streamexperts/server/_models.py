@@ -58,6 +58,7 @@ class ModelProvider(stock.ModelProvider):
         follower: tells how far the loaded model's pass is; None if no streamed model is loaded.
         prefixes: the loaded model's prompts on the drive; None without `--prefix-cache`.
         should_stop: asked while passes run: shall the pass under way end?
+        forget_prompts: called before a model is freed: lets go of the KV caches of its prompts.
     """
 
     model: Any
@@ -66,6 +67,7 @@ class ModelProvider(stock.ModelProvider):
     loaded: Loaded | None = None
     follower: Follower | None = None
     should_stop: Callable[[], bool] | None = None
+    forget_prompts: Callable[[], None] | None = None
     prefixes: PrefixCache | None = None
     _vocabulary: Vocabulary | None = None
 
@@ -160,12 +162,14 @@ class ModelProvider(stock.ModelProvider):
         self.loaded = Loaded(self.model_key[0], self.tokenizer, most)
 
     def unload(self) -> None:
-        """Free the loaded model, even if something still refers to it.
+        """Free the loaded model and its prompts, even if something still refers to the model.
 
         mlx-lm's generation loop does: the next model would be loaded beside this one's trunk.
         """
         model, self._last = self._last, None  # mlx-lm forgets it first when its loop ends
         self.loaded = None
+        if self.forget_prompts is not None:  # no other model can use them
+            self.forget_prompts()
         self.reset()
         self.admission.close()
         self.prefixes = self._vocabulary = None
