@@ -25,7 +25,7 @@ from mlx_streamexperts import _osinfo as platform
 from mlx_streamexperts._experts import moving
 from mlx_streamexperts._io.checkpoint import INDEX, MOVED
 from mlx_streamexperts._io.moved import read_moved
-from mlx_streamexperts._loading import discover
+from mlx_streamexperts._loading import discover as loading_discover
 from mlx_streamexperts._memory import model_graph
 from mlx_streamexperts.convert import main as convert
 
@@ -128,7 +128,9 @@ def test_a_model_of_mlx_vlm_loads_from_the_files_that_its_index_names(
     (folder / INDEX).write_text(json.dumps(index))
     original = Path(shutil.copytree(folder, tmp_path / "original"))
     monkeypatch.setattr(
-        discover, "measure", lambda _, switches, config: model_graph._estimate(switches, config)
+        loading_discover,
+        "measure",
+        lambda _, switches, config: model_graph._estimate(switches, config),
     )
     expected = plan(folder, cache="1GB")
     assert run(folder, "--replace") == 0
