@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +17,16 @@ import mlx.core as mx
 import mlx_lm.utils
 import numpy as np
 import pytest
+import vlm_families
 from conftest import QUIET, load_streamed, smallest_cache
 
-from mlx_streamexperts import CheckpointError, StreamError, pack, stream
+from mlx_streamexperts import CheckpointError, StreamError, pack, plan, stream
 from mlx_streamexperts import _osinfo as platform
 from mlx_streamexperts._experts import moving
 from mlx_streamexperts._io.checkpoint import INDEX, MOVED
 from mlx_streamexperts._io.moved import read_moved
+from mlx_streamexperts._loading import discover as loading_discover
+from mlx_streamexperts._memory import model_graph
 from mlx_streamexperts.convert import main as convert
 
 TOKENS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -72,7 +77,11 @@ def test_experts_move_and_come_back(
     # What reads the shards as they are stops at the note, and says where the experts are.
     with pytest.raises(RuntimeError, match="moved-to-a-packed-store"):
         mlx_lm.utils.load_model(folder)
-    assert not (folder / INDEX).exists()  # other libraries find shards there
+    # Other libraries find shards through the index: experts are said to be in the note.
+    files = json.loads((folder / INDEX).read_text())["weight_map"]
+    experts = {f for name, f in files.items() if ".switch_mlp." in name}
+    assert experts == {MOVED}
+    assert {f.name for f in folder.glob("model-0*")} < set(files.values())
     assert convert(["--model", str(folder), "--out", str(tmp_path / "converted")]) == 1
     assert run(folder, "--out", str(tmp_path / "again")) == 1
     assert capsys.readouterr().err.count("--unpack") == 2
@@ -95,13 +104,58 @@ def test_experts_move_and_come_back(
     assert "nothing to unpack" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("family", ["deepseek_v41_engram", "cohere2_moe"])
+def test_a_model_of_mlx_vlm_loads_from_the_files_that_its_index_names(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the index mlx-vlm loads all safetensors files, and engrams are not found."""
+    utils = pytest.importorskip("mlx_vlm.utils", reason="mlx-vlm is not installed: extra `vlm`")
+    folder = vlm_families.make_vlm_checkpoint(tmp_path / "model", family)
+    mx.save_safetensors(str(folder / "adapters.safetensors"), {"lora_a": mx.zeros((4, 4))})
+    # One shard of experts alone: the index must go on naming it, or mlx-vlm does not load it.
+    index = json.loads((folder / INDEX).read_text())
+    tensors = dict(load_all(folder))
+    experts = {n: a for n, a in tensors.items() if ".switch_mlp." in n}
+    assert experts
+    for file in folder.glob("model*.safetensors"):
+        file.unlink()
+    for name, part in (
+        ("experts-alone.safetensors", experts),
+        ("model-rest.safetensors", {n: a for n, a in tensors.items() if n not in experts}),
+    ):
+        mx.save_safetensors(str(folder / name), part)
+        index["weight_map"] |= dict.fromkeys(part, name)
+    (folder / INDEX).write_text(json.dumps(index))
+    original = Path(shutil.copytree(folder, tmp_path / "original"))
+    monkeypatch.setattr(
+        loading_discover,
+        "measure",
+        lambda _, switches, config: model_graph._estimate(switches, config),
+    )
+    expected = plan(folder, cache="1GB")
+    assert run(folder, "--replace") == 0
+    with pytest.raises(RuntimeError, match="moved-to-a-packed-store"):
+        utils.load_model(folder)
+    found = plan(folder, cache="1GB")
+    assert (found.trunk, found.tables) == (expected.trunk, expected.tables)
+    assert run(folder, "--unpack") == 0
+    assert_as_it_was(original, folder)
+
+
+def load_all(folder: Path) -> Iterator[tuple[str, mx.array]]:
+    for file in folder.glob("model*.safetensors"):
+        arrays = mx.load(str(file))
+        mx.eval(arrays)
+        yield from arrays.items()  # type: ignore[union-attr]
+
+
 KILLED = """
 import os, shutil, sys
 from pathlib import Path
 from mlx_streamexperts import StreamConfig
 from mlx_streamexperts import _osinfo as platform
 from mlx_streamexperts._experts import moving
-from mlx_streamexperts._io.checkpoint import MOVED
+from mlx_streamexperts._io.checkpoint import INDEX, MOVED
 from mlx_streamexperts._loading.discover import discover
 
 folder = Path("model")
@@ -150,6 +204,8 @@ def killed_at_every_step(run, start):
         status = in_a_fork(run, step)
         assert status in (0, 9), status
         assert content(places()) == expected, step
+        if content(layers) != expected:  # then others must stop at the note
+            assert (folder / MOVED).exists() and MOVED in (folder / INDEX).read_text(), step
         if status == 0:
             return step - 1
         if start == "moved" and not (folder / MOVED).exists():

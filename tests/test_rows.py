@@ -36,7 +36,7 @@ from mlx_streamexperts._cli import summary
 from mlx_streamexperts._experts import rows
 from mlx_streamexperts._experts.rows import RowPlace, Rows, RowTable, RowTensor, StreamedRows
 from mlx_streamexperts._io.reader import ExpertReader
-from mlx_streamexperts._loading import discover
+from mlx_streamexperts._loading import discover, tables
 from mlx_streamexperts._memory import model_graph
 from mlx_streamexperts.doctor import _command as doctor
 
@@ -277,6 +277,28 @@ def test_an_engram_is_never_loaded_whole_nor_charged(tmp_path: Path) -> None:
     planned = patched.streams[0].plan
     assert planned.tables == tables
     assert planned.trunk == sum(a.nbytes for _, a in tree_flatten(model.parameters()))
+
+
+@pytest.mark.usefixtures("estimated")
+def test_engrams_stay_on_the_drive_whatever_path_leads_to_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NumPy resolves the links of the file that mlx-vlm maps; the Hub's cache is full of them."""
+    pytest.importorskip("mlx_vlm.utils", reason="mlx-vlm is not installed: extra `vlm`")
+    folder = vlm_families.make_vlm_checkpoint(tmp_path / "m", "deepseek_v41_engram", bits=4)
+    expected = plan(folder, memory="2GB")
+    assert expected.tables > 0
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "snapshot").mkdir()
+    for file in folder.iterdir():
+        (tmp_path / "snapshot" / file.name).symlink_to(file)
+    monkeypatch.chdir(tmp_path)
+    for path in ("m", "link", str(tmp_path / "link"), "snapshot"):
+        found = plan(path, memory="2GB")
+        assert (found.tables, found.trunk) == (expected.tables, expected.trunk), path
+    monkeypatch.setattr(tables, "_mapped", lambda *_: None)
+    with pytest.raises(UnsupportedModelError, match=r"layers\.\d\.engram\.embed"):
+        plan(folder, memory="2GB")
 
 
 def test_small_tables_stay_in_memory_and_an_option_decides(

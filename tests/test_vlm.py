@@ -27,9 +27,17 @@ from vlm_families import (
     switches,
 )
 
-from mlx_streamexperts import StreamConfig, UnsupportedModelError, patch, stream
+from mlx_streamexperts import (
+    CheckpointError,
+    StreamConfig,
+    UnsupportedModelError,
+    patch,
+    plan,
+    stream,
+)
 from mlx_streamexperts._experts import cpu_streams
 from mlx_streamexperts._experts.split import RowRule
+from mlx_streamexperts._io.checkpoint import INDEX
 from mlx_streamexperts._loading import discover
 from mlx_streamexperts._loading.combinations import token_rows
 from mlx_streamexperts._loading.vlm import decode_copies
@@ -97,6 +105,36 @@ def test_a_family_streams_with_misses_bit_by_bit(
     for layer in layers:
         shown = [name for name in plain[layer.name] if getattr(modules[layer.name], name, None)]
         assert not shown  # mlx-vlm would call them with numbers of experts
+
+
+@pytest.mark.parametrize("how", ["index", "no index"])
+def test_the_files_that_mlx_vlm_reads_count_whatever_their_names(
+    how: str, tmp_path: Path, estimated: None
+) -> None:
+    """Those that its index names, and without an index every safetensors file."""
+    folder = make_vlm_checkpoint(tmp_path / "m", "qwen3_5_moe")
+    if how == "index":
+        for file in folder.glob("model-*"):  # experts are in both
+            file.rename(folder / file.name.replace("model-", "part-"))
+        index = folder / INDEX
+        index.write_text(index.read_text().replace("model-0", "part-0"))
+    else:
+        (folder / INDEX).unlink()  # mlx-vlm leaves such tensors out
+        mx.save_safetensors(str(folder / "mtp.safetensors"), {"mtp.fc.weight": mx.zeros((4, 4))})
+    stock = utils.load_model(folder)
+    config = StreamConfig(progress=False, loader="mlx-vlm")
+    with patch(cache="100MB", config=config) as patched:
+        model = utils.load_model(folder)
+    expert_stream = patched.streams[0]
+    expert_stream.resize(sum(4 * n.expert_bytes for n in expert_stream.needs()))
+    for got, expected in zip(run(model, TOKENS, 20), run(stock, TOKENS, 20), strict=True):
+        assert np.array_equal(got, expected)
+    assert expert_stream.stats().cache.misses > 0
+    if how == "index":
+        (folder / "part-00001-of-00002.safetensors").rename(tmp_path / "part.safetensors")
+        index.write_text(index.read_text().replace("part-00001-of-00002", "../part"))
+        with pytest.raises(CheckpointError, match="is not in this folder"):
+            plan(folder, cache="1GB", config=config)
 
 
 def tuned(folder: Path, change: Callable[[str, mx.array], mx.array]) -> Path:

@@ -26,7 +26,7 @@ from .._io.moved import Moved, read_moved
 from .._io.output import LOCK, exclusive, sync_folder, write_json
 from .._io.remote import Repository, Span, pieces
 from .layer import ExpertLayer
-from .moving import parts_of_files
+from .moving import expert_tensors, parts_of_files
 from .packed_store import MANIFEST, checksum, describe, file_bytes, sidecar, write_store
 
 _FORMAT = 1
@@ -119,6 +119,7 @@ class Reception:
             if file.name not in ("config.json", *self._shards):
                 shutil.copyfile(file, self._folder / file.name)
         note.save()
+        note.divert_index(expert_tensors(self._layers))
         for name in missing:
             header = _header_bytes(self._headers / name)
             with (self._headers / name).open("rb") as source:

@@ -111,12 +111,14 @@ def move_experts(layers: Sequence[ExpertLayer], folder: Path, store: Path) -> It
         if moved is None:
             moved = Moved(folder, store, source_of(layers))
         note, numbers = moved, {layer.name: n for n, layer in enumerate(layers)}
+        tensors = expert_tensors(layers)
 
         def free(layer: ExpertLayer, plan: dict[str, Any]) -> None:
             if layer.name not in note.layers:
                 _check_packed(store / plan["file"], plan)
                 note.layers[layer.name] = numbers[layer.name]
                 note.save()
+            note.divert_index(tensors)
             for file, begin, end in parts_of_files(layer):
                 platform.punch_hole(shards[file], begin, end - begin)
             for fd in shards.values():
@@ -227,6 +229,11 @@ def _locked(layers: Sequence[ExpertLayer], stack: ExitStack) -> dict[str, int]:
 def parts_of_files(layer: ExpertLayer) -> list[tuple[str, int, int]]:
     """The parts of files that hold a layer: file, begin, end; neighbours joined."""
     return extents((t.stored for t in layer.tensors.values()), range(layer.experts))
+
+
+def expert_tensors(layers: Sequence[ExpertLayer]) -> set[str]:
+    """Names of the stored tensors that hold experts."""
+    return {name for x in layers for t in x.tensors.values() for name in t.stored.names}
 
 
 def _check_apart(layers: Sequence[ExpertLayer]) -> None:

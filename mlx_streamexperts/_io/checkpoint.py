@@ -38,6 +38,7 @@ _SHARDS = "model*.safetensors"
 INDEX = "model.safetensors.index.json"
 MOVED = "model-experts-moved-to-a-packed-store.safetensors"
 """A note, see moved.py: no shard. Every library that reads shards stops at it."""
+INDEX_ASIDE = f"{INDEX}.aside"  # the index as it was, while it leads to that note
 CONVERSION = "convert.json"  # a conversion writes this file first and config.json last
 PACKING = "packing.json"  # so does packing a repository of the Hub
 
@@ -142,7 +143,8 @@ class Checkpoint:
 
     Attributes:
         folder: the model folder.
-        tensors: every tensor of every `model*.safetensors` file in it.
+        tensors: every tensor of every file that its library reads: `model*.safetensors`, or what
+            mlx-vlm chooses.
         absent: tensors that the index names and no file has, with the file that should have them.
             This is only a hint: the index may belong to another conversion, or name tensors that
             the model does not need.
@@ -181,15 +183,24 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(_no_files(folder, promised))
     tensors: dict[str, TensorEntry] = {}
     for file in files:
-        for entry in read_header(file):
-            if entry.name in tensors:
-                raise CheckpointError(
-                    f"tensor {entry.name} is in both {tensors[entry.name].file} and {file}: "
-                    "remove the shard that does not belong to this checkpoint"
-                    + _pattern_in_name(folder)
-                )
-            tensors[entry.name] = entry
+        add_shard(tensors, folder, file)
     return Checkpoint(folder, tensors, {t: f for t, f in promised.items() if t not in tensors})
+
+
+def add_shard(tensors: dict[str, TensorEntry], folder: Path, file: Path) -> None:
+    """Add the tensors of a model folder's shard to those of others.
+
+    Raises:
+        CheckpointError: as `read_checkpoint`.
+    """
+    for entry in read_header(file):
+        if entry.name in tensors:
+            raise CheckpointError(
+                f"tensor {entry.name} is in both {tensors[entry.name].file} and {file}: "
+                "remove the shard that does not belong to this checkpoint"
+                + _pattern_in_name(folder)
+            )
+        tensors[entry.name] = entry
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -427,8 +438,10 @@ def _are_sizes(value: Any) -> TypeGuard[list[int]]:
 
 def read_index(folder: Path) -> dict[str, str]:
     """Tensor name -> file name, from the parts of the index file that are valid."""
+    aside = folder / INDEX_ASIDE
+    file = aside if aside.exists() else folder / INDEX
     try:
-        weight_map = read_json_object(folder / INDEX, "weight_map", dict).get("weight_map")
+        weight_map = read_json_object(file, "weight_map", dict).get("weight_map")
     except CheckpointError:
         return {}
     if not isinstance(weight_map, dict):

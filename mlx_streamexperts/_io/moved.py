@@ -3,22 +3,29 @@
 Its shards have holes where experts were. The note says which layers those are, where the store is,
 and what the shards were. It has the name of a shard and is none: any other library that loads this
 folder stops there with an error that has its name, instead of taking zeros for weights. Some find
-their shards through the index; that is renamed meanwhile.
+their shards through the index: meanwhile it says that the experts' tensors are in the note.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .._errors import CheckpointError, StreamError
-from .checkpoint import INDEX, MOVED, file_identity, header_identity, read_json_object
-from .output import sync_folder, write_json
+from .checkpoint import (
+    INDEX,
+    INDEX_ASIDE,
+    MOVED,
+    file_identity,
+    header_identity,
+    read_json_object,
+)
+from .output import sync_folder, whole, write_json
 
 _FORMAT = 1
-_INDEX_ASIDE = f"{INDEX}.aside"
 
 
 @dataclass
@@ -56,14 +63,43 @@ class Moved:
             "layers": self.layers,
         }
         write_json(self.folder / MOVED, note)
-        if (self.folder / INDEX).exists():
-            (self.folder / INDEX).replace(self.folder / _INDEX_ASIDE)
+
+    def divert_index(self, tensors: Iterable[str]) -> None:
+        """Let the index say that tensors are in the note, and keep it as it was beside.
+
+        Removing it instead would not do: mlx-vlm then loads every safetensors file in the folder,
+        adapters among them, and does not find DeepSeek V4.1's engrams.
+
+        Args:
+            tensors: names of the stored tensors that hold experts.
+        """
+        index, aside = self.folder / INDEX, self.folder / INDEX_ASIDE
+        if not index.exists():
+            return
+        try:
+            content = read_json_object(index, "weight_map", dict)
+            files = dict(content["weight_map"])
+            shards = set(files.values())
+        except (CheckpointError, KeyError, TypeError, ValueError):  # it leads nowhere
+            index.replace(aside)
             sync_folder(self.folder)
+            return
+        if MOVED in shards:
+            return
+        with whole(aside) as partial, partial.open("wb") as f:
+            f.write(index.read_bytes())
+            f.flush()
+            os.fsync(f.fileno())
+        files |= dict.fromkeys(files.keys() & set(tensors), MOVED)
+        # mlx-vlm loads the files that are named here: the note, and shards of experts alone too.
+        for file in sorted({MOVED, *shards} - set(files.values())):
+            files[f"{Path(MOVED).stem}.{file}"] = file
+        write_json(index, {**content, "weight_map": files})
 
     def remove(self) -> None:
         """Remove the note, because all bytes are back in the shards."""
-        if (self.folder / _INDEX_ASIDE).exists():
-            (self.folder / _INDEX_ASIDE).replace(self.folder / INDEX)
+        if (self.folder / INDEX_ASIDE).exists():
+            (self.folder / INDEX_ASIDE).replace(self.folder / INDEX)
         (self.folder / MOVED).unlink()
         sync_folder(self.folder)
 

@@ -3,7 +3,8 @@
 The path of a load, in order:
 
 1. `load` or a `patch` receives the call of mlx-lm's `load_model` (load.py, patching.py).
-2. `resolve` turns a repository into a folder; `read_checkpoint` validates its headers.
+2. `resolve` turns a repository into a folder; `read_checkpoint` validates its headers
+   (of mlx-vlm's models vlm.py does, as mlx-vlm opens each file).
 3. `discover` lets mlx-lm build the model lazily (lazy_load.py) and ties every expert table to bytes
    on disk.
    Several machines do this together (on_ranks.py), each for its own layers.

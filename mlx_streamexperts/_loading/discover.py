@@ -137,14 +137,15 @@ def discover(
             is needed and not installed.
     """
     check_model_folder(folder)
-    checkpoint = read_checkpoint(folder)
     is_vlm = library(folder, config) == MLX_VLM
+    checkpoint = Checkpoint(folder, {}) if is_vlm else read_checkpoint(folder)
     if is_vlm and part is not None:
         raise UnsupportedModelError(alone_message(folder))
     if part is not None and checkpoint.absent:
         arguments = {**arguments, "strict": False}
     load = vlm.load_recorded if is_vlm else load_recorded
     model, model_config, record = load(folder, arguments)
+    checkpoint = record.checkpoint or checkpoint  # mlx-vlm finds its files in other ways
     language = model if record.language is None else record.language
     whole = language if part is None else copied(model)
     stage = None if part is None else cut(model, part)

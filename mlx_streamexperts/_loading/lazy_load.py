@@ -65,6 +65,7 @@ class LoadRecord:
         switches, projections: classes of expert modules, and of the switch linears they own.
         library: the library that loaded it.
         traits: tells what sets an expert module apart.
+        checkpoint: the files that it read, if they are not those that mlx-lm reads.
     """
 
     stored: dict[str, mx.array] = field(default_factory=dict)
@@ -77,6 +78,7 @@ class LoadRecord:
     projections: tuple[type[nn.Module], ...] = PROJECTIONS
     library: str = MLX_LM
     traits: Callable[[nn.Module], Traits] = lambda _: Traits()
+    checkpoint: Checkpoint | None = None
 
     @functools.cached_property
     def traced(self) -> dict[str, Stored]:

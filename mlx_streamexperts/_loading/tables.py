@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .._config import StreamConfig, parse_size
+from .._errors import UnsupportedModelError
 from .._experts.rows import (
     DEFAULT_CACHE,
     LEAST_BYTES,
@@ -28,7 +29,7 @@ from .._experts.rows import (
 )
 from .._experts.stream import flatten
 from .._io.checkpoint import Checkpoint, TensorEntry
-from .lazy_load import LoadRecord
+from .lazy_load import MLX_VLM, LoadRecord
 
 _EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 _QUANTIZATION = ("group_size", "bits", "mode")
@@ -64,6 +65,9 @@ def stream_tables(
         record: where its arrays come from.
         config: the options `rows` and `row_cache`.
         as_converted: accept tables that have no place on disk yet.
+
+    Raises:
+        UnsupportedModelError: a table that mlx-vlm reads row by row is not in the checkpoint.
     """
     entries = {id(array): checkpoint.tensors[name] for name, array in record.stored.items()}
     tables = []
@@ -71,6 +75,12 @@ def stream_tables(
         placed = _placed(found, entries, record, checkpoint, as_converted)
         if placed is not None:
             tables.append((found, placed))
+        elif found.offloaded is not None:
+            # Left in place it would be a parameter, and loading would read all of it.
+            raise UnsupportedModelError(
+                f"{checkpoint.folder}: the files do not hold {found.path} as {MLX_VLM} uses it, so "
+                "its rows cannot be read one by one: download the model again"
+            )
     nbytes = sum(_nbytes(tensors, rows) for _, (tensors, rows) in tables)
     if config.rows == "off" or (config.rows == "auto" and nbytes < LEAST_BYTES):
         # Those that mlx-vlm reads row by row itself leave the whole table among the parameters.
@@ -186,9 +196,10 @@ def _stored(
 def _mapped(
     offloaded: Any, attribute: str, checkpoint: Checkpoint
 ) -> tuple[TensorEntry, int] | None:
-    """The same for a table that mlx-vlm has mapped from its file."""
+    """The same for a table that mlx-vlm has mapped from its file, whose links NumPy resolves."""
     mapped = offloaded._arrays[attribute]
     for entry in checkpoint.tensors.values():
-        if (str(entry.file), entry.offset) == (str(mapped.filename), mapped.offset):
-            return (entry, 0) if entry.nbytes == mapped.nbytes else None
+        alike = (entry.offset, entry.nbytes) == (mapped.offset, mapped.nbytes)
+        if alike and entry.file.samefile(mapped.filename):
+            return entry, 0
     return None

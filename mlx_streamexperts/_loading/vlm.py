@@ -20,7 +20,13 @@ import mlx.nn as nn
 from .._errors import CheckpointError, StreamError, UnsupportedModelError
 from .._experts.layer import Traits
 from .._hooks import intercept, swapped_in_thread
-from .._io.checkpoint import MOVED, read_model_config, shard_files
+from .._io.checkpoint import (
+    MOVED,
+    Checkpoint,
+    add_shard,
+    read_checkpoint,
+    read_model_config,
+)
 from .._io.files import allow_open
 from .lazy_load import MLX_VLM, LoadRecord, recording_stacks
 
@@ -167,14 +173,18 @@ def load_recorded(
         arguments: further arguments of `load_model`.
 
     Raises:
-        CheckpointError: mlx-vlm cannot load the checkpoint.
+        CheckpointError: mlx-vlm cannot load the checkpoint, or a file is damaged or not in its
+            folder.
         UnsupportedModelError: the checkpoint brings model code, and `arguments` do not trust it.
         StreamError: mlx-vlm is not installed, or the checkpoint has more files than this process
             may open.
     """
     utils = require(folder)
     load = original_load_model()
-    allow_open(len(shard_files(folder)), str(folder))  # MLX holds each open until it is read
+    count = sum(1 for _ in folder.glob("*.safetensors"))
+    if not count:
+        read_checkpoint(folder)  # says what is missing
+    allow_open(count, str(folder))  # MLX holds each open until it is read
     # mlx-vlm runs such a file without asking; so would `doctor`, on whatever it is shown.
     file = read_model_config(folder).get("model_file")
     if file is not None and not arguments.get("trust_remote_code"):
@@ -182,12 +192,19 @@ def load_recorded(
             f"{folder}: its config.json names model code to run, {file}. If you trust it, pass "
             "trust_remote_code=True (--trust-remote-code)"
         )
-    record = LoadRecord(library=MLX_VLM)
+    checkpoint = Checkpoint(folder, {})
+    record = LoadRecord(library=MLX_VLM, checkpoint=checkpoint)
     files: dict[str, list[str]] = {}  # names in each shard
 
     def load_shard(path: str) -> dict[str, mx.array]:
-        moved = Path(path).name == MOVED  # a note without tensors
-        weights: dict[str, mx.array] = {} if moved else load_original(path)
+        weights: dict[str, mx.array] = {}
+        if Path(path).name != MOVED:  # a note without tensors
+            if not Path(path).parent.samefile(folder):  # what is packed must be the model's own
+                raise CheckpointError(
+                    f"{folder}: mlx-vlm reads {path}, which is not in this folder"
+                )
+            add_shard(checkpoint.tensors, folder, Path(path))
+            weights = load_original(path)
         files[path] = list(weights)
         record.stored.update(weights)
         return weights
