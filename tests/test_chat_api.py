@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 from serving import Running, call, chatting, dictated, prompts, serving, until
 
 from mlx_streamexperts._structured import constraint
-from mlx_streamexperts.server._generation import stock
+from mlx_streamexperts.server._generation import Client, stock
 
 MESSAGES: Any = [{"role": "user", "content": "Weather?"}]
 CITY = {
@@ -323,6 +325,35 @@ def test_a_client_that_leaves_ends_all_its_choices(running: Running, alone: dict
     assert after["requests"]["cancelled"] == before["requests"]["cancelled"] + 1
     assert after["tokens"] - before["tokens"] < 3000
     assert running.text("a", 2)
+
+
+def test_a_sign_of_life_waits_for_the_status_line(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One choice's comes while another's first token begins the reply."""
+    clients: list[Client] = []
+    start, end_headers = Client.start, BaseHTTPRequestHandler.end_headers
+
+    def started(self: Client, *args: Any) -> Any:
+        clients.append(self)
+        return start(self, *args)
+
+    def meanwhile(self: BaseHTTPRequestHandler) -> None:
+        signs = [
+            threading.Thread(target=c.keep_alive, args=(None,)) for c in clients if c.keep_alive
+        ]
+        for thread in signs:
+            thread.start()
+            thread.join(0.1)  # without the lock it is sent by then
+        end_headers(self)
+
+    monkeypatch.setattr(Client, "start", started)
+    monkeypatch.setattr(BaseHTTPRequestHandler, "end_headers", meanwhile)
+    stream = running.client().completions.create(
+        model="default_model", prompt="a", max_tokens=2, n=2, stream=True
+    )
+    assert {piece.choices[0].index for piece in stream if piece.choices} == {0, 1}
+    assert len(clients) == 2
 
 
 def test_several_prompts_as_text_or_tokens(running: Running) -> None:

@@ -402,8 +402,17 @@ class Handler(stock.APIHandler):
                 self.wfile.write(events)
                 self.wfile.flush()
 
+        def begin() -> None:
+            with lock:  # else another choice's comment could come before the status line
+                self._set_stream_headers(200)
+                self.end_headers()
+                self.wfile.write(form.begin(self._usage(replies)))
+                self.wfile.flush()
+
         def keep_alive(progress: Progress | None) -> None:
-            if self.began:
+            with lock:
+                begun = self.began
+            if begun:
                 send(_comment(progress))
 
         if self.stream and form.keeps_alive:
@@ -421,9 +430,7 @@ class Handler(stock.APIHandler):
                     if isinstance(item, Reply):
                         replies[i] = item
                         if self.stream and not self.began:
-                            self._set_stream_headers(200)
-                            self.end_headers()
-                            send(form.begin(self._usage(replies)))
+                            begin()
                     elif not self.stream:
                         pieces[i].append(item)
                     elif item:
