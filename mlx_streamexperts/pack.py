@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -138,7 +139,7 @@ def _pack(args: argparse.Namespace) -> int:
     folder = resolve(args.model or demo_model())
     check_not_written(folder, "packing it")
     refuse_moved(folder, "packing it again")
-    layers, total = _layers(folder, args)
+    layers, total, _ = _layers(folder, args)
     with progress_bar("Packing", args.progress, total) as bar:
         for nbytes in write_store(layers, args.out, args.overwrite):
             bar.update(nbytes)
@@ -147,23 +148,27 @@ def _pack(args: argparse.Namespace) -> int:
 
 
 def _pack_repository(args: argparse.Namespace) -> int:
-    from ._experts.from_hub import begun, receiving
+    from ._experts import from_hub
     from ._io.hub import fetch_headers, fetching
     from ._io.remote import Repository
 
     asked = args.repository
-    before = begun(args.out, asked)
+    before = from_hub.begun(args.out, asked)
     with fetching(asked, "cannot be packed"):
         name = asked if before is None else f"{asked.partition('@')[0]}@{before['commit']}"
         repository = Repository(name)
     with TemporaryDirectory(prefix="mlx-streamexperts-headers-") as temporary:
         headers = Path(temporary)
+        if args.loader == "auto" and (by := from_hub.packed_by(before)):
+            args.loader = by.partition(" ")[0]
         fetch_headers(repository, headers)
         try:
-            layers, total = _layers(headers, args)
+            layers, total, packed_by = _layers(headers, args)
         except StreamError as e:  # it names a folder that nobody knows
             raise StreamError(str(e).replace(temporary, asked)) from e
-        with receiving(repository, asked, layers, headers, args.out) as arriving:
+        with from_hub.receiving(
+            repository, asked, layers, headers, args.out, packed_by
+        ) as arriving:
             with progress_bar("Fetching", args.progress, arriving.total) as bar:
                 for nbytes in arriving.fetch():
                     bar.update(nbytes)
@@ -181,7 +186,7 @@ def _move(args: argparse.Namespace) -> int:
     folder = Path(args.model)
     if not folder.is_dir():
         raise StreamError(f"{folder}: is no folder; only a model in a folder of its own can change")
-    layers, total = _layers(folder, args)
+    layers, total, packed_by = _layers(folder, args)
     moved = read_moved(folder)
     if args.unpack:
         with progress_bar("Unpacking", args.progress, total) as bar:
@@ -191,7 +196,7 @@ def _move(args: argparse.Namespace) -> int:
         return 0
     store = args.out or (folder / "experts" if moved is None else moved.store)
     with progress_bar("Moving", args.progress, total) as bar:
-        for nbytes in move_experts(layers, folder, store):
+        for nbytes in move_experts(layers, folder, store, packed_by):
             bar.update(nbytes)
     if moved is not None and moved.layers.keys() >= {x.name for x in layers}:
         print(f"Nothing to do: all {format_size(total)} of experts are already in {store}")
@@ -200,15 +205,16 @@ def _move(args: argparse.Namespace) -> int:
     return 0
 
 
-def _layers(folder: Path, args: argparse.Namespace) -> tuple[list[ExpertLayer], int]:
-    """A checkpoint's expert layers, and their bytes."""
+def _layers(folder: Path, args: argparse.Namespace) -> tuple[list[ExpertLayer], int, str]:
+    """A checkpoint's expert layers, their bytes, and the library that found them."""
     from ._experts.stream import refuse_without_experts
     from ._loading.discover import discover
 
     trust = {"trust_remote_code": args.trust_remote_code}
-    layers = discover(folder, StreamConfig(loader=args.loader), trust, in_shards=True).layers
+    found = discover(folder, StreamConfig(loader=args.loader), trust, in_shards=True)
+    layers, total = found.layers, sum(x.experts * x.expert_bytes for x in found.layers)
     refuse_without_experts(layers, f"{folder}: packing copies experts")
-    return layers, sum(x.experts * x.expert_bytes for x in layers)
+    return layers, total, f"{found.library} {version(found.library)}"
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -213,6 +213,24 @@ def test_a_repository_that_changes_between_runs_is_refused(
     assert "some/repo is being packed there" in capsys.readouterr().err
 
 
+def test_the_library_that_began_goes_on(
+    server: Hub, original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("mlx_vlm.utils", reason="mlx-vlm is not installed: extra `vlm`")
+    out = tmp_path / "out"
+    server.lie = lambda answer: forbids(answer) if server.asked > 20 else None
+    assert run(out, "--loader", "mlx-vlm") == 1
+    server.lie = lambda answer: None
+    capsys.readouterr()
+    assert run(out, "--loader", "mlx-lm") == 1
+    assert "were laid out by mlx-vlm" in capsys.readouterr().err
+    assert run(out) == 0
+    assert (out / "experts" / "only-copy.json").exists()
+    assert pack.main(["--unpack", "--model", str(out), "--loader", "mlx-lm"]) == 1
+    assert "--loader mlx-vlm" in capsys.readouterr().err
+    assert_unpacks_to(original, out)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -246,6 +264,7 @@ def test_room_is_checked_before_anything_is_fetched(
 KILLED = """
 import os, shutil, sys, threading
 from pathlib import Path
+from uuid import UUID
 import huggingface_hub
 from hub_server import REPO, digests, serving
 from mlx_streamexperts import StreamConfig
@@ -259,6 +278,7 @@ from mlx_streamexperts._loading.discover import discover
 from mlx_streamexperts._loading.libraries import library
 
 remote._PIECE_BYTES, from_hub._NOTED_BYTES = 256 << 10, 512 << 10
+from_hub.uuid4 = lambda: UUID(int=1)  # finished folders are compared
 OUT, HEADERS = Path("out"), Path("headers")
 STEPS = [(platform, "sync_to_drive"), (os, "pwrite"), (os, "truncate"), (Path, "replace"),
          (Path, "unlink")]
@@ -268,7 +288,7 @@ def pack():
     before = from_hub.begun(OUT, REPO)
     repository = remote.Repository(REPO if before is None else f"{REPO}@{before['commit']}")
     layers = discover(HEADERS, StreamConfig(), {}, in_shards=True).layers
-    with from_hub.receiving(repository, REPO, layers, HEADERS, OUT) as arriving:
+    with from_hub.receiving(repository, REPO, layers, HEADERS, OUT, "mlx-lm 1") as arriving:
         list(arriving.fetch())
         list(arriving.verify())
         arriving.finish()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,12 +21,14 @@ import pytest
 import vlm_families
 from conftest import QUIET, load_streamed, smallest_cache
 
-from mlx_streamexperts import CheckpointError, StreamError, pack, plan, stream
+from mlx_streamexperts import CheckpointError, StreamConfig, StreamError, pack, plan, stream
 from mlx_streamexperts import _osinfo as platform
 from mlx_streamexperts._experts import moving
+from mlx_streamexperts._experts.layer import ExpertLayer
 from mlx_streamexperts._io.checkpoint import INDEX, MOVED
 from mlx_streamexperts._io.moved import read_moved
 from mlx_streamexperts._loading import discover as loading_discover
+from mlx_streamexperts._loading.discover import discover
 from mlx_streamexperts._memory import model_graph
 from mlx_streamexperts.convert import main as convert
 
@@ -150,7 +153,7 @@ def load_all(folder: Path) -> Iterator[tuple[str, mx.array]]:
 
 
 KILLED = """
-import os, shutil, sys
+import json, os, shutil, sys
 from pathlib import Path
 from mlx_streamexperts import StreamConfig
 from mlx_streamexperts import _osinfo as platform
@@ -219,6 +222,12 @@ layers = places(in_shards=True)
 store = folder / "experts"
 print(killed_at_every_step(lambda: moving.move_experts(layers, folder, store), "original"))
 folder.rename("moved")
+shutil.copytree("moved", "old")  # as earlier versions left it
+note = json.loads(Path("old", MOVED).read_text())
+del note["packed_by"], note["id"]
+Path("old", MOVED).write_text(json.dumps(note))
+Path("old/experts/only-copy.json").unlink()
+killed_at_every_step(lambda: moving.move_experts(layers, folder, store), "old")
 print(killed_at_every_step(lambda: moving.bring_back(layers, folder), "moved"))
 """
 
@@ -365,3 +374,109 @@ def test_macs_free_parts_of_files_by_fcntl(tmp_path: Path, monkeypatch: pytest.M
     assert kind == 99  # F_PUNCHHOLE and struct fpunchhole: flags, reserved, offset, length
     assert hole == struct.pack("=IIqq", 0, 0, 4096, 8192)
     assert full == (51, 0)  # F_FULLFSYNC
+
+
+def as_before(folder: Path) -> None:
+    """A moved folder as earlier versions left it: the note and the store do not say whose."""
+    note = json.loads((folder / MOVED).read_text())
+    del note["packed_by"], note["id"]
+    (folder / MOVED).write_text(json.dumps(note))
+    for file in folder.rglob("only-copy.json"):
+        file.unlink()
+
+
+def stop_after_a_layer(folder: Path, loader: str) -> None:
+    """Move the first layer alone; with mlx-vlm all its layers have other names."""
+    found = discover(folder, StreamConfig(loader=loader), {}, in_shards=True)
+    moving_on = moving.move_experts(
+        found.layers, folder, folder / "experts", f"{found.library} {version(found.library)}"
+    )
+    for _ in moving_on:
+        if (folder / "experts" / "layer-00001.experts.partial").exists():
+            break
+    moving_on.close()
+    assert read_moved(folder).layers.popitem()[1] == 0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("complete", [False, True])
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("first", ["mlx-lm", "mlx-vlm"])
+def test_layers_with_another_librarys_names_are_never_taken_for_others(
+    first: str,
+    old: bool,
+    complete: bool,
+    original: Path,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("mlx_vlm.utils", reason="mlx-vlm is not installed: extra `vlm`")
+    other = {"mlx-lm": "mlx-vlm", "mlx-vlm": "mlx-lm"}[first]
+    if complete:
+        assert run(folder, "--replace", "--loader", first) == 0
+    else:
+        stop_after_a_layer(folder, first)
+    if old:
+        as_before(folder)
+    before = {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    wrong = [other] if first == "mlx-lm" or not old else [other, "auto"]
+    capsys.readouterr()
+    for loader in wrong:
+        for action in ("--unpack", "--replace"):
+            assert run(folder, action, "--loader", loader) == 1
+            assert f"--loader {first}" in capsys.readouterr().err
+        with pytest.raises(CheckpointError, match=rf"nowhere else.*--loader {first}"):
+            discover(folder, StreamConfig(loader=loader), {})
+    assert {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()} == before
+    # The note says which library it is; without that it has to be stated.
+    stated = "auto" if wrong == [other] else first
+    rows = discover(folder, StreamConfig(loader=stated), {}).layers[0]
+    assert {Path(f).parent.name for t in rows.tensors.values() for f in t.stored.files} == {
+        "experts"
+    }
+    assert run(folder, "--replace", "--loader", stated) == 0
+    assert run(folder, "--verify") == 0
+    assert run(folder, "--unpack") == 0  # going on has completed an old note
+    assert_as_it_was(original, folder)
+
+
+def test_parts_in_another_order_are_not_read_from_a_store_that_is_unfinished(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A version of mlx-lm that keeps a layer's name and reorders its projections."""
+    stop_after_a_layer(folder, "mlx-lm")
+    tables = ExpertLayer.tensors.fget  # type: ignore[attr-defined]
+    turned = property(lambda layer: dict(reversed(tables(layer).items())))
+    monkeypatch.setattr(ExpertLayer, "tensors", turned)
+    with pytest.raises(CheckpointError, match="was packed otherwise"):
+        discover(folder, StreamConfig(), {})
+    assert run(folder, "--unpack") == 1
+
+
+def test_a_store_is_one_folders_only_copy(
+    original: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    twin = Path(shutil.copytree(folder, tmp_path / "twin"))
+    store = tmp_path / "store"
+    assert run(folder, "--replace", "--out", str(store)) == 0
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    for model, *options in (
+        (twin, "--replace"),
+        (twin,),
+        (twin, "--overwrite"),
+    ):
+        assert run(model, *options, "--out", str(store)) == 1
+        assert f"the experts of {folder} are in it and nowhere else" in capsys.readouterr().err
+    assert run(copied, "--unpack") == 1
+    assert "nowhere else" in capsys.readouterr().err
+    assert_as_it_was(original, twin)
+    renamed = folder.rename(tmp_path / "renamed")
+    assert run(renamed, "--unpack") == 0
+    assert_as_it_was(original, renamed)
+    assert not store.exists()
+    # Stores of earlier versions are known by the note in the folder above.
+    assert run(renamed, "--replace") == 0
+    as_before(renamed)
+    assert run(twin, "--overwrite", "--out", str(renamed / "experts")) == 1
+    assert run(renamed, "--replace") == 0
+    assert run(renamed, "--unpack") == 0
+    assert_as_it_was(original, renamed)

@@ -9,6 +9,7 @@ when all files were compared with the Hub's checksums, so that nothing loads bef
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from bisect import bisect_right
@@ -18,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from .. import _osinfo as platform
 from .._errors import CheckpointError, StreamError
@@ -27,7 +29,7 @@ from .._io.output import LOCK, exclusive, sync_folder, write_json
 from .._io.remote import Repository, Span, pieces
 from .layer import ExpertLayer
 from .moving import expert_tensors, parts_of_files
-from .packed_store import MANIFEST, checksum, describe, file_bytes, sidecar, write_store
+from .packed_store import MANIFEST, checksum, claim, describe, file_bytes, sidecar, write_store
 
 _FORMAT = 1
 _NOTED_BYTES = 256 << 20  # a sync to the drive takes up to 30 ms
@@ -75,7 +77,9 @@ class Reception:
         """
         self._prepare()
         yield from self._fetch_trunk()
-        yield from write_store(self._layers, self._store, copy=self._fetch_layer)
+        yield from write_store(
+            self._layers, self._store, moved=read_moved(self._folder), copy=self._fetch_layer
+        )
 
     def verify(self) -> Iterator[int]:
         """Compare all shards with the Hub's SHA-256; yields bytes of shards.
@@ -110,8 +114,18 @@ class Reception:
         note = read_moved(self._folder)
         if note is None:
             names = {layer.name: n for n, layer in enumerate(self._layers)}
-            note = Moved(self._folder, self._store, self._identities(), names)
+            note = Moved(
+                self._folder,
+                self._store,
+                self._identities(),
+                names,
+                self._progress["packed_by"],
+                uuid4().hex,
+            )
             self._note(_TRUNK, 0)
+        note.check_names(layer.name for layer in self._layers)
+        if not note.id:  # an earlier version's
+            note.packed_by, note.id = self._progress["packed_by"], uuid4().hex
         missing = [n for n in self._shards if not (self._folder / n).exists()]
         if missing:
             self._note(_TRUNK, 0)
@@ -120,6 +134,8 @@ class Reception:
                 shutil.copyfile(file, self._folder / file.name)
         note.save()
         note.divert_index(expert_tensors(self._layers))
+        self._store.mkdir(exist_ok=True)
+        claim(self._store, note)
         for name in missing:
             header = _header_bytes(self._headers / name)
             with (self._headers / name).open("rb") as source:
@@ -292,10 +308,20 @@ def begun(folder: Path, asked: str) -> dict[str, Any] | None:
     return None
 
 
+def packed_by(note: dict[str, Any] | None) -> str:
+    """The library that located the experts in an earlier run, and its version; or nothing.
+
+    Args:
+        note: what `begun` returns.
+    """
+    return str((note or {}).get("packed_by", ""))
+
+
 @contextmanager
 def receiving(
-    repository: Repository, asked: str, layers: Sequence[ExpertLayer], headers: Path, folder: Path
-) -> Iterator[Reception]:
+    repository: Repository, asked: str, layers: Sequence[ExpertLayer], headers: Path, folder: Path,
+    located_by: str,
+) -> Iterator[Reception]:  # fmt: skip
     """Begin to pack a repository, or go on with it; nobody else writes the folder meanwhile.
 
     Args:
@@ -304,9 +330,11 @@ def receiving(
         layers: as located in `headers`.
         headers: a folder with the repository's headers and small files.
         folder: where it goes.
+        located_by: the library that located the layers, and its version.
 
     Raises:
-        StreamError: the folder holds something else, or another process is writing there.
+        StreamError: the folder holds something else, an earlier run had the layers laid out
+            otherwise (another library did), or another process is writing there.
     """
     with exclusive(folder, "packing from the Hub"):
         note = begun(folder, asked)
@@ -318,6 +346,14 @@ def receiving(
                 "commit": repository.commit,
                 "pieces": {},
             }
+        layout = _layout(layers)
+        if note.get("layout", layout) != layout:  # pieces would go to other places
+            raise StreamError(
+                f"{folder}: the experts that are there were laid out by {packed_by(note)}, and "
+                f"{located_by} lays them out otherwise: use that (--loader), or remove the folder "
+                "and begin again"
+            )
+        note = {**note, "layout": layout, "packed_by": packed_by(note) or located_by}
         for name, etag in note.get("etags", {}).items():
             known = repository.files.get(name)
             if known is None or known.etag not in (None, etag):
@@ -333,6 +369,12 @@ def receiving(
                 f"{e.filename or folder}: packing stopped: {e.strerror}; what arrived is kept, run "
                 "again to continue"
             ) from e
+
+
+def _layout(layers: Sequence[ExpertLayer]) -> str:
+    """A digest of where in the store the bytes of all layers belong."""
+    plans = [describe(number, layer) for number, layer in enumerate(layers)]
+    return hashlib.sha256(json.dumps(plans).encode()).hexdigest()[:32]
 
 
 class _Places:

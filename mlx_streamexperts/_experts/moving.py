@@ -12,26 +12,33 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from .. import _osinfo as platform
 from .._errors import CheckpointError, StreamError
 from .._io.checkpoint import extents
 from .._io.moved import Moved, read_moved
-from .._io.output import exclusive, write_json
+from .._io.output import exclusive
 from .layer import ExpertLayer
 from .packed_store import (
     MANIFEST,
     check_size,
     checksum,
+    claim,
     describe,
     file_bytes,
     finished,
+    not_as_packed,
+    owns,
     read_check,
+    refuse_only_copy,
     relocate,
+    remove_all,
+    reopen,
     sidecar,
     source_of,
     use_store,
@@ -47,6 +54,8 @@ def use_moved(
     verify_reads: bool = False,
     in_part: bool = False,
     planning: bool = False,
+    *,
+    names: Iterable[str],
 ) -> None:
     """Read the experts that have moved from the store from now on.
 
@@ -55,10 +64,13 @@ def use_moved(
         moved: the note in its folder.
         store: the store, if it is not where the note says.
         verify_reads, in_part, planning: as in `use_store`.
+        names: all expert layers of the model, even if `layers` are some of them.
 
     Raises:
-        CheckpointError: the store is not there, or does not have what the note says.
+        CheckpointError: the store is not there, or does not have what the note says; or the layers
+            have moved under other names, as another library gives them.
     """
+    moved.check_names(names)
     folder = store or moved.store
     if not folder.is_dir():
         raise CheckpointError(
@@ -66,33 +78,36 @@ def use_moved(
             "connect that drive, or state where it is (--store)"
         )
     if (folder / MANIFEST).exists():
-        use_store(layers, folder, verify_reads, in_part, planning)
+        use_store(layers, folder, verify_reads, in_part, planning, advice=moved.way_out)
         return
     for layer in layers:  # moving them was interrupted
         if layer.name in moved.layers:
             plan = describe(moved.layers[layer.name], layer)
             check_size(folder, plan, "bring this folder back; these experts are nowhere else")
-            check = None
-            if verify_reads:
-                sums = finished(folder, plan, None)
-                if sums is None:
-                    raise CheckpointError(f"{sidecar(folder, plan)}: missing or damaged")
-                check = read_check(sums)
-            relocate(layer, plan, folder, check)
+            # Another library may have the same name for it, and its parts in another order.
+            sums = finished(folder, plan, None)
+            if sums is None:
+                raise CheckpointError(not_as_packed(folder, plan, moved))
+            relocate(layer, plan, folder, read_check(sums) if verify_reads else None)
 
 
-def move_experts(layers: Sequence[ExpertLayer], folder: Path, store: Path) -> Iterator[int]:
+def move_experts(
+    layers: Sequence[ExpertLayer], folder: Path, store: Path, packed_by: str = ""
+) -> Iterator[int]:
     """Move the experts of a checkpoint into a store; yields bytes done as it goes.
 
     Args:
         layers: all of the model's, as located in the checkpoint.
         folder: the model folder.
         store: the store's folder; created if needed.
+        packed_by: the library that located them, and its version.
 
     Raises:
         StreamError: the file system cannot free parts of files, a program has the model open, the
-            folder holds links, the disk is full, or cannot be written.
-        CheckpointError: the source ends early or cannot be read.
+            folder holds links, the store is another folder's only copy, the disk is full, or
+            cannot be written.
+        CheckpointError: the source ends early or cannot be read, or some layers have moved under
+            other names, as another library gives them.
     """
     with _writing(folder), exclusive(folder, "moving its experts"), ExitStack() as stack:
         moved = read_moved(folder)
@@ -101,6 +116,10 @@ def move_experts(layers: Sequence[ExpertLayer], folder: Path, store: Path) -> It
                 f"{folder}: its experts are moving to {moved.store}, not to {store}: go on with "
                 f"that (--out {moved.store}), or --unpack first"
             )
+        if moved is not None:
+            moved.check_names(layer.name for layer in layers)
+        if store.is_dir():
+            refuse_only_copy(store, moved)
         _check_apart(layers)
         shards = _locked(layers, stack)
         if not platform.holes_work(folder):
@@ -109,13 +128,18 @@ def move_experts(layers: Sequence[ExpertLayer], folder: Path, store: Path) -> It
                 "Btrfs can): pack without --replace, or on another drive"
             )
         if moved is None:
-            moved = Moved(folder, store, source_of(layers))
+            moved = Moved(folder, store, source_of(layers), packed_by=packed_by, id=uuid4().hex)
+        elif not moved.id:  # an earlier version's
+            moved.packed_by, moved.id = packed_by, uuid4().hex
+            moved.save()
         note, numbers = moved, {layer.name: n for n, layer in enumerate(layers)}
         tensors = expert_tensors(layers)
 
         def free(layer: ExpertLayer, plan: dict[str, Any]) -> None:
             if layer.name not in note.layers:
                 _check_packed(store / plan["file"], plan)
+            claim(store, note)
+            if layer.name not in note.layers:
                 note.layers[layer.name] = numbers[layer.name]
                 note.save()
             note.divert_index(tensors)
@@ -137,8 +161,9 @@ def bring_back(layers: Sequence[ExpertLayer], folder: Path) -> Iterator[int]:
         folder: the model folder.
 
     Raises:
-        StreamError: nothing has moved, the store is incomplete or damaged, a program has the model
-            open, or the disk is full.
+        StreamError: nothing has moved, the store is incomplete, damaged or another folder's only
+            copy, a program has the model open, or the disk is full.
+        CheckpointError: the layers have moved under other names, as another library gives them.
     """
     with _writing(folder), exclusive(folder, "bringing its experts back"):
         moved = read_moved(folder)
@@ -146,9 +171,13 @@ def bring_back(layers: Sequence[ExpertLayer], folder: Path) -> Iterator[int]:
             raise StreamError(f"{folder}: has its experts; there is nothing to unpack")
         if not moved.store.is_dir():
             raise StreamError(f"{moved.store}: the packed store is not there: connect its drive")
+        moved.check_names(layer.name for layer in layers)
         with ExitStack() as stack:
             stack.enter_context(exclusive(moved.store, "unpacking"))
-            yield from _bring_back(layers, moved, _locked(layers, stack))
+            if moved.layers:
+                refuse_only_copy(moved.store, moved)
+            if owns(moved, moved.store):  # otherwise no layer has moved
+                yield from _bring_back(layers, moved, _locked(layers, stack))
         moved.remove()
         with suppress(OSError):  # it holds other files
             moved.store.rmdir()
@@ -158,38 +187,32 @@ def _bring_back(
     layers: Sequence[ExpertLayer], moved: Moved, shards: dict[str, int]
 ) -> Iterator[int]:
     store, source = moved.store, source_of(layers)
-    plans = [describe(number, layer) for number, layer in enumerate(layers)]
-    away = [p for p in plans if p["name"] in moved.layers]
-    sums = {p["name"]: finished(store, p, source) for p in away}
-    for plan in away:
-        if sums[plan["name"]] is None:
-            raise StreamError(
-                f"{store / plan['file']}: missing or not as it was packed; its experts are "
-                "nowhere else. Nothing was changed"
-            )
-    needed = max([0, *map(file_bytes, away)])
+    away = []
+    for layer in layers:
+        if layer.name in moved.layers:
+            plan = describe(moved.layers[layer.name], layer)
+            sums = finished(store, plan, source)
+            if sums is None:
+                raise StreamError(not_as_packed(store, plan, moved) + ". Nothing was changed")
+            away.append((layer, {**plan, "checksums": sums}))
+    needed = max([0, *(file_bytes(plan) for _, plan in away)])
     if (free := platform.free_disk_bytes(moved.folder)) < needed:
         raise StreamError(
             f"{moved.folder}: unpacking needs {needed:,} bytes and {free:,} are free; nothing was "
             "changed"
         )
-    for plan in away:  # each layer keeps its checksums when the manifest is gone
-        entry = {**plan, "checksums": sums[plan["name"]]}
-        write_json(sidecar(store, plan), {"source": source, "layer": entry})
-    (store / MANIFEST).unlink(missing_ok=True)
-    for layer, plan in zip(layers, plans, strict=True):
-        if layer.name in moved.layers:
-            plan["checksums"] = sums[layer.name]
-            yield from _write_back(layer, plan, store, shards)
-            for fd in shards.values():
-                platform.sync_to_drive(fd)
-            _check_back(layer, plan, shards)
-            del moved.layers[layer.name]
-            moved.save()
-        else:
-            yield layer.experts * layer.expert_bytes
-        (store / plan["file"]).unlink(missing_ok=True)
-        sidecar(store, plan).unlink(missing_ok=True)
+    reopen(store, source, [plan for _, plan in away])
+    yield sum(x.experts * x.expert_bytes for x in layers if x.name not in moved.layers)
+    for layer, plan in away:
+        yield from _write_back(layer, plan, store, shards)
+        for fd in shards.values():
+            platform.sync_to_drive(fd)
+        _check_back(layer, plan, shards)
+        del moved.layers[layer.name]
+        moved.save()
+        (store / plan["file"]).unlink()
+        sidecar(store, plan).unlink()
+    remove_all(store)
 
 
 @contextmanager

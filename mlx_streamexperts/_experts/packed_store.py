@@ -26,6 +26,7 @@ from .stream import expert_files
 PAGE_BYTES = 16_384
 _FORMAT = 1
 MANIFEST = "manifest.json"
+_ONLY_COPY = "only-copy.json"
 # The files that packing writes. It deletes no others: the folder may hold a user's files too.
 _LAYER_FILE = re.compile(r"layer-\d{5}\.experts")
 _OURS = re.compile(rf"({_LAYER_FILE.pattern}(\.json)?|manifest\.json)(\.partial)?")
@@ -63,7 +64,8 @@ def write_store(
         layers: as located in their checkpoint.
         folder: the store's folder; created if needed.
         overwrite: discard another checkpoint's store there.
-        moved: says which layers are only in the store; they are never written again.
+        moved: the model folder's note, if the store is or becomes the only copy of its experts.
+            Layers that it names are never written again, unless `copy` gets them.
         then: called after each layer. It frees the layer's bytes elsewhere, so that there need not
             be room for all layers at once.
         copy: gets a layer's bytes from where they are; by default from the checkpoint's files. The
@@ -71,7 +73,8 @@ def write_store(
 
     Raises:
         StreamError: the disk has no room or cannot be written, `folder` holds the store of
-            another checkpoint, another process is writing there, or the xxhash library is missing.
+            another checkpoint or the only copy of another folder's experts, another process is
+            writing there, or the xxhash library is missing.
         CheckpointError: the source ends early or cannot be read.
     """
     _xxhash()  # before anything is written
@@ -95,16 +98,14 @@ def _write_store(
 ) -> Iterator[int]:
     source = source_of(layers)
     plans = [describe(number, layer) for number, layer in enumerate(layers)]
+    refuse_only_copy(folder, moved)
     if not overwrite:
         _refuse_foreign(folder, source)
     done = [None if overwrite else finished(folder, plan, source) for plan in plans]
     unfinished = [p for p, sums in zip(plans, done, strict=True) if sums is None]
     for plan in unfinished:
-        if moved is not None and plan["name"] in moved.layers:
-            raise StreamError(
-                f"{folder / plan['file']}: missing or not as it was packed, and the experts of "
-                f"{plan['name']} are nowhere else: bring this folder back, and run again"
-            )
+        if moved is not None and copy is None and plan["name"] in moved.layers:
+            raise StreamError(not_as_packed(folder, plan, moved))
     redone = {p["file"] for p in unfinished} | {sidecar(folder, p).name for p in unfinished}
     stale = [
         file
@@ -118,6 +119,16 @@ def _write_store(
     if needed > free:  # before anything is discarded: the old store may be the only one
         raise StreamError(
             f"{folder}: packing needs {needed:,} bytes and {free:,} are free; nothing was written"
+        )
+    if unfinished and not overwrite and (folder / MANIFEST).exists():
+        reopen(
+            folder,
+            source,
+            [
+                {**plan, "checksums": sums}
+                for plan, sums in zip(plans, done, strict=True)
+                if sums is not None
+            ],
         )
     for file in stale:
         file.unlink()
@@ -147,6 +158,7 @@ def use_store(
     verify_reads: bool = False,
     in_part: bool = False,
     planning: bool = False,
+    advice: str = "pack again",
 ) -> None:
     """Read the experts of `layers` from a store from now on.
 
@@ -156,6 +168,7 @@ def use_store(
         verify_reads: compare each expert's checksum after each of its reads.
         in_part: `layers` are some of the model's; files of the others may be missing.
         planning: only the checkpoint's headers may be here.
+        advice: what to do if it was packed otherwise; messages end with it.
 
     Raises:
         CheckpointError: it is not a finished store, is damaged, or belongs to another checkpoint.
@@ -174,14 +187,14 @@ def use_store(
     _compare_sources(file, source, own)
     expected = [describe(n, layer) for n, layer in zip(numbers, layers, strict=False)]
     if len(stored) != len(layers):
-        raise CheckpointError(f"{file}: does not describe {len(layers)} layers: pack again")
+        raise CheckpointError(f"{file}: does not describe {len(layers)} layers: {advice}")
     for layer, mine, theirs in zip(layers, expected, stored, strict=True):
         # The places of bytes all follow from the checkpoint; the manifest is not trusted with them.
         if mine != {k: theirs.get(k) for k in mine}:
             raise CheckpointError(
-                f"{file}: {layer.name} is not laid out as this checkpoint's would be: pack again"
+                f"{file}: {layer.name} is not laid out as this checkpoint's would be: {advice}"
             )
-        check_size(folder, mine, "pack again")
+        check_size(folder, mine, advice)
     for layer, mine, theirs in zip(layers, expected, stored, strict=True):
         relocate(layer, mine, folder, read_check(theirs["checksums"]) if verify_reads else None)
 
@@ -363,6 +376,103 @@ def file_bytes(plan: dict[str, Any]) -> int:
 def sidecar(folder: Path, plan: dict[str, Any]) -> Path:
     """The file that marks a layer's file as complete, until there is a manifest."""
     return folder / f"{plan['file']}.json"
+
+
+def reopen(folder: Path, source: dict[str, Any], entries: Sequence[dict[str, Any]]) -> None:
+    """Make a store unfinished, if it is not yet; some of its layers stay complete.
+
+    Args:
+        folder: the store.
+        source: the checkpoint, as `source_of` describes it.
+        entries: those layers' entries in the manifest, with checksums.
+    """
+    for entry in entries:
+        write_json(sidecar(folder, entry), {"source": source, "layer": entry})
+    (folder / MANIFEST).unlink(missing_ok=True)
+
+
+def claim(folder: Path, moved: Moved) -> None:
+    """Note in a store that the experts of a model folder are nowhere else.
+
+    Args:
+        folder: the store.
+        moved: the model folder's note. It is saved first, because a store whose owner knows
+            nothing of it would be refused to everybody.
+    """
+    model = str(moved.folder.resolve())
+    if only_copy_of(folder) == (model, moved.id) and (folder / _ONLY_COPY).exists():
+        return
+    moved.save()
+    about = (
+        "The experts in this folder are nowhere else: do not delete it. To get them back into the "
+        "model: python -m mlx_streamexperts.pack --unpack --model <the model folder>"
+    )
+    write_json(folder / _ONLY_COPY, {"about": about, "model": model, "id": moved.id})
+
+
+def remove_all(folder: Path) -> None:
+    """Remove what is left in a store whose experts are all elsewhere again."""
+    for file in _ours(folder):
+        file.unlink()
+    (folder / _ONLY_COPY).unlink(missing_ok=True)
+
+
+def only_copy_of(folder: Path) -> tuple[str, str] | None:
+    """The model folder whose experts are in this store and nowhere else, and its note's id.
+
+    Returns:
+        None if the store is a copy, or an earlier version moved experts to it and it is not in the
+        model folder.
+
+    Raises:
+        CheckpointError: the notes about that are damaged.
+    """
+    file = folder / _ONLY_COPY
+    if file.exists():
+        known = read_json_object(file, "model")
+        return str(known.get("model")), str(known.get("id"))
+    above = read_moved(folder.resolve().parent)
+    if above is not None and above.store.resolve() == folder.resolve():
+        return str(above.folder), above.id
+    return None
+
+
+def owns(moved: Moved | None, folder: Path) -> bool:
+    """May the owner of this note change the store? Not if it is another folder's only copy."""
+    owner = only_copy_of(folder)
+    if owner is None:
+        return True
+    if moved is None or moved.id != owner[1]:
+        return False
+    model = Path(owner[0])
+    if not model.exists() or model.samefile(moved.folder):
+        return True  # the folder may have got another name
+    other = read_moved(model)  # or it was copied, and both have the note
+    return other is None or other.id != moved.id or other.store.resolve() != folder.resolve()
+
+
+def refuse_only_copy(folder: Path, moved: Moved | None) -> None:
+    """Refuse to change a store that is the only copy of another folder's experts.
+
+    Raises:
+        StreamError: it is.
+    """
+    if not owns(moved, folder):
+        model = only_copy_of(folder)
+        raise StreamError(
+            f"{folder}: the experts of {model[0] if model else '?'} are in it and nowhere else: "
+            "choose another folder, or --unpack that model first"
+        )
+
+
+def not_as_packed(folder: Path, plan: dict[str, Any], moved: Moved) -> str:
+    """What to say of a layer that is only in the store, and not as `plan` says."""
+    path = folder / plan["file"]
+    if path.is_file() and path.stat().st_size == file_bytes(plan):
+        state, way = "was packed otherwise, or its checksums are lost", moved.way_out
+    else:
+        state, way = "missing or incomplete", "bring this folder back, and run again"
+    return f"{path}: {state}, and the experts of {plan['name']} are nowhere else: {way}"
 
 
 def _copy_layer(layer: ExpertLayer, plan: dict[str, Any], path: Path) -> Iterator[int]:

@@ -37,12 +37,52 @@ class Moved:
         store: the packed store's folder.
         shards: what `file_identity` said of each shard with experts when it was whole, by name.
         layers: layers whose experts are only in the store, by name, each with its number in it.
+        packed_by: the library that named the layers, and its version: "mlx-lm 0.32.2". Empty in
+            notes of earlier versions, and so is `id`.
+        id: ties the note to the store, which has it too (`packed_store.claim`).
     """
 
     folder: Path
     store: Path
     shards: dict[str, Any]
     layers: dict[str, int] = field(default_factory=dict)
+    packed_by: str = ""
+    id: str = ""
+
+    @property
+    def loader(self) -> str | None:
+        """The library that has to load this folder; None if the note does not say."""
+        return self.packed_by.partition(" ")[0] or None
+
+    @property
+    def way_out(self) -> str:
+        """What to do if a library describes the layers otherwise than the store has them."""
+        library = (
+            f"use {self.packed_by}, which packed them (--loader {self.loader})"
+            if self.loader
+            else "use the library that packed them (--loader mlx-lm or --loader mlx-vlm), in the "
+            "version of that time"
+        )
+        return f"delete nothing, these experts are nowhere else: {library}"
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Check that the layers that have moved are layers of the model as it is loaded now.
+
+        Names depend on the library. Under other names all layers would seem to be in the shards,
+        where there are holes.
+
+        Args:
+            names: all expert layers of the model.
+
+        Raises:
+            CheckpointError: some are not.
+        """
+        unknown = sorted(self.layers.keys() - set(names))
+        if unknown:
+            raise CheckpointError(
+                f"{self.folder}: the experts of {unknown[0]} are in the packed store, and the "
+                f"model has no such layer as it is loaded now: {self.way_out}"
+            )
 
     def save(self) -> None:
         """Write the note; it survives a power failure from then on.
@@ -61,6 +101,8 @@ class Moved:
             "store": place,
             "shards": self.shards,
             "layers": self.layers,
+            "packed_by": self.packed_by,
+            "id": self.id,
         }
         write_json(self.folder / MOVED, note)
 
@@ -121,6 +163,7 @@ def read_moved(folder: Path) -> Moved | None:
         return None
     note = read_json_object(file, "layers")
     store, shards, layers = (note.get(k) for k in ("store", "shards", "layers"))
+    packed_by, known_id = note.get("packed_by", ""), note.get("id", "")
     if (
         note.get("format") != _FORMAT
         or not isinstance(store, str)
@@ -128,9 +171,11 @@ def read_moved(folder: Path) -> Moved | None:
         or not all(isinstance(known, dict) for known in shards.values())
         or not isinstance(layers, dict)
         or not all(type(n) is int and 0 <= n < 100_000 for n in layers.values())
+        or not isinstance(packed_by, str)
+        or not isinstance(known_id, str)
     ):
         raise CheckpointError(f"{file}: not a note of format {_FORMAT} about moved experts")
-    return Moved(folder, folder / store, shards, layers)
+    return Moved(folder, folder / store, shards, layers, packed_by, known_id)
 
 
 def refuse_moved(folder: Path, doing: str) -> None:

@@ -148,6 +148,7 @@ def discover(
     checkpoint = record.checkpoint or checkpoint  # mlx-vlm finds its files in other ways
     language = model if record.language is None else record.language
     whole = language if part is None else copied(model)
+    names = [name for name, x in model.named_modules() if isinstance(x, record.switches)]
     stage = None if part is None else cut(model, part)
     if stage is not None:
         _check_whole(model, stage, checkpoint, record)
@@ -175,6 +176,7 @@ def discover(
             config.verify_reads,
             in_part=stage is not None,
             planning=as_converted,
+            names=names,
         )
     elif config.store is not None:
         use_store(

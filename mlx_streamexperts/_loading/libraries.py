@@ -14,13 +14,15 @@ from .._config import StreamConfig
 from .._errors import StreamError, UnsupportedModelError
 from .._hooks import random_state_kept
 from .._io.checkpoint import check_model_folder, read_checkpoint, read_model_config
+from .._io.moved import read_moved
 from .lazy_load import MLX_LM, MLX_VLM, load_recorded
 
 
 def library(folder: Path, config: StreamConfig) -> str:
     """The library that loads this model: `config.loader`, or the one that can.
 
-    What both libraries can load goes to mlx-lm.
+    What both libraries can load goes to mlx-lm, but for a model whose experts mlx-vlm has moved
+    into a packed store: the layers there have its names.
 
     Args:
         folder: the model folder; the headers of its weights are enough.
@@ -35,6 +37,9 @@ def library(folder: Path, config: StreamConfig) -> str:
     if config.loader != "auto":
         return config.loader
     check_model_folder(folder)
+    moved = read_moved(folder)
+    if moved is not None and moved.loader in (MLX_LM, MLX_VLM):
+        return moved.loader
     model_config = read_model_config(folder)
     if "model_file" in model_config:  # both would run it; mlx-lm asks for permission first
         return MLX_LM
