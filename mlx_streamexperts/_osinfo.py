@@ -229,6 +229,11 @@ def drop_page_cache(path: Path) -> bool:
     return True
 
 
+def on_one_drive(a: Path, b: Path) -> bool:
+    """Are two folders in one file system, so that what one frees the other may take?"""
+    return a.stat().st_dev == b.stat().st_dev
+
+
 def sync_to_drive(fd: int) -> None:
     """Wait until what was written to a file would survive a power failure.
 

@@ -218,14 +218,16 @@ def _layers(folder: Path, args: argparse.Namespace) -> tuple[list[ExpertLayer], 
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from ._experts.packed_store import verify_store
+    from ._experts.packed_store import only_copy_of, verify_store
 
-    store = args.out
+    store, only_copy = args.out, True
     if store is None:
         moved = read_moved(Path(args.model))
         if moved is None:
             raise StreamError(f"{args.model}: its experts have not moved; --out names the store")
         store = moved.store
+    elif store.is_dir():
+        only_copy = only_copy_of(store) is not None
     experts, damaged = 0, []
     with progress_bar("Verifying", args.progress) as bar:
         for nbytes, damage in verify_store(store):
@@ -236,7 +238,13 @@ def _verify(args: argparse.Namespace) -> int:
     for d in damaged:
         print(f"damaged: expert {d.expert} of {d.layer} in {d.file}", file=sys.stderr)
     print(f"{experts - len(damaged)} of {experts} experts are as they were packed")
-    if damaged:
+    if damaged and only_copy:
+        print(
+            "Do not delete these files: the experts in them are nowhere else. Restore them from a "
+            "backup, or download the model again.",
+            file=sys.stderr,
+        )
+    elif damaged:
         print("Delete the damaged files and pack again; the others are kept.", file=sys.stderr)
     return 1 if damaged else 0
 

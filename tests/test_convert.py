@@ -298,6 +298,15 @@ def test_a_killed_run_goes_on(checkpoint: Build, tmp_path: Path) -> None:
     assert tensors(out) == tensors(tmp_path / "whole")
 
 
+def test_files_that_are_read_only_become_writable_copies(checkpoint: Build, tmp_path: Path) -> None:
+    """Else a run that goes on could not write them again."""
+    source = original(checkpoint, "qwen3_moe", tmp_path / "source")
+    (source / "notes.json").write_text("{}")
+    (source / "notes.json").chmod(0o444)
+    convert(source, tmp_path / "out")
+    assert (tmp_path / "out" / "notes.json").stat().st_mode & 0o200
+
+
 def test_another_source_or_other_options_are_refused(
     checkpoint: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
@@ -27,8 +29,14 @@ TOKENS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 
 @pytest.fixture
 def server(original: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with serving(original) as hub:
-        hub.sha256 = digests(original)
+    with hub_of(original, monkeypatch) as hub:
+        yield hub
+
+
+@contextmanager
+def hub_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with serving(folder) as hub:
+        hub.sha256 = digests(folder)
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -211,6 +219,61 @@ def test_a_repository_that_changes_between_runs_is_refused(
     assert "changed since packing it began" in capsys.readouterr().err
     assert pack.main(["other/repo", "--out", str(tmp_path / "out"), "--no-progress"]) == 1
     assert "some/repo is being packed there" in capsys.readouterr().err
+
+
+def test_a_damaged_shard_takes_only_its_own_layers_with_it(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    weights: dict[str, mx.array] = {}
+    for file in original.glob("*.safetensors"):
+        weights |= mx.load(str(file))  # type: ignore[arg-type]
+    shards: list[dict[str, mx.array]] = [{}, {}, {}]
+    for name, array in weights.items():
+        shards[int(name.split(".")[2]) if ".switch_mlp." in name else 0][name] = array
+    for n, shard in enumerate(shards, 1):
+        file = source / f"model-{n:05d}-of-00003.safetensors"
+        mx.save_safetensors(str(file), shard, metadata={"unlike": "x" * 100 * n})  # in size
+    (source / "config.json").write_bytes((original / "config.json").read_bytes())
+    second, third = (source / f"model-{n:05d}-of-00003.safetensors" for n in (2, 3))
+    with hub_of(source, monkeypatch) as hub:
+
+        def lie(answer: Answer) -> None:
+            if answer.size == third.stat().st_size and answer.begin > 100_000:
+                answer.data = bytes(len(answer.data))
+
+        hub.lie = lie
+        assert run(out) == 1
+        first_layer = (out / "experts" / "layer-00000.experts").stat().st_ino
+        hub.lie = lambda answer: None
+        hub.sent.clear()
+        assert run(out) == 0
+        header = 1 << 20  # what is read of a shard to get its header
+        assert hub.sent[second.name] == header < second.stat().st_size < hub.sent[third.name]
+        assert (out / "experts" / "layer-00000.experts").stat().st_ino == first_layer
+    assert_unpacks_to(source, out)
+
+
+def test_killed_in_its_first_moments_it_goes_on(
+    server: Hub, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, resize = tmp_path / "out", os.truncate
+    out.mkdir()
+    (out / "packing.json.partial").write_text('{"about')  # killed in the first note
+
+    def stop(path: Path, size: int) -> None:
+        if path.name.startswith("model-00002"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        resize(path, size)
+
+    with monkeypatch.context() as m:
+        m.setattr(os, "truncate", stop)
+        assert run(out) == 1
+    shard = next(out.glob("model-00002*"))
+    assert shard.stat().st_size < (original / shard.name).stat().st_size
+    assert run(out) == 0
+    assert_unpacks_to(original, out)
 
 
 def test_the_library_that_began_goes_on(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -23,7 +24,7 @@ from conftest import QUIET, load_streamed, smallest_cache
 
 from mlx_streamexperts import CheckpointError, StreamConfig, StreamError, pack, plan, stream
 from mlx_streamexperts import _osinfo as platform
-from mlx_streamexperts._experts import moving
+from mlx_streamexperts._experts import moving, packed_store
 from mlx_streamexperts._experts.layer import ExpertLayer
 from mlx_streamexperts._io.checkpoint import INDEX, MOVED
 from mlx_streamexperts._io.moved import read_moved
@@ -107,6 +108,35 @@ def test_experts_move_and_come_back(
     assert "nothing to unpack" in capsys.readouterr().err
 
 
+def test_another_drive_needs_room_for_all_layers(
+    original: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What one layer frees there is of no use to the next."""
+    free, together = [0], [True]
+    for owner in (platform, packed_store):
+        monkeypatch.setattr(owner, "free_disk_bytes", lambda at: free[0])
+        monkeypatch.setattr(owner, "on_one_drive", lambda a, b: together[0])
+
+    def needed(task: str) -> int:
+        before = {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+        assert run(folder, task) == 1
+        assert {f: f.read_bytes() for f in before} == before
+        (said,) = re.findall(r"needs ([\d,]+) bytes", capsys.readouterr().err)
+        return int(said.replace(",", ""))
+
+    for task in ("--replace", "--unpack"):
+        free[0], together[0] = 0, True
+        free[0] = needed(task)  # of the largest layer
+        together[0] = False
+        assert needed(task) == 2 * free[0]  # of both
+        together[0] = True
+        assert run(folder, task) == 0
+    assert_as_it_was(original, folder)
+
+
 @pytest.mark.parametrize("family", ["deepseek_v41_engram", "cohere2_moe"])
 def test_a_model_of_mlx_vlm_loads_from_the_files_that_its_index_names(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -157,7 +187,7 @@ import json, os, shutil, sys
 from pathlib import Path
 from mlx_streamexperts import StreamConfig
 from mlx_streamexperts import _osinfo as platform
-from mlx_streamexperts._experts import moving
+from mlx_streamexperts._experts import moving, packed_store
 from mlx_streamexperts._io.checkpoint import INDEX, MOVED
 from mlx_streamexperts._loading.discover import discover
 
@@ -458,6 +488,13 @@ def test_a_store_is_one_folders_only_copy(
     twin = Path(shutil.copytree(folder, tmp_path / "twin"))
     store = tmp_path / "store"
     assert run(folder, "--replace", "--out", str(store)) == 0
+    packed = store / "layer-00001.experts"
+    good = packed.read_bytes()
+    packed.write_bytes(b"x" + good[1:])
+    for which in (["--model", str(folder)], ["--out", str(store)]):
+        assert pack.main(["--verify", *which, "--no-progress"]) == 1
+        assert "Do not delete these files" in capsys.readouterr().err
+    packed.write_bytes(good)
     copied = Path(shutil.copytree(folder, tmp_path / "copied"))
     for model, *options in (
         (twin, "--replace"),

@@ -25,11 +25,21 @@ from .. import _osinfo as platform
 from .._errors import CheckpointError, StreamError
 from .._io.checkpoint import PACKING, header_identity, read_json_object, shard_files
 from .._io.moved import Moved, read_moved
-from .._io.output import LOCK, exclusive, sync_folder, write_json
+from .._io.output import LOCK, exclusive, partial_name, sync_folder, write_json
 from .._io.remote import Repository, Span, pieces
 from .layer import ExpertLayer
 from .moving import expert_tensors, parts_of_files
-from .packed_store import MANIFEST, checksum, claim, describe, file_bytes, sidecar, write_store
+from .packed_store import (
+    checksum,
+    claim,
+    describe,
+    file_bytes,
+    finished,
+    reopen,
+    sidecar,
+    source_of,
+    write_store,
+)
 
 _FORMAT = 1
 _NOTED_BYTES = 256 << 20  # a sync to the drive takes up to 30 ms
@@ -126,7 +136,7 @@ class Reception:
         note.check_names(layer.name for layer in self._layers)
         if not note.id:  # an earlier version's
             note.packed_by, note.id = self._progress["packed_by"], uuid4().hex
-        missing = [n for n in self._shards if not (self._folder / n).exists()]
+        missing = [n for n in self._shards if not self._has_its_size(n)]
         if missing:
             self._note(_TRUNK, 0)
         for file in sorted(self._headers.iterdir()):
@@ -141,6 +151,11 @@ class Reception:
             with (self._headers / name).open("rb") as source:
                 (self._folder / name).write_bytes(source.read(header))
             os.truncate(self._folder / name, self._repository.files[name].size)
+
+    def _has_its_size(self, shard: str) -> bool:
+        """A run may have been killed before it gave a shard its size."""
+        file = self._folder / shard
+        return file.exists() and file.stat().st_size == self._repository.files[shard].size
 
     def _identities(self) -> dict[str, Any]:
         """What `file_identity` will say of the shards with experts, were they whole."""
@@ -267,13 +282,19 @@ class Reception:
         return digest.hexdigest()
 
     def _discard(self, shard: str) -> None:
-        (self._store / MANIFEST).unlink(missing_ok=True)
-        (self._folder / shard).unlink()
+        source = source_of(self._layers)
+        gone, kept = [], []
         for number, layer in enumerate(self._layers):
+            plan = describe(number, layer)
             if any(Path(f).name == shard for f, _, _ in parts_of_files(layer)):
-                plan = describe(number, layer)
-                (self._store / plan["file"]).unlink(missing_ok=True)
-                sidecar(self._store, plan).unlink(missing_ok=True)
+                gone.append(plan)
+            elif (sums := finished(self._store, plan, source)) is not None:
+                kept.append({**plan, "checksums": sums})
+        reopen(self._store, source, kept)
+        (self._folder / shard).unlink()
+        for plan in gone:
+            (self._store / plan["file"]).unlink(missing_ok=True)
+            sidecar(self._store, plan).unlink(missing_ok=True)
 
 
 def begun(folder: Path, asked: str) -> dict[str, Any] | None:
@@ -302,7 +323,8 @@ def begun(folder: Path, asked: str) -> dict[str, Any] | None:
                 f"{folder}: {note.get('repository')} is being packed there: choose another folder"
             )
         return note
-    if folder.exists() and any(f.name != LOCK for f in folder.iterdir()):
+    unnoted = (LOCK, partial_name(folder / PACKING).name)  # killed while it wrote the first note
+    if folder.exists() and any(f.name not in unnoted for f in folder.iterdir()):
         what = "has a packed model already" if read_moved(folder) else "is not empty"
         raise StreamError(f"{folder}: {what}: choose another folder")
     return None

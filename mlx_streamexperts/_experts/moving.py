@@ -195,7 +195,8 @@ def _bring_back(
             if sums is None:
                 raise StreamError(not_as_packed(store, plan, moved) + ". Nothing was changed")
             away.append((layer, {**plan, "checksums": sums}))
-    needed = max([0, *(file_bytes(plan) for _, plan in away)])
+    frees = platform.on_one_drive(store, moved.folder)
+    needed = (max if frees else sum)([0, *(file_bytes(plan) for _, plan in away)])
     if (free := platform.free_disk_bytes(moved.folder)) < needed:
         raise StreamError(
             f"{moved.folder}: unpacking needs {needed:,} bytes and {free:,} are free; nothing was "

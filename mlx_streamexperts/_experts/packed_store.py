@@ -19,7 +19,7 @@ from .._errors import CheckpointError, StreamError
 from .._io.checkpoint import file_identity, read_json_object
 from .._io.moved import Moved, read_moved
 from .._io.output import exclusive, partial_name, sync_folder, write_json
-from .._osinfo import free_disk_bytes, sync_to_drive
+from .._osinfo import free_disk_bytes, on_one_drive, sync_to_drive
 from .layer import ExpertLayer
 from .stream import expert_files
 
@@ -112,7 +112,8 @@ def _write_store(
         for file in _ours(folder)
         if overwrite or (copy is None and file.suffix == ".partial") or file.name in redone
     ]
-    needed = (sum if then is None else max)([0, *map(file_bytes, unfinished)])
+    frees = then is not None and moved is not None and on_one_drive(folder, moved.folder)
+    needed = (max if frees else sum)([0, *map(file_bytes, unfinished)])
     free = free_disk_bytes(folder) + sum(file.stat().st_size for file in stale)
     if copy is not None:  # it goes on with what it has
         free += sum(f.stat().st_blocks * 512 for f in _ours(folder) if f.suffix == ".partial")

@@ -149,7 +149,7 @@ def _write_rest(source: Path, out: Path, rewrite: Rewrite, shards: list[Shard]) 
     for pattern in _COPIED:
         for file in sorted(source.glob(pattern)):
             if file.name not in _NOT_COPIED:
-                shutil.copy(file, out)
+                shutil.copyfile(file, out / file.name)  # not its mode: it may be read-only
     names = {name: s.file for s in shards for piece in s.pieces for name in piece.tensors}
     total = sum(p.nbytes for p in rewrite.pieces)
     metadata = {"total_size": total, "total_parameters": rewrite.parameters}
