@@ -36,6 +36,7 @@ from decode import prompt_tokens
 from random_model import write_random_model
 
 from mlx_streamexperts import demo_model, mirror
+from mlx_streamexperts._io.reader import TINY_READ_BYTES
 
 ADAPTERS = Path(__file__).parent / "adapters"
 
@@ -65,7 +66,8 @@ class System:
         return self.adapter == "ours"
 
 
-# Past the page cache where it is dropped anyway: what `auto` does with a model larger than memory.
+# Past the page cache where it is dropped anyway: what `auto` does with a model larger than memory,
+# unless its experts lie in tiny parts.
 _OURS = {"cold": {"bypass_page_cache": "on"}, "warm": {"bypass_page_cache": "off"}}
 SYSTEMS = [
     System("stock", "stock"),
@@ -118,8 +120,8 @@ def checkpoint(work: Path, name: str) -> Path:
     return Path(name)
 
 
-def expert_layout(folder: Path) -> tuple[int, int, int]:
-    """Layers with experts, experts a layer, bytes of one expert: from the headers."""
+def expert_layout(folder: Path) -> tuple[int, int, int, int]:
+    """Layers with experts, experts a layer, bytes of one expert and its parts: from the headers."""
     shapes: dict[str, tuple[int, int]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with open(file, "rb") as f:
@@ -130,7 +132,8 @@ def expert_layout(folder: Path) -> tuple[int, int, int]:
                 shapes[name] = (t["shape"][0], end - start)
     layers = len({name.split(".switch_mlp.")[0] for name in shapes})
     experts = next(iter(shapes.values()))[0]
-    return layers, experts, sum(size for _, size in shapes.values()) // (layers * experts)
+    nbytes = sum(size for _, size in shapes.values()) // (layers * experts)
+    return layers, experts, nbytes, len(shapes) // layers
 
 
 def call(python: Path | str, adapter: str, job: dict[str, Any], timeout: float) -> dict[str, Any]:
@@ -199,7 +202,8 @@ def compare_model(args: argparse.Namespace, name: str, report: dict[str, Any]) -
     """All rounds on one model; appends to `report["runs"]` and saves it as it goes."""
     folder = checkpoint(args.work, name)
     name = folder.name  # no machine's paths in the report
-    layers, experts, expert_bytes = expert_layout(folder)
+    layers, experts, expert_bytes, parts = expert_layout(folder)
+    tiny = expert_bytes < parts * TINY_READ_BYTES
     top_k = json.loads((folder / "config.json").read_text())["num_experts_per_tok"]
     systems = [s for s in SYSTEMS if not args.systems or s.name in args.systems]
     pythons, refused = prepare(args, systems, folder, layers)
@@ -228,6 +232,8 @@ def compare_model(args: argparse.Namespace, name: str, report: dict[str, Any]) -
                                 str(store_of(args.work, folder, s) / "data") if s.store else None
                             ),
                         }  # fmt: skip
+                        if s.ours and not s.store and tiny:  # as `auto` does
+                            job["options"]["bypass_page_cache"] = "off"
                         if s.mirrored:
                             job["options"]["mirrors"] = mirrors_of(args, folder)
                         if s.name in refused:

@@ -18,7 +18,7 @@ import compare_report as report
 
 
 def job(folder: Path, **changes: Any) -> dict[str, Any]:
-    layers, _, expert_bytes = compare.expert_layout(folder)
+    layers, _, expert_bytes, _ = compare.expert_layout(folder)
     return {
         "checkpoint": str(folder), "layers": layers, "state": "cold", "slots": 2, "options": {},
         "cache_bytes": layers * 2 * expert_bytes, "prompt": [1, 2, 3, 4, 5],

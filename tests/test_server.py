@@ -253,7 +253,8 @@ def test_a_tool_call_that_a_model_makes_comes_out_as_one(
         return lambda logprobs: mx.array([next(left, script[-1])])
 
     monkeypatch.setattr(stock, "_make_sampler", dictated)
-    options = {"model": "demo", "messages": [{"role": "user", "content": "Make a/b"}]}
+    options: Any = {"model": "demo", "messages": [{"role": "user", "content": "Make a/b"}]}
+    options["tools"] = [{"type": "function", "function": {"name": "mkdir"}}]
     client = running.client()
     if streams:
         text, calls, reason = "", [], None
