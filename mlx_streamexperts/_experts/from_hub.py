@@ -19,7 +19,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from .. import _osinfo as platform
 from .._errors import CheckpointError, StreamError
@@ -124,18 +123,10 @@ class Reception:
         note = read_moved(self._folder)
         if note is None:
             names = {layer.name: n for n, layer in enumerate(self._layers)}
-            note = Moved(
-                self._folder,
-                self._store,
-                self._identities(),
-                names,
-                self._progress["packed_by"],
-                uuid4().hex,
-            )
+            note = Moved(self._folder, self._store, self._identities(), names)
             self._note(_TRUNK, 0)
         note.check_names(layer.name for layer in self._layers)
-        if not note.id:  # an earlier version's
-            note.packed_by, note.id = self._progress["packed_by"], uuid4().hex
+        note.identify(self._progress["packed_by"])
         missing = [n for n in self._shards if not self._has_its_size(n)]
         if missing:
             self._note(_TRUNK, 0)

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from .. import _osinfo as platform
 from .._errors import CheckpointError, StreamError
@@ -128,9 +127,10 @@ def move_experts(
                 "Btrfs can): pack without --replace, or on another drive"
             )
         if moved is None:
-            moved = Moved(folder, store, source_of(layers), packed_by=packed_by, id=uuid4().hex)
-        elif not moved.id:  # an earlier version's
-            moved.packed_by, moved.id = packed_by, uuid4().hex
+            moved = Moved(folder, store, source_of(layers))
+            moved.identify(packed_by)
+        elif not moved.id:
+            moved.identify(packed_by)
             moved.save()
         note, numbers = moved, {layer.name: n for n, layer in enumerate(layers)}
         tensors = expert_tensors(layers)

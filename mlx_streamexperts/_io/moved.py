@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from .._errors import CheckpointError, StreamError
 from .checkpoint import (
@@ -64,6 +65,15 @@ class Moved:
             "version of that time"
         )
         return f"delete nothing, these experts are nowhere else: {library}"
+
+    def identify(self, packed_by: str) -> None:
+        """Give a note without an id one, and the library; earlier versions wrote neither.
+
+        Args:
+            packed_by: the library that located the layers, and its version.
+        """
+        if not self.id:
+            self.packed_by, self.id = packed_by, uuid4().hex
 
     def check_names(self, names: Iterable[str]) -> None:
         """Check that the layers that have moved are layers of the model as it is loaded now.

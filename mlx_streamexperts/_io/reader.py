@@ -52,10 +52,10 @@ TINY_READ_BYTES = 16 << 10
 If they wait for the drive, they are announced together: the drive gets all at once without a thread
 each, and the waiting thread soon finds most of them there. Nothing in the page cache, 12.5 %
 resident, tokens/s against eight threads past the page cache, by the average of nine reads an
-expert: 1.15 with 8.5 kB, 0.95 with 27 kB, 0.89 with 61 kB. A Mac reads whole pages of 16 kB there.
+expert: 1.15 with 8.5 kB, 0.95 with 27 kB, 0.89 with 61 kB. Past it, a Mac reads pages of 16 kB.
 """
 _FORGET = 0.9  # a job whose first read does not wait says this much less that others do
-_MOST_WAIT = 5 * _QUICK_SECONDS
+_MOST_WAIT = 5 * _QUICK_SECONDS  # then a single pause is forgotten after 16 jobs
 
 # A waiting thread checks this often for workers that died and for wake-ups that got lost.
 _CHECK_SECONDS = 0.05

@@ -392,7 +392,7 @@ class Handler(stock.APIHandler):
 
     def _answer(self, choices: list[tuple[Any, Any]], stops: list[str]) -> None:
         """Send the replies: streamed piece by piece, or whole."""
-        form, lock = self._form, threading.Lock()
+        form, lock = self._form, threading.RLock()
         clients = [Client(self.generator, self.connection) for _ in choices]
         for client in clients:
             client.lossy = self.response_generator.lossy
@@ -406,14 +406,12 @@ class Handler(stock.APIHandler):
             with lock:  # else another choice's comment could come before the status line
                 self._set_stream_headers(200)
                 self.end_headers()
-                self.wfile.write(form.begin(self._usage(replies)))
-                self.wfile.flush()
+                send(form.begin(self._usage(replies)))
 
         def keep_alive(progress: Progress | None) -> None:
             with lock:
-                begun = self.began
-            if begun:
-                send(_comment(progress))
+                if self.began:
+                    send(_comment(progress))
 
         if self.stream and form.keeps_alive:
             for client in clients:
