@@ -67,7 +67,7 @@ class Moved:
         return f"delete nothing, these experts are nowhere else: {library}"
 
     def identify(self, packed_by: str) -> None:
-        """Give a note without an id one, and the library; earlier versions wrote neither.
+        """Write down who packed the experts, unless the note says so; earlier versions did not.
 
         Args:
             packed_by: the library that located the layers, and its version.
