@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import io
 import json
+import os
 import signal
+import struct
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +42,7 @@ from mlx_streamexperts._cli.prompt_line import PromptLine
 from mlx_streamexperts._experts import follower
 from mlx_streamexperts._experts.layer import ExpertLayer
 from mlx_streamexperts._memory.rewind import Rewind
+from mlx_streamexperts._progress import StatusLine
 
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
@@ -144,6 +149,21 @@ def test_a_terminal_has_one_line_and_a_pipe_some(kind: type[io.StringIO], stream
     else:
         assert "\r" not in text
         assert text.endswith("s\n")
+
+
+def test_a_line_is_no_wider_than_the_terminal() -> None:
+    """One that wraps would leave its first row on the screen, each second."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    now = Progress(2048, 4000, 12, 48, 12_340_000_000, 58.0)
+    with os.fdopen(theirs, "w") as file:
+        line = StatusLine(lambda: f"Prompt: {now}", file, seconds=60)
+        line.show()
+        text = os.read(ours, 1000).decode().removeprefix("\r\x1b[2K")
+        line.close()
+    os.close(ours)
+    assert text.startswith("Prompt: 2,048 of 4,000 tokens, layer 12 of 48, 12.34 GB read, ")
+    assert len(f"Prompt: {now}") > 80 > len(text)
 
 
 @pytest.fixture(autouse=True)
