@@ -38,6 +38,7 @@ from mlx_streamexperts import (
     generate,
     stream,
 )
+from mlx_streamexperts._cli.options import ended
 from mlx_streamexperts._cli.prompt_line import PromptLine
 from mlx_streamexperts._experts import follower
 from mlx_streamexperts._experts.layer import ExpertLayer
@@ -195,6 +196,14 @@ def test_ctrl_c_ends_a_command_with_one_line(
     monkeypatch.setattr(ExpertLayer, "account", account)
     assert main([*prompt, *SMALL]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "stopped by Ctrl-C"
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once() -> None:
+    """While it closed what was left, at its exit, it had shown a traceback."""
+    assert ended(lambda: 0) == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert ended(ctrl_c) == 130  # type: ignore[arg-type]
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
 
 
 def chatted(
