@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -243,6 +244,26 @@ def test_another_model_or_chunk_has_its_own(
     (adapter / "adapters.safetensors").write_bytes(b"x")
     kept = PrefixCache(model, tmp_path, "1GB", str(adapter))
     assert kept.restore(make_prompt_cache(model), TOKENS) == 0
+
+
+def test_weights_that_differ_anywhere_have_their_own(tmp_path: Path, not_compiled: None) -> None:
+    """An edit of a few tensors leaves sizes, headers and most bytes as they are."""
+    folder, tokens = tmp_path / "m", list(range(5, 105))
+    shutil.copytree(demo_model(), folder)
+    for edits in range(2):
+        for file in sorted(folder.glob("*.safetensors")) if edits else ():
+            raw = bytearray(file.read_bytes())
+            header = json.loads(raw[8 : (start := 8 + int.from_bytes(raw[:8], "little"))])
+            for name, at in header.items():
+                if "layers.1.self_attn.v_proj.scales" in name:
+                    begin, end = (start + x for x in at["data_offsets"])
+                    raw[begin:end] = bytes(end - begin)
+                    file.write_bytes(raw)
+        model, _ = load(str(folder), cache="10MB", config=QUIET)
+        kept = PrefixCache(model, tmp_path / "prefixes", "1GB")
+        prefill(model, tokens, kept)
+        assert kept.read_tokens == 0
+        assert kept.written_bytes > 0
 
 
 def test_a_full_drive_costs_the_entry_only(

@@ -380,7 +380,11 @@ def _identity(
     assert folder is not None
     device = mx.device_info()  # its limits of memory change with settings of the system
     libraries = ["mlx", "mlx-lm", *(["mlx-vlm"] if library.startswith("mlx_vlm.") else [])]
-    files = {f.name: file_identity(f) for f in sorted(folder.glob("*.safetensors"))}
+    # Its samples miss an edit of a few tensors, which has another time.
+    files = {
+        f.name: {**file_identity(f), "written": f.stat().st_mtime_ns}
+        for f in sorted(folder.glob("*.safetensors"))
+    }
     if adapter is not None:
         for f in sorted(Path(adapter).iterdir()):
             if f.is_file():
