@@ -169,6 +169,9 @@ def test_a_film_comes_from_a_file_and_a_sound_needs_a_model_that_hears(
     options = ["--model", str(seeing), "--cache", "400kB", "--no-progress", "-p", "What?"]
     assert generate.main([*options, "--audio", sound]) == 1
     assert "does not support audio" in capsys.readouterr().err
+    Path(sound).write_text("no sound")
+    assert generate.main([*options, "--audio", sound]) == 1
+    assert "error: mlx-vlm cannot answer this prompt" in capsys.readouterr().err
 
 
 def test_a_sound_gives_the_logits_of_mlx_vlm(tmp_path: Path) -> None:
