@@ -107,6 +107,14 @@ def test_a_family_streams_with_misses_bit_by_bit(
         assert not shown  # mlx-vlm would call them with numbers of experts
 
 
+def test_a_folder_of_mlx_vlms_own_offloading_is_refused_by_name(tmp_path: Path) -> None:
+    repack = pytest.importorskip("mlx_vlm.moe_offload").repack
+    folder = make_vlm_checkpoint(tmp_path / "m", "qwen3_moe")
+    repack(str(folder), str(tmp_path / "repacked"))
+    with pytest.raises(UnsupportedModelError, match="mlx-vlm's own offloading"):
+        plan(tmp_path / "repacked", cache="1GB")
+
+
 @pytest.mark.parametrize("how", ["index", "no index"])
 def test_the_files_that_mlx_vlm_reads_count_whatever_their_names(
     how: str, tmp_path: Path, estimated: None
