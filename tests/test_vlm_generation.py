@@ -243,6 +243,9 @@ def test_doctor_judges_a_model_of_mlx_vlm(
     options = ["--memory", "60GB", "--json"]
     assert doctor.main(["--model", str(folder), "--machine", "M4 Max 128 GB", *options]) == 0
     (machine,) = json.loads(capsys.readouterr().out)["machines"]
+    assert doctor.main(["--model", str(folder), "--machine", "M4 Max 128 GB", *options[:2]]) == 0
+    said = capsys.readouterr().out  # our own chat refuses it
+    assert f"  Type: streamexperts run --memory 60GB mlx_vlm.chat --model {folder}\n" in said
     assert machine["plan"]["model_type"] == "step3p7"
     assert machine["prediction"]["tokens_per_s"]["low"] > 0
 
