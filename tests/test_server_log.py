@@ -9,7 +9,8 @@ import threading
 from typing import Any
 
 import pytest
-from serving import serving, until
+from conftest import until
+from serving import serving
 
 from mlx_streamexperts.server import _log as server_log
 from mlx_streamexperts.server._models import ModelProvider
