@@ -458,3 +458,23 @@ def test_hosts_are_compared_where_a_server_can_be_reached_by_its_name(
     monkeypatch.setattr(running.generator.cli_args, "allow_host", ["here.example"])
     assert running.request("GET", "/health", Host="any.example")[0] == 403
     assert running.request("GET", "/health", Host="here.example")[0] == 200
+
+
+@pytest.mark.parametrize("length", [8_000_000, None])
+def test_a_refused_client_that_is_still_sending_gets_its_answer(
+    running: Running, length: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closed with bytes unread, a connection is reset, and writing to it fails."""
+    monkeypatch.setattr(web, "_DRAIN_SECONDS", 60.0)
+    stated = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
+    head = f"POST /nothing HTTP/1.1\r\n{stated}\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", running.port), 60) as connection:
+        connection.sendall(head)
+        answer = connection.recv(1 << 16)  # its beginning: the server has answered
+        for _ in range(80):
+            connection.sendall(b"a" * 100_000)
+        connection.shutdown(socket.SHUT_WR)
+        while part := connection.recv(1 << 16):
+            answer += part
+    assert answer.split()[1] == b"404"
+    assert b'"code": "not_found"' in answer
