@@ -209,6 +209,7 @@ class Handler(stock.APIHandler):
     def do_POST(self) -> None:  # noqa: N802
         """Check a request for text, let mlx-lm's handler run it, and log how it ended."""
         begin = time.monotonic()
+        self.server.answering.add(threading.current_thread())
         self._answered = Answered(self.address_string(), "POST", self.path)
         self._answered.outcome = self._post()
         self._answered.seconds = time.monotonic() - begin
