@@ -478,3 +478,34 @@ def test_a_refused_client_that_is_still_sending_gets_its_answer(
             answer += part
     assert answer.split()[1] == b"404"
     assert b'"code": "not_found"' in answer
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "kind"),
+    [
+        ("GET", "/api/tags", "ollama"), ("POST", "/api/show", "ollama"),
+        ("POST", "/api/generate?a", "ollama"), ("DELETE", "/api/delete", "ollama"),
+        ("POST", "/v1/messages?beta=true", "anthropic"), ("GET", "/v1/messages", "anthropic"),
+        ("POST", "/v1/messages/batches", "anthropic"), ("PUT", "/v1/messages", "anthropic"),
+        ("POST", "/v1/responses", "openai"), ("GET", "/v1/models", "openai"),
+    ],
+)  # fmt: skip
+def test_every_error_has_the_form_of_its_paths_api(
+    running: Running, method: str, path: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a wrong key, of another host's name, and of what there is not."""
+    monkeypatch.setattr(running.generator.cli_args, "api_key", KEY)
+    key = {"Authorization": f"Bearer {KEY}"}
+    for headers in ({}, {**key, "Host": "evil.example"}, key):
+        status, _, raw = running.request(
+            method, path, b"{}" if method == "POST" else None, **headers
+        )
+        if status < 400:
+            continue
+        answer = json.loads(raw)
+        if kind == "ollama":
+            assert isinstance(answer["error"], str)
+        else:
+            assert answer.get("type") == ("error" if kind == "anthropic" else None)
+            assert answer["error"]["message"]
+    monkeypatch.undo()

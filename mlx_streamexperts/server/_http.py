@@ -39,12 +39,13 @@ from ._apis.ollama import VERSION, OllamaForm, show, tags
 from ._apis.openai import ChatForm, TextForm
 from ._apis.responses import ResponsesForm
 from ._choices import interleaved
+from ._field_checks import text_of
 from ._generation import Client, GenerationThread
 from ._log import Answered, log
 from ._metrics import live, prometheus
 from ._refusals import Asked, ClientGone, Refused, generation_failed
 from ._replies import Piece, Reply
-from ._request_checks import check_request, shape_of
+from ._request_checks import check_request, check_values, shape_of
 
 MOST_REQUESTS = 256
 """Replies that may be running or waiting; more are refused with status 503."""
@@ -222,15 +223,12 @@ class Handler(stock.APIHandler):
         try:
             self._check_host()
             self.path = self.form_path = _path_of(self.path)
-            form = FORMS.get(self.path)
-            if form is not None:
-                self._form = form(self.system_fingerprint)
+            self._form = _form_of(self.path)(self.system_fingerprint)
             self._authorize()
             if self.path == "/api/show":
-                self._form = OllamaForm(self.system_fingerprint)
                 self._show(self._body())
                 return ""  # of no text
-            if form is None:
+            if self.path not in FORMS:
                 raise Refused(404, f"there is no resource at {self.path[:200]}", "not_found")
             asked = self._form.request(self._body())
             asked = check_request(asked, self.options.fetch_images, self._form.chat)
@@ -348,6 +346,7 @@ class Handler(stock.APIHandler):
             raise Refused(400, f"the body is not JSON: {e}", "invalid_json") from e
         if not isinstance(body, dict):
             raise Refused(400, "the body must be a JSON object", "invalid_json")
+        check_values(body)
         return body
 
     def validate_model_parameters(self) -> None:
@@ -534,7 +533,8 @@ class Handler(stock.APIHandler):
 
     def _show(self, body: dict[str, Any]) -> None:
         """Answer Ollama's question about a model."""
-        name, provider = str(body.get("model") or body.get("name")), self.generator.model_provider
+        name, provider = body.get("model") or body.get("name"), self.generator.model_provider
+        name = text_of(name, "model")
         name = name if name in provider.served else name.removesuffix(":latest")
         provider.check(name, None, "default_model")
         loaded = provider.is_loaded(name)
@@ -567,6 +567,9 @@ class Handler(stock.APIHandler):
         self.close_connection = True
         sends = any(name in self.headers for name in ("Content-Length", "Transfer-Encoding"))
         self._drains = self._unread and (sends or not self.headers)
+        if not self.form_path:
+            self._form = _form_of(self.path.partition("?")[0])(self.system_fingerprint)
+        refused = self._form.named(refused)
         try:
             if self.began:
                 self.wfile.write(self._form.error_event(refused))
@@ -599,6 +602,13 @@ def _comment(progress: Progress | None) -> bytes:
     """What clients of event streams skip: how far the prompt is."""
     text = "" if progress is None else f" {progress.tokens}/{progress.total} ({progress})"
     return f": keepalive{text}\n\n".encode()
+
+
+def _form_of(path: str) -> type[Form]:
+    """The API that a path belongs to, whether or not there is such a path."""
+    if path.startswith("/api/"):
+        return OllamaForm
+    return FORMS.get(path, MessagesForm if path.startswith("/v1/messages/") else ChatForm)
 
 
 def _path_of(target: str) -> str:
