@@ -509,3 +509,20 @@ def test_every_error_has_the_form_of_its_paths_api(
             assert answer.get("type") == ("error" if kind == "anthropic" else None)
             assert answer["error"]["message"]
     monkeypatch.undo()
+
+
+def test_head_is_get_without_its_body(running: Running) -> None:
+    """Health checks of containers ask so (`wget --spider`)."""
+    for path in ("/health", "/", "/live.json", "/v1/models", "/nowhere"):
+        got, head = (running.request(method, path) for method in ("GET", "HEAD"))
+        assert (head[0], head[2]) == (got[0], b"")
+        assert head[1].keys() == got[1].keys()
+
+
+def test_an_image_is_refused_by_a_model_that_takes_text_alone(running: Running) -> None:
+    """Without a chat template, it would become text: all its bytes."""
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}
+    body = {"messages": [{"role": "user", "content": [image]}], "max_tokens": 1}
+    status, answer = running.post(body, "/v1/chat/completions")
+    assert (status, answer["error"]["param"]) == (400, "messages")
+    assert "text alone" in answer["error"]["message"]
