@@ -250,13 +250,20 @@ def _is_json(arguments: Any) -> bool:
 
 def _tools(value: Any) -> str | None:
     good = are(value, dict) and all(
-        isinstance(f := t.get("function"), dict)
+        t.get("type") in ("function", None)
+        and isinstance(f := t.get("function"), dict)
         and isinstance(f.get("name"), str)
+        and isinstance(f.get("description"), str | None)
         and isinstance(f.get("parameters"), dict | None)
+        and isinstance(f.get("strict"), bool | None)
         for t in value
     )
-    must = "must be a list of objects with a function that has a name, and parameters as a schema"
-    return None if good else must
+    if good:
+        return None
+    return (
+        "must be a list of objects of type 'function', with a function that has a name, a "
+        "description as text and parameters as a schema"
+    )
 
 
 def _tool_choice(value: Any) -> str | None:
