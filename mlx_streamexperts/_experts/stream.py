@@ -331,7 +331,7 @@ class ExpertStream(Closing):
             has = sum(x.cache.slots * x.expert_bytes for x in self.layers)
             least = sum(n.minimum * n.expert_bytes for n in needs)
             if has - over < least:
-                enough = self.plan.bound + over - (has - least)
+                enough = self.plan.bound_with(over - (has - least))
                 if self.plan.row_cache:  # it keeps its size
                     instead += f", state less than {format_size(self.plan.row_cache)} of row_cache"
                 raise BudgetError(
