@@ -221,6 +221,10 @@ def test_errors_have_anthropics_form(running: Running, client: anthropic.Anthrop
         {"messages": [{"role": "user", "content": [
             {"type": "tool_result", "tool_use_id": "a", "content": {}},
         ]}]},
+        {"messages": [{"role": "user", "content": [
+            {"type": "tool_result", "tool_use_id": "a", "content": "b", "is_error": "false"},
+        ]}]},
+        {"output_config": {"format": {"type": "json_schema", "schema": {"type": "other"}}}},
         {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "input": 1}]}]},
         {"tools": [1]}, {"tools": [{"name": 1}]}, {"tools": [{"type": "web_search_20250305"}]},
         {"tools": [TOOL], "tool_choice": {"type": "some"}}, {"tool_choice": {"type": "any"}},
@@ -232,3 +236,4 @@ def test_errors_have_anthropics_form(running: Running, client: anthropic.Anthrop
         status, _, answer = running.request("POST", "/v1/messages", raw, **key)
         assert status == 400, (fields, answer)
         assert json.loads(answer)["error"]["type"] == "invalid_request_error"
+        assert list(fields)[-1] in json.loads(answer)["error"]["message"]

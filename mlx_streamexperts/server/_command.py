@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -40,6 +41,8 @@ from ._request_counters import RequestCounters
 
 MOST_CONNECTIONS = 1024
 """Connections open at once; fewer if this process may not open as many files beside the shards."""
+
+_LAST_SECONDS = 1.0  # for the last answers of a server that is stopped
 
 _FULL = (
     b"HTTP/1.0 503 Service Unavailable\r\nContent-Type: application/json\r\n\r\n"
@@ -133,7 +136,11 @@ def _serve(
 
 
 class Server(ThreadingHTTPServer):
-    """Accepts connections at once, and answers them when the model is loaded."""
+    """Accepts connections at once, and answers them when the model is loaded.
+
+    Attributes:
+        answering: threads that answer a request for text.
+    """
 
     _generator: GenerationThread  # of a subclass, as is `_choice`
     _choice: ContextChoice | None = None
@@ -142,6 +149,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._free = threading.Semaphore(self.connections)
+        self.answering: set[threading.Thread] = set()
         super().__init__(*args, **options)
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -162,6 +170,7 @@ class Server(ThreadingHTTPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
+            self.answering.discard(threading.current_thread())
             self._free.release()
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
@@ -173,6 +182,10 @@ class Server(ThreadingHTTPServer):
         finally:
             self._generator.stopping = True
             self.server_close()
+            self._generator.stop_and_join()
+            end = time.monotonic() + _LAST_SECONDS
+            for thread in list(self.answering):  # each tells its client, and writes its log line
+                thread.join(max(0.0, end - time.monotonic()))
 
     def _when_ready(self) -> None:
         """Tell that the model is loaded; if it could not be, end serving."""

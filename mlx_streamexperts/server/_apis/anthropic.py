@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from .._field_checks import (
     Check,
@@ -79,6 +79,7 @@ _REASONS = {"length": "max_tokens", "tool_calls": "tool_use", "stop": "end_turn"
 class MessagesForm(Form):
     """/v1/messages."""
 
+    names: ClassVar = {"response_format": "output_config.format", "stop": "stop_sequences"}
     needed: tuple[str, ...] = ("messages", "max_tokens")
 
     def __init__(self, fingerprint: str) -> None:
@@ -254,7 +255,10 @@ def _result(block: dict[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(content, str):
         texts = [] if content is None else _texts(content, f"{where}.content")
         content = "\n".join(texts)
-    if block.get("is_error"):
+    error = block.get("is_error")
+    if error is not None and (must := a_flag(error)) is not None:
+        raise wrong(f"{where}.is_error", must)
+    if error:
         content = f"Error: {content}"
     called = text_of(block.get("tool_use_id"), f"{where}.tool_use_id")
     return {"role": "tool", "tool_call_id": called, "content": content}
