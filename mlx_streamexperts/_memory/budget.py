@@ -140,10 +140,6 @@ class Plan:
         """The part of `bound` that is MLX's: all but the process itself and the row cache."""
         return self.bound - min(self.bound // _PROCESS_SHARE, _PROCESS_BYTES) - self.row_cache
 
-    def bound_with(self, nbytes: int) -> int:
-        """The smallest bound that leaves MLX `nbytes` more than this plan's."""
-        return _with_process(self.mlx_bound + self.row_cache + nbytes)
-
     def as_dict(self) -> dict[str, Any]:
         """The figures as JSON values."""
         figures = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "footprint"}
@@ -457,6 +453,11 @@ def check_resize(plan: Plan, cache: int, reserve: int, others: int) -> int:
             needed_bytes=needed,
         )
     return plan.bound
+
+
+def bound_with(plan: Plan, nbytes: int) -> int:
+    """The smallest bound that leaves MLX `nbytes` more than a plan's."""
+    return _with_process(plan.mlx_bound + plan.row_cache + nbytes)
 
 
 def _with_process(nbytes: int) -> int:
