@@ -43,7 +43,14 @@ def lines(found: Examination | RanksExamination) -> Iterator[str]:
             yield f"{found.model} on {verdict.machine.name}: does not fit. {verdict.reason}"
             continue
         yield headline(found.model, verdict, found.downloaded)
-        yield f"  Type: {command(found.model, verdict, found.downloaded)}"
+        code = found.tokenizer_code
+        trust = " --trust-remote-code" if code and not verdict.plan.conversion else ""
+        yield f"  Type: {command(found.model, verdict, found.downloaded)}{trust}"
+        if code:
+            yield (
+                f"  Its tokenizer is Python code that comes with it, {code}: decide whether you "
+                "trust that. It may need packages (Kimi's: pip install tiktoken)"
+            )
         yield f"  {limit(verdict)}"
         yield f"  What would help most: {help_most(verdict)}"
         if found.measured is None:
@@ -177,7 +184,8 @@ def machine_lines(found: list[MachineExamination]) -> Iterator[str]:
         if here.too_large:
             yield f"  too large: {', '.join(here.too_large)}"
         if best:
-            yield f"  Next: streamexperts doctor --model {best[0].repo}"
+            there = "" if here.measured else f" --machine {shlex.quote(here.machine.name)}"
+            yield f"  Next: streamexperts doctor --model {best[0].repo}{there}"
 
 
 def _measured(measured: Measured, machine: Machine) -> Iterator[str]:
@@ -186,7 +194,8 @@ def _measured(measured: Measured, machine: Machine) -> Iterator[str]:
     how = "past the page cache" if measured.page_cache_bypassed else "page cache warm"
     for r in measured.drive:
         yield (
-            f"Drive (measured, {how}): {format_size(r.rate)}/s at {r.depth} reads of "
+            f"Drive (measured, {how}): {format_size(r.rate)}/s at {r.depth} "
+            f"{'read' if r.depth == 1 else 'reads'} of "
             f"{format_size(r.read_bytes)} in flight ({r.mean_depth:.1f} on average), "
             f"{1e3 * r.latency:.2f} ms each"
         )
@@ -236,8 +245,8 @@ def _verdict(verdict: Verdict) -> Iterator[str]:
     if plan.experts:
         yield f"  expected hit rate: {_range(p.hit_rate, '.0%')} ({verdict.hit_rate_from})"
     yield (
-        f"  predicted decode: {_range(p.tokens_per_s, '.3g')} tokens/s; first token of "
-        f"{p.prompt_tokens} after {_range(p.first_token, '.3g')} s"
+        f"  predicted decode: {p.tokens_per_s} tokens/s; first token of {p.prompt_tokens} after "
+        f"{p.first_token} s"
     )
     yield (
         f"  a token, likely: compute {1e3 * p.compute_seconds:.1f} ms + sync and "
