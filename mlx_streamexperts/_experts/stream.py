@@ -734,4 +734,4 @@ def stream(model: nn.Module) -> ExpertStream:
 
 def is_streamed(model: nn.Module) -> bool:
     """Does this model have an `ExpertStream`?"""
-    return _STREAM in model.__dict__
+    return _STREAM in getattr(model, "__dict__", ())  # it may be anything

@@ -237,12 +237,16 @@ class Plan:
             + f"KV {format_size(self.kv)} + work space {format_size(self.work)}{self._rest()}"
             + (
                 f"; {self.resident_share:.0%} of {format_size(self.experts)} of experts resident, "
-                f"{min(self.slots)} to {max(self.slots)} slots a layer"
+                f"{self._slots_text()} slots a layer"
                 if self.experts
                 else ""
             )
             + (f"; {format_size(self.tables)} of tables stay on the drive" if self.tables else "")
         )
+
+    def _slots_text(self) -> str:
+        least, most = min(self.slots), max(self.slots)
+        return str(most) if least == most else f"{least} to {most}"
 
     def __repr__(self) -> str:
         return f"<Plan: {self}>"

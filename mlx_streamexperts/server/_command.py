@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.max_body = parse_size(args.max_body)
         check_prefix_arguments(args)
+        if not 0 <= args.port < 1 << 16:  # mlx-lm's server would take another one
+            raise StreamError(f"--port {args.port}: a port is a number from 0 to 65535")
         config, model = stream_settings(args, _INSTEAD)
         assert model is not None
         if config.pressure is None:
