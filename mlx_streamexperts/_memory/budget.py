@@ -141,7 +141,11 @@ class Plan:
         return self.bound - min(self.bound // _PROCESS_SHARE, _PROCESS_BYTES) - self.row_cache
 
     def bound_with(self, nbytes: int) -> int:
-        """The smallest bound that leaves MLX `nbytes` more than this plan's."""
+        """The smallest bound, in bytes, that leaves MLX more memory than this plan does.
+
+        Args:
+            nbytes: how much more.
+        """
         return _with_process(self.mlx_bound + self.row_cache + nbytes)
 
     def as_dict(self) -> dict[str, Any]:
