@@ -13,14 +13,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import vlm_families
+from mlx_lm.models.cache import make_prompt_cache
 from vlm_families import make_vlm_checkpoint
 
 from mlx_streamexperts import (
+    PrefixCache,
     StreamConfig,
     StreamError,
     UnsupportedModelError,
     load,
     plan,
+    prefill,
     stream,
 )
 from mlx_streamexperts import generate as generate_command
@@ -62,6 +65,21 @@ def test_the_choice_takes_no_random_numbers(seeing: Path) -> None:
             library(seeing, AUTO)
         drawn.append(mx.random.uniform(shape=(4,)).tolist())
     assert drawn[0] == drawn[1]
+
+
+def test_prompts_of_one_library_are_not_the_others(
+    seeing: Path, tmp_path: Path, not_compiled: None
+) -> None:
+    """Both load this folder, and neither computes the other's bits."""
+    tokens = [int(t) for t in np.random.default_rng(1).integers(5, 60, 100)]
+    for config in (AUTO, VLM):
+        whole = load(str(seeing), cache="400kB", config=config)[0]
+        model = whole if config is AUTO else whole.language_model
+        kept = PrefixCache(model, tmp_path, "1GB")
+        assert kept.restore(make_prompt_cache(model), tokens) == 0
+        prefill(model, tokens, kept)
+        assert kept.written_bytes > 0
+        assert kept.restore(make_prompt_cache(model), tokens) == 99
 
 
 def test_load_and_plan_take_a_model_of_mlx_vlm(seeing: Path) -> None:

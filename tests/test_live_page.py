@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 
 import mlx.core as mx
 import pytest
-from serving import Running, serving, until
+from conftest import until
+from serving import Running, serving
 
 from mlx_streamexperts.server._replies import Piece, Reply
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -26,7 +27,16 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from serving import serving
 
-from mlx_streamexperts import PrefixCache, chat, demo_model, generate, load, prefill, stream
+from mlx_streamexperts import (
+    PrefixCache,
+    chat,
+    demo_model,
+    generate,
+    load,
+    patch,
+    prefill,
+    stream,
+)
 from mlx_streamexperts._prefixes import entries, remembered
 
 Capture = pytest.CaptureFixture[str]
@@ -169,13 +179,40 @@ def test_a_file_that_goes_while_it_is_read(harm: str, model: nn.Module, tmp_path
         chain[0].array("1.keys.0")
 
 
+def test_what_cannot_be_opened_now_stays(
+    model: nn.Module, tmp_path: Path, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A process that has too many files open had deleted the prompts of all others."""
+    run(model, PrefixCache(model, tmp_path, "1GB"))
+    before, kept = files(tmp_path), PrefixCache(model, tmp_path, "1GB")
+    chain = kept._chain(max(kept._entries.heads(kept._identity)))
+    assert chain is not None
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as during:
+        during.setattr(Path, "open", refuse)
+        assert not kept._put(make_prompt_cache(model), chain, len(TOKENS) - 1)
+        other = PrefixCache.__new__(PrefixCache)
+        vars(other).update(vars(kept), _entries=entries.Entries(tmp_path, 10**9))
+        assert other.restore(make_prompt_cache(model), TOKENS) == 0
+    assert files(tmp_path) == before
+    assert caplog.text.count("cannot be read now: Too many open files") == 2
+    assert other.restore(make_prompt_cache(model), TOKENS) == 3 * CHUNK
+
+
 def test_another_model_or_chunk_has_its_own(
     model: nn.Module, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     run(model, PrefixCache(model, tmp_path, "1GB"))
+    config, folder = replace(QUIET, prefill_tokens=CHUNK), checkpoint("qwen3_moe")
+    with patch(cache=1 << 40, config=config):
+        fewer, _ = mlx_lm.utils.load_model(folder, model_config={"num_experts_per_tok": 1})
     for other in (
-        load_streamed(checkpoint("qwen3_moe"), 1 << 40, replace(QUIET, prefill_tokens=50)),
+        load_streamed(folder, 1 << 40, replace(config, prefill_tokens=50)),
         small_model(checkpoint, "gpt_oss"),
+        fewer,
     ):
         with stream(other):
             kept = PrefixCache(other, tmp_path, "1GB")
@@ -192,7 +229,7 @@ def test_a_full_drive_costs_the_entry_only(
 ) -> None:
     expected = run(model, PrefixCache(model, tmp_path / "a", "1GB"))
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(entries.shutil, "disk_usage", lambda _: usage(9, 9, 2 * 10**9))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(9, 9, 2 * 10**9))
     kept = PrefixCache(model, tmp_path / "b", "1GB")
     assert np.array_equal(run(model, kept), expected)
     assert kept.written_bytes == 0
@@ -215,9 +252,12 @@ def test_what_costs_more_than_it_saves_is_not_kept(
     assert kept._byte_seconds != 0.1 / nbytes  # it was measured
 
 
+ONE = f"{1:032x}"  # a model
+
+
 def lengths(kept: entries.Entries) -> list[int]:
     """Of the entries that are there, in tokens."""
-    return sorted(head.end for head in kept.heads("m").values())
+    return sorted(head.end for head in kept.heads(ONE).values())
 
 
 def test_who_has_to_go(tmp_path: Path) -> None:
@@ -230,9 +270,9 @@ def test_who_has_to_go(tmp_path: Path) -> None:
         begin = 0 if parent is None else parent
         ids, of = np.arange(begin, end), None if parent is None else f"{parent}-x"
         head = entries.Head(of, begin, end, ids, [], True, True, made=age)
-        kept.write("m", f"{end}-x", head, {}, [("a", mx.zeros(5000, mx.uint8))])
+        kept.write(ONE, f"{end}-x", head, {}, {"a": mx.zeros(5000, mx.uint8)})
         if used:
-            os.utime(tmp_path / "m" / f"{end}-x.prefix", (used, used))
+            os.utime(tmp_path / ONE / f"{end}-x.prefix", (used, used))
         age += 1
 
     write(100, None, used=5000)  # a system prompt
@@ -242,13 +282,13 @@ def test_who_has_to_go(tmp_path: Path) -> None:
     write(400, None)  # two prompts that nobody came back to, in two chunks
     write(410, 400)
     write(500, 100)
-    stale = tmp_path / "m" / "1-x.9-9-9.partial"
+    stale = tmp_path / ONE / "1-x.9-9-9.partial"
     stale.touch()
     os.utime(stale, (0, 0))  # of a process that was killed
     gone = []
     before = lengths(kept)
     while len(before) > 1:
-        kept.most_bytes = sum(f.stat().st_size for f in files(tmp_path)) - 1
+        kept.most_bytes = sum(f.stat().st_size for f in files(tmp_path) if f != stale) - 1
         kept._make_room()
         now = lengths(kept)
         gone += sorted(set(before) - set(now))
@@ -256,6 +296,75 @@ def test_who_has_to_go(tmp_path: Path) -> None:
     assert gone == [410, 400, 500, 250, 200, 300]
     assert kept.evicted == 6
     assert not stale.exists()
+
+
+def test_what_is_not_ours_stays_and_counts_for_nothing(tmp_path: Path) -> None:
+    """Somebody states a folder that holds other things too."""
+    kept = entries.Entries(tmp_path, 70_000)
+    others = [tmp_path / "Downloads" / name for name in ("film.partial", "9-a.prefix", "1.body")]
+    others.append(tmp_path / ONE / "film.partial")
+    for file in others:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(bytes(30_000))
+        os.utime(file, (0, 0))
+    write_one(kept, 100)
+    assert lengths(kept) == [100]
+    kept.most_bytes = 1
+    kept._make_room()
+    assert lengths(kept) == []
+    assert all(file.exists() for file in others)
+
+
+def write_one(
+    kept: entries.Entries, end: int, parent: int | None = None, size: int = 50_000
+) -> int:
+    begin, of = (0, None) if parent is None else (parent, f"{parent}-x")
+    head = entries.Head(of, begin, end, np.arange(begin, end), [], True, True, made=end)
+    return kept.write(ONE, f"{end}-x", head, {}, {"a": mx.zeros(size, mx.uint8)})
+
+
+def test_the_folder_never_takes_more(tmp_path: Path, monkeypatch: Patch) -> None:
+    """Room is made before an entry is written, never from what it builds on; else nothing goes."""
+    kept = entries.Entries(tmp_path, 160_000)
+    peak, original = [0], os.utime
+
+    def utime(*args: Any) -> None:
+        peak.append(sum(f.stat().st_size for f in files(tmp_path)))
+        original(*args)
+
+    monkeypatch.setattr(os, "utime", utime)
+    assert write_one(kept, 100)
+    assert write_one(kept, 200)
+    assert write_one(kept, 300, parent=100)
+    assert lengths(kept) == [100, 200, 300]
+    assert write_one(kept, 400, parent=100)
+    assert lengths(kept) == [100, 300, 400]
+    assert not write_one(kept, 500, parent=100, size=120_000)
+    assert lengths(kept) == [100, 300, 400]
+    assert 150_000 < max(peak) <= kept.most_bytes
+
+
+@pytest.mark.parametrize("harm", ["damaged", "another version's"])
+def test_an_entry_below_that_has_no_head(harm: str, tmp_path: Path, monkeypatch: Patch) -> None:
+    """What builds on it goes, then it goes like any other; nothing fails."""
+    kept = entries.Entries(tmp_path, 1 << 40)
+    with monkeypatch.context() as before:
+        if harm == "another version's":
+            before.setattr(entries, "FORMAT", entries.FORMAT + 1)
+        write_one(kept, 100)
+    write_one(kept, 200, parent=100)
+    below = tmp_path / ONE / "100-x.prefix"
+    if harm == "damaged":
+        with below.open("r+b") as f:
+            f.seek(30)
+            f.write(b"xxx")
+    other = entries.Entries(tmp_path, 110_000)
+    write_one(other, 50)
+    assert lengths(other) == [50]
+    assert below.exists() is (harm != "damaged")
+    other.most_bytes = 60_000
+    assert write_one(other, 60)
+    assert lengths(other) == [60]
 
 
 def test_an_entry_that_goes_on_otherwise_gives_its_first_tokens(
@@ -328,7 +437,7 @@ def test_two_processes_share_a_folder_that_is_too_small(model: nn.Module, tmp_pa
     assert all(kept.evicted for kept in two)
 
 
-KILLED = """
+KILLED = f"""
 import sys, os
 from pathlib import Path
 from mlx_streamexperts._prefixes.entries import Entries, Head
@@ -337,7 +446,8 @@ head = Head(None, 0, 1, np.ones(1, np.int64), [], True, True, 0)
 kept = Entries(Path(sys.argv[1]), 10**9)
 print("ready", flush=True)
 for i in range(10**6):
-    kept.write("m", f"{i % 50}-x", head, {}, [("a", mx.full(300_000, i % 7, mx.bfloat16))])
+    a = mx.full(300_000, i % 7, mx.bfloat16)
+    kept.write("{ONE}", str(i % 50) + "-x", head, dict(), dict(a=a))
 """
 
 
@@ -351,17 +461,17 @@ def test_kill_9_leaves_whole_entries(tmp_path: Path) -> None:
         assert process.stdout is not None
         process.stdout.readline()
     kept = entries.Entries(tmp_path, 10**9)
-    while len(kept.heads("m")) < 20:
+    while len(kept.heads(ONE)) < 20:
         time.sleep(0.01)
     for process in running:
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    names = kept.heads("m")
+    names = kept.heads(ONE)
     for name in names:
-        entry = kept.open("m", name)
+        entry = kept.open(ONE, name)
         assert entry is not None
         assert entry.array("a").shape == (300_000,)
-    assert kept.heads("m") == names  # none was damaged
+    assert kept.heads(ONE) == names  # none was damaged
 
 
 def test_generate_and_chat_use_it(capsys: Capture, tmp_path: Path, not_compiled: None) -> None:

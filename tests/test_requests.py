@@ -8,7 +8,8 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from serving import Running, serving, until
+from conftest import until
+from serving import Running, serving
 
 from mlx_streamexperts.server._generation import restore_random_state, stock
 from mlx_streamexperts.server._request_checks import CHAT_FIELDS, NO_EFFECT, TEXT_FIELDS

@@ -9,7 +9,8 @@ import threading
 from typing import Any
 
 import pytest
-from serving import Running, serving, until
+from conftest import until
+from serving import Running, serving
 
 from mlx_streamexperts.server import _command as server
 from mlx_streamexperts.server import _log as server_log

@@ -14,7 +14,8 @@ from unittest import mock
 
 import openai
 import pytest
-from serving import Running, serving, until
+from conftest import until
+from serving import Running, serving
 
 from mlx_streamexperts import demo_model
 from mlx_streamexperts.server import _command as server

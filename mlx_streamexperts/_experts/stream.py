@@ -84,6 +84,7 @@ class ExpertStream(Closing):
         token_rows: tokens that the model knows; None if its own code does not tell.
         on_pass: hear of the model's passes.
         folder: the checkpoint's; None for a model that did not come from a folder.
+        model_config: its configuration, with what the caller of `load` put in place of parts of it.
         lossy: what passes leave out; None for a model that was loaded exact.
         batches_copied_whole: batches need room for a copy of their KV cache, as with mlx-lm's
             `batch_generate`.
@@ -109,7 +110,7 @@ class ExpertStream(Closing):
     ) -> None:
         self._rows = rows or Rows()
         self.layers, self.plan, self.config = layers, plan, config
-        self._model_config = model_config
+        self.model_config = model_config
         self.in_place = config.in_place == "auto" and in_place_works()
         self.bypasses_page_cache = self._decide_bypass()
         hot = read_hot_set(layers, Path(config.hot_set)) if config.hot_set else []
@@ -464,7 +465,7 @@ class ExpertStream(Closing):
 
     def needs(self) -> list[LayerNeed]:
         """Each layer's sizes and minimum slots for a budget, in model order."""
-        return layer_needs(self.layers, self._model_config)
+        return layer_needs(self.layers, self.model_config)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else str(self.plan)

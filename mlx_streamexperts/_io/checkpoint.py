@@ -214,6 +214,11 @@ def is_shard(name: str) -> bool:
     return fnmatch(name, _SHARDS) and name != MOVED
 
 
+def is_weights(name: str) -> bool:
+    """Does mlx-vlm read weights from a file of this name, or mlx-lm?"""
+    return name.endswith(".safetensors") and name != MOVED
+
+
 def _no_files(folder: Path, promised: dict[str, str]) -> str:
     shards = {f for f in promised.values() if is_shard(f)}
     found = f"no {_SHARDS} file in {folder}"

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from mlx_lm.utils import hf_repo_to_path
 
 from .._errors import CheckpointError
-from .checkpoint import MAX_HEADER_BYTES, is_shard
+from .checkpoint import MAX_HEADER_BYTES, is_weights
 from .remote import HUB_ERRORS, Repository, first_line
 
 _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w./-]+)?")  # ORG/NAME, @REVISION; else a path
@@ -91,7 +91,7 @@ def fetch_headers(repository: Repository, folder: Path) -> None:
         CheckpointError: a header is not what it claims to be, or as `Repository.read`.
     """
     for name, file in sorted(repository.files.items()):
-        if is_shard(name):
+        if is_weights(name):
             data = repository.read(name, 0, min(_HEADER_GUESS, file.size))
             end = 8 + int.from_bytes(data[:8], "little")
             if end > min(8 + MAX_HEADER_BYTES, file.size):

@@ -148,11 +148,18 @@ def local_folder(
     """The local folder of a model, or of this rank's part of it. Raises what `resolve` raises."""
     if (group := patching.group_of(config)) is not None:
         return part_of_repository(path_or_hf_repo, config, group, trust)
-    return resolve(path_or_hf_repo, revision)
+    return resolve(path_or_hf_repo, revision, config)
 
 
-def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
+def resolve(
+    path_or_hf_repo: str | Path, revision: str | None = None, config: StreamConfig | None = None
+) -> Path:
     """The local folder of a model; a Hub repository is downloaded first.
+
+    Args:
+        path_or_hf_repo: a model folder, or a repository.
+        revision: of the repository.
+        config: names the library that loads the model, if it is not the one that can.
 
     Raises:
         CheckpointError: there is no such folder, and no such repository can be downloaded.
@@ -160,7 +167,12 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
     with fetching(
         path_or_hf_repo, "is neither a model folder nor a repository that can be fetched"
     ):
-        return mlx_lm.utils._download(str(path_or_hf_repo), revision=revision)
+        folder: Path = mlx_lm.utils._download(str(path_or_hf_repo), revision=revision)
+        if Path(path_or_hf_repo).exists() or library(folder, config or StreamConfig()) == MLX_LM:
+            return folder
+        # mlx-vlm reads files that mlx-lm does not download: shards of any name, for example.
+        downloaded: Path = vlm.require(folder).get_model_path(str(path_or_hf_repo), revision)
+        return downloaded
 
 
 def library_of(path_or_hf_repo: str | Path, config: StreamConfig) -> str:

@@ -47,6 +47,7 @@ _PROJECTIONS = (
     ("mlx_vlm.models.switch_layers", "QuantizedSwitchLinear"),
     ("mlx_vlm.quantization.nvfp4", "ScaledQuantizedSwitchLinear"),
 )
+_OFFLOADED = "offload_index.json"  # mlx_vlm.moe_offload writes it
 _JOINED = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 Classes = tuple[type[nn.Module], ...]
 
@@ -175,12 +176,18 @@ def load_recorded(
     Raises:
         CheckpointError: mlx-vlm cannot load the checkpoint, or a file is damaged or not in its
             folder.
-        UnsupportedModelError: the checkpoint brings model code, and `arguments` do not trust it.
+        UnsupportedModelError: the checkpoint brings model code, and `arguments` do not trust it, or
+            mlx-vlm's own offloading has written it.
         StreamError: mlx-vlm is not installed, or the checkpoint has more files than this process
             may open.
     """
     utils = require(folder)
     load = original_load_model()
+    if (folder / _OFFLOADED).exists():
+        raise UnsupportedModelError(
+            f"{folder}: mlx-vlm's own offloading has taken this model apart (mlx_vlm.moe_offload): "
+            "stream the folder that it was made from"
+        )
     count = sum(1 for _ in folder.glob("*.safetensors"))
     if not count:
         read_checkpoint(folder)  # says what is missing

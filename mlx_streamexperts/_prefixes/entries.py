@@ -5,7 +5,8 @@
     arrays      one after the other, from multiples of 64
 
 A file is written under another name and renamed, so that kill -9 leaves no half of one. Each array
-has a checksum: after a power failure or a fault of the drive the file is deleted, never used.
+has a checksum: after a power failure or a fault of the drive the file is deleted, never used. One
+that only cannot be opened now stays, and so does everything that has no name of ours.
 Several processes may share a folder: a file is never changed, and a process that still wanted one
 that another deletes computes that prefix again. No error of the drive goes further than a line in
 the log: files are read, not mapped, since a mapped page that cannot be read ends the process.
@@ -13,15 +14,16 @@ the log: files are read, not mapped, since a mapped page that cannot be read end
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
-import shutil
+import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,20 +35,23 @@ import numpy.typing as npt
 
 from .._config import format_size
 from .._osinfo import free_disk_bytes
+from .states import in_batches
 
 FORMAT = 2
 SUFFIX = ".prefix"
 KEEP_FREE_BYTES = 2 * 10**9
 """Left on the drive by whatever is written."""
 
-_UNFINISHED = (".body", ".partial")
+_MODEL = re.compile("[0-9a-f]{32}")  # folders; users may keep other things beside them
+_FILE = re.compile(r"\d+-\w+(\.prefix|\.\d+-\d+-\d+\.partial)")
+_NO_DIGEST = "0" * 64
 _ALIGN, _STALE_SECONDS, _MOST_HEADER = 64, 3600.0, 1 << 28
 _PROBATION = 10  # the share of a folder that entries may take before they were used: one in 10
 _log = logging.getLogger(__name__)
 
 
 class DamagedError(Exception):
-    """A file is not what was written."""
+    """A file is not what was written, or cannot be read (then an OSError is the cause)."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,7 @@ class Entries:
     def __init__(self, folder: Path, most_bytes: int) -> None:
         self.folder, self.most_bytes = folder, most_bytes
         self._count = self.evicted = 0
+        self._told: int | None = None  # the last error for which an entry could not be opened
         self._heads: dict[str, dict[str, Head]] = {}  # by model and name: files never change
 
     def heads(self, model: str) -> dict[str, Head]:
@@ -146,11 +152,11 @@ class Entries:
                 try:
                     known[name] = Head.of(entry.header)
                 except (KeyError, TypeError, ValueError) as e:
-                    self.delete(entry.file, e)
+                    self.refuse(entry.file, e)
         return known
 
     def open(self, model: str, name: str) -> Entry | None:
-        """An entry; None if it is not there or damaged. A damaged one is deleted."""
+        """An entry; None if it is not there, damaged or of another version; see `refuse`."""
         file = self.folder / model / (name + SUFFIX)
         try:
             with file.open("rb") as f:
@@ -160,13 +166,15 @@ class Entries:
             if len(raw) != length or hashlib.sha256(raw).digest() != digest:
                 raise DamagedError(f"{file}: its header is damaged")
             header = json.loads(raw)
-            if (header["format"], header["name"], header["model"]) != (FORMAT, name, model):
+            if header["format"] != FORMAT:
+                return None
+            if (header["name"], header["model"]) != (name, model):
                 raise DamagedError(f"{file}: another entry's content")
             return Entry(file, header, _aligned(40 + length))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, DamagedError) as e:
-            self.delete(file, e)
+            self.refuse(file, e)
             return None
 
     def used(self, entry: Entry) -> None:
@@ -175,8 +183,18 @@ class Entries:
         with suppress(OSError):
             os.utime(entry.file, (now, now))
 
-    def delete(self, file: Path, why: Exception) -> None:
-        """Delete a damaged entry: its prefix is computed again."""
+    def refuse(self, file: Path, why: Exception) -> None:
+        """Delete a damaged entry: its prefix is computed again.
+
+        One that cannot be opened, because this process has too many files open for example, may be
+        as sound as ever. Only a fault of the drive counts as damage.
+        """
+        cause = why.__cause__ or why
+        if isinstance(cause, OSError) and cause.errno != errno.EIO:
+            if cause.errno not in (errno.ENOENT, self._told):  # another process deletes what it may
+                _log.warning(f"{file}: cannot be read now: {cause.strerror}")
+                self._told = cause.errno
+            return
         said = str(why) if str(file) in str(why) else f"{file}: {why}"
         _log.warning(f"{said}: deleted, its prefix is computed again")
         with suppress(OSError):
@@ -188,9 +206,9 @@ class Entries:
         name: str,
         head: Head,
         more: dict[str, Any],
-        arrays: Iterable[tuple[str, mx.array]],
+        arrays: dict[str, mx.array],
     ) -> int:
-        """Write an entry, then delete what is too much. A full drive costs this entry only.
+        """Delete what is too much beside an entry, and write it. A full drive costs it only.
 
         Args:
             model, name: where it goes.
@@ -204,55 +222,35 @@ class Entries:
         file = self.folder / model / (name + SUFFIX)
         self._count += 1
         own = f"{os.getpid()}-{threading.get_ident()}-{self._count}"
-        body, partial = (file.with_name(f"{name}.{own}.{k}") for k in ("body", "partial"))
+        partial = file.with_name(f"{name}.{own}.partial")
+        header = {**more, **head.as_header(), "model": model, "name": name, "format": FORMAT}
+        header["arrays"], size = _places(arrays)
+        size += (start := _aligned(40 + len(_text(header))))
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             file.parent.mkdir(mode=0o700, exist_ok=True)
-            header = {**more, **head.as_header(), "model": model, "name": name}
-            size = self._write(partial, body, header, arrays)
+            self._check_room(size)
+            if not self._make_room(size, (model, head.parent)):
+                return 0
+            with partial.open("xb") as f:
+                for at, array in in_batches(arrays):
+                    raw = np.array(array.reshape(-1).view(mx.uint8)).data
+                    f.seek(start + header["arrays"][at]["offset"])
+                    f.write(raw)
+                    header["arrays"][at]["sha256"] = hashlib.sha256(raw).hexdigest()
+                f.truncate(size)
+                f.seek(0)
+                text = _text(header)
+                f.write(len(text).to_bytes(8, "little") + text + hashlib.sha256(text).digest())
             os.utime(partial, (head.made, head.made))
             partial.rename(file)
-            self._make_room()
             return size
         except OSError as e:
             _log.warning(f"{file}: not kept: {e.strerror or e}")
             return 0
         finally:
-            for left in (body, partial):
-                with suppress(OSError):
-                    left.unlink()
-
-    def _write(
-        self,
-        partial: Path,
-        body: Path,
-        header: dict[str, Any],
-        arrays: Iterable[tuple[str, mx.array]],
-    ) -> int:
-        found: dict[str, Any] = {}
-        offset = 0
-        with body.open("xb") as f:
-            for name, array in arrays:
-                raw = np.array(array.reshape(-1).view(mx.uint8)).data
-                self._check_room(len(raw))
-                f.seek(offset)
-                f.write(raw)
-                found[name] = {
-                    "dtype": str(array.dtype).removeprefix("mlx.core."),
-                    "shape": array.shape,
-                    "offset": offset,
-                    "bytes": len(raw),
-                    "sha256": hashlib.sha256(raw).hexdigest(),
-                }
-                offset = _aligned(offset + len(raw))
-        text = json.dumps({**header, "format": FORMAT, "arrays": found}).encode()
-        start = _aligned(40 + len(text))
-        self._check_room(start + offset)
-        with partial.open("xb") as f, body.open("rb") as g:
-            f.write(len(text).to_bytes(8, "little") + text + hashlib.sha256(text).digest())
-            f.seek(start)
-            shutil.copyfileobj(g, f, 8 << 20)
-        return start + offset
+            with suppress(OSError):
+                partial.unlink()
 
     def _check_room(self, more: int) -> None:
         """Raise an OSError if the drive would be too full."""
@@ -263,34 +261,48 @@ class Entries:
                 "stay free"
             )
 
-    def _make_room(self) -> None:
+    def _make_room(self, more: int = 0, below: tuple[str, str | None] | None = None) -> bool:
         """Delete entries that are too much, and what killed processes left.
 
         Only an entry that no other builds on may go: a conversation before the system prompt that
         others share with it. Of those, entries that were never used go first, as long as they take
         more than a tenth of the folder (else new ones would go before their second request); then
         the least recently used.
+
+        Args:
+            more: bytes of an entry that is about to be written.
+            below: model and name of the entry that it builds on.
+
+        Returns:
+            Whether it fits; if not, nothing is deleted.
         """
         sizes: dict[tuple[str, str], int] = {}
         times: dict[tuple[str, str], float] = {}
+        over = more - self.most_bytes
         for file, stat in self._files():
             key = file.parent.name, file.name.removesuffix(SUFFIX)
+            if file.suffix != SUFFIX and stat.st_mtime < time.time() - _STALE_SECONDS:
+                file.unlink(missing_ok=True)
+                continue
+            over += stat.st_size
             if file.suffix == SUFFIX:
                 sizes[key], times[key] = stat.st_size, stat.st_mtime
-            elif file.suffix in _UNFINISHED and stat.st_mtime < time.time() - _STALE_SECONDS:
-                file.unlink(missing_ok=True)
-        over = sum(sizes.values()) - self.most_bytes
         if over <= 0:
-            return
+            return True
         heads = {(m, n): h for m in {m for m, _ in sizes} for n, h in self.heads(m).items()}
         children = Counter((m, h.parent) for (m, _), h in heads.items())
+        if below is not None:
+            children[below] += 1
         ends = {k for k in sizes if not children[k]}
-        unused = {k for k in ends if k in heads and times[k] <= heads[k].made}
+
+        def never_used(key: tuple[str, str]) -> bool:  # what another process deleted has no head
+            return key in heads and times[key] <= heads[key].made
+
+        unused, going = set(filter(never_used, ends)), []
         while over > 0 and ends:
-            rare = unused if sum(sizes[k] for k in unused) > self.most_bytes // _PROBATION else ends
-            key = min(rare, key=lambda k: (times[k], sizes[k]))
-            (self.folder / key[0] / (key[1] + SUFFIX)).unlink(missing_ok=True)
-            self.evicted += 1
+            many = sum(sizes[k] for k in unused) + more > self.most_bytes // _PROBATION
+            key = min(unused if many and unused else ends, key=lambda k: (times[k], sizes[k]))
+            going.append(key)
             over -= sizes[key]
             ends.discard(key)
             unused.discard(key)
@@ -299,13 +311,38 @@ class Entries:
                 children[parent] -= 1
                 if not children[parent] and parent in sizes:
                     ends.add(parent)
-                    if times[parent] <= heads[parent].made:
-                        unused.add(parent)
+                    unused.update(filter(never_used, [parent]))
+        if over > 0:
+            return False
+        for model, name in going:
+            (self.folder / model / (name + SUFFIX)).unlink(missing_ok=True)
+            self.evicted += 1
+        return True
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         for file in self.folder.glob("*/*"):
-            with suppress(FileNotFoundError):
-                yield file, file.stat()
+            if _MODEL.fullmatch(file.parent.name) and _FILE.fullmatch(file.name):
+                with suppress(FileNotFoundError):
+                    yield file, file.stat()
+
+
+def _places(arrays: dict[str, mx.array]) -> tuple[dict[str, Any], int]:
+    """What a header says of arrays before they are written, and where their last one ends."""
+    found, offset = {}, 0
+    for name, array in arrays.items():
+        found[name] = {
+            "dtype": str(array.dtype).removeprefix("mlx.core."),
+            "shape": array.shape,
+            "offset": offset,
+            "bytes": array.nbytes,
+            "sha256": _NO_DIGEST,
+        }
+        offset = _aligned(offset + array.nbytes)
+    return found, offset
+
+
+def _text(header: dict[str, Any]) -> bytes:
+    return json.dumps(header).encode()
 
 
 def _aligned(offset: int) -> int:

@@ -2,7 +2,8 @@
 
 An entry holds what its tokens add to the entry before, or to the first tokens of that. It belongs
 to a model by a digest that covers everything that could change a bit of a cache: the checkpoint,
-adapter, versions, device, how keys and values are quantized, and the length of a chunk.
+adapter, configuration, the library that runs it, versions, device, how keys and values are
+quantized, and the length of a chunk.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from .._experts.stream import stream
 from .._io.checkpoint import file_identity
 from .._memory.footprint import leaves
 from .entries import FORMAT, DamagedError, Entries, Entry, Head
-from .states import NotKeptError, grows, in_batches, kinds, put, take
+from .states import NotKeptError, grows, kinds, put, take
 
 SHORTEST = 64
 """Tokens that are worth an entry."""
@@ -79,7 +80,6 @@ class PrefixCache:
         expert_stream = stream(model)
         if expert_stream.ranks is not None:
             raise StreamError("a prefix cache does not work with several machines; run without it")
-        assert expert_stream.folder is not None
         self._entries = Entries(Path(folder), parse_size(nbytes))
         self._lossy = expert_stream.lossy is not None
         self.chunk = expert_stream.plan.prefill_tokens
@@ -88,7 +88,7 @@ class PrefixCache:
             "quantized_kv_start": quantized_kv_start,
         }  # fmt: skip
         quantized = None if kv_bits is None else self._quantized
-        self._identity = _identity(expert_stream.folder, adapter, self.chunk, quantized)
+        self._identity = _identity(model, adapter, self.chunk, quantized)
         self.read_tokens = self.read_bytes = self.written_bytes = 0
         self.read_seconds = self.write_seconds = 0.0
         # Moving averages, None until measured: of a prompt's tokens, and of an entry's bytes.
@@ -189,7 +189,7 @@ class PrefixCache:
         about = f"{self._identity} {kind} {begin} {parent} {aligned}".encode()
         name = f"{count}-{hashlib.sha256(about + ids.tobytes()).hexdigest()}"
         more = {"caches": parts.plain}
-        written = self._entries.write(self._identity, name, head, more, in_batches(arrays))
+        written = self._entries.write(self._identity, name, head, more, arrays)
         self.written_bytes += written
         seconds = time.perf_counter() - start
         self.write_seconds += seconds
@@ -281,7 +281,7 @@ class PrefixCache:
             _log.warning(f"{last.file}: not used: {e}")
             return False
         except (DamagedError, ValueError, KeyError) as e:
-            self._entries.delete(reading[0].file, e)
+            self._entries.refuse(reading[0].file, e)
             return False
         return True
 
@@ -342,20 +342,25 @@ def _fit(kept: list[str], made: list[str]) -> bool:
 
 
 def _identity(
-    folder: Path, adapter: str | None, chunk: int, quantized: dict[str, Any] | None
+    model: nn.Module, adapter: str | None, chunk: int, quantized: dict[str, Any] | None
 ) -> str:
     """A digest of everything that could change a bit of a cache."""
+    expert_stream = stream(model)
+    folder, library = expert_stream.folder, type(model).__module__
+    assert folder is not None
+    device = mx.device_info()  # its limits of memory change with settings of the system
+    libraries = ["mlx", "mlx-lm", *(["mlx-vlm"] if library.startswith("mlx_vlm.") else [])]
     files = {f.name: file_identity(f) for f in sorted(folder.glob("*.safetensors"))}
     if adapter is not None:
         for f in sorted(Path(adapter).iterdir()):
             if f.is_file():
                 files[f"adapter/{f.name}"] = {"sha256": _digest(f)}
     about = {
-        "format": FORMAT, "files": files, "config": _digest(folder / "config.json"),
+        "format": FORMAT, "files": files, "config": expert_stream.model_config,
         "code": {f.name: _digest(f) for f in sorted(folder.glob("*.py"))},
-        "versions": [version("mlx"), version("mlx-lm")],
-        "device": [str(mx.default_device()), mx.device_info()], "chunk": chunk,
-        "quantized": quantized,
+        "library": library, "versions": [version(name) for name in libraries],
+        "device": [str(mx.default_device()), device.get("device_name"), device.get("architecture")],
+        "chunk": chunk, "quantized": quantized,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
 

@@ -101,6 +101,7 @@ class Examination:
     """Everything that `doctor` prints about a model. `measured` is None for named machines."""
 
     model: str
+    library: str  # that loads it
     machines: list[Verdict | DoesNotFit]
     measured: Measured | None = None
     downloaded: bool = False
@@ -132,13 +133,15 @@ def examine(args: argparse.Namespace) -> Examination:
         if machines:
             verdicts = [_on_machine(found, config, m, args) for m in machines]
             # A repository that is in this machine's cache is still a download for that machine.
-            return Examination(name, verdicts, downloaded=Path(name).exists())
+            is_folder = Path(name).exists()
+            return Examination(name, found.library, verdicts, downloaded=is_folder)
         plan = found.plan(config)
         check_device(plan, device_limit(plan.bound), config.oversubscribe)
         here, measured = _measure(found, downloaded, config, args.drive_seconds)
         here = _with_drive(here, args.drive)
         verdict = _verdict(plan, here, config, args)
-        return Examination(name, [verdict], measured, downloaded, free_disk_bytes(folder))
+        free = free_disk_bytes(folder)
+        return Examination(name, found.library, [verdict], measured, downloaded, free)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from .._analysis.machines import report_lines
 from .._analysis.predict import Range, predict
 from .._config import format_size
 from .._errors import BudgetError
+from .._loading.lazy_load import MLX_VLM
 from .._memory.hardware import Machine
 from ._examination import (
     DoesNotFit,
@@ -43,7 +44,7 @@ def lines(found: Examination | RanksExamination) -> Iterator[str]:
             yield f"{found.model} on {verdict.machine.name}: does not fit. {verdict.reason}"
             continue
         yield headline(found.model, verdict, found.downloaded)
-        yield f"  Type: {command(found.model, verdict, found.downloaded)}"
+        yield f"  Type: {command(found, verdict)}"
         yield f"  {limit(verdict)}"
         yield f"  What would help most: {help_most(verdict)}"
         if found.measured is None:
@@ -79,14 +80,18 @@ def headline(model: str, verdict: Verdict, downloaded: bool = False) -> str:
     )
 
 
-def command(model: str, verdict: Verdict, downloaded: bool = False) -> str:
+def command(found: Examination, verdict: Verdict) -> str:
     """What to type next: of a repository that is not here, the download first."""
-    plan, quoted = verdict.plan, shlex.quote(model)
-    download = "" if downloaded or Path(model).exists() else f"hf download {quoted} && "
+    plan, quoted = verdict.plan, shlex.quote(found.model)
+    here = found.downloaded or Path(found.model).exists()
+    download = "" if here else f"hf download {quoted} && "
     if plan.conversion:
         return f"{download}streamexperts convert --model {quoted} --out converted"
     memory = "" if plan.memory is None else f" --memory {plan.memory // 10**6}MB"
-    return f"{download}streamexperts chat --model {quoted}{memory.replace('000MB', 'GB')}"
+    memory = memory.replace("000MB", "GB")
+    if found.library == MLX_VLM:
+        return f"{download}streamexperts run{memory} mlx_vlm.chat --model {quoted}"
+    return f"{download}streamexperts chat --model {quoted}{memory}"
 
 
 def limit(verdict: Verdict) -> str:
