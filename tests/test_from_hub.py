@@ -18,7 +18,7 @@ import mlx_lm.utils
 import numpy as np
 import pytest
 from conftest import load_streamed, smallest_cache
-from hub_server import REPO, Answer, Hub, digests, serving
+from hub_server import REPO, SHA, Answer, Hub, digests, serving
 
 from mlx_streamexperts import CheckpointError, StreamConfig, pack, plan, stream
 from mlx_streamexperts import _osinfo as platform
@@ -110,6 +110,32 @@ def test_shards_of_any_name_make_a_model_of_mlx_vlm(
         assert {f.name for f in resolve(REPO).iterdir()} == {f.name for f in folder.iterdir()}
     assert plan(out, cache="400kB") == expected
     assert_unpacks_to(folder, out)
+
+
+def test_a_part_of_a_repository_in_the_cache_is_not_the_model(
+    server: Hub, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer, or some shards of a download that was interrupted."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / f"models--{REPO.replace('/', '--')}"
+    snapshot = cached / "snapshots" / SHA
+    snapshot.mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(SHA)
+    shards = sorted(original.glob("*.safetensors"))
+    expected = plan(original, cache="10MB")
+    for shard in (None, *shards):
+        for file in original.iterdir():
+            if file not in shards or file == shard:
+                (snapshot / file.name).unlink(missing_ok=True)
+                (snapshot / file.name).symlink_to(file)
+        before = server.asked
+        assert plan(REPO, cache="10MB") == expected
+        assert (server.asked > before) == (shard != shards[-1])
+    (snapshot / shards[0].name).unlink()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match=f"{shards[0].name} is missing"):
+        plan(REPO, cache="10MB")
 
 
 def dropped(answer: Answer) -> None:
