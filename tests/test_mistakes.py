@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -135,6 +136,17 @@ def test_a_value_that_cannot_be(
 ) -> None:
     assert main(arguments) == 1
     assert said in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_told_before_the_model_loads(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert server.main(["--port", str(port), "--no-progress"]) == 1
+    error = capsys.readouterr().err
+    assert f"127.0.0.1:{port}: Address already in use (--port states another one)" in error
+    assert "Loaded" not in error
 
 
 def test_half_a_gigabyte_is_asked_about() -> None:
