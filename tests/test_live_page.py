@@ -133,7 +133,18 @@ def test_pausing_stops_asking(running: Running, browser: Any) -> None:
             browser.execute_script("return document.querySelector('#state').innerText") == "live"
         )
     )
-    browser.execute_script("document.querySelector('#pause').click()")
+    # Pressed while it asks: the answer that comes then says nothing of the state.
+    browser.execute_async_script(
+        """
+        const done = arguments[0], real = window.fetch;
+        window.fetch = (...asked) => {
+          window.fetch = real;
+          document.querySelector('#pause').click();
+          return real(...asked);
+        };
+        poll().then(done);
+        """
+    )
     assert browser.execute_script("return document.querySelector('#state').innerText") == "paused"
     assert browser.execute_script("return document.querySelector('#pause').innerText") == "Go on"
 

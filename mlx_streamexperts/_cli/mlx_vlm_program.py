@@ -113,8 +113,8 @@ def generate_program() -> ModuleType:
         dispatch: Any = importlib.import_module("mlx_vlm.generate.dispatch")
     except ModuleNotFoundError as e:
         raise StreamError(
-            "pictures, and models that only mlx-vlm has, need mlx-vlm: "
-            "pip install 'mlx-vlm>=0.7.8,<0.8'"
+            "this needs mlx-vlm, for pictures or because mlx-lm does not have the model's family "
+            "(model_type in its config.json): pip install 'mlx-vlm>=0.7.8,<0.8'"
         ) from e
     program: Any = ModuleType("mlx_vlm.generate")
 

@@ -30,7 +30,7 @@ from .._io.files import allow_open, direct_works
 from .._io.mirrors import find_mirrors
 from .._io.reader import TINY_READ_BYTES, ExpertReader, ReadStats
 from .._listeners import Listeners
-from .._memory.budget import Plan, bound_with, check_resize, experts_per_token
+from .._memory.budget import Plan, check_resize, experts_per_token
 from .._memory.passes import PassListener
 from .._memory.process_memory import (
     bytes_over_bound,
@@ -332,7 +332,7 @@ class ExpertStream(Closing):
             has = sum(x.cache.slots * x.expert_bytes for x in self.layers)
             least = sum(n.minimum * n.expert_bytes for n in needs)
             if has - over < least:
-                enough = bound_with(self.plan, over - (has - least))
+                enough = self.plan.bound_with(over - (has - least))
                 if self.plan.row_cache:  # it keeps its size
                     instead += f", state less than {format_size(self.plan.row_cache)} of row_cache"
                 raise BudgetError(
@@ -734,4 +734,4 @@ def stream(model: nn.Module) -> ExpertStream:
 
 def is_streamed(model: nn.Module) -> bool:
     """Does this model have an `ExpertStream`?"""
-    return _STREAM in model.__dict__
+    return _STREAM in getattr(model, "__dict__", ())  # it may be anything

@@ -29,6 +29,7 @@ from .._experts.prefetch import connect
 from .._experts.refusals import guard
 from .._experts.store_gain import WORTH, how_to_pack, store_gain
 from .._experts.stream import ExpertStream, attach, flatten, stream
+from .._io.checkpoint import check_tokenizer
 from .._io.hub import fetching, headers_only
 from .._memory.budget import Plan, check_device
 from .._memory.hardware import named_machine
@@ -89,6 +90,9 @@ def load(
     trust = kwargs.get("trust_remote_code", False)
     folder = local_folder(path_or_hf_repo, patched.config, kwargs.get("revision"), trust)
     loads_vlm = library(folder, patched.config) == MLX_VLM
+    if not loads_vlm:
+        stated = kwargs.get("tokenizer_config") or (args[0] if args else None) or {}
+        check_tokenizer(folder, bool(stated.get("trust_remote_code")))
     loaded_by = vlm.require(folder) if loads_vlm else mlx_lm.utils
     with patching.for_this_thread(patched):
         result: tuple[Any, ...] = loaded_by.load(str(folder), *args, **kwargs)

@@ -93,8 +93,8 @@ def require(folder: Path) -> Any:
         if (e.name or "").partition(".")[0] != "mlx_vlm":
             raise
         raise StreamError(
-            f"{folder}: this model loads through mlx-vlm, which is not installed: "
-            "pip install 'mlx-vlm>=0.7.8,<0.8'"
+            f"{folder}: this mlx-lm has no family {read_model_config(folder).get('model_type')!r}, "
+            "or not all of it. mlx-vlm may have it: pip install 'mlx-vlm>=0.7.8,<0.8'"
         ) from e
 
 

@@ -30,12 +30,13 @@ from mlx_lm.generate import (
 from mlx_lm.models.cache import make_prompt_cache
 
 from .._config import parse_size
-from .._errors import StreamError
+from .._errors import BudgetError, StreamError
 from .._experts.stream import stream
 from .._io.checkpoint import file_identity
 from .._memory.footprint import leaves
+from .._memory.process_memory import bytes_over_bound
 from .entries import FORMAT, DamagedError, Entries, Entry, Head
-from .states import NotKeptError, grows, kinds, put, take
+from .states import GROWING, NotKeptError, grows, kinds, put, take
 
 SHORTEST = 64
 """Tokens that are worth an entry."""
@@ -105,7 +106,7 @@ class PrefixCache:
         tokens: Sequence[int],
         aligned: bool = False,
         beyond: int = 0,
-        room: Callable[[int], bool] | None = None,
+        room: Callable[[int, int], bool] | None = None,
     ) -> int:
         """Fill new caches with the longest prefix that is there.
 
@@ -115,7 +116,8 @@ class PrefixCache:
             aligned: take a prefix only if it was computed in whole chunks, and is whole chunks or
                 all of the tokens: to compute all of them would stop there too.
             beyond: take a prefix only if it is longer than this by what is worth an entry.
-            room: hears how many tokens will be read, before they are; False if there is no room.
+            room: hears how many tokens will be read, and what they take in bytes, before they are;
+                False if there is no room.
 
         Returns:
             The prefix's tokens; 0 if there is none, and the caches are still empty.
@@ -127,7 +129,7 @@ class PrefixCache:
         ]  # fmt: skip
         for count, name in sorted(found, reverse=True):
             chain = self._chain(name)
-            if chain is None or (room is not None and not room(count)):
+            if chain is None or (room is not None and not room(count, _bytes_of(chain[-1], count))):
                 continue
             if self._put(caches, chain, count):
                 for entry in chain:
@@ -314,7 +316,17 @@ def prefill(
     last, step = len(tokens) - 1, kept.chunk
     stops = sorted({e for e in ends if 0 < e < last} | {last})
     aligned = not ends
-    done = kept.restore(caches, tokens[:last], aligned)
+
+    def room(_: int, nbytes: int) -> bool:
+        """Let the expert cache give up slots for what is read, as before a pass."""
+        if bytes_over_bound(mx.get_active_memory() + nbytes) > 0:
+            try:
+                stream(model).make_room(nbytes, "a prompt from the drive", "shorten the prompt")
+            except BudgetError:
+                return False  # the pass that does not fit says so
+        return True
+
+    done = kept.restore(caches, tokens[:last], aligned, room=room)
     with mx.stream(generation_stream):
         for stop in (s for s in stops if s > done):
             while done < stop:
@@ -327,6 +339,24 @@ def prefill(
                 kept.computed(count, time.perf_counter() - start)
                 kept.save(tokens[:done], caches, aligned)
     return caches, list(tokens[done:])
+
+
+def _bytes_of(last: Entry, tokens: int) -> int:
+    """What caches of so many tokens take that a chain gives back, and the copy of one array.
+
+    Args:
+        last: of the chain; all entries have the same width.
+        tokens: how many of them.
+    """
+    header, most = last.header, 0
+    rows = {str(i) for i, c in enumerate(header["caches"]) if c["class"] in GROWING}
+    total = 0
+    for name, at in header["arrays"].items():
+        nbytes = at["bytes"]
+        if name.partition(".")[0] in rows:
+            nbytes = nbytes * tokens // (header["end"] - header["begin"])
+        total, most = total + nbytes, max(most, nbytes)
+    return total + most
 
 
 def _averaged(before: float | None, now: float) -> float:

@@ -19,6 +19,7 @@ from .._memory.footprint import leaves
 
 ROWS = ("keys", "values")  # [1, heads, tokens, width] of a cache that only grows
 _GROWING = (stock.KVCache, stock.QuantizedKVCache)
+GROWING = tuple(kind.__name__ for kind in _GROWING)
 _FIXED = ("max_size", "keep", "chunk_size", "group_size", "bits")
 
 

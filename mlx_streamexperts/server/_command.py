@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -60,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.max_body = parse_size(args.max_body)
         check_prefix_arguments(args)
+        if not 0 <= args.port < 1 << 16:  # mlx-lm's server would take another one
+            raise StreamError(f"--port {args.port}: a port is a number from 0 to 65535")
         config, model = stream_settings(args, _INSTEAD)
         assert model is not None
         if config.pressure is None:
@@ -86,16 +90,35 @@ def main(argv: list[str] | None = None) -> int:
                 f"warning: other machines can reach {args.host}, and there is no --api-key",
                 file=sys.stderr,
             )
+        _check_address(args.host, args.port)
         with patch(config=config), _interruptible():
             _serve(args, served, aliases, choice, draft)
     except StreamError as e:
         return failed(e)
     except OSError as e:  # for example the address is in use
-        print(f"error: cannot serve at {args.host}:{args.port}: {e}", file=sys.stderr)
+        reason = f"cannot serve at {args.host}:{args.port}: {e.strerror or e}"
+        if e.errno == errno.EADDRINUSE:
+            reason += " (--port states another one)"
+        print(f"error: {reason}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # a second Ctrl-C while the first is being obeyed
         os._exit(130)
     return 0
+
+
+def _check_address(host: str, port: int) -> None:
+    """Try the address before the model is loaded, which takes minutes.
+
+    Raises:
+        OSError: it is in use, or is not this machine's.
+    """
+    if mx.distributed.init().rank() > 0:
+        return
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _, address = found[0]
+    with socket.socket(family, kind, protocol) as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        tried.bind(address)
 
 
 def _serve(

@@ -263,6 +263,9 @@ class GenerationThread(stock.ResponseGenerator):
                 "reasoning_effort means nothing to this model's template; leave it out",
                 "reasoning_effort",
             )
+        sees = self.model_provider.processor is not None and tokenizer.has_chat_template
+        if not sees and any(stock._image_parts(request.messages)):
+            raise BadRequestError("this model takes text alone: leave the image out", "messages")
         try:
             return super()._tokenize(tokenizer, request, args)
         except Exception as e:  # the chat template failed, or does not know a role

@@ -176,7 +176,10 @@ class Handler(stock.APIHandler):
             elif self.path == "/health" and not self.generator.ready.is_set():
                 self._send_json({"status": "loading"}, 503)
             elif self.path == "/health":
-                super().do_GET()
+                if self.generator.is_healthy:
+                    self._send_json({"status": "ok"})
+                else:
+                    self._send_json({"status": "unavailable"}, 503)
             elif self.path == "/live.json":
                 self._authorize()
                 self._send_json(live(self.generator))
@@ -198,6 +201,8 @@ class Handler(stock.APIHandler):
             self._refuse(e)
         except (ConnectionError, TimeoutError):
             self.close_connection = True
+
+    do_HEAD = do_GET  # noqa: N815, `_send` leaves the body out
 
     def do_OPTIONS(self) -> None:  # noqa: N802
         """Answer a browser's CORS preflight."""
@@ -553,7 +558,8 @@ class Handler(stock.APIHandler):
             **(headers or {}),
         }.items():
             self.send_header(key, value)
-        if self.path.startswith(("/v1/", "/chat/", "/api/")):
+        healthy = self.path == "/health" and status == 200
+        if healthy or self.path.startswith(("/v1/", "/chat/", "/api/")):
             self._set_cors_headers()
         self.end_headers()
         if self.command != "HEAD":

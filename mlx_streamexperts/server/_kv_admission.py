@@ -319,7 +319,7 @@ class BoundedPromptCache(LRUPromptCache):
             caches = make_prompt_cache(provider.model)
             beyond = len(tokens) - len(rest) if found is not None else 0
 
-            def room(count: int) -> bool:
+            def room(count: int, _: int) -> bool:
                 nonlocal found, rest
                 found, rest = None, tokens  # shorter: never in memory beside what is read
                 return has_room(provider.model, self._admission.sequence_bytes(count))

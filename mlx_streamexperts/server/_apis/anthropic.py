@@ -96,7 +96,8 @@ class MessagesForm(Form):
         self._model = given.get("model", self._model)
         chat: dict[str, Any] = {"messages": _system(given.get("system"))}
         for i, message in enumerate(objects(given["messages"], "messages")):
-            chat["messages"] += _messages(message, f"messages[{i}]")
+            for said in _messages(message, f"messages[{i}]"):
+                _say(chat["messages"], said)
         if self.count(0) is None:  # a reply is wanted
             check_last(chat["messages"])
         for key in ("max_tokens", "model", "stream", "temperature", "top_k", "top_p"):
@@ -237,6 +238,19 @@ def _messages(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
     if parts:
         found.append({"role": role, "content": parts})
     return found
+
+
+def _say(messages: list[dict[str, Any]], said: dict[str, Any]) -> None:
+    """Add a message. A user's turns in a row are one: templates refuse two (Gemma, Mistral)."""
+    last = messages[-1] if messages else {}
+    if not last.get("role") == said["role"] == "user":
+        messages.append(said)
+        return
+    both = [
+        [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for content in (last["content"], said["content"])
+    ]
+    last["content"] = [*both[0], {"type": "text", "text": "\n\n"}, *both[1]]
 
 
 def _image(block: dict[str, Any], where: str) -> str:
