@@ -5,9 +5,11 @@ Knows neither models nor files: it gets numbers and functions.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -102,8 +104,8 @@ class Clock(Closing):
 class StatusLine(Closing):
     """Tells again and again how far long work is.
 
-    A terminal gets one line, written anew each second and removed at the end. A file or a pipe gets
-    a line now and then.
+    A terminal gets one line, no wider than it is, written anew each second and removed at the end.
+    A file or a pipe gets a line now and then.
 
     Args:
         text: returns the line.
@@ -131,7 +133,7 @@ class StatusLine(Closing):
         """Write the line now."""
         text = self._text()
         with self._lock:
-            self._write(text if self._terminal else text + "\n")
+            self._write(self._cut(text) if self._terminal else text + "\n")
             self._is_there = self._terminal
 
     def say(self, text: str) -> None:
@@ -148,6 +150,14 @@ class StatusLine(Closing):
             if self._is_there:
                 self._write("")
             self._is_there = False
+
+    def _cut(self, text: str) -> str:
+        """The line as far as the terminal is wide: one that wraps could not be written anew."""
+        with suppress(OSError, ValueError):  # a terminal without a descriptor
+            columns = os.get_terminal_size(self._file.fileno()).columns
+            if 0 < columns <= len(text):
+                return text[: max(0, columns - 2)] + "…"
+        return text
 
     def _write(self, text: str) -> None:
         if self._shown:

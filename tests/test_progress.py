@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import io
 import json
+import os
 import signal
+import struct
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,10 +38,12 @@ from mlx_streamexperts import (
     generate,
     stream,
 )
+from mlx_streamexperts._cli.options import ended
 from mlx_streamexperts._cli.prompt_line import PromptLine
 from mlx_streamexperts._experts import follower
 from mlx_streamexperts._experts.layer import ExpertLayer
 from mlx_streamexperts._memory.rewind import Rewind
+from mlx_streamexperts._progress import StatusLine
 
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
@@ -146,6 +152,21 @@ def test_a_terminal_has_one_line_and_a_pipe_some(kind: type[io.StringIO], stream
         assert text.endswith("s\n")
 
 
+def test_a_line_is_no_wider_than_the_terminal() -> None:
+    """One that wraps would leave its first row on the screen, each second."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    now = Progress(2048, 4000, 12, 48, 12_340_000_000, 58.0)
+    with os.fdopen(theirs, "w") as file:
+        line = StatusLine(lambda: f"Prompt: {now}", file, seconds=60)
+        line.show()
+        text = os.read(ours, 1000).decode().removeprefix("\r\x1b[2K")
+        line.close()
+    os.close(ours)
+    assert text.startswith("Prompt: 2,048 of 4,000 tokens, layer 12 of 48, 12.34 GB read, ")
+    assert len(f"Prompt: {now}") > 80 > len(text)
+
+
 @pytest.fixture(autouse=True)
 def ctrl_c_works() -> Iterator[None]:
     """A shell starts its background jobs with Ctrl-C ignored."""
@@ -175,6 +196,14 @@ def test_ctrl_c_ends_a_command_with_one_line(
     monkeypatch.setattr(ExpertLayer, "account", account)
     assert main([*prompt, *SMALL]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "stopped by Ctrl-C"
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once() -> None:
+    """While it closed what was left, at its exit, it had shown a traceback."""
+    assert ended(lambda: 0) == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert ended(ctrl_c) == 130  # type: ignore[arg-type]
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
 
 
 def chatted(

@@ -9,7 +9,9 @@ import argparse
 import difflib
 import functools
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -27,6 +29,7 @@ MEDIA = {
     "video": "film that the prompt is about: file or URL",
 }
 
+_INTERRUPTED = 130  # the exit status after Ctrl-C
 _MODULES, _ENTRY = "python -m mlx_streamexperts.", ("mlx_streamexperts", "__main__.py")
 
 
@@ -225,14 +228,20 @@ def failed(error: Exception, streams: Sequence[ExpertStream] = ()) -> int:
 
 
 def ended(main: Callable[[], int]) -> int:
-    """Run a command; Ctrl-C ends it with one line. Returns the exit status."""
+    """Run a command; Ctrl-C ends it with one line. Returns the exit status.
+
+    A further Ctrl-C ends the process at once, whatever is still being closed at its exit.
+    """
     try:
-        return main()
+        status = main()
     except KeyboardInterrupt:
-        return interrupted()
+        status = interrupted()
+    if status == _INTERRUPTED and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return status
 
 
 def interrupted() -> int:
     """Say that Ctrl-C has ended the command; returns the exit status."""
     print("\nstopped by Ctrl-C", file=sys.stderr)  # below the text so far, or the terminal's ^C
-    return 130
+    return _INTERRUPTED
