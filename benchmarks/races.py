@@ -53,7 +53,7 @@ from mlx_streamexperts._io.files import direct_works
 VOCAB, EXPERTS, LAYERS = 256, 8, 3
 EXPERT_BYTES = 3 * 64 * 128 * 4
 HANG_SECONDS = 60.0
-SETTLE_SECONDS = 3.0  # for MLX to let go of what its own threads have just run
+SETTLE_SECONDS = 60.0  # at most, for MLX to let go of what its own threads have just run
 SMALL_BYTES = 256  # MLX keeps some numbers for a thread
 
 

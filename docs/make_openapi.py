@@ -468,7 +468,7 @@ SCHEMAS = {
             "id": text(),
             "object": {"const": "response"},
             "created_at": SECONDS,
-            "status": one_of("in_progress", "completed", "incomplete"),
+            "status": one_of("in_progress", "completed", "incomplete", "failed"),
             "model": text(),
             "output": array(thing(
                 {
@@ -477,7 +477,7 @@ SCHEMAS = {
                     "status": one_of("in_progress", "completed", "incomplete"),
                 }, "type", "id", "status",
             )),
-            "error": NULL,
+            "error": optional(thing({"code": text(), "message": text()}, "code", "message")),
             "incomplete_details": optional(
                 thing({"reason": {"const": "max_output_tokens"}}, "reason")
             ),

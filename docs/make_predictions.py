@@ -102,7 +102,7 @@ a machine, and its file is welcome.
 
 ## Macs and models
 
-The budget is the most that macOS lets a GPU hold safely, some 70 % of the memory. Ranges are in brackets.
+The budget is some 70 % of the memory, which a Mac's GPU can hold safely; some Macs [allow more](guide.md#the-wired-limit). Ranges are in brackets.
 Models that do not fit are left out. A table cannot know your prompts: `doctor` judges your model's real
 headers, and `doctor --trace` your own recording.
 

@@ -48,7 +48,7 @@ def parse_size(size: float | str) -> int:
         if match is None or match[2] not in units:
             raise StreamError(f"{size!r} is not a size: write for example 24GB, 24GiB or 512MB")
         value = int(min(float(match[1]) * units[match[2]], _MOST_BYTES))
-        if 0 < value < 1024 and not match[2]:
+        if 0 < float(match[1]) < 1024 and not match[2]:
             raise StreamError(f"{size!r} is a size of {value} bytes: did you mean '{match[1]}GB'?")
     if value <= 0:
         raise StreamError(f"a size must be positive, got {size!r}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from typing import Any
 
 from ._cli.options import ended, failed, interrupted, program_parser
 from ._config import StreamConfig
@@ -34,12 +35,22 @@ def main(argv: list[str] | None = None) -> int:
 
     from ._cli.mlx_lm_program import program
     from ._cli.settings import stream_settings
+    from ._hooks import swapped
 
     try:
         config, model = stream_settings(args, _INSTEAD)
         parser.set_defaults(model=model)
         room = _with_room(config, args)
-        with program(stock, parser, argv, args, room, warm_up=1, shows_text=False) as session:
+        trust = {"trust_remote_code": args.trust_remote_code}
+        original = stock.load
+
+        def load(*rest: Any, **more: Any) -> Any:  # stock trusts every tokenizer's code
+            return original(*rest, **{**more, "tokenizer_config": trust})
+
+        with (
+            program(stock, parser, argv, args, room, warm_up=1, shows_text=False) as session,
+            swapped(stock, load=load),
+        ):
             stock.main()
         session.print_summary()
     except StreamError as e:

@@ -139,7 +139,7 @@ def _pack(args: argparse.Namespace) -> int:
     folder = resolve(args.model or demo_model())
     check_not_written(folder, "packing it")
     refuse_moved(folder, "packing it again")
-    layers, total, _ = _layers(folder, args)
+    layers, total, _, _ = _layers(folder, args)
     with progress_bar("Packing", args.progress, total) as bar:
         for nbytes in write_store(layers, args.out, args.overwrite):
             bar.update(nbytes)
@@ -163,11 +163,11 @@ def _pack_repository(args: argparse.Namespace) -> int:
             args.loader = by.partition(" ")[0]
         fetch_headers(repository, headers)
         try:
-            layers, total, packed_by = _layers(headers, args)
+            layers, total, packed_by, shards = _layers(headers, args)
         except StreamError as e:  # it names a folder that nobody knows
             raise StreamError(str(e).replace(temporary, asked)) from e
         with from_hub.receiving(
-            repository, asked, layers, headers, args.out, packed_by
+            repository, asked, layers, headers, shards, args.out, packed_by
         ) as arriving:
             with progress_bar("Fetching", args.progress, arriving.total) as bar:
                 for nbytes in arriving.fetch():
@@ -186,7 +186,7 @@ def _move(args: argparse.Namespace) -> int:
     folder = Path(args.model)
     if not folder.is_dir():
         raise StreamError(f"{folder}: is no folder; only a model in a folder of its own can change")
-    layers, total, packed_by = _layers(folder, args)
+    layers, total, packed_by, _ = _layers(folder, args)
     moved = read_moved(folder)
     if args.unpack:
         with progress_bar("Unpacking", args.progress, total) as bar:
@@ -205,8 +205,10 @@ def _move(args: argparse.Namespace) -> int:
     return 0
 
 
-def _layers(folder: Path, args: argparse.Namespace) -> tuple[list[ExpertLayer], int, str]:
-    """A checkpoint's expert layers, their bytes, and the library that found them."""
+def _layers(
+    folder: Path, args: argparse.Namespace
+) -> tuple[list[ExpertLayer], int, str, list[str]]:
+    """A checkpoint's expert layers, their bytes, the library that found them, and its shards."""
     from ._experts.stream import refuse_without_experts
     from ._loading.discover import discover
 
@@ -214,7 +216,8 @@ def _layers(folder: Path, args: argparse.Namespace) -> tuple[list[ExpertLayer], 
     found = discover(folder, StreamConfig(loader=args.loader), trust, in_shards=True)
     layers, total = found.layers, sum(x.experts * x.expert_bytes for x in found.layers)
     refuse_without_experts(layers, f"{folder}: packing copies experts")
-    return layers, total, f"{found.library} {version(found.library)}"
+    shards = [file.name for file in found.shards]
+    return layers, total, f"{found.library} {version(found.library)}", shards
 
 
 def _verify(args: argparse.Namespace) -> int:

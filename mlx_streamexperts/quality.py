@@ -53,7 +53,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         help="items of the bundled task, at most 30; 0 leaves it out (default: 12)")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write all figures to this file")
     add("--plot", type=Path, metavar="FILE", help="draw the frontier: .svg or .png")
-    add("--trust-remote-code", action="store_true")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
     return make_parser(parser, "quality", __doc__)
 
 

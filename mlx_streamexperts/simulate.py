@@ -37,8 +37,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     """The command line's options."""
     parser = argparse.ArgumentParser()
     describe(parser, "simulate", __doc__)
-    parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE")
-    parser.add_argument("--fit", nargs="+", type=Path, default=[], metavar="TRACE")
+    parser.add_argument(
+        "traces", nargs="+", type=Path, metavar="TRACE", help="recorded with --trace"
+    )
+    parser.add_argument(
+        "--fit", nargs="+", type=Path, default=[], metavar="TRACE", help="other traces to fit on"
+    )
     parser.add_argument(
         "--policies",
         default=",".join(_DEFAULT_POLICIES),

@@ -65,6 +65,29 @@ def assert_same(expected: list[np.ndarray], got: list[np.ndarray], what: str) ->
         assert np.array_equal(a, b), f"{what}: call {step}, off by {np.abs(a - b).max()}"
 
 
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Wait until a condition holds; fail if it does not in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.01)
+
+
+def until_memory_is(at_most: float, seconds: float = 60.0) -> None:
+    """Wait until MLX's arrays take no more bytes; fail if they do for a minute.
+
+    An operation that nobody waited for may still run, and hold what it reads and makes.
+    """
+
+    def fits() -> bool:
+        gc.collect()
+        mx.synchronize()
+        mx.clear_cache()
+        return mx.get_active_memory() <= at_most
+
+    until(fits, seconds)
+
+
 def leftovers() -> Counter[str]:
     """Threads, but for the progress bars' own, and open descriptors: how many of each.
 

@@ -56,6 +56,11 @@ class Hub(ThreadingHTTPServer):
         ]
 
 
+def etag(name: str) -> str:
+    """A file's: the Hub's cache keeps files of one and the same ETag once."""
+    return f'"{hashlib.sha1(name.encode()).hexdigest()}"'
+
+
 class Handler(BaseHTTPRequestHandler):
     server: Hub
     protocol_version = "HTTP/1.1"
@@ -73,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
         elif match := re.fullmatch(rf"/{REPO}/resolve/[^/]+/([^/]+)", path):
             if self.server.redirects and match[1].endswith(".safetensors"):
                 to = {"Location": f"{self.server.url}/elsewhere/{match[1]}", "ETag": '"this"'}
-                self.answer(302, b"", {**to, "X-Linked-Etag": f'"{SHA}"'})
+                self.answer(302, b"", {**to, "X-Linked-Etag": etag(match[1])})
             else:
                 self.answer_file(self.server.folder / match[1])
         elif match := re.fullmatch(r"/elsewhere/([^/]+)", path):
@@ -102,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer_file(self, file: Path) -> None:
         size = file.stat().st_size
-        headers = {"ETag": f'"{SHA}"', "X-Repo-Commit": SHA, "Accept-Ranges": "bytes"}
+        headers = {"ETag": etag(file.name), "X-Repo-Commit": SHA, "Accept-Ranges": "bytes"}
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         first, last = (int(match[1]), min(int(match[2]), size - 1)) if match else (0, size - 1)
         with file.open("rb") as f:

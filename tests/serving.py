@@ -6,8 +6,7 @@ import http.client
 import json
 import queue
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -164,14 +163,6 @@ def serving(*argv: str, at_once: bool = False) -> Iterator[Running]:
         assert opened is None or opened._closed
         assert not thread.is_alive()
         assert status == [0]
-
-
-def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    """Wait until a condition holds; fail if it does not in time."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.01)
 
 
 QWEN_TEMPLATE = r"""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mlx_streamexperts.server._http import FORMS
 from mlx_streamexperts.server._refusals import Refused
-from mlx_streamexperts.server._request_checks import check_request, shape_of
+from mlx_streamexperts.server._request_checks import check_request, check_values, shape_of
 
 # Names and values that the tables know, so that what is drawn gets past the first check.
 WORDS = (
@@ -82,6 +82,7 @@ def test_whatever_a_request_has_it_is_taken_or_refused(endpoint: str) -> None:
     def tried(drawn: dict[str, Any]) -> None:
         form = FORMS[endpoint]("")
         try:
+            check_values(drawn)
             asked = check_request(form.request({**NEEDED[endpoint], **drawn}), False, form.chat)
             shape_of(asked)
         except Refused as e:

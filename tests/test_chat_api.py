@@ -14,7 +14,8 @@ from typing import Any
 import mlx.core as mx
 import openai
 import pytest
-from serving import Running, call, chatting, dictated, prompts, serving, until
+from conftest import until
+from serving import Running, call, chatting, dictated, prompts, serving
 
 from mlx_streamexperts._structured import constraint
 from mlx_streamexperts.server._generation import Client, stock

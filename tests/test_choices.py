@@ -6,7 +6,7 @@ import threading
 from collections.abc import Generator
 
 import pytest
-from serving import until
+from conftest import until
 
 from mlx_streamexperts.server._choices import interleaved
 from mlx_streamexperts.server._refusals import Refused

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,12 +18,14 @@ import mlx_lm.utils
 import numpy as np
 import pytest
 from conftest import load_streamed, smallest_cache
-from hub_server import REPO, Answer, Hub, digests, serving
+from hub_server import REPO, SHA, Answer, Hub, digests, serving
 
-from mlx_streamexperts import CheckpointError, pack, stream
+from mlx_streamexperts import CheckpointError, StreamConfig, pack, plan, stream
 from mlx_streamexperts import _osinfo as platform
 from mlx_streamexperts._experts import from_hub
 from mlx_streamexperts._io import remote
+from mlx_streamexperts._io.checkpoint import INDEX
+from mlx_streamexperts._loading.load import resolve
 
 TOKENS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 
@@ -86,6 +89,53 @@ def test_a_repository_becomes_a_model_that_needs_nothing_else(
     assert run(out) == 1
     assert "has a packed model already" in capsys.readouterr().err
     assert_unpacks_to(original, out)
+
+
+def test_shards_of_any_name_make_a_model_of_mlx_vlm(
+    seeing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both libraries have this family, and mlx-lm reads `model*.safetensors` alone."""
+    pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed: extra `vlm`")
+    folder, out = tmp_path / "m", tmp_path / "out"
+    shutil.copytree(seeing, folder)
+    for file in folder.glob("model-*"):
+        file.rename(folder / file.name.replace("model-", "part-"))
+    index = folder / INDEX
+    index.write_text(index.read_text().replace("model-0", "part-0"))
+    expected = plan(seeing, cache="400kB", config=StreamConfig(loader="mlx-vlm"))
+    with hub_of(folder, monkeypatch):
+        assert plan(REPO, cache="400kB") == expected
+        assert run(out) == 0
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        assert {f.name for f in resolve(REPO).iterdir()} == {f.name for f in folder.iterdir()}
+    assert plan(out, cache="400kB") == expected
+    assert_unpacks_to(folder, out)
+
+
+def test_a_part_of_a_repository_in_the_cache_is_not_the_model(
+    server: Hub, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer, or some shards of a download that was interrupted."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / f"models--{REPO.replace('/', '--')}"
+    snapshot = cached / "snapshots" / SHA
+    snapshot.mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(SHA)
+    shards = sorted(original.glob("*.safetensors"))
+    expected = plan(original, cache="10MB")
+    for shard in (None, *shards):
+        for file in original.iterdir():
+            if file not in shards or file == shard:
+                (snapshot / file.name).unlink(missing_ok=True)
+                (snapshot / file.name).symlink_to(file)
+        before = server.asked
+        assert plan(REPO, cache="10MB") == expected
+        assert (server.asked > before) == (shard != shards[-1])
+    (snapshot / shards[0].name).unlink()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match=f"{shards[0].name} is missing"):
+        plan(REPO, cache="10MB")
 
 
 def dropped(answer: Answer) -> None:
@@ -350,8 +400,11 @@ OFTEN = {"pwrite": 60, "replace": 4, "sync_to_drive": 4, "unlink": 2}  # killed 
 def pack():
     before = from_hub.begun(OUT, REPO)
     repository = remote.Repository(REPO if before is None else f"{REPO}@{before['commit']}")
-    layers = discover(HEADERS, StreamConfig(), {}, in_shards=True).layers
-    with from_hub.receiving(repository, REPO, layers, HEADERS, OUT, "mlx-lm 1") as arriving:
+    found = discover(HEADERS, StreamConfig(), {}, in_shards=True)
+    shards = [file.name for file in found.shards]
+    with from_hub.receiving(
+        repository, REPO, found.layers, HEADERS, shards, OUT, "mlx-lm 1"
+    ) as arriving:
         list(arriving.fetch())
         list(arriving.verify())
         arriving.finish()

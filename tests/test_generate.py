@@ -107,7 +107,12 @@ def test_a_draft_model_changes_no_token(capsys: pytest.CaptureFixture[str]) -> N
         (["--memory", "1MB"], "too small"),
         (["--memory", "many"], "not a size"),
         (["--cache", "1kB"], "smallest that works"),
-        (["--image", "x.png"], "--image: this model, qwen3_moe, takes only text"),
+        (["--image", __file__], "--image: this model, qwen3_moe, takes only text"),
+        (["--image", "http://x/x.png", "x.png"], "--image x.png: there is no such file"),
+        (
+            ["--image", __file__, "--loader", "mlx-lm"],
+            "--image needs mlx-vlm: run without --loader",
+        ),
         (["--model", "/no/such/folder"], "/no/such/folder: there is no such folder"),
         (["--threads", "0"], "at least 1"),
         (["--draft-model", "x", "--prompt-cache-file", "y"], "does not work with --draft-model"),

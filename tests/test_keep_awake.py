@@ -11,18 +11,11 @@ from queue import SimpleQueue
 import families
 import mlx_lm.utils
 import pytest
-from conftest import assert_same, load_streamed
+from conftest import assert_same, load_streamed, until
 
 from mlx_streamexperts import StreamConfig, stream
 from mlx_streamexperts._experts import keep_awake
 from mlx_streamexperts._experts.keep_awake import KeepAwake
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 def test_beats_come_while_a_caller_waits() -> None:

@@ -18,7 +18,8 @@ from unittest import mock
 import families
 import originals
 import pytest
-from serving import Running, until
+from conftest import until
+from serving import Running
 
 from mlx_streamexperts import StreamError, demo_model
 from mlx_streamexperts import _osinfo as platform

@@ -15,7 +15,10 @@ from urllib.parse import urlsplit
 
 import mlx.core as mx
 import pytest
-from serving import Running, serving, until
+from conftest import until
+from serving import Running, serving
+
+from mlx_streamexperts.server._replies import Piece, Reply
 
 FLAGS = (
     "--headless",
@@ -130,7 +133,18 @@ def test_pausing_stops_asking(running: Running, browser: Any) -> None:
             browser.execute_script("return document.querySelector('#state').innerText") == "live"
         )
     )
-    browser.execute_script("document.querySelector('#pause').click()")
+    # Pressed while it asks: the answer that comes then says nothing of the state.
+    browser.execute_async_script(
+        """
+        const done = arguments[0], real = window.fetch;
+        window.fetch = (...asked) => {
+          window.fetch = real;
+          document.querySelector('#pause').click();
+          return real(...asked);
+        };
+        poll().then(done);
+        """
+    )
     assert browser.execute_script("return document.querySelector('#state').innerText") == "paused"
     assert browser.execute_script("return document.querySelector('#pause').innerText") == "Go on"
 
@@ -212,17 +226,66 @@ def test_stopping_a_reply(running: Running, browser: Any) -> None:
 
 
 def test_what_is_refused_is_said_and_not_lost(running: Running, browser: Any) -> None:
+    """What is shown is what the model was told, also after a question that got no reply."""
     page = Page(browser, running.url, 6)
+    box = browser.find_element("id", "text")
     browser.execute_script(
-        "const own = fetch; window.fetch = (url, o) => own(url, o && o.body ?"
-        "{ ...o, body: o.body.replace('messages', 'massages') } : o)"
+        "const own = fetch; window.breaks = false; window.sent = [];"
+        "window.fetch = (url, o) => { if (o && o.body) sent.push(JSON.parse(o.body).messages);"
+        "return own(url, breaks && o && o.body ?"
+        "{ ...o, body: o.body.replace('messages', 'massages') } : o) }"
     )
-    page.say("In the beginning")
-    until(page.idle)
+
+    def replied(count: int) -> bool:
+        return page.idle() and len(page.texts("#log .reply")) == count
+
+    def asked() -> list[str]:
+        """The questions of the last request."""
+        sent = browser.execute_script("return sent[sent.length - 1]")
+        return [m["content"] for m in sent if m["role"] == "user"]
+
+    page.say("In the\nbeginning")
+    until(lambda: replied(1))
+    browser.execute_script("breaks = true")
+    page.say("Go on")
+    until(lambda: replied(2))
     (note,) = page.texts("#log .wrong > .note")
     assert "massages" in note or "messages" in note
-    assert browser.find_element("id", "text").get_property("value") == "In the beginning"
+    assert box.get_property("value") == "Go on"
+    browser.execute_script("breaks = false")
+    page.press("again")
+    until(lambda: replied(2) and not page.texts("#log .wrong"))
+    assert asked() == page.texts("#log .user > div") == ["In the\nbeginning", "Go on"]
+    assert box.get_property("value") == ""
+    browser.execute_script("breaks = true")
+    page.say("And then")
+    until(lambda: replied(3))
+    browser.execute_script("breaks = false")
+    page.say("?")  # behind what came back
+    until(lambda: replied(3) and not page.texts("#log .wrong"))
+    assert asked() == page.texts("#log .user > div")
+    assert asked()[2:] == ["And then?"]
     browser.get_log("browser")  # Chromium itself notes the status 400
+
+
+def test_a_reply_that_breaks_off_does_not_look_whole(
+    running: Running, browser: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Reply.pieces
+
+    def pieces(self: Reply, responses: Any) -> Iterator[Piece]:
+        for i, piece in enumerate(original(self, responses)):
+            if i == 3:
+                raise ConnectionError
+            yield piece
+
+    monkeypatch.setattr(Reply, "pieces", pieces)
+    page = Page(browser, running.url, 6)
+    page.say("In the\nbeginning")
+    until(lambda: page.idle() and page.texts("#log .reply > div") not in ([], [""]))
+    assert page.texts("#log .wrong > .note")[0].startswith("The connection was lost; first token")
+    lines = "return document.querySelector('#log .user > div').innerText"
+    assert browser.execute_script(lines) == "In the\nbeginning"
 
 
 def test_replies_become_elements_and_never_html(running: Running, browser: Any) -> None:
@@ -230,14 +293,15 @@ def test_replies_become_elements_and_never_html(running: Running, browser: Any) 
     shown = page.browser.execute_script(
         "const e = document.createElement('div'); markdown(arguments[0], e); return e.innerHTML",
         "# A `b`\n**x** *y* [z](https://a.b/) [w](javascript:alert(1))\n<img src=x>\n- 1\n- 2\n\n"
-        "1. p\n> q\n```html\n<script>\n# no\n```\n``",
+        "1. p\n> q\n```html\n<script>\n# no\n```\n``\n```x``` y\n\n2) r\n3) s",
     )
     assert shown == (
         "<h4>A <code>b</code></h4><p><strong>x</strong> <em>y</em> "
         '<a href="https://a.b/" rel="noopener noreferrer" target="_blank">z</a> '
         "[w](javascript:alert(1))\n&lt;img src=x&gt;</p><ul><li>1</li><li>2</li></ul>"
         "<ol><li>p</li></ol><blockquote>q</blockquote>"
-        "<pre><code>&lt;script&gt;\n# no</code></pre><p>``</p>"
+        "<pre><code>&lt;script&gt;\n# no</code></pre><p>``\n<code>x</code> y</p>"
+        '<ol start="2"><li>r</li><li>s</li></ol>'
     )
 
 
@@ -267,12 +331,12 @@ def test_a_sentence_says_what_limits_speed(running: Running, browser: Any) -> No
 def test_the_page_asks_for_the_key(
     running: Running, browser: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(running.generator.cli_args, "api_key", "open sesame")
+    monkeypatch.setattr(running.generator.cli_args, "api_key", "sésame")
     browser.get(running.url)
     form = browser.find_element("id", "ask")
     until(form.is_displayed)
     assert browser.find_element("id", "model").text == "Streamed experts"
-    browser.find_element("id", "key").send_keys("open sesame")
+    browser.find_element("id", "key").send_keys("sésame")
     browser.find_element("css selector", "#ask button").click()
     until(lambda: browser.find_element("id", "model").text == "demo")
     assert not form.is_displayed()

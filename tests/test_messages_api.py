@@ -152,6 +152,23 @@ def test_a_conversation_with_tools_goes_on(
     assert counted.input_tokens == prompt_tokens(answer.usage)
 
 
+def test_turns_of_the_user_in_a_row_are_one(
+    running: Running, client: anthropic.Anthropic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Anthropic's; there are templates that refuse two."""
+    seen = prompts(running, monkeypatch)
+    blocks = [{"type": "text", "text": "In "}, {"type": "text", "text": "Oslo."}]
+    answered = {"role": "assistant", "content": "Where?"}
+    turns = [
+        *ASKED["messages"],
+        answered,
+        *({"role": "user", "content": c} for c in ("Hm.", blocks)),
+    ]
+    client.messages.create(**ASKED | {"messages": turns, "max_tokens": 1})
+    assert seen[0].count("<|im_start|>user\n") == 2
+    assert "<|im_start|>user\nHm.\n\nIn Oslo.<|im_end|>" in seen[0]
+
+
 def test_stop_sequences(client: anthropic.Anthropic, monkeypatch: pytest.MonkeyPatch) -> None:
     dictated(monkeypatch, "one two three")
     said = message(client, stop_sequences=["xyz", " tw"])
@@ -221,6 +238,10 @@ def test_errors_have_anthropics_form(running: Running, client: anthropic.Anthrop
         {"messages": [{"role": "user", "content": [
             {"type": "tool_result", "tool_use_id": "a", "content": {}},
         ]}]},
+        {"messages": [{"role": "user", "content": [
+            {"type": "tool_result", "tool_use_id": "a", "content": "b", "is_error": "false"},
+        ]}]},
+        {"output_config": {"format": {"type": "json_schema", "schema": {"type": "other"}}}},
         {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "input": 1}]}]},
         {"tools": [1]}, {"tools": [{"name": 1}]}, {"tools": [{"type": "web_search_20250305"}]},
         {"tools": [TOOL], "tool_choice": {"type": "some"}}, {"tool_choice": {"type": "any"}},
@@ -232,3 +253,4 @@ def test_errors_have_anthropics_form(running: Running, client: anthropic.Anthrop
         status, _, answer = running.request("POST", "/v1/messages", raw, **key)
         assert status == 400, (fields, answer)
         assert json.loads(answer)["error"]["type"] == "invalid_request_error"
+        assert list(fields)[-1] in json.loads(answer)["error"]["message"]

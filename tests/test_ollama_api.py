@@ -109,6 +109,10 @@ def test_errors_have_ollamas_form(running: Running, client: ollama.Client) -> No
         {"messages": [{"role": "user", "images": [1]}]}, {"logprobs": True}, {"template": "a"},
         {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, {"options": {"seed": "a"}},
         {"options": {"num_predict": "a"}}, {"tools": [1]}, {"options": {"stop": [1]}},
+        {"options": {"min_p": 5}}, {"format": {"type": "other"}},
+        {"messages": [{"role": "assistant", "tool_calls": [
+            {"id": 5, "function": {"name": "a", "arguments": {}}},
+        ]}, *MESSAGES]},
         {"messages": [*MESSAGES, {"role": "assistant", "content": "{"}]},
     )  # fmt: skip
     for fields in wrong:
@@ -116,4 +120,6 @@ def test_errors_have_ollamas_form(running: Running, client: ollama.Client) -> No
             {"model": "default_model", "messages": MESSAGES, **fields}, "/api/chat"
         )
         assert (status, answer.keys()) == (400, {"error"}), fields
-        assert isinstance(answer["error"], str)
+        assert next(iter(fields)) in answer["error"]
+    for name in (None, 5, ["demo"]):
+        assert running.post({"model": name}, "/api/show")[0] == 400

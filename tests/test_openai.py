@@ -11,8 +11,8 @@ import mlx_lm
 import numpy as np
 import openai
 import pytest
-from conftest import demo_texts
-from serving import Running, serving, until
+from conftest import demo_texts, until
+from serving import Running, serving
 
 from mlx_streamexperts import demo_model
 from mlx_streamexperts.server._generation import stock

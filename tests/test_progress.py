@@ -24,10 +24,10 @@ import mlx.nn as nn
 import mlx_lm.chat as mlx_lm_chat
 import numpy as np
 import pytest
-from conftest import all_experts, load_streamed
+from conftest import all_experts, load_streamed, until
 from mlx_lm.models.cache import make_prompt_cache
 from prometheus_client.parser import text_string_to_metric_families
-from serving import Running, serving, until
+from serving import Running, serving
 
 from mlx_streamexperts import (
     ExpertStream,

@@ -10,7 +10,6 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ import mlx.nn as nn
 import mlx_lm.utils
 import numpy as np
 import pytest
-from conftest import QUIET, all_experts, load_streamed, smallest_cache
+from conftest import QUIET, all_experts, load_streamed, smallest_cache, until
 
 from mlx_streamexperts import ExpertStream, StreamConfig, StreamError, stream
 from mlx_streamexperts._experts import prefetch, thread_guard
@@ -83,13 +82,6 @@ class Elsewhere(threading.Thread):
         self.join(60)
         assert not self.is_alive()
         return self._outcome
-
-
-def until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 def test_closed_between_a_calls_indices_and_its_slots(pair: Pair) -> None:

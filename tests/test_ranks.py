@@ -283,7 +283,9 @@ def test_what_is_wrong_on_one_rank_fails_on_all_and_is_named(deep: Path, tmp_pat
     """Nobody is left waiting: the same processes try again, and succeed."""
     with pytest.MonkeyPatch.context() as m:
         other = build_deep("qwen3_moe", tmp_path / "other", m, layers=8, seed=1)
+    free = [default_memory()]
     first, second = (e.json() for e in run_ranks("failures", 2, tmp_path, deep, other))
+    free.append(default_memory())
     small, unlike, options, split, versions, nothing, memory = first
     assert small.startswith(f"RankError: rank 1 ({HOST}): memory=1 MB is too small")
     assert second[0].startswith("BudgetError: memory=1 MB is too small")
@@ -294,7 +296,7 @@ def test_what_is_wrong_on_one_rank_fails_on_all_and_is_named(deep: Path, tmp_pat
     assert second[1:][:-1] == [unlike, options, split, versions, ""]
     assert nothing == ""
     # Both are on this machine; what is free there varies on Linux.
-    assert int(memory) == pytest.approx(default_memory() / 2, rel=0.3)
+    assert 0.7 * min(free) / 2 < int(memory) < 1.3 * max(free) / 2
 
 
 @pytest.mark.parametrize(

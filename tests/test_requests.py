@@ -8,7 +8,8 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from serving import Running, serving, until
+from conftest import until
+from serving import Running, serving
 
 from mlx_streamexperts.server._generation import restore_random_state, stock
 from mlx_streamexperts.server._request_checks import CHAT_FIELDS, NO_EFFECT, TEXT_FIELDS
@@ -63,11 +64,14 @@ BAD: dict[str, tuple[Any, ...]] = {
         [{"role": "user", "content": [{"type": "image_url", "image_url": 1}]}],
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": 1}}]}],
         [{"role": "user", "content": "a", "name": 1}],
+        *([{"role": "assistant", "content": "a", k: 1}, {"role": "user", "content": "a"}]
+          for k in ("reasoning", "reasoning_content", "tool_call_id")),
         [{"role": "assistant", "content": "a", "tool_calls": 1}],
         [{"role": "assistant", "content": "a", "tool_calls": [1]}],
         [{"role": "assistant", "content": "a", "tool_calls": [{"function": 1}]}],
         [{"role": "assistant", "content": "a", "tool_calls": [{"function": {"name": 1}}]}],
         [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]}],
+        [{"role": "assistant", "tool_calls": [{"id": 1, "function": {"name": "a"}}]}],
         [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "[" * 99}}]}],
         [{"role": "user", "content": ""}],
         [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": DEEP}}]}],
@@ -107,6 +111,9 @@ BAD: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("required", {"type": "function", "function": {"name": "f"}}, 1, True, ""),
     "tools": (True, 1, "a", {}, [1], [{}], [{"function": 1}], [{"function": {"name": 1}}],
         [{"function": {"name": "f", "parameters": 5}}],
+        [{"function": {"name": "f", "description": ["a"]}}],
+        [{"function": {"name": "f", "strict": "a"}}],
+        [{"type": "custom", "function": {"name": "f"}}],
               [{"function": {"name": HALF}}]),
     "top_k": (*INTEGERS, 10**9),
     "top_logprobs": (*INTEGERS, 12),
@@ -194,6 +201,25 @@ def test_a_whole_number_may_be_as_large_as_a_fraction(running: Running, field: s
     """MLX takes no integers above 64 bits."""
     status, answer = running.post({"prompt": "a", "max_tokens": 2, field: 10**29})
     assert status == 200, answer
+
+
+@pytest.mark.parametrize("value", [HALF, float("nan"), DEEP])
+@pytest.mark.parametrize("path", [CHAT, TEXT, "/v1/messages", "/v1/responses", "/api/chat"])
+def test_what_no_field_of_any_api_can_have(running: Running, path: str, value: Any) -> None:
+    """Nor one that has no effect, or a part of a message that nobody knows."""
+    asked = {
+        CHAT: GOOD[CHAT], TEXT: GOOD[TEXT], "/v1/messages": GOOD[CHAT],
+        "/v1/responses": {"input": GOOD[CHAT]["messages"]},
+        "/api/chat": {"model": "default_model", "messages": GOOD[CHAT]["messages"]},
+    }[path]  # fmt: skip
+    fields = ["metadata"] if path != "/api/chat" else []
+    fields += [f for f in ("messages", "input") if f in asked]
+    for field in fields:
+        inner = {"a": value}
+        given = inner if field == "metadata" else [{**asked[field][0], **inner}]
+        status, answer = running.post({**asked, field: given}, path)
+        assert status == 400, field
+        assert field in str(answer["error"])
 
 
 def test_what_no_table_can_have(running: Running) -> None:

@@ -12,6 +12,8 @@ import openai
 import pytest
 from serving import QWEN_TEMPLATE, Running, call, chatting, dictated, prompts, serving
 
+from mlx_streamexperts.server._replies import Piece, Reply
+
 CITY = {
     "type": "object",
     "properties": {"city": {"enum": ["Oslo", "Rome"]}},
@@ -139,6 +141,42 @@ def test_a_conversation_with_tools_goes_on(
     assert "<tool_response>\nsunny\n</tool_response>" in seen[0]
 
 
+def test_a_stream_that_fails_ends_as_a_failed_response(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients wait for the end of a response, and only note an event "error"."""
+    original = Reply.pieces
+
+    def pieces(self: Reply, responses: Any) -> Iterator[Piece]:
+        for i, piece in enumerate(original(self, responses)):
+            if i == 3:
+                raise OSError("of the drive")
+            yield piece
+
+    monkeypatch.setattr(Reply, "pieces", pieces)
+    dictated(monkeypatch, "Sunny")
+    with running.client().responses.stream(model="default_model", input="Weather?") as stream:
+        *_, error, last = stream
+    assert (error.type, last.type, last.response.status) == ("error", "response.failed", "failed")
+    assert "OSError" in error.message
+    assert last.response.error.message == error.message
+    assert [(i.status, i.content[0].text) for i in last.response.output] == [("incomplete", "Sun")]
+
+
+def test_white_space_alone_is_no_reasoning_and_no_part_of_the_answer(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen3 writes an empty thought where it is told not to think."""
+    for said, kinds in (
+        ("<think>\n\n</think>\n\nSunny", {"message": "\n\nSunny"}),
+        ("\n<think>Hm</think>Sunny", {"reasoning": "Hm", "message": "Sunny"}),
+        ("\n\nSunny", {"message": "\n\nSunny"}),
+    ):
+        dictated(monkeypatch, said)
+        items = response(running).output
+        assert {i.type: i.content[0].text for i in items} == kinds
+
+
 def test_a_call_or_a_format_can_be_required(running: Running) -> None:
     for choice in ("required", {"type": "function", "name": "weather"}):
         said = response(running, tools=[TOOL], tool_choice=choice, parallel_tool_calls=False)
@@ -167,9 +205,13 @@ def test_effort_and_what_it_refuses(running: Running, monkeypatch: pytest.Monkey
         ("input", [{"role": "user", "content": [{"type": "input_file"}]}]),
         ("input", [{"type": "function_call"}]), ("input", [{"role": "tool", "content": "a"}]),
         ("input", [{"type": "reasoning", "content": ""}]),
-        ("text", {"format": {"type": "xml"}}), ("text", {"verbosity": "low"}), ("reasoning", 1),
+        ("text", {"format": {"type": "xml"}}),
+        ("text", {"format": {"type": "json_schema", "name": "a", "schema": {"type": "other"}}}),
+        ("input", [{"type": "function_call", "name": "a", "call_id": "b", "arguments": "{"}]),
+        ("text", {"verbosity": "low"}), ("reasoning", 1),
     )  # fmt: skip
     for field, value in wrong:
         with pytest.raises(openai.BadRequestError) as e:
             running.client().responses.create(model="default_model", **{"input": "a", field: value})
-        assert e.value.param is not None, field
+        assert str(e.value.param).partition(".")[0] == field
+        assert field in e.value.message

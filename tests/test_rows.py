@@ -35,7 +35,7 @@ from mlx_streamexperts import (
 from mlx_streamexperts._cli import summary
 from mlx_streamexperts._experts import rows
 from mlx_streamexperts._experts.rows import RowPlace, Rows, RowTable, RowTensor, StreamedRows
-from mlx_streamexperts._io.reader import ExpertReader
+from mlx_streamexperts._io.reader import ExpertReader, Ticket
 from mlx_streamexperts._loading import discover, tables
 from mlx_streamexperts._memory import model_graph
 from mlx_streamexperts.doctor import _command as doctor
@@ -150,6 +150,25 @@ def test_an_interruption_at_any_line_leaves_no_wrong_row(table: RowTable) -> Non
         again = [*ids, first + 5]
         assert np.array_equal(table.look_up(mx.array(again)), TABLE[again]), line
     assert interrupted > 100
+
+
+def test_early_reads_stay_bounded_after_an_interrupted_call(
+    table: RowTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while a call waits leaves all of its rows in flight, more than early reads may be."""
+
+    def interrupted(ticket: Ticket) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Ticket, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            table.look_up(mx.array([1, 2, 3, 4]))
+    before = table.stats.bytes
+    table.read_early(np.arange(10, 30))
+    assert table.stats.bytes == before
+    ids = [1, 4, 15]
+    assert np.array_equal(table.look_up(mx.array(ids)), TABLE[ids])
 
 
 def test_a_closed_table_says_so(table: RowTable) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import families
 import mlx_lm
 import pytest
-from serving import Running, letters, serving, until
+from conftest import until
+from serving import Running, letters, serving
 
 from mlx_streamexperts import generate, run
 from mlx_streamexperts.server import _command as server

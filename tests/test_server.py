@@ -15,9 +15,9 @@ import mlx.core as mx
 import mlx_lm
 import openai
 import pytest
-from conftest import demo_texts
+from conftest import demo_texts, until
 from prometheus_client.parser import text_string_to_metric_families
-from serving import Running, serving, until
+from serving import Running, serving
 
 from mlx_streamexperts import _osinfo as platform
 from mlx_streamexperts import demo_model

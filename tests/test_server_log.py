@@ -9,8 +9,10 @@ import threading
 from typing import Any
 
 import pytest
-from serving import serving, until
+from conftest import until
+from serving import Running, serving
 
+from mlx_streamexperts.server import _command as server
 from mlx_streamexperts.server import _log as server_log
 from mlx_streamexperts.server._models import ModelProvider
 
@@ -82,3 +84,29 @@ def test_health_waits_for_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
             may_load.set()
         assert len(running.text("In the", 2)) > 0  # it waits as long as it must
         assert running.request("GET", "/health")[::2] == (200, b'{"status": "ok"}')
+
+
+def test_every_client_of_a_server_that_stops_is_told(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that wait for room too; and each has its log line."""
+    monkeypatch.setattr(server, "_LAST_SECONDS", 60.0)
+    asked = {"prompt": "In the", "max_tokens": 100_000, "logit_bias": {"0": -100}}
+    told: list[str] = []
+
+    def ask(running: Running) -> None:
+        told.append(str(running.post(asked)))
+
+    with caplog.at_level(logging.INFO), serving("--context-tokens", "30000") as running:
+        threads = [threading.Thread(target=ask, args=(running,)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        until(lambda: running.figures()["traffic"]["tokens"] > 0)
+        until(lambda: running.figures()["traffic"]["active"] == 3)
+        until(lambda: running.generator._waiting is not None)
+    ended = [(a.status, a.outcome) for a in lines(caplog) if a.outcome]
+    assert ended == [(503, "cancelled")] * 3
+    for thread in threads:
+        thread.join()
+    assert all(t.startswith("(503, ") and "the server is being stopped" in t for t in told)
+    assert len(told) == 3

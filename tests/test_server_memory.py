@@ -19,8 +19,9 @@ import families
 import mlx.core as mx
 import openai
 import pytest
+from conftest import until
 from mlx_lm.models import llama
-from serving import serving, until
+from serving import serving
 
 from mlx_streamexperts import StreamConfig, demo_model, plan
 from mlx_streamexperts.server import _command as server

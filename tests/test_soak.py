@@ -12,8 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from conftest import leftovers
-from serving import Running, serving, until
+from conftest import leftovers, until, until_memory_is
+from serving import Running, serving
 
 from mlx_streamexperts.server._generation import Client
 from mlx_streamexperts.server._http import FORMS
@@ -70,9 +70,7 @@ def test_mixed_requests_are_exact_within_the_promise_and_leave_nothing_behind(
         assert figures["experts"]["cache"]["evictions"] > 0  # the budget was tight
         until(lambda: not running.generator.admission.running)  # replies are sent before
         until(lambda: all(c.ended for c in running.generator._replies.values()))
-    gc.collect()
-    mx.clear_cache()
-    assert mx.get_active_memory() - base < 1e5
+    until_memory_is(base + 1e5)
 
 
 def idle() -> Counter[str]:

@@ -107,6 +107,14 @@ def test_a_family_streams_with_misses_bit_by_bit(
         assert not shown  # mlx-vlm would call them with numbers of experts
 
 
+def test_a_folder_of_mlx_vlms_own_offloading_is_refused_by_name(tmp_path: Path) -> None:
+    repack = pytest.importorskip("mlx_vlm.moe_offload").repack
+    folder = make_vlm_checkpoint(tmp_path / "m", "qwen3_moe")
+    repack(str(folder), str(tmp_path / "repacked"))
+    with pytest.raises(UnsupportedModelError, match="mlx-vlm's own offloading"):
+        plan(tmp_path / "repacked", cache="1GB")
+
+
 @pytest.mark.parametrize("how", ["index", "no index"])
 def test_the_files_that_mlx_vlm_reads_count_whatever_their_names(
     how: str, tmp_path: Path, estimated: None
@@ -485,5 +493,8 @@ def test_a_model_without_experts_loads_as_usual_after_one_with(tmp_path: Path) -
         with pytest.raises(UnsupportedModelError, match="no routed experts"):
             utils.load_model(dense)
         utils.load_model(sparse)
+        utils.load_model(dense)
+        for file in dense.glob("model*"):  # mlx-vlm reads shards of any name
+            file.rename(file.with_name(file.name.replace("model", "part")))
         utils.load_model(dense)
     assert len(patched.streams) == 1

@@ -169,6 +169,9 @@ def test_a_film_comes_from_a_file_and_a_sound_needs_a_model_that_hears(
     options = ["--model", str(seeing), "--cache", "400kB", "--no-progress", "-p", "What?"]
     assert generate.main([*options, "--audio", sound]) == 1
     assert "does not support audio" in capsys.readouterr().err
+    Path(sound).write_text("no sound")
+    assert generate.main([*options, "--audio", sound]) == 1
+    assert "error: mlx-vlm cannot answer this prompt" in capsys.readouterr().err
 
 
 def test_a_sound_gives_the_logits_of_mlx_vlm(tmp_path: Path) -> None:
@@ -240,6 +243,9 @@ def test_doctor_judges_a_model_of_mlx_vlm(
     options = ["--memory", "60GB", "--json"]
     assert doctor.main(["--model", str(folder), "--machine", "M4 Max 128 GB", *options]) == 0
     (machine,) = json.loads(capsys.readouterr().out)["machines"]
+    assert doctor.main(["--model", str(folder), "--machine", "M4 Max 128 GB", *options[:2]]) == 0
+    said = capsys.readouterr().out  # our own chat refuses it
+    assert f"  Type: streamexperts run --memory 60GB mlx_vlm.chat --model {folder}\n" in said
     assert machine["plan"]["model_type"] == "step3p7"
     assert machine["prediction"]["tokens_per_s"]["low"] > 0
 
@@ -392,7 +398,7 @@ def test_a_large_picture_gets_room_or_is_refused(
         model = utils.load_model(folder)
     with stream(model), pytest.raises(BudgetError, match="this prompt's pictures or sound") as more:
         seen(model)
-    budget = more.value.needed_bytes + (1 << 20)
+    budget = more.value.needed_bytes  # the smallest that works, as the message says
     del model, least, more  # their tracebacks hold the model
     gc.collect()
     mx.clear_cache()

@@ -14,7 +14,8 @@ from unittest import mock
 
 import openai
 import pytest
-from serving import Running, serving, until
+from conftest import until
+from serving import Running, serving
 
 from mlx_streamexperts import demo_model
 from mlx_streamexperts.server import _command as server
@@ -458,3 +459,71 @@ def test_hosts_are_compared_where_a_server_can_be_reached_by_its_name(
     monkeypatch.setattr(running.generator.cli_args, "allow_host", ["here.example"])
     assert running.request("GET", "/health", Host="any.example")[0] == 403
     assert running.request("GET", "/health", Host="here.example")[0] == 200
+
+
+@pytest.mark.parametrize("length", [8_000_000, None])
+def test_a_refused_client_that_is_still_sending_gets_its_answer(
+    running: Running, length: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closed with bytes unread, a connection is reset, and writing to it fails."""
+    monkeypatch.setattr(web, "_DRAIN_SECONDS", 60.0)
+    stated = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
+    head = f"POST /nothing HTTP/1.1\r\n{stated}\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", running.port), 60) as connection:
+        connection.sendall(head)
+        answer = connection.recv(1 << 16)  # its beginning: the server has answered
+        for _ in range(80):
+            connection.sendall(b"a" * 100_000)
+        connection.shutdown(socket.SHUT_WR)
+        while part := connection.recv(1 << 16):
+            answer += part
+    assert answer.split()[1] == b"404"
+    assert b'"code": "not_found"' in answer
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "kind"),
+    [
+        ("GET", "/api/tags", "ollama"), ("POST", "/api/show", "ollama"),
+        ("POST", "/api/generate?a", "ollama"), ("DELETE", "/api/delete", "ollama"),
+        ("POST", "/v1/messages?beta=true", "anthropic"), ("GET", "/v1/messages", "anthropic"),
+        ("POST", "/v1/messages/batches", "anthropic"), ("PUT", "/v1/messages", "anthropic"),
+        ("POST", "/v1/responses", "openai"), ("GET", "/v1/models", "openai"),
+    ],
+)  # fmt: skip
+def test_every_error_has_the_form_of_its_paths_api(
+    running: Running, method: str, path: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a wrong key, of another host's name, and of what there is not."""
+    monkeypatch.setattr(running.generator.cli_args, "api_key", KEY)
+    key = {"Authorization": f"Bearer {KEY}"}
+    for headers in ({}, {**key, "Host": "evil.example"}, key):
+        status, _, raw = running.request(
+            method, path, b"{}" if method == "POST" else None, **headers
+        )
+        if status < 400:
+            continue
+        answer = json.loads(raw)
+        if kind == "ollama":
+            assert isinstance(answer["error"], str)
+        else:
+            assert answer.get("type") == ("error" if kind == "anthropic" else None)
+            assert answer["error"]["message"]
+    monkeypatch.undo()
+
+
+def test_head_is_get_without_its_body(running: Running) -> None:
+    """Health checks of containers ask so (`wget --spider`)."""
+    for path in ("/health", "/", "/live.json", "/v1/models", "/nowhere"):
+        got, head = (running.request(method, path) for method in ("GET", "HEAD"))
+        assert (head[0], head[2]) == (got[0], b"")
+        assert head[1].keys() == got[1].keys()
+
+
+def test_an_image_is_refused_by_a_model_that_takes_text_alone(running: Running) -> None:
+    """Without a chat template, it would become text: all its bytes."""
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}
+    body = {"messages": [{"role": "user", "content": [image]}], "max_tokens": 1}
+    status, answer = running.post(body, "/v1/chat/completions")
+    assert (status, answer["error"]["param"]) == (400, "messages")
+    assert "text alone" in answer["error"]["message"]

@@ -292,7 +292,8 @@ def measure(
 def _load(folder: str, config: StreamConfig, prefer: bool, trust: bool) -> tuple[nn.Module, Any]:
     """A model that is exact for now, and may run with any setting; with `prefer` or without."""
     config = replace(config, lossy="prefer=0.1" if prefer else "skip=0.1")
-    more = {"trust_remote_code": True} if trust else {}
+    more: dict[str, Any] = {"trust_remote_code": True} if trust else {}
+    more["tokenizer_config"] = dict(more)
     log = logging.getLogger(load.__module__)
     log.addFilter(_is_no_first_line)  # what it is loaded with is not what it runs with
     try:

@@ -57,16 +57,23 @@ class Session:
     _recording: bool = False
 
     def record(self, expert_stream: ExpertStream) -> None:
-        """Start the recordings of `--timeline` and `--trace`, once."""
+        """Start the recordings of `--timeline` and `--trace`, once.
+
+        Raises:
+            StreamError: a file cannot be created.
+        """
         if self._recording:
             return
         self._recording = True
-        if self.args.timeline is not None:
-            self._timeline = self.recordings.enter_context(
-                expert_stream.timeline(self.args.timeline)
-            )
-        if self.args.trace is not None:
-            self.recordings.enter_context(expert_stream.trace(self.args.trace))
+        timeline, trace = self.args.timeline, self.args.trace
+        try:
+            if timeline is not None:
+                self._timeline = self.recordings.enter_context(expert_stream.timeline(timeline))
+            if trace is not None:
+                self.recordings.enter_context(expert_stream.trace(trace))
+        except OSError as e:
+            file = str(e.filename).removesuffix(".partial")
+            raise StreamError(f"{file}: cannot be created: {e.strerror}") from e
 
     def prefixes(self, model: nn.Module, options: dict[str, Any]) -> PrefixCache | None:
         """The prefixes of a generation with these options; None if none are used."""
@@ -172,7 +179,10 @@ def _watched(stock: ModuleType, session: Session, warm_up: int) -> Iterator[None
         first, first_elapsed = True, 0.0
         total = None if len(rest) < 2 or isinstance(rest[1], str) else len(rest[1])
         if total == 0:
-            raise StreamError("the prompt is empty: --prompt takes the text to go on with")
+            raise StreamError(
+                "the prompt is empty: --prompt takes the text to go on with. If it has text, the "
+                "model folder lacks its tokenizer's files: download them again"
+            )
         caught = ending(session.interrupts, streamed, options.get("prompt_cache"))
         shown = prompt_line(streamed, total, streamed.config.progress)
         start = time.perf_counter()

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import mlx_lm.utils
+
 from .._config import StreamConfig
 from .._errors import StreamError, UnsupportedModelError
 from .._hooks import swapped
-from .._io.checkpoint import read_json_object
+from .._io.checkpoint import read_model_config
 from .._io.hub import headers_only
 from .._loading.demo import demo_model
 from .._loading.lazy_load import MLX_LM, MLX_VLM
@@ -38,7 +41,8 @@ def needs_mlx_vlm(argv: list[str] | None) -> bool:
 
     Raises:
         CheckpointError: there is no such model.
-        StreamError: it asks for pictures and for mlx-lm.
+        StreamError: it asks for mlx-lm and for pictures that this does not read, or a file of them
+            does not exist.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_media_arguments(parser)
@@ -46,9 +50,11 @@ def needs_mlx_vlm(argv: list[str] | None) -> bool:
     parser.add_argument("--loader", default="auto")
     args, _ = parser.parse_known_args(argv)
     if seen := [name for name in MEDIA if getattr(args, name)]:
-        if args.loader == MLX_LM and seen != ["image"]:  # mlx-lm has one family that sees
-            raise StreamError(f"--{seen[-1]} needs mlx-vlm: run without --loader mlx-lm")
+        for name in seen:
+            _check_exist(name, getattr(args, name))
         if args.loader == MLX_LM:
+            if seen != ["image"] or not _mlx_lm_sees(args.model or demo_model()):
+                raise StreamError(f"--{seen[-1]} needs mlx-vlm: run without --loader mlx-lm")
             return False
         _check_sees(args.model or demo_model(), seen[-1])
         return True
@@ -59,6 +65,29 @@ def needs_mlx_vlm(argv: list[str] | None) -> bool:
     return library_of(model, config) == MLX_VLM if model else False
 
 
+def _check_exist(option: str, files: list[str]) -> None:
+    """Refuse files that do not exist, before a model is loaded."""
+    for file in files:
+        remote = "://" in file or file.startswith("data:")
+        if not remote and not os.path.exists(file):
+            raise StreamError(f"--{option} {file}: there is no such file")
+
+
+def _mlx_lm_sees(model: str | Path) -> bool:
+    """Does mlx-lm read pictures for this model? It has one family that sees."""
+    try:
+        processors = importlib.import_module("mlx_lm.processors").PROCESSORS
+    except ImportError:
+        return False
+    with headers_only(str(model)) as (folder, _):
+        config = read_model_config(folder)
+    try:
+        kind = mlx_lm.utils._get_classes(config)[0].__module__.rpartition(".")[2]
+    except ValueError:  # no such family
+        return False
+    return bool(config.get("vision_config")) and config.get("processor_type", kind) in processors
+
+
 def _check_sees(model: str | Path, option: str) -> None:
     """Refuse pictures for a model whose config.json has nothing about them.
 
@@ -67,7 +96,7 @@ def _check_sees(model: str | Path, option: str) -> None:
         UnsupportedModelError: it has only text.
     """
     with headers_only(str(model)) as (folder, _):
-        config = read_json_object(folder / "config.json", "a model's configuration")
+        config = read_model_config(folder)
     if not any(part in key for key in config for part in _MEDIA_KEYS):
         raise UnsupportedModelError(
             f"--{option}: this model, {config.get('model_type')}, takes only text: run without it"
@@ -84,8 +113,8 @@ def generate_program() -> ModuleType:
         dispatch: Any = importlib.import_module("mlx_vlm.generate.dispatch")
     except ModuleNotFoundError as e:
         raise StreamError(
-            "pictures, and models that only mlx-vlm has, need mlx-vlm: "
-            "pip install 'mlx-vlm>=0.7.8,<0.8'"
+            "this needs mlx-vlm, for pictures or because mlx-lm does not have the model's family "
+            "(model_type in its config.json): pip install 'mlx-vlm>=0.7.8,<0.8'"
         ) from e
     program: Any = ModuleType("mlx_vlm.generate")
 
@@ -108,7 +137,10 @@ def generate_program() -> ModuleType:
         with swapped(
             dispatch, parse_arguments=parse_arguments, stream_generate=program.stream_generate
         ):
-            dispatch.main()
+            try:
+                dispatch.main()
+            except EOFError:  # Ctrl-D ends a chat (--chat)
+                print()
 
     original = dispatch.stream_generate
 
@@ -117,14 +149,26 @@ def generate_program() -> ModuleType:
             for response in original(*args, **options):
                 response.from_draft = False  # mlx-vlm does not tell
                 yield response
-        except ValueError as e:  # a sound for a model without ears, say
-            if isinstance(e, StreamError):
+        except Exception as e:
+            if isinstance(e, StreamError) or not _is_about_the_prompt(e):
                 raise
             raise StreamError(f"mlx-vlm cannot answer this prompt: {e}") from e
 
     program.setup_arg_parser, program.main = setup_arg_parser, main
     program.stream_generate = stream_generate
     return program
+
+
+def _is_about_the_prompt(error: Exception) -> bool:
+    """Has mlx-vlm refused a prompt, or a file that belongs to it?
+
+    Such as a sound for a model without ears, a file that is no sound, or a KV cache that cannot be
+    quantized.
+    """
+    if isinstance(error, RuntimeError) and str(error).startswith("ffmpeg"):  # for sounds
+        return True
+    known = isinstance(error, (ValueError, OSError, NotImplementedError))
+    return known or type(error).__module__.partition(".")[0] == "miniaudio"
 
 
 def check_generate_options(args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ Nothing here imports mlx-lm, so that `--help` and a mistyped option are answered
 from __future__ import annotations
 
 import argparse
+import difflib
 import functools
 import os
 import signal
@@ -50,8 +51,22 @@ def describe(parser: argparse.ArgumentParser, command: str, description: str | N
 
 def _wrong(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     """Refuse a command line in one line: argparse prints all options before it."""
-    print(f"error: {message}; {parser.prog} --help shows the options", file=sys.stderr)
+    what, _, wrong = message.partition(": ")
+    if what == "unrecognized arguments":
+        message += _meant(parser, wrong.split()[0])
+    end = "" if message.endswith("?") else ";"
+    print(f"error: {message}{end} {parser.prog} --help shows the options", file=sys.stderr)
     sys.exit(2)
+
+
+def _meant(parser: argparse.ArgumentParser, wrong: str) -> str:
+    """What an unknown argument may be meant for, as a question; empty if nothing is alike."""
+    known = [option for action in parser._actions for option in action.option_strings]
+    if wrong.startswith("-"):
+        alike = difflib.get_close_matches(wrong.partition("=")[0], known, n=1)
+        return f"; did you mean {alike[0]}?" if alike else ""
+    named = "--model" in known and ("/" in wrong or Path(wrong).is_dir())
+    return f"; did you mean --model {wrong}?" if named else ""
 
 
 def add_output_arguments(

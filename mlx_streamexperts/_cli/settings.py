@@ -9,11 +9,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 
 from .._config import StreamConfig, from_arguments
 from .._errors import BudgetError, StreamError
+from .._io.checkpoint import check_tokenizer
 from .._loading.combinations import Options, check_options
 from .._loading.demo import demo_model
 from .._loading.drafts import Draft
@@ -71,8 +73,8 @@ def stream_settings(
         instead: what to do about a model of mlx-vlm, as a sentence; None if the command runs it.
 
     Raises:
-        UnsupportedModelError: the model cannot do what an option asks for, or loads through mlx-vlm
-            where the command does not.
+        UnsupportedModelError: the model cannot do what an option asks for, loads through mlx-vlm
+            where the command does not, or has a tokenizer that is code and not trusted.
         StreamError: an option or a size is invalid, or there is no such model.
     """
     config, model = from_arguments(args), args.model
@@ -97,6 +99,7 @@ def stream_settings(
         model = str(local_folder(model, config, trust=trust))
         if instead is not None:
             require_mlx_lm(model, config, "this command", instead)
+            check_tokenizer(Path(model), trust)
     stated = config.reserve is not None
     config = following_stock_options(config, args, args)
     if model is not None:

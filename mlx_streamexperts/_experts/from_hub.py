@@ -22,7 +22,7 @@ from typing import Any
 
 from .. import _osinfo as platform
 from .._errors import CheckpointError, StreamError
-from .._io.checkpoint import PACKING, header_identity, read_json_object, shard_files
+from .._io.checkpoint import PACKING, header_identity, is_weights, read_json_object
 from .._io.moved import Moved, read_moved
 from .._io.output import LOCK, exclusive, partial_name, sync_folder, write_json
 from .._io.remote import Repository, Span, pieces
@@ -57,15 +57,15 @@ class Reception:
 
     def __init__(
         self, repository: Repository, layers: Sequence[ExpertLayer], note: dict[str, Any],
-        headers: Path, folder: Path,
+        headers: Path, shards: Sequence[str], folder: Path,
     ) -> None:  # fmt: skip
         self._repository, self._layers, self._folder = repository, layers, folder
         self._progress = note
         self._store = folder / _STORE
         self._headers = headers
-        self._shards = [f.name for f in shard_files(headers)]
+        self._shards = sorted(shards)
         self.shard_bytes = sum(repository.files[n].size for n in self._shards)
-        self._trunk = _without_experts(layers, headers)
+        self._trunk = _without_experts(layers, [headers / name for name in self._shards])
         experts = sum(x.experts * x.expert_bytes for x in layers)
         self.total = experts + sum(s.end - s.begin for s in self._trunk)
         for layer in layers:  # from here on in the folder that will have them
@@ -131,7 +131,7 @@ class Reception:
         if missing:
             self._note(_TRUNK, 0)
         for file in sorted(self._headers.iterdir()):
-            if file.name not in ("config.json", *self._shards):
+            if file.name != "config.json" and not is_weights(file.name):
                 shutil.copyfile(file, self._folder / file.name)
         note.save()
         note.divert_index(expert_tensors(self._layers))
@@ -332,8 +332,8 @@ def packed_by(note: dict[str, Any] | None) -> str:
 
 @contextmanager
 def receiving(
-    repository: Repository, asked: str, layers: Sequence[ExpertLayer], headers: Path, folder: Path,
-    located_by: str,
+    repository: Repository, asked: str, layers: Sequence[ExpertLayer], headers: Path,
+    shards: Sequence[str], folder: Path, located_by: str,
 ) -> Iterator[Reception]:  # fmt: skip
     """Begin to pack a repository, or go on with it; nobody else writes the folder meanwhile.
 
@@ -342,6 +342,7 @@ def receiving(
         asked: the repository as the user named it.
         layers: as located in `headers`.
         headers: a folder with the repository's headers and small files.
+        shards: names of the shards that the model consists of; the repository may have others.
         folder: where it goes.
         located_by: the library that located the layers, and its version.
 
@@ -376,7 +377,7 @@ def receiving(
                 )
             known.etag = etag
         try:
-            yield Reception(repository, layers, note, headers, folder)
+            yield Reception(repository, layers, note, headers, shards, folder)
         except OSError as e:
             raise StreamError(
                 f"{e.filename or folder}: packing stopped: {e.strerror}; what arrived is kept, run "
@@ -414,11 +415,11 @@ class _Places:
                 yield low, high, at + low - begin
 
 
-def _without_experts(layers: Sequence[ExpertLayer], headers: Path) -> list[Span]:
-    """The ranges of the shards that hold neither a header nor experts."""
+def _without_experts(layers: Sequence[ExpertLayer], shards: Sequence[Path]) -> list[Span]:
+    """The ranges of shards that hold neither a header nor experts."""
     taken = sorted(part for layer in layers for part in parts_of_files(layer))
     spans = []
-    for file in shard_files(headers):
+    for file in shards:
         at, size = _header_bytes(file), file.stat().st_size
         for _, begin, end in [*(t for t in taken if t[0] == str(file)), ("", size, size)]:
             if at < begin:

@@ -234,7 +234,8 @@ class RowTable:
             wanted = np.unique(ids)
             wanted = wanted[(wanted >= 0) & (wanted < self.rows)]
             rows = [r for r in wanted.tolist() if r not in self._slot]
-            rows = rows[: self.slots // _EARLY_SHARE - len(self._in_flight)]
+            # More than that may be in flight: an interrupted call leaves all that it waited for.
+            rows = rows[: max(0, self.slots // _EARLY_SHARE - len(self._in_flight))]
             if not rows:
                 return
             self._changing = True

@@ -332,7 +332,7 @@ class ExpertStream(Closing):
             has = sum(x.cache.slots * x.expert_bytes for x in self.layers)
             least = sum(n.minimum * n.expert_bytes for n in needs)
             if has - over < least:
-                enough = self.plan.bound + over - (has - least)
+                enough = self.plan.bound_with(over - (has - least))
                 if self.plan.row_cache:  # it keeps its size
                     instead += f", state less than {format_size(self.plan.row_cache)} of row_cache"
                 raise BudgetError(
@@ -734,4 +734,4 @@ def stream(model: nn.Module) -> ExpertStream:
 
 def is_streamed(model: nn.Module) -> bool:
     """Does this model have an `ExpertStream`?"""
-    return _STREAM in model.__dict__
+    return _STREAM in getattr(model, "__dict__", ())  # it may be anything

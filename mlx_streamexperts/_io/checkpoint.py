@@ -19,7 +19,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from .._errors import CheckpointError
+from .._errors import CheckpointError, UnsupportedModelError
 from .._osinfo import content_sample
 
 # Bytes of one element. Sub-byte types have no byte range of their own and are not streamed.
@@ -35,6 +35,8 @@ _MOST_LAYERS = 1000  # Kimi K2.5 has 61
 # Not every key with "layer" is a count of layers: Gemma's vocab_size_per_layer_input is 262144.
 _LAYER_COUNT = re.compile(r"(n|num)_(\w+_)?layers?$")
 _SHARDS = "model*.safetensors"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+"""Files that transformers makes a tokenizer of without a model's code."""
 INDEX = "model.safetensors.index.json"
 MOVED = "model-experts-moved-to-a-packed-store.safetensors"
 """A note, see moved.py: no shard. Every library that reads shards stops at it."""
@@ -214,6 +216,11 @@ def is_shard(name: str) -> bool:
     return fnmatch(name, _SHARDS) and name != MOVED
 
 
+def is_weights(name: str) -> bool:
+    """Does mlx-vlm read weights from a file of this name, or mlx-lm?"""
+    return name.endswith(".safetensors") and name != MOVED
+
+
 def _no_files(folder: Path, promised: dict[str, str]) -> str:
     shards = {f for f in promised.values() if is_shard(f)}
     found = f"no {_SHARDS} file in {folder}"
@@ -221,7 +228,9 @@ def _no_files(folder: Path, promised: dict[str, str]) -> str:
         return f"mlx-lm finds {found}{_pattern_in_name(folder)}"
     if shards:
         found += f" ({len(shards)} of {len(shards)} shards named in {INDEX} are missing)"
-    return found
+    if any(folder.glob("*.gguf")):
+        return f"{found}: GGUF files cannot be streamed, take an MLX conversion of the model"
+    return f"{found}: download the model again or complete it"
 
 
 def _pattern_in_name(folder: Path) -> str:
@@ -260,9 +269,13 @@ def check_model_folder(folder: Path) -> None:
         CheckpointError: it has none (the message tells if a conversion is unfinished), or the file
             is not a JSON object or asks for more layers than any model has.
     """
-    if (folder / "config.json").is_file():
+    if os.path.isfile(folder / "config.json"):  # False, too, where the folder cannot be entered
         _check_numbers(folder / "config.json", read_model_config(folder))
         return
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file: state a model's folder")
+    if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+        raise CheckpointError(f"{folder}: cannot be read: Permission denied")
     reason = "not a model folder"
     if (folder / CONVERSION).is_file():
         reason = "a conversion into this folder is unfinished; run the same command again to go on"
@@ -401,6 +414,37 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         CheckpointError: it cannot be read, or is not a JSON object.
     """
     return read_json_object(folder / "config.json", "a model's configuration", dict)
+
+
+def tokenizer_code(folder: Path) -> str | None:
+    """The Python file of a model without which its tokenizer cannot be built; None without one.
+
+    Raises:
+        CheckpointError: tokenizer_config.json is not a JSON object.
+    """
+    file = folder / "tokenizer_config.json"
+    if not file.is_file() or any((folder / name).is_file() for name in _TOKENIZERS):
+        return None
+    named = read_json_object(file, "a tokenizer's configuration", dict).get("auto_map")
+    found = named.get("AutoTokenizer") if isinstance(named, dict) else None
+    classes = found if isinstance(found, list) else [found]
+    return next((f"{c.split('.')[0]}.py" for c in classes if isinstance(c, str)), None)
+
+
+def check_tokenizer(folder: Path, trusted: bool) -> None:
+    """Refuse a tokenizer that is code, unless that may run.
+
+    Without this, transformers says that sentencepiece is missing, after the weights are loaded.
+
+    Raises:
+        UnsupportedModelError: it is code, and not trusted.
+        CheckpointError: tokenizer_config.json is not a JSON object.
+    """
+    if not trusted and (code := tokenizer_code(folder)) is not None:
+        raise UnsupportedModelError(
+            f"{folder}: this model's tokenizer is Python code that comes with it, {code}. If you "
+            "trust that, pass --trust-remote-code (tokenizer_config={'trust_remote_code': True})"
+        )
 
 
 def read_json_object(

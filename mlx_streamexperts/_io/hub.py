@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from mlx_lm.utils import hf_repo_to_path
 
 from .._errors import CheckpointError
-from .checkpoint import MAX_HEADER_BYTES, is_shard
+from .checkpoint import MAX_HEADER_BYTES, is_weights, read_index
 from .remote import HUB_ERRORS, Repository, first_line
 
 _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w./-]+)?")  # ORG/NAME, @REVISION; else a path
@@ -49,7 +49,8 @@ def headers_only(path_or_hf_repo: str) -> Iterator[tuple[Path, bool]]:
     """Make a folder with the model's headers and small files.
 
     A local folder or a repository that has been downloaded is used as it is. Otherwise a temporary
-    folder is made, and removed at the end.
+    folder is made, and removed at the end. A repository of which only a part was downloaded, such
+    as the tokenizer, counts as downloaded if the Hub cannot be reached.
 
     Args:
         path_or_hf_repo: a model folder, or a Hugging Face repository.
@@ -60,28 +61,41 @@ def headers_only(path_or_hf_repo: str) -> Iterator[tuple[Path, bool]]:
     Raises:
         CheckpointError: it is neither, or a header is not what it claims to be.
     """
-    if (local := _local(path_or_hf_repo)) is not None:
+    local = _local(path_or_hf_repo)
+    if local is not None and (Path(path_or_hf_repo).exists() or _is_whole(local)):
         yield local, True
         return
-    folder = Path(tempfile.mkdtemp(prefix="mlx-streamexperts-headers-"))
+    temporary = Path(tempfile.mkdtemp(prefix="mlx-streamexperts-headers-"))
+    folder = temporary
     try:
-        with fetching(
-            path_or_hf_repo, "is neither a model folder nor a repository that can be fetched"
-        ):
-            fetch_headers(Repository(path_or_hf_repo), folder)
-        yield folder, False
+        try:
+            with fetching(
+                path_or_hf_repo, "is neither a model folder nor a repository that can be fetched"
+            ):
+                fetch_headers(Repository(path_or_hf_repo), temporary)
+        except CheckpointError:
+            if local is None:
+                raise
+            folder = local
+        yield folder, folder is local
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _local(path_or_hf_repo: str) -> Path | None:
-    """The folder with the weights, if it is on this machine."""
+    """The folder of a model, if it is on this machine; of a repository perhaps only a part."""
     if Path(path_or_hf_repo).exists():
         return Path(path_or_hf_repo)
     try:
         return hf_repo_to_path(path_or_hf_repo)
     except (OSError, HFValidationError):  # not in the cache, or only partly
         return None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Does a downloaded repository have weights, all those that its index names among them?"""
+    shards = any(is_weights(file.name) for file in folder.iterdir())
+    return shards and all((folder / name).exists() for name in read_index(folder).values())
 
 
 def fetch_headers(repository: Repository, folder: Path) -> None:
@@ -91,7 +105,7 @@ def fetch_headers(repository: Repository, folder: Path) -> None:
         CheckpointError: a header is not what it claims to be, or as `Repository.read`.
     """
     for name, file in sorted(repository.files.items()):
-        if is_shard(name):
+        if is_weights(name):
             data = repository.read(name, 0, min(_HEADER_GUESS, file.size))
             end = 8 + int.from_bytes(data[:8], "little")
             if end > min(8 + MAX_HEADER_BYTES, file.size):

@@ -33,7 +33,9 @@ from .._io.checkpoint import (
     ExpertTable,
     TensorEntry,
     check_model_folder,
+    is_weights,
     read_checkpoint,
+    read_header,
 )
 from .._io.moved import read_moved
 from .._io.output import check_not_written
@@ -490,6 +492,7 @@ def _embedding_bytes(model: nn.Module, model_config: dict[str, Any]) -> int:
 
 
 def has_expert_tensors(folder: Path) -> bool:
-    """Does a checkpoint name any tensor after experts, or after the modules that hold them?"""
-    names = read_checkpoint(folder).tensors
+    """Does a folder name any tensor after experts, or after the modules that hold them?"""
+    shards = [file for file in folder.iterdir() if is_weights(file.name)]  # of either library
+    names = (entry.name for file in shards for entry in read_header(file))
     return any("expert" in name or "switch_" in name for name in names)

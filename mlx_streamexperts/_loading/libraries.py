@@ -13,8 +13,16 @@ import mlx_lm.utils
 from .._config import StreamConfig
 from .._errors import StreamError, UnsupportedModelError
 from .._hooks import random_state_kept
-from .._io.checkpoint import check_model_folder, read_checkpoint, read_model_config
+from .._io.checkpoint import (
+    check_model_folder,
+    is_shard,
+    is_weights,
+    read_checkpoint,
+    read_index,
+    read_model_config,
+)
 from .._io.moved import read_moved
+from . import vlm
 from .lazy_load import MLX_LM, MLX_VLM, load_recorded
 
 
@@ -22,7 +30,8 @@ def library(folder: Path, config: StreamConfig) -> str:
     """The library that loads this model: `config.loader`, or the one that can.
 
     What both libraries can load goes to mlx-lm, but for a model whose experts mlx-vlm has moved
-    into a packed store: the layers there have its names.
+    into a packed store: the layers there have its names. mlx-lm cannot load shards that have other
+    names than `model*.safetensors`.
 
     Args:
         folder: the model folder; the headers of its weights are enough.
@@ -56,6 +65,8 @@ def library(folder: Path, config: StreamConfig) -> str:
         return MLX_VLM if installed else MLX_LM
     except Exception:
         return MLX_LM
+    if installed and _has_other_shards(folder) and _mlx_vlm_has(folder):
+        return MLX_VLM
     # mlx-vlm's conversions have this prefix. mlx-lm knows it in the families that mlx-vlm has
     # with a vision tower, but not all of those have the same tensors.
     prefixed = any("language_model." in name for name in read_checkpoint(folder).tensors)
@@ -66,6 +77,19 @@ def library(folder: Path, config: StreamConfig) -> str:
         except StreamError:
             return MLX_VLM
     return MLX_LM
+
+
+def _has_other_shards(folder: Path) -> bool:
+    """Are there shards, here or in the index, and none with a name that mlx-lm reads?"""
+    names = {f.name for f in folder.iterdir()} | set(read_index(folder).values())
+    shards = [name for name in names if is_weights(name)]
+    return bool(shards) and not any(is_shard(name) for name in shards)
+
+
+def _mlx_vlm_has(folder: Path) -> bool:
+    """Does mlx-vlm, which is installed, have this model's family?"""
+    kind = vlm.require(folder).get_model_type(read_model_config(folder))
+    return importlib.util.find_spec(f"mlx_vlm.models.{kind}") is not None
 
 
 def require_mlx_lm(folder: str | Path, config: StreamConfig, what: str, instead: str) -> None:

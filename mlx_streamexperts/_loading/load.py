@@ -29,6 +29,7 @@ from .._experts.prefetch import connect
 from .._experts.refusals import guard
 from .._experts.store_gain import WORTH, how_to_pack, store_gain
 from .._experts.stream import ExpertStream, attach, flatten, stream
+from .._io.checkpoint import check_tokenizer
 from .._io.hub import fetching, headers_only
 from .._memory.budget import Plan, check_device
 from .._memory.hardware import named_machine
@@ -89,6 +90,9 @@ def load(
     trust = kwargs.get("trust_remote_code", False)
     folder = local_folder(path_or_hf_repo, patched.config, kwargs.get("revision"), trust)
     loads_vlm = library(folder, patched.config) == MLX_VLM
+    if not loads_vlm:
+        stated = kwargs.get("tokenizer_config") or (args[0] if args else None) or {}
+        check_tokenizer(folder, bool(stated.get("trust_remote_code")))
     loaded_by = vlm.require(folder) if loads_vlm else mlx_lm.utils
     with patching.for_this_thread(patched):
         result: tuple[Any, ...] = loaded_by.load(str(folder), *args, **kwargs)
@@ -148,11 +152,18 @@ def local_folder(
     """The local folder of a model, or of this rank's part of it. Raises what `resolve` raises."""
     if (group := patching.group_of(config)) is not None:
         return part_of_repository(path_or_hf_repo, config, group, trust)
-    return resolve(path_or_hf_repo, revision)
+    return resolve(path_or_hf_repo, revision, config)
 
 
-def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
+def resolve(
+    path_or_hf_repo: str | Path, revision: str | None = None, config: StreamConfig | None = None
+) -> Path:
     """The local folder of a model; a Hub repository is downloaded first.
+
+    Args:
+        path_or_hf_repo: a model folder, or a repository.
+        revision: of the repository.
+        config: names the library that loads the model, if it is not the one that can.
 
     Raises:
         CheckpointError: there is no such folder, and no such repository can be downloaded.
@@ -160,7 +171,12 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
     with fetching(
         path_or_hf_repo, "is neither a model folder nor a repository that can be fetched"
     ):
-        return mlx_lm.utils._download(str(path_or_hf_repo), revision=revision)
+        folder: Path = mlx_lm.utils._download(str(path_or_hf_repo), revision=revision)
+        if Path(path_or_hf_repo).exists() or library(folder, config or StreamConfig()) == MLX_LM:
+            return folder
+        # mlx-vlm reads files that mlx-lm does not download: shards of any name, for example.
+        downloaded: Path = vlm.require(folder).get_model_path(str(path_or_hf_repo), revision)
+        return downloaded
 
 
 def library_of(path_or_hf_repo: str | Path, config: StreamConfig) -> str:

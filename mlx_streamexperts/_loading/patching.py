@@ -242,7 +242,7 @@ def _sharded_load(
     try:
         return mlx_lm.utils.load(
             str(folder),
-            tokenizer_config or {"trust_remote_code": True},
+            tokenizer_config or {"trust_remote_code": trust_remote_code},  # stock always trusts
             return_config=return_config,
             trust_remote_code=trust_remote_code,
         )

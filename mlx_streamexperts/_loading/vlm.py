@@ -47,6 +47,7 @@ _PROJECTIONS = (
     ("mlx_vlm.models.switch_layers", "QuantizedSwitchLinear"),
     ("mlx_vlm.quantization.nvfp4", "ScaledQuantizedSwitchLinear"),
 )
+_OFFLOADED = "offload_index.json"  # mlx_vlm.moe_offload writes it
 _JOINED = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 Classes = tuple[type[nn.Module], ...]
 
@@ -92,8 +93,8 @@ def require(folder: Path) -> Any:
         if (e.name or "").partition(".")[0] != "mlx_vlm":
             raise
         raise StreamError(
-            f"{folder}: this model loads through mlx-vlm, which is not installed: "
-            "pip install 'mlx-vlm>=0.7.8,<0.8'"
+            f"{folder}: this mlx-lm has no family {read_model_config(folder).get('model_type')!r}, "
+            "or not all of it. mlx-vlm may have it: pip install 'mlx-vlm>=0.7.8,<0.8'"
         ) from e
 
 
@@ -175,12 +176,18 @@ def load_recorded(
     Raises:
         CheckpointError: mlx-vlm cannot load the checkpoint, or a file is damaged or not in its
             folder.
-        UnsupportedModelError: the checkpoint brings model code, and `arguments` do not trust it.
+        UnsupportedModelError: the checkpoint brings model code, and `arguments` do not trust it, or
+            mlx-vlm's own offloading has written it.
         StreamError: mlx-vlm is not installed, or the checkpoint has more files than this process
             may open.
     """
     utils = require(folder)
     load = original_load_model()
+    if (folder / _OFFLOADED).exists():
+        raise UnsupportedModelError(
+            f"{folder}: mlx-vlm's own offloading has taken this model apart (mlx_vlm.moe_offload): "
+            "stream the folder that it was made from"
+        )
     count = sum(1 for _ in folder.glob("*.safetensors"))
     if not count:
         read_checkpoint(folder)  # says what is missing

@@ -140,6 +140,14 @@ class Plan:
         """The part of `bound` that is MLX's: all but the process itself and the row cache."""
         return self.bound - min(self.bound // _PROCESS_SHARE, _PROCESS_BYTES) - self.row_cache
 
+    def bound_with(self, nbytes: int) -> int:
+        """The smallest bound, in bytes, that leaves MLX more memory than this plan does.
+
+        Args:
+            nbytes: how much more.
+        """
+        return _with_process(self.mlx_bound + self.row_cache + nbytes)
+
     def as_dict(self) -> dict[str, Any]:
         """The figures as JSON values."""
         figures = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "footprint"}
@@ -233,12 +241,16 @@ class Plan:
             + f"KV {format_size(self.kv)} + work space {format_size(self.work)}{self._rest()}"
             + (
                 f"; {self.resident_share:.0%} of {format_size(self.experts)} of experts resident, "
-                f"{min(self.slots)} to {max(self.slots)} slots a layer"
+                f"{self._slots_text()} slots a layer"
                 if self.experts
                 else ""
             )
             + (f"; {format_size(self.tables)} of tables stay on the drive" if self.tables else "")
         )
+
+    def _slots_text(self) -> str:
+        least, most = min(self.slots), max(self.slots)
+        return str(most) if least == most else f"{least} to {most}"
 
     def __repr__(self) -> str:
         return f"<Plan: {self}>"

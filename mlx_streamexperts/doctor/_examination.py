@@ -35,11 +35,11 @@ from .._analysis.predict import (
     predict,
     replayed_hit_rate,
 )
-from .._config import StreamConfig, from_arguments, parse_size
+from .._config import StreamConfig, format_size, from_arguments, parse_size
 from .._errors import BudgetError, StreamError
 from .._experts.bank import in_place_works
 from .._experts.stream import unwritten
-from .._io.checkpoint import extents
+from .._io.checkpoint import extents, tokenizer_code
 from .._io.files import direct_works
 from .._io.hub import headers_only
 from .._loading.demo import demo_model
@@ -101,10 +101,12 @@ class Examination:
     """Everything that `doctor` prints about a model. `measured` is None for named machines."""
 
     model: str
+    library: str  # that loads it
     machines: list[Verdict | DoesNotFit]
     measured: Measured | None = None
     downloaded: bool = False
     free_disk: int = 0  # bytes
+    tokenizer_code: str | None = None  # the file of it, if the tokenizer is code
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON object that `--json` prints."""
@@ -112,6 +114,8 @@ class Examination:
         if self.measured is not None:
             here = {"downloaded": self.downloaded, "free_disk": self.free_disk,
                     "measured": asdict(self.measured)}  # fmt: skip
+        if self.tokenizer_code is not None:
+            here["tokenizer_code"] = self.tokenizer_code
         return {"model": self.model, **here, "machines": [m.as_dict() for m in self.machines]}
 
 
@@ -129,16 +133,21 @@ def examine(args: argparse.Namespace) -> Examination:
     machines = [_with_drive(m, args.drive) for m in _named_machines(_names(args))]
     with headers_only(name) as (folder, downloaded):
         found = _discover(folder, config, args)
+        code = tokenizer_code(folder)
         if machines:
             verdicts = [_on_machine(found, config, m, args) for m in machines]
             # A repository that is in this machine's cache is still a download for that machine.
-            return Examination(name, verdicts, downloaded=Path(name).exists())
+            is_folder = Path(name).exists()
+            return Examination(
+                name, found.library, verdicts, downloaded=is_folder, tokenizer_code=code
+            )
         plan = found.plan(config)
         check_device(plan, device_limit(plan.bound), config.oversubscribe)
         here, measured = _measure(found, downloaded, config, args.drive_seconds)
         here = _with_drive(here, args.drive)
         verdict = _verdict(plan, here, config, args)
-        return Examination(name, [verdict], measured, downloaded, free_disk_bytes(folder))
+        free = free_disk_bytes(folder)
+        return Examination(name, found.library, [verdict], measured, downloaded, free, code)
 
 
 @dataclass(frozen=True)
@@ -186,6 +195,14 @@ def examine_machines(args: argparse.Namespace) -> list[MachineExamination]:
         budget = apple_budget(machine.memory) if measured is None else default_memory()
         if config.memory is not None:
             budget = parse_size(config.memory)
+            limit = (
+                apple_limit(machine.memory, budget) if measured is None else device_limit(budget)
+            )
+            if budget > limit.nbytes and not config.oversubscribe:
+                raise StreamError(
+                    f"memory of {format_size(budget)} is more than {machine.name} can hold, "
+                    f"{format_size(limit.nbytes)}: {limit.why}"
+                )
         suited, too_large = [], []
         for model in KNOWN_MODELS:
             try:

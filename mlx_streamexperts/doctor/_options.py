@@ -68,7 +68,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         metavar="RANK",
         help="with --ranks: print only the names of the files that this rank needs",
     )
-    parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the checkpoint"
+    )
     parser.add_argument(
         "--selftest",
         action="store_true",

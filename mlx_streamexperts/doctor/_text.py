@@ -12,6 +12,7 @@ from .._analysis.machines import report_lines
 from .._analysis.predict import Range, predict
 from .._config import format_size
 from .._errors import BudgetError
+from .._loading.lazy_load import MLX_VLM
 from .._memory.hardware import Machine
 from ._examination import (
     DoesNotFit,
@@ -43,7 +44,12 @@ def lines(found: Examination | RanksExamination) -> Iterator[str]:
             yield f"{found.model} on {verdict.machine.name}: does not fit. {verdict.reason}"
             continue
         yield headline(found.model, verdict, found.downloaded)
-        yield f"  Type: {command(found.model, verdict, found.downloaded)}"
+        yield f"  Type: {command(found, verdict)}"
+        if found.tokenizer_code:
+            yield (
+                f"  Its tokenizer is Python code that comes with it, {found.tokenizer_code}: "
+                "decide whether you trust that. It may need packages (Kimi's: pip install tiktoken)"
+            )
         yield f"  {limit(verdict)}"
         yield f"  What would help most: {help_most(verdict)}"
         if found.measured is None:
@@ -79,14 +85,19 @@ def headline(model: str, verdict: Verdict, downloaded: bool = False) -> str:
     )
 
 
-def command(model: str, verdict: Verdict, downloaded: bool = False) -> str:
+def command(found: Examination, verdict: Verdict) -> str:
     """What to type next: of a repository that is not here, the download first."""
-    plan, quoted = verdict.plan, shlex.quote(model)
-    download = "" if downloaded or Path(model).exists() else f"hf download {quoted} && "
+    plan, quoted = verdict.plan, shlex.quote(found.model)
+    here = found.downloaded or Path(found.model).exists()
+    download = "" if here else f"hf download {quoted} && "
     if plan.conversion:
         return f"{download}streamexperts convert --model {quoted} --out converted"
     memory = "" if plan.memory is None else f" --memory {plan.memory // 10**6}MB"
-    return f"{download}streamexperts chat --model {quoted}{memory.replace('000MB', 'GB')}"
+    memory = memory.replace("000MB", "GB")
+    if found.library == MLX_VLM:
+        return f"{download}streamexperts run{memory} mlx_vlm.chat --model {quoted}"
+    trust = " --trust-remote-code" if found.tokenizer_code else ""
+    return f"{download}streamexperts chat --model {quoted}{memory}{trust}"
 
 
 def limit(verdict: Verdict) -> str:
@@ -177,7 +188,8 @@ def machine_lines(found: list[MachineExamination]) -> Iterator[str]:
         if here.too_large:
             yield f"  too large: {', '.join(here.too_large)}"
         if best:
-            yield f"  Next: streamexperts doctor --model {best[0].repo}"
+            there = "" if here.measured else f" --machine {shlex.quote(here.machine.name)}"
+            yield f"  Next: streamexperts doctor --model {best[0].repo}{there}"
 
 
 def _measured(measured: Measured, machine: Machine) -> Iterator[str]:
@@ -186,7 +198,8 @@ def _measured(measured: Measured, machine: Machine) -> Iterator[str]:
     how = "past the page cache" if measured.page_cache_bypassed else "page cache warm"
     for r in measured.drive:
         yield (
-            f"Drive (measured, {how}): {format_size(r.rate)}/s at {r.depth} reads of "
+            f"Drive (measured, {how}): {format_size(r.rate)}/s at {r.depth} "
+            f"{'read' if r.depth == 1 else 'reads'} of "
             f"{format_size(r.read_bytes)} in flight ({r.mean_depth:.1f} on average), "
             f"{1e3 * r.latency:.2f} ms each"
         )
@@ -236,8 +249,8 @@ def _verdict(verdict: Verdict) -> Iterator[str]:
     if plan.experts:
         yield f"  expected hit rate: {_range(p.hit_rate, '.0%')} ({verdict.hit_rate_from})"
     yield (
-        f"  predicted decode: {_range(p.tokens_per_s, '.3g')} tokens/s; first token of "
-        f"{p.prompt_tokens} after {_range(p.first_token, '.3g')} s"
+        f"  predicted decode: {p.tokens_per_s} tokens/s; first token of {p.prompt_tokens} after "
+        f"{p.first_token} s"
     )
     yield (
         f"  a token, likely: compute {1e3 * p.compute_seconds:.1f} ms + sync and "

@@ -46,6 +46,11 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--render", type=Path, metavar="JSON", help="only write the page of this report again"
     )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the code of a tokenizer that is code (Kimi's)",
+    )
     return make_parser(parser, "report", __doc__)
 
 

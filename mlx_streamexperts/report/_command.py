@@ -38,7 +38,9 @@ def _rendered(file: Path, out: Path) -> Path:
         found = json.loads(file.read_text())
         if (found["schema"], found["version"]) != (SCHEMA, VERSION):
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except OSError as e:
+        raise StreamError(f"{file}: cannot be read: {e.strerror}") from e
+    except (ValueError, KeyError, TypeError) as e:
         raise StreamError(f"{file}: not a report of version {VERSION}") from e
     try:
         report = from_json(Report, found)
@@ -62,7 +64,7 @@ def _measured(args: argparse.Namespace) -> Path | None:
     name = Path(model).resolve().name if local else args.model  # no path of a user
     report: Report | None = None
     try:
-        for report in measure(model, config, settings, name, args.note):
+        for report in measure(model, config, settings, name, args.note, args.trust_remote_code):
             write_data(report, args.out, UNFINISHED)  # lasts, however this process ends
     except BaseException as e:
         if report is None:

@@ -42,14 +42,17 @@ FULL = Settings(
 
 
 def measure(
-    folder: str, config: StreamConfig, settings: Settings, name: str, note: str = ""
-) -> Iterator[Report]:
+    folder: str, config: StreamConfig, settings: Settings, name: str, note: str = "",
+    trust: bool = False,
+) -> Iterator[Report]:  # fmt: skip
     """Measure everything; yields the report before each part, as if the run ended there.
 
     It is the same object each time: parts are added to it, and at its end it is whole.
 
     Args:
         name: of the model, on the page.
+        note: for readers of the page.
+        trust: run the code of a tokenizer that is code.
 
     Raises:
         StreamError: the model cannot be streamed, or nothing of it would be with this budget.
@@ -64,7 +67,7 @@ def measure(
     status = _Status()
     with StatusLine(status, shown=shown) as line:
         line.show()
-        model, tokenizer, cold = _cold_start(folder, config)
+        model, tokenizer, cold = _cold_start(folder, config, trust)
         status.stream = stream(model)
         prompts = _cut(report_prompts(tokenizer, settings.prompts), settings.prompt_tokens)
         how = method(Path(folder), name, stream(model), settings, prompts, load)
@@ -135,14 +138,15 @@ def with_something_to_stream(folder: str, config: StreamConfig) -> StreamConfig:
     return replace(config, cache=max(1, int(_STEADY_SHARE * there.experts)))
 
 
-def _cold_start(folder: str, config: StreamConfig) -> tuple[Any, Any, ColdStart]:
+def _cold_start(folder: str, config: StreamConfig, trust: bool) -> tuple[Any, Any, ColdStart]:
     """Load, and generate a first token, with the files out of the page cache if possible."""
     files = sorted(Path(folder).glob("*.safetensors"))
     if config.store is not None:
         files += [f for f in sorted(Path(config.store).iterdir()) if f.is_file()]
     dropped = all([drop_page_cache(f) for f in files])
     begin = time.perf_counter()
-    model, tokenizer = load(folder, config=config)[:2]
+    tokenizer_config = {"trust_remote_code": trust}
+    model, tokenizer = load(folder, config=config, tokenizer_config=tokenizer_config)[:2]
     loaded = time.perf_counter() - begin
     prompt = report_prompts(tokenizer, 1)[0].tokens[:64]
     first = speed.generate(model, prompt, 2).first_token

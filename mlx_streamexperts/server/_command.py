@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
+import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -41,6 +44,8 @@ from ._request_counters import RequestCounters
 MOST_CONNECTIONS = 1024
 """Connections open at once; fewer if this process may not open as many files beside the shards."""
 
+_LAST_SECONDS = 1.0  # for the last answers of a server that is stopped
+
 _FULL = (
     b"HTTP/1.0 503 Service Unavailable\r\nContent-Type: application/json\r\n\r\n"
     b'{"error": {"message": "too many connections; try again later", "type": "server_error", '
@@ -57,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.max_body = parse_size(args.max_body)
         check_prefix_arguments(args)
+        if not 0 <= args.port < 1 << 16:  # mlx-lm's server would take another one
+            raise StreamError(f"--port {args.port}: a port is a number from 0 to 65535")
         config, model = stream_settings(args, _INSTEAD)
         assert model is not None
         if config.pressure is None:
@@ -83,16 +90,35 @@ def main(argv: list[str] | None = None) -> int:
                 f"warning: other machines can reach {args.host}, and there is no --api-key",
                 file=sys.stderr,
             )
+        _check_address(args.host, args.port)
         with patch(config=config), _interruptible():
             _serve(args, served, aliases, choice, draft)
     except StreamError as e:
         return failed(e)
     except OSError as e:  # for example the address is in use
-        print(f"error: cannot serve at {args.host}:{args.port}: {e}", file=sys.stderr)
+        reason = f"cannot serve at {args.host}:{args.port}: {e.strerror or e}"
+        if e.errno == errno.EADDRINUSE:
+            reason += " (--port states another one)"
+        print(f"error: {reason}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # a second Ctrl-C while the first is being obeyed
         os._exit(130)
     return 0
+
+
+def _check_address(host: str, port: int) -> None:
+    """Try the address before the model is loaded, which takes minutes.
+
+    Raises:
+        OSError: it is in use, or is not this machine's.
+    """
+    if mx.distributed.init().rank() > 0:
+        return
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _, address = found[0]
+    with socket.socket(family, kind, protocol) as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        tried.bind(address)
 
 
 def _serve(
@@ -133,7 +159,11 @@ def _serve(
 
 
 class Server(ThreadingHTTPServer):
-    """Accepts connections at once, and answers them when the model is loaded."""
+    """Accepts connections at once, and answers them when the model is loaded.
+
+    Attributes:
+        answering: threads that answer a request for text.
+    """
 
     _generator: GenerationThread  # of a subclass, as is `_choice`
     _choice: ContextChoice | None = None
@@ -142,6 +172,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._free = threading.Semaphore(self.connections)
+        self.answering: set[threading.Thread] = set()
         super().__init__(*args, **options)
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -162,6 +193,7 @@ class Server(ThreadingHTTPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
+            self.answering.discard(threading.current_thread())
             self._free.release()
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
@@ -173,6 +205,10 @@ class Server(ThreadingHTTPServer):
         finally:
             self._generator.stopping = True
             self.server_close()
+            self._generator.stop_and_join()
+            end = time.monotonic() + _LAST_SECONDS
+            for thread in list(self.answering):  # each tells its client, and writes its log line
+                thread.join(max(0.0, end - time.monotonic()))
 
     def _when_ready(self) -> None:
         """Tell that the model is loaded; if it could not be, end serving."""

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import copy, deepcopy
 from dataclasses import replace
 from functools import partial
@@ -105,6 +105,7 @@ class GenerationThread(stock.ResponseGenerator):
                     logging.exception("a batch failed, and its requests with it")
                     self._fail_all(e.with_traceback(None))  # the frames hold the batch
         finally:
+            self._dismiss_all()
             self.model_provider.unload()
             mx.clear_streams()  # MLX aborts at exit if a stream of an ended thread is left
 
@@ -117,6 +118,16 @@ class GenerationThread(stock.ResponseGenerator):
         restore_random_state()
         gc.collect()
         mx.clear_cache()
+
+    def _dismiss_all(self) -> None:
+        """End all requests, running or waiting: mlx-lm's loop leaves them when it stops."""
+        self._fail_all(ClientGone())
+        waiting, self._waiting = self._waiting, None
+        with suppress(Empty):
+            while True:
+                reply = (waiting or self.requests.get_nowait())[0]
+                reply.put(ClientGone())
+                waiting = None
 
     def _save_cache(self, tokens: list[int], caches: list[Any]) -> None:
         """Keep the KV cache of a reply that ended early, as mlx-lm keeps those of whole ones."""
@@ -252,6 +263,9 @@ class GenerationThread(stock.ResponseGenerator):
                 "reasoning_effort means nothing to this model's template; leave it out",
                 "reasoning_effort",
             )
+        sees = self.model_provider.processor is not None and tokenizer.has_chat_template
+        if not sees and any(stock._image_parts(request.messages)):
+            raise BadRequestError("this model takes text alone: leave the image out", "messages")
         try:
             return super()._tokenize(tokenizer, request, args)
         except Exception as e:  # the chat template failed, or does not know a role
@@ -534,10 +548,14 @@ class Client:
             self.generator.tokenize_ahead(request, args, self)
             context, responses = self.generator.generate(request, args, progress)
         except ClientGone as e:
+            if self.generator.stopping:
+                raise
             raise Refused(499, "the client has left") from e
         except BadRequestError as e:
             raise Refused(400, str(e), "invalid_request", e.param) from e
         except Exception as e:
+            if self.generator.stopping:  # it came when the thread had ended
+                raise ClientGone from e
             raise generation_failed(e) from e
         return context, self._counted(context, responses, start)
 

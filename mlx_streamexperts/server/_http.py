@@ -39,19 +39,20 @@ from ._apis.ollama import VERSION, OllamaForm, show, tags
 from ._apis.openai import ChatForm, TextForm
 from ._apis.responses import ResponsesForm
 from ._choices import interleaved
+from ._field_checks import text_of
 from ._generation import Client, GenerationThread
 from ._log import Answered, log
 from ._metrics import live, prometheus
 from ._refusals import Asked, ClientGone, Refused, generation_failed
 from ._replies import Piece, Reply
-from ._request_checks import check_request, shape_of
+from ._request_checks import check_request, check_values, shape_of
 
 MOST_REQUESTS = 256
 """Replies that may be running or waiting; more are refused with status 503."""
 
 _SOCKET_SECONDS = 60.0  # for a request to arrive; also how long a client may take nothing
 _SLOWEST = 64 << 10  # bytes/s that a body needs beyond those seconds
-_DRAIN_BYTES = 256 << 20  # read of a body that is too long, so that its client sees the answer
+_DRAIN_BYTES = 256 << 20  # taken of a body that is not read, so that its client sees the answer
 _DRAIN_SECONDS = 5.0
 _MOST_DRAFTED = 64  # tokens; the pass that verifies them is as long, and no plan covers it
 FORMS: dict[str, type[Form]] = {
@@ -130,6 +131,8 @@ class Handler(stock.APIHandler):
         self.generator = generator
         self.options = generator.cli_args
         self.began = False  # whether the reply has begun
+        self._unread = True  # whether the body is still to be read
+        self._drains = False
         self._answered: Answered | None = None  # the request for text under way
         self.form_path = ""  # of the request, while mlx-lm's handler runs under a path of its own
         view: Any = Client(generator, request)
@@ -140,6 +143,24 @@ class Handler(stock.APIHandler):
         self.rfile.close()
         self._reader = _DeadlineReader(self.connection, self.timeout)
         self.rfile = io.BufferedReader(self._reader)
+
+    def finish(self) -> None:
+        if self._drains:
+            self._drain()
+        super().finish()
+
+    def _drain(self) -> None:
+        """Take the rest of a refused request, until its client closes the connection.
+
+        Closed before that, the connection is reset: to 8 in 10 wrong keys with a body of 8 MB,
+        Node's `fetch` said "write EPIPE" instead of our answer.
+        """
+        self._reader.until = time.monotonic() + min(_DRAIN_SECONDS, self.timeout)
+        left, buffer = _DRAIN_BYTES, bytearray(1 << 16)
+        with suppress(OSError):  # TimeoutError among them
+            self.connection.shutdown(socket.SHUT_WR)
+            while left > 0 and (got := self._reader.readinto(buffer)):
+                left -= got
 
     # Routes
 
@@ -155,7 +176,10 @@ class Handler(stock.APIHandler):
             elif self.path == "/health" and not self.generator.ready.is_set():
                 self._send_json({"status": "loading"}, 503)
             elif self.path == "/health":
-                super().do_GET()
+                if self.generator.is_healthy:
+                    self._send_json({"status": "ok"})
+                else:
+                    self._send_json({"status": "unavailable"}, 503)
             elif self.path == "/live.json":
                 self._authorize()
                 self._send_json(live(self.generator))
@@ -178,6 +202,8 @@ class Handler(stock.APIHandler):
         except (ConnectionError, TimeoutError):
             self.close_connection = True
 
+    do_HEAD = do_GET  # noqa: N815, `_send` leaves the body out
+
     def do_OPTIONS(self) -> None:  # noqa: N802
         """Answer a browser's CORS preflight."""
         try:
@@ -189,6 +215,7 @@ class Handler(stock.APIHandler):
     def do_POST(self) -> None:  # noqa: N802
         """Check a request for text, let mlx-lm's handler run it, and log how it ended."""
         begin = time.monotonic()
+        self.server.answering.add(threading.current_thread())
         self._answered = Answered(self.address_string(), "POST", self.path)
         self._answered.outcome = self._post()
         self._answered.seconds = time.monotonic() - begin
@@ -201,15 +228,12 @@ class Handler(stock.APIHandler):
         try:
             self._check_host()
             self.path = self.form_path = _path_of(self.path)
-            form = FORMS.get(self.path)
-            if form is not None:
-                self._form = form(self.system_fingerprint)
+            self._form = _form_of(self.path)(self.system_fingerprint)
             self._authorize()
             if self.path == "/api/show":
-                self._form = OllamaForm(self.system_fingerprint)
                 self._show(self._body())
                 return ""  # of no text
-            if form is None:
+            if self.path not in FORMS:
                 raise Refused(404, f"there is no resource at {self.path[:200]}", "not_found")
             asked = self._form.request(self._body())
             asked = check_request(asked, self.options.fetch_images, self._form.chat)
@@ -313,11 +337,6 @@ class Handler(stock.APIHandler):
             raise Refused(400, "Content-Length must be a single number")
         length, limit = int(stated[0]), self.options.max_body
         if length > limit:
-            left = min(length, _DRAIN_BYTES)
-            self._reader.until = time.monotonic() + min(_DRAIN_SECONDS, self.timeout)
-            with suppress(TimeoutError):
-                while left > 0 and (got := len(self.rfile.read1(min(left, 1 << 16)))):
-                    left -= got
             raise Refused(
                 413, f"the body has {length} bytes; {limit} are allowed (--max-body)", "too_large"
             )
@@ -325,12 +344,14 @@ class Handler(stock.APIHandler):
         raw = self.rfile.read(length)
         if len(raw) < length:
             raise ClientGone
+        self._unread = False
         try:
             body = json.loads(raw)
         except (ValueError, RecursionError) as e:
             raise Refused(400, f"the body is not JSON: {e}", "invalid_json") from e
         if not isinstance(body, dict):
             raise Refused(400, "the body must be a JSON object", "invalid_json")
+        check_values(body)
         return body
 
     def validate_model_parameters(self) -> None:
@@ -517,7 +538,8 @@ class Handler(stock.APIHandler):
 
     def _show(self, body: dict[str, Any]) -> None:
         """Answer Ollama's question about a model."""
-        name, provider = str(body.get("model") or body.get("name")), self.generator.model_provider
+        name, provider = body.get("model") or body.get("name"), self.generator.model_provider
+        name = text_of(name, "model")
         name = name if name in provider.served else name.removesuffix(":latest")
         provider.check(name, None, "default_model")
         loaded = provider.is_loaded(name)
@@ -536,7 +558,8 @@ class Handler(stock.APIHandler):
             **(headers or {}),
         }.items():
             self.send_header(key, value)
-        if self.path.startswith(("/v1/", "/chat/", "/api/")):
+        healthy = self.path == "/health" and status == 200
+        if healthy or self.path.startswith(("/v1/", "/chat/", "/api/")):
             self._set_cors_headers()
         self.end_headers()
         if self.command != "HEAD":
@@ -548,6 +571,11 @@ class Handler(stock.APIHandler):
     def _refuse(self, refused: Refused) -> None:
         """Send an error in the API's form; after a reply has begun, as its last event."""
         self.close_connection = True
+        sends = any(name in self.headers for name in ("Content-Length", "Transfer-Encoding"))
+        self._drains = self._unread and (sends or not self.headers)
+        if not self.form_path:
+            self._form = _form_of(self.path.partition("?")[0])(self.system_fingerprint)
+        refused = self._form.named(refused)
         try:
             if self.began:
                 self.wfile.write(self._form.error_event(refused))
@@ -580,6 +608,13 @@ def _comment(progress: Progress | None) -> bytes:
     """What clients of event streams skip: how far the prompt is."""
     text = "" if progress is None else f" {progress.tokens}/{progress.total} ({progress})"
     return f": keepalive{text}\n\n".encode()
+
+
+def _form_of(path: str) -> type[Form]:
+    """The API that a path belongs to, whether or not there is such a path."""
+    if path.startswith("/api/"):
+        return OllamaForm
+    return FORMS.get(path, MessagesForm if path.startswith("/v1/messages/") else ChatForm)
 
 
 def _path_of(target: str) -> str:

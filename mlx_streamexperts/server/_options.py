@@ -1,7 +1,7 @@
 """Serve streamed models over HTTP: mlx_lm.server with all its options, and a memory budget.
 
 python -m mlx_streamexperts.server
-python -m mlx_streamexperts.server --model mlx-community/Kimi-K2.5 --memory 96GB --port 8080
+python -m mlx_streamexperts.server --model mlx-community/Qwen3.5-397B-A17B-4bit --memory 90GB
 
 OpenAI's and Anthropic's APIs at /v1, Ollama's chat at /api, figures at /metrics (Prometheus), and a
 live page at /.

@@ -42,11 +42,24 @@ _FRACTIONS = (
 )  # fmt: skip
 
 
+def check_values(body: dict[str, Any]) -> None:
+    """Check what no field of any API may have: half a character, no number, too deep a nesting.
+
+    Raises:
+        Refused: with status 400, the field, and what is wrong with it.
+    """
+    for path, value in _walk(body):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise wrong(path, "must be finite")
+        if isinstance(value, str) and not _encodes(value):
+            raise wrong(path, "has half of a surrogate pair, for which there are no tokens")
+
+
 def check_request(body: dict[str, Any], fetch_images: bool, chat: bool) -> dict[str, Any]:
     """Check a request, and translate it for mlx-lm's handler.
 
     Args:
-        body: the request's JSON object.
+        body: the request's JSON object, after `check_values`.
         fetch_images: whether it may name images by http(s) URL.
         chat: whether it is for chat completions, or for completions.
 
@@ -55,11 +68,6 @@ def check_request(body: dict[str, Any], fetch_images: bool, chat: bool) -> dict[
     """
     # null means the default, except for draft_model.
     body = {k: v for k, v in body.items() if v is not None or k == "draft_model"}
-    for path, value in _walk(body):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise wrong(path, "must be finite")
-        if isinstance(value, str) and not _encodes(value):
-            raise wrong(path, "has half of a surrogate pair, for which there are no tokens")
     fields = CHAT_FIELDS if chat else TEXT_FIELDS
     for key, value in body.items():
         check = fields.get(key)
@@ -91,7 +99,7 @@ def shape_of(body: dict[str, Any]) -> Shape | None:
             return None
         return Shape(schema, tools if choice == "auto" else (), many, "response_format")
     if not tools:
-        raise wrong("tool_choice", f"is {choice!r}, but there are no tools")
+        raise wrong("tool_choice", "forces a call, but there are no tools")
     if isinstance(choice, dict):
         name = choice["function"]["name"]
         tools = tuple(t for t in tools if t["function"]["name"] == name)
@@ -208,8 +216,9 @@ def _messages(value: Any) -> str | None:
     if not value or not are(value, dict) or not all(isinstance(m.get("role"), str) for m in value):
         return "must be a list of objects with a role"
     for message in value:
-        if not isinstance(message.get("name"), str | None):
-            return "have a name that is not a string"
+        for key in ("name", "reasoning", "reasoning_content", "tool_call_id"):
+            if not isinstance(message.get(key), str | None):
+                return f"have a {key} that is not a string"
         calls = message.get("tool_calls")
         if calls is not None and not (are(calls, dict) and all(map(_is_call, calls))):
             return "have tool_calls that are not a list of functions with a name and arguments"
@@ -224,6 +233,7 @@ def _is_call(call: dict[str, Any]) -> bool:
         isinstance(function, dict)
         and isinstance(function.get("name"), str)
         and isinstance(function.get("arguments"), str | dict | None)
+        and isinstance(call.get("id"), str | None)
     )
 
 
@@ -240,13 +250,20 @@ def _is_json(arguments: Any) -> bool:
 
 def _tools(value: Any) -> str | None:
     good = are(value, dict) and all(
-        isinstance(f := t.get("function"), dict)
+        t.get("type") in ("function", None)
+        and isinstance(f := t.get("function"), dict)
         and isinstance(f.get("name"), str)
+        and isinstance(f.get("description"), str | None)
         and isinstance(f.get("parameters"), dict | None)
+        and isinstance(f.get("strict"), bool | None)
         for t in value
     )
-    must = "must be a list of objects with a function that has a name, and parameters as a schema"
-    return None if good else must
+    if good:
+        return None
+    return (
+        "must be a list of objects of type 'function', with a function that has a name, a "
+        "description as text and parameters as a schema"
+    )
 
 
 def _tool_choice(value: Any) -> str | None:

@@ -53,7 +53,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         help="afterwards, measure lossy settings on the prompts and name the fastest one that "
         "raises perplexity by at most this (0.01 is 1 %%). Nothing lossy is saved")  # fmt: skip
     add("--dry-run", action="store_true", help="print the values to try, and load nothing")
-    add("--trust-remote-code", action="store_true")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
     return make_parser(parser, "tune", __doc__)
 
 

@@ -136,9 +136,10 @@ def _tune(args: argparse.Namespace, runner: Runner, config: StreamConfig) -> int
             print(json.dumps(record), flush=True)
             return 0 if record["ratio"] is not None else 1
         print(f"Tuning {runner.plan}; every trial: {ledger}", file=sys.stderr)
+        seconds = args.time_limit
+        limit = f"{seconds:.3g} s" if seconds < 60 else f"{seconds / 60:.3g} minutes"
         print(
-            f"It takes at most about {args.time_limit / 60:.3g} minutes (--time-limit); Ctrl-C "
-            "ends it with the best so far",
+            f"It takes at most about {limit} (--time-limit); Ctrl-C ends it with the best so far",
             file=sys.stderr,
         )
         outcome = tuner.tune()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from .._field_checks import (
     Check,
@@ -79,6 +79,7 @@ _REASONS = {"length": "max_tokens", "tool_calls": "tool_use", "stop": "end_turn"
 class MessagesForm(Form):
     """/v1/messages."""
 
+    names: ClassVar = {"response_format": "output_config.format", "stop": "stop_sequences"}
     needed: tuple[str, ...] = ("messages", "max_tokens")
 
     def __init__(self, fingerprint: str) -> None:
@@ -95,7 +96,8 @@ class MessagesForm(Form):
         self._model = given.get("model", self._model)
         chat: dict[str, Any] = {"messages": _system(given.get("system"))}
         for i, message in enumerate(objects(given["messages"], "messages")):
-            chat["messages"] += _messages(message, f"messages[{i}]")
+            for said in _messages(message, f"messages[{i}]"):
+                _say(chat["messages"], said)
         if self.count(0) is None:  # a reply is wanted
             check_last(chat["messages"])
         for key in ("max_tokens", "model", "stream", "temperature", "top_k", "top_p"):
@@ -238,6 +240,19 @@ def _messages(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
     return found
 
 
+def _say(messages: list[dict[str, Any]], said: dict[str, Any]) -> None:
+    """Add a message. A user's turns in a row are one: templates refuse two (Gemma, Mistral)."""
+    last = messages[-1] if messages else {}
+    if not last.get("role") == said["role"] == "user":
+        messages.append(said)
+        return
+    both = [
+        [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for content in (last["content"], said["content"])
+    ]
+    last["content"] = [*both[0], {"type": "text", "text": "\n\n"}, *both[1]]
+
+
 def _image(block: dict[str, Any], where: str) -> str:
     source = block.get("source")
     if isinstance(source, dict) and source.get("type") == "url":
@@ -254,7 +269,10 @@ def _result(block: dict[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(content, str):
         texts = [] if content is None else _texts(content, f"{where}.content")
         content = "\n".join(texts)
-    if block.get("is_error"):
+    error = block.get("is_error")
+    if error is not None and (must := a_flag(error)) is not None:
+        raise wrong(f"{where}.is_error", must)
+    if error:
         content = f"Error: {content}"
     called = text_of(block.get("tool_use_id"), f"{where}.tool_use_id")
     return {"role": "tool", "tool_call_id": called, "content": content}

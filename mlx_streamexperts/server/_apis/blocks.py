@@ -42,7 +42,7 @@ class Blocks:
     def __init__(self) -> None:
         self.all: list[Block] = []
         self._open: Block | None = None
-        self._white = ""  # may begin a block of text
+        self._white: dict[str, str] = {}  # by kind of the block that it may begin
 
     def add(self, piece: Piece) -> Iterator[Step]:
         """What a piece does to the blocks."""
@@ -60,7 +60,7 @@ class Blocks:
 
     def close(self, cut: bool = False) -> Iterator[Step]:
         """End the block that is open, if one is. `cut`: because the reply is cut."""
-        self._white = ""
+        self._white = {}
         if self._open is not None:
             block, self._open = self._open, None
             block.cut = cut
@@ -68,10 +68,10 @@ class Blocks:
 
     def _append(self, kind: str, text: str) -> Iterator[Step]:
         if self._open is None or self._open.kind != kind:
-            white = self._white
+            white = self._white.get(kind, "")
             yield from self.close()
             if not (white + text).strip():
-                self._white = white + text
+                self._white = {kind: white + text}
                 return
             text = white + text
             yield "begin", self._new(kind), ""

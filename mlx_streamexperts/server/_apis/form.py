@@ -6,10 +6,11 @@ A form belongs to one request. It never generates and never touches the connecti
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from .._field_checks import wrong
 from .._refusals import Refused
@@ -38,11 +39,13 @@ class Form:
         fingerprint: of the software.
 
     Attributes:
+        names: this API's words for fields of a chat that it calls otherwise.
         chat: whether `request` makes a chat completion, or a completion.
         content_type: of a streamed reply.
         keeps_alive: may comments stand between its events?
     """
 
+    names: ClassVar[dict[str, str]] = {}
     chat = True
     content_type = "text/event-stream"
     keeps_alive = True
@@ -77,6 +80,14 @@ class Form:
     def count(self, tokens: int) -> dict[str, Any] | None:
         """The answer where only the prompt is to be counted; None where a reply is wanted."""
         return None
+
+    def named(self, refused: Refused) -> Refused:
+        """The same error, with the field's name in this API."""
+        field = refused.param or ""
+        if field not in self.names:
+            return refused
+        message = re.sub(rf"\b{field}\b", self.names[field], refused.message, count=1)
+        return Refused(refused.status, message, refused.code, self.names[field])
 
     def error(self, refused: Refused) -> dict[str, Any]:
         """An error in the place of a reply."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from .._field_checks import (
     Check,
@@ -74,6 +74,11 @@ _UNLIMITED = (1 << 31) - 1  # num_predict below 0; the server cuts it to what it
 class OllamaForm(Form):
     """/api/chat: lines of JSON, streamed unless a request says otherwise."""
 
+    names: ClassVar = {
+        **{name: f"options.{own}" for own, name in _NAMES.items()},
+        "reasoning_effort": "think",
+        "response_format": "format",
+    }
     content_type = "application/x-ndjson"
     keeps_alive = False  # clients take every line for JSON
 

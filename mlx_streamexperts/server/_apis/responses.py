@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from .._field_checks import (
     Check,
@@ -73,6 +73,8 @@ _TEXTS = ("input_text", "output_text", "text")
 class ResponsesForm(Form):
     """/v1/responses."""
 
+    names: ClassVar = {"messages": "input", "response_format": "text.format"}
+
     def __init__(self, fingerprint: str) -> None:
         super().__init__(fingerprint)
         self._id, self._number = f"resp_{uuid.uuid4().hex}", 0
@@ -134,10 +136,14 @@ class ResponsesForm(Form):
         return openai_error(refused)
 
     def error_event(self, refused: Refused) -> bytes:
-        return self._event(
-            "error",
-            {"code": refused.code, "message": refused.message, "param": refused.param},
-        )
+        told = {"code": refused.code, "message": refused.message, "param": refused.param}
+        code = "server_error" if refused.status >= 500 else "invalid_prompt"
+        for _ in self._blocks.close(cut=True):
+            pass
+        output = [self._item(block, _status(block)) for block in self._blocks.all]
+        error = {"code": code, "message": refused.message}
+        failed = {"response": self._response("failed", output, None, None) | {"error": error}}
+        return self._event("error", told) + self._event("response.failed", failed)
 
     def _event(self, kind: str, data: dict[str, Any]) -> bytes:
         self._number += 1
