@@ -217,7 +217,7 @@ def is_shard(name: str) -> bool:
 
 
 def is_weights(name: str) -> bool:
-    """Does mlx-vlm read weights from a file of this name, or mlx-lm?"""
+    """Does mlx-vlm, or mlx-lm too, read weights from a file of this name?"""
     return name.endswith(".safetensors") and name != MOVED
 
 
