@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import re
@@ -134,6 +135,8 @@ def test_what_is_read_keeps_to_the_memory(tmp_path: Path, not_compiled: None) ->
     """A prompt longer than planned: experts make room before it is read, as they do for a pass."""
     tokens = np.random.default_rng(0).integers(5, 2000, 4000).tolist()
     config = replace(QUIET, prefill_tokens=32, context_tokens=256, pressure="off")
+    gc.collect()
+    base = mx.get_active_memory()
     model, _ = load(str(demo_model()), memory="50MB", config=config)
     with stream(model) as expert_stream:
         caches = make_prompt_cache(model)
@@ -148,7 +151,7 @@ def test_what_is_read_keeps_to_the_memory(tmp_path: Path, not_compiled: None) ->
         caches, _ = prefill(model, [*tokens, 1], kept)
         assert kept.read_tokens == len(tokens)
         assert sum(c.nbytes for c in caches) > expert_stream.plan.kv + 20_000_000
-        assert mx.get_peak_memory() <= expert_stream.plan.bound
+        assert mx.get_peak_memory() - base <= expert_stream.plan.bound
 
 
 @pytest.mark.parametrize("harm", ["bit", "header", "cut", "empty", "foreign", "lost parent"])

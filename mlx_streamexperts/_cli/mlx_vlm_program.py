@@ -50,14 +50,14 @@ def needs_mlx_vlm(argv: list[str] | None) -> bool:
     parser.add_argument("--loader", default="auto")
     args, _ = parser.parse_known_args(argv)
     if seen := [name for name in MEDIA if getattr(args, name)]:
+        model, stock = args.model or demo_model(), args.loader == MLX_LM
+        if stock and (seen != ["image"] or not _mlx_lm_sees(model)):
+            raise StreamError(f"--{seen[-1]} needs mlx-vlm: run without --loader mlx-lm")
         for name in seen:
             _check_exist(name, getattr(args, name))
-        if args.loader == MLX_LM:
-            if seen != ["image"] or not _mlx_lm_sees(args.model or demo_model()):
-                raise StreamError(f"--{seen[-1]} needs mlx-vlm: run without --loader mlx-lm")
-            return False
-        _check_sees(args.model or demo_model(), seen[-1])
-        return True
+        if not stock:
+            _check_sees(model, seen[-1])
+        return not stock
     if args.loader not in ("auto", MLX_LM, MLX_VLM):
         return False  # the parser will name the choices
     config = StreamConfig(loader=args.loader)
