@@ -293,7 +293,8 @@ def test_replies_become_elements_and_never_html(running: Running, browser: Any) 
     shown = page.browser.execute_script(
         "const e = document.createElement('div'); markdown(arguments[0], e); return e.innerHTML",
         "# A `b`\n**x** *y* [z](https://a.b/) [w](javascript:alert(1))\n<img src=x>\n- 1\n- 2\n\n"
-        "1. p\n> q\n```html\n<script>\n# no\n```\n``\n```x``` y\n\n2) r\n3) s",
+        "1. p\n> q\n```html\n<script>\n# no\n```\n``\n```x``` y\n\n2) r\n3) s\n"
+        "| a | `b` |\n|:--|---|\n| c \\| d | **e** |\n\nf | g",
     )
     assert shown == (
         "<h4>A <code>b</code></h4><p><strong>x</strong> <em>y</em> "
@@ -302,6 +303,8 @@ def test_replies_become_elements_and_never_html(running: Running, browser: Any) 
         "<ol><li>p</li></ol><blockquote>q</blockquote>"
         "<pre><code>&lt;script&gt;\n# no</code></pre><p>``\n<code>x</code> y</p>"
         '<ol start="2"><li>r</li><li>s</li></ol>'
+        '<div class="table"><table><tr><th>a</th><th><code>b</code></th></tr>'
+        "<tr><td>c | d</td><td><strong>e</strong></td></tr></table></div><p>f | g</p>"
     )
 
 
