@@ -33,7 +33,7 @@ import mlx.nn as nn
 import mlx_lm.utils
 import numpy as np
 import pytest
-from conftest import QUIET, all_experts, leftovers, load_streamed, smallest_cache
+from conftest import QUIET, all_experts, leftovers, load_streamed, smallest_cache, until
 from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_streamexperts
@@ -312,10 +312,7 @@ def test_a_model_that_is_collected_in_its_own_readers_thread_closes(
 
     reader.on_read.add(collect)
     layer.slots.prefetch([0, 1, 2, 3])  # wakes the reader's threads
-    deadline = time.monotonic() + 60
-    while models or any(t.is_alive() for t in reader._threads):
-        assert time.monotonic() < deadline, "close hangs"
-        time.sleep(0.01)
+    until(lambda: not models and not any(t.is_alive() for t in reader._threads))  # or close hangs
 
 
 def test_no_memory_for_slots(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:

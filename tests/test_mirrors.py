@@ -24,7 +24,7 @@ import mlx.core as mx
 import mlx_lm.utils
 import numpy as np
 import pytest
-from conftest import QUIET, leftovers, load_streamed, smallest_cache
+from conftest import QUIET, leftovers, load_streamed, smallest_cache, until
 
 from mlx_streamexperts import CheckpointError, StreamConfig, StreamError, mirror, pack, stream
 from mlx_streamexperts import _osinfo as platform
@@ -138,13 +138,6 @@ def hang(
     return event
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def read_until(condition: Callable[[], bool], reader: ExpertReader, own: Path) -> None:
     """Read and compare at least once, until the condition holds: drives are chosen by the clock."""
 
@@ -152,7 +145,7 @@ def read_until(condition: Callable[[], bool], reader: ExpertReader, own: Path) -
         read_all(reader, own)
         return condition()
 
-    wait_for(done)
+    until(done)
 
 
 def test_two_drives_give_the_same_bytes(drives: tuple[Path, Path, Played]) -> None:
@@ -183,13 +176,13 @@ def test_a_drive_that_fails_costs_no_read_and_is_taken_back(
     caplog.clear()
     played.fails[other] = number
     read_until(lambda: found.drives[1].down, reader, own)
-    wait_for(lambda: found.drives[1].probe_after > 0.03)  # probed, and refused
+    until(lambda: found.drives[1].probe_after > 0.03)  # probed, and refused
     assert found.drives[1].down
     assert reader.stats.moved >= 1 and not reader.stats.errors
     (warning,) = [r.message for r in caplog.records if r.levelno == logging.WARNING]
     assert str(other) in warning and os.strerror(number) in warning
     played.fails.clear()
-    wait_for(lambda: not found.drives[1].down)
+    until(lambda: not found.drives[1].down)
     played.seen[other] = 0
     read_until(lambda: played.seen[other] > 0, reader, own)
     reader.close()
@@ -221,13 +214,13 @@ def test_a_replaced_file_is_not_read_until_it_is_back(
     copy.rename(kept)
     copy.write_bytes(CONTENT[1])
     read_until(lambda: found.drives[1].down, reader, own)
-    wait_for(lambda: found.drives[1].probe_after > 0.03)
+    until(lambda: found.drives[1].probe_after > 0.03)
     assert found.drives[1].down and not reader.stats.errors
     copy.unlink()  # vanished
     after = found.drives[1].probe_after
-    wait_for(lambda: found.drives[1].probe_after > after)
+    until(lambda: found.drives[1].probe_after > after)
     kept.rename(copy)
-    wait_for(lambda: not found.drives[1].down)
+    until(lambda: not found.drives[1].down)
     read_all(reader, own)
     reader.close()
 
@@ -246,7 +239,7 @@ def test_a_read_that_hangs_is_done_by_the_other_drive(
     ]
     while not (late := [t for t in reader._late if t.is_alive()]):
         ticket = reader.submit(parts)
-        wait_for(lambda t=ticket: help_wait(t))  # type: ignore[misc]
+        until(lambda t=ticket: help_wait(t))  # type: ignore[misc]
         assert not ticket.errors
         assert memory == CONTENT[0]
     assert found.drives[1].down
@@ -259,7 +252,7 @@ def test_a_read_that_hangs_is_done_by_the_other_drive(
     for t in late:
         t.join(PATIENCE)
     assert memory == CONTENT[0]
-    wait_for(lambda: not found.drives[1].down)
+    until(lambda: not found.drives[1].down)
     reader.close()
 
 
@@ -284,7 +277,7 @@ def test_a_reader_closes_while_a_drive_hangs(
     ]
     while played.seen[other] == hung:
         ticket = reader.submit(parts)
-        wait_for(lambda t=ticket: played.seen[other] > hung or not t.left)  # type: ignore[misc]
+        until(lambda t=ticket: played.seen[other] > hung or not t.left)  # type: ignore[misc]
     reader.close()
     after = bytes(memory)
     new = [t for t in threading.enumerate() if t not in before]
@@ -307,7 +300,7 @@ def test_a_slow_drive_does_not_hold_all_threads(drives: tuple[Path, Path, Played
         for n in range(10)
     ]
     reader.submit(alone)
-    wait_for(lambda: played.seen[own] == 2)
+    until(lambda: played.seen[own] == 2)
     read_all(reader, own, files=[0])
     assert played.seen[own] == 2  # as many as the drive takes
     event.set()

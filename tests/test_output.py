@@ -16,6 +16,7 @@ from pathlib import Path
 
 import originals
 import pytest
+from conftest import until
 
 from mlx_streamexperts import StreamError, pack
 from mlx_streamexperts._io import output
@@ -39,10 +40,12 @@ def stuck(program: str, arguments: list[str], out: Path) -> Iterator[subprocess.
     """A process that is writing into `out`; killed at the end."""
     process = subprocess.Popen([sys.executable, "-c", _STUCK, program, *arguments])
     try:
-        deadline = time.monotonic() + 60
-        while not [*out.glob("model*.partial"), *out.glob("layer*.partial")]:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
+
+        def writes() -> bool:
+            assert process.poll() is None
+            return any([*out.glob("model*.partial"), *out.glob("layer*.partial")])
+
+        until(writes)
         yield process
     finally:
         process.send_signal(signal.SIGKILL)

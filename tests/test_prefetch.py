@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,15 @@ import mlx.nn as nn
 import mlx_lm.utils
 import numpy as np
 import pytest
-from conftest import QUIET, all_experts, assert_same, demo_tokens, load_streamed, smallest_cache
+from conftest import (
+    QUIET,
+    all_experts,
+    assert_same,
+    demo_tokens,
+    load_streamed,
+    smallest_cache,
+    until,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import make_prompt_cache
@@ -230,10 +237,7 @@ def test_a_failed_prefetch_raises_nothing_and_takes_no_slot(
     slots = expert_stream.layers[1].slots
     read.failing = True
     slots.prefetch([0, 1, 2])
-    deadline = time.monotonic() + 60
-    while expert_stream.stats().read.errors < 3:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    until(lambda: expert_stream.stats().read.errors >= 3)
     read.failing = False
     outputs_agree(expert_stream, stock, [3, 4, 5, 6])
     assert slots.prefetch_stats.failed == 3
