@@ -292,12 +292,11 @@ def measure(
 def _load(folder: str, config: StreamConfig, prefer: bool, trust: bool) -> tuple[nn.Module, Any]:
     """A model that is exact for now, and may run with any setting; with `prefer` or without."""
     config = replace(config, lossy="prefer=0.1" if prefer else "skip=0.1")
-    more: dict[str, Any] = {"trust_remote_code": True} if trust else {}
-    more["tokenizer_config"] = dict(more)
+    trusted: dict[str, Any] = {"trust_remote_code": True} if trust else {}
     log = logging.getLogger(load.__module__)
     log.addFilter(_is_no_first_line)  # what it is loaded with is not what it runs with
     try:
-        model, tokenizer = load(folder, config=config, **more)[:2]
+        model, tokenizer = load(folder, config=config, tokenizer_config=trusted, **trusted)[:2]
     finally:
         log.removeFilter(_is_no_first_line)
     return model, tokenizer

@@ -122,12 +122,13 @@ class GenerationThread(stock.ResponseGenerator):
     def _dismiss_all(self) -> None:
         """End all requests, running or waiting: mlx-lm's loop leaves them when it stops."""
         self._fail_all(ClientGone())
-        waiting, self._waiting = self._waiting, None
+        waiting = [] if self._waiting is None else [self._waiting]
+        self._waiting = None
         with suppress(Empty):
             while True:
-                reply = (waiting or self.requests.get_nowait())[0]
-                reply.put(ClientGone())
-                waiting = None
+                waiting.append(self.requests.get_nowait())
+        for reply, *_ in waiting:
+            reply.put(ClientGone())
 
     def _save_cache(self, tokens: list[int], caches: list[Any]) -> None:
         """Keep the KV cache of a reply that ended early, as mlx-lm keeps those of whole ones."""
