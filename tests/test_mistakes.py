@@ -20,6 +20,7 @@ from mlx_streamexperts import (
     load,
     report,
     server,
+    simulate,
     stream,
 )
 from mlx_streamexperts._config import parse_size
@@ -118,6 +119,12 @@ def test_an_unknown_argument(
     with pytest.raises(SystemExit):
         generate.main(arguments)
     assert asked in capsys.readouterr().err
+
+
+def test_help_is_not_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        simulate.main(["trace.jsonl", "--model", "m"])
+    assert "unrecognized arguments: --model m; " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

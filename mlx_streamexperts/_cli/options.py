@@ -61,7 +61,7 @@ def _wrong(parser: argparse.ArgumentParser, message: str) -> NoReturn:
 
 def _meant(parser: argparse.ArgumentParser, wrong: str) -> str:
     """What an unknown argument may be meant for, as a question; empty if nothing is alike."""
-    known = [option for action in parser._actions for option in action.option_strings]
+    known = [o for a in parser._actions if a.dest != "help" for o in a.option_strings]
     if wrong.startswith("-"):
         alike = difflib.get_close_matches(wrong.partition("=")[0], known, n=1)
         return f"; did you mean {alike[0]}?" if alike else ""
